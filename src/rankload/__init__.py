@@ -1,0 +1,94 @@
+"""A checkpoint from a URL into every rank of a distributed PyTorch job.
+
+Downloaded once, verified, loaded lean, failing together instead of hanging::
+
+    from rankload import dist_load_state_dict_from_url
+
+    state_dict = dist_load_state_dict_from_url("https://host/resnet50-0676ba61.pth", check_hash=True)
+
+Public names are imported when they are first used: ``import rankload`` alone does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rankload._version import __version__
+
+if TYPE_CHECKING:
+    from rankload import hub, model_zoo
+    from rankload._api import dist_fetch, dist_load_state_dict_from_url
+    from rankload._errors import (
+        ArgumentError,
+        ArgumentMismatchError,
+        ArrivalTimeoutError,
+        CacheError,
+        CallCancelledError,
+        CoordinationError,
+        DeviceError,
+        DigestMismatchError,
+        FetchError,
+        FetchTimeoutError,
+        HTTPStatusError,
+        LoadError,
+        NetworkError,
+        NotACheckpointError,
+        OfflineError,
+        ProgressTimeoutError,
+        RankFailedError,
+        RankloadError,
+        RankLostError,
+        StoreLostError,
+        TruncatedError,
+        UnsafePickleError,
+        VerificationError,
+    )
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentMismatchError",
+    "ArrivalTimeoutError",
+    "CacheError",
+    "CallCancelledError",
+    "CoordinationError",
+    "DeviceError",
+    "DigestMismatchError",
+    "FetchError",
+    "FetchTimeoutError",
+    "HTTPStatusError",
+    "LoadError",
+    "NetworkError",
+    "NotACheckpointError",
+    "OfflineError",
+    "ProgressTimeoutError",
+    "RankFailedError",
+    "RankLostError",
+    "RankloadError",
+    "StoreLostError",
+    "TruncatedError",
+    "UnsafePickleError",
+    "VerificationError",
+    "__version__",
+    "dist_fetch",
+    "dist_load_state_dict_from_url",
+    "hub",
+    "model_zoo",
+]
+
+_CALLS = frozenset({"dist_fetch", "dist_load_state_dict_from_url"})
+_MODULES = frozenset({"hub", "model_zoo"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"rankload.{name}")
+    if name in __all__:
+        value = getattr(importlib.import_module("rankload._api" if name in _CALLS else "rankload._errors"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'rankload' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,211 @@
+"""The public calls. Each reads as its steps; how a step is done lies one floor down."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankload._errors import ArgumentError
+from rankload._fetch.once import fetch_once
+from rankload._fetch.request import Url, agreed_arguments, make_request
+from rankload._job.environment import identity_from_environment
+from rankload._job.membership import open_channel, open_lone_channel
+from rankload._settings import Settings
+from rankload._types import Delivery, Identity, Progress, Scope, Verify
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+    MapLocation = (
+        str | torch.device | dict[str, str] | Callable[[torch.UntypedStorage, str], torch.UntypedStorage] | None
+    )
+
+
+def dist_load_state_dict_from_url(
+    url: Url,
+    model_dir: str | os.PathLike[str] | None = None,
+    map_location: MapLocation = None,
+    progress: bool = True,
+    check_hash: bool = False,
+    file_name: str | None = None,
+    weights_only: bool = True,
+    *,
+    sha256: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+    scope: Scope = "auto",
+    delivery: Delivery = "auto",
+    group: ProcessGroup | None = None,
+    offline: bool | None = None,
+    verify: Verify = "once",
+    mmap: bool | None = None,
+    adapt: Callable[[Any], Any] | None = None,
+) -> dict[str, Any]:
+    """Load the checkpoint at a URL into every rank: downloaded once, verified, the same result or error everywhere.
+
+    **Collective** over the ranks of ``group``, else of the default process group, else of the launcher's job (torchrun,
+    mpirun, srun): all of them make the call, in the same order. In a single process it is torch.hub's function.
+
+    The first seven arguments are torch.hub.load_state_dict_from_url's.
+
+    Args:
+        url: URL (http, https, file), a plain path, or several mirrors in order of preference. Local files are used in
+            place, never copied.
+        model_dir: cache directory; default ``torch.hub.get_dir()/checkpoints``. ``~`` is expanded. May differ between
+            nodes.
+        map_location: as in torch.load, and also with per-rank templates, ``"{device}"`` or ``"cuda:{local_rank}"``, as
+            dict values too. None: CPU tensors stay on the CPU; tensors saved on an accelerator come to this rank's
+            own device, never another rank's.
+        progress: show a bar on stderr of the downloading rank, if that is a terminal.
+        check_hash: compare the SHA-256 with the hash prefix in the file name (``name-<prefix>.ext``); a name
+            without one is an error.
+        file_name: the file's name in the cache; default: the URL's.
+        weights_only: as in torch.load. False lets the file run code: only for sources you trust.
+        sha256: the full digest, 64 hex digits.
+        headers: extra request headers, e.g. ``{"Authorization": "Bearer …"}``. Never logged or recorded.
+        timeout: deadline in seconds on *no progress* (no byte, no new phase); default 120. Never a limit on the
+            total time.
+        scope: who shares one download: ``"job"`` (a directory shared by all nodes), ``"node"``, ``"process"``, or
+            ``"auto"``, which finds out.
+        delivery: ``"read"``: every rank maps the file. ``"auto"`` chooses.
+        group: the process group whose ranks make this call.
+        offline: never open a socket; what is not cached is an error. Default: ``RANKLOAD_OFFLINE``.
+        verify: hash a cached file ``"once"`` (again only when it was touched), ``"always"``, or ``"never"``.
+        mmap: map the file, so that the ranks of a host share one copy; default: wherever the format allows. False
+            gives each rank a private copy.
+        adapt: applied to what was loaded, e.g. ``lambda checkpoint: checkpoint["state_dict"]``.
+
+    Returns:
+        What torch.load returns: usually ``dict[str, Tensor]``, shapes and dtypes as saved.
+
+    Raises:
+        RankloadError: on every rank the same, naming the rank and host where it happened. The subclasses are drawn in
+            `rankload._errors`; the usual ones are FetchError (an OSError), VerificationError and LoadError
+            (RuntimeErrors), RankLostError (a ConnectionError).
+    """
+    settings = _settings(timeout)
+    with open_channel(group, settings) as channel:
+        request = make_request(
+            url,
+            model_dir,
+            check_hash=check_hash,
+            file_name=file_name,
+            progress=progress,
+            sha256=sha256,
+            headers=headers,
+            scope=scope,
+            verify=verify,
+            offline=settings.offline if offline is None else offline,
+            must_be_checkpoint=True,
+        )
+        channel.agree({**agreed_arguments(request, "load"), "delivery": _checked_delivery(delivery)})
+        file = fetch_once(request, channel, settings)
+        channel.report(Progress("loading", 0, file.size_bytes))
+        state_dict = _read(file.path, map_location, channel.identity, group, weights_only, mmap)
+        return adapt(state_dict) if adapt is not None else state_dict  # type: ignore[no-any-return]
+
+
+def dist_fetch(
+    url: Url,
+    model_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    check_hash: bool = False,
+    file_name: str | None = None,
+    *,
+    sha256: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+    scope: Scope = "auto",
+    group: ProcessGroup | None = None,
+    offline: bool | None = None,
+    verify: Verify = "once",
+) -> Path:
+    """Fetch a file into the cache once, verified, and return its path on this node. Loads no tensors.
+
+    **Collective**, with the arguments and errors of `dist_load_state_dict_from_url`. In a single process it does not
+    import torch: the way to prefetch on a login node. Files that are no checkpoints are welcome too.
+    """
+    settings = _settings(timeout)
+    with open_channel(group, settings) as channel:
+        request = make_request(
+            url,
+            model_dir,
+            check_hash=check_hash,
+            file_name=file_name,
+            progress=progress,
+            sha256=sha256,
+            headers=headers,
+            scope=scope,
+            verify=verify,
+            offline=settings.offline if offline is None else offline,
+            must_be_checkpoint=False,
+        )
+        channel.agree(agreed_arguments(request, "fetch"))
+        return fetch_once(request, channel, settings).path
+
+
+def load_in_this_process(
+    url: str,
+    model_dir: str | os.PathLike[str] | None,
+    map_location: MapLocation,
+    *,
+    progress: bool,
+    check_hash: bool,
+    file_name: str | None,
+    weights_only: bool,
+) -> Any:
+    """Load without the other ranks: torch.hub's callers often stand under ``if rank == 0:``. Not collective.
+
+    Processes that share the directory still download once, through the lease.
+    """
+    settings = Settings.from_environment()
+    with open_lone_channel() as channel:
+        request = make_request(
+            url,
+            model_dir,
+            check_hash=check_hash,
+            file_name=file_name,
+            progress=progress,
+            sha256=None,
+            headers=None,
+            scope="process",
+            verify="once",
+            offline=settings.offline,
+            must_be_checkpoint=True,
+        )
+        file = fetch_once(request, channel, settings)
+        return _read(file.path, map_location, identity_from_environment(), None, weights_only, None)
+
+
+def _read(
+    path: Path,
+    map_location: MapLocation,
+    identity: Identity,
+    group: ProcessGroup | None,
+    weights_only: bool,
+    mmap: bool | None,
+) -> Any:
+    from rankload._deliver.read import read_checkpoint  # imports torch
+    from rankload._job.devices import resolve_map_location
+
+    target = resolve_map_location(map_location, identity, group)
+    return read_checkpoint(path, target, weights_only=weights_only, mmap=mmap)
+
+
+def _settings(timeout: float | None) -> Settings:
+    settings = Settings.from_environment()
+    if timeout is None:
+        return settings
+    if not timeout > 0:
+        raise ArgumentError(f"timeout={timeout!r}: expected a positive number of seconds")
+    return replace(settings, progress_seconds=timeout)
+
+
+def _checked_delivery(delivery: Delivery) -> Delivery:
+    if delivery not in ("auto", "read"):
+        raise ArgumentError(f"delivery={delivery!r}: this version knows 'auto' and 'read'")
+    return delivery

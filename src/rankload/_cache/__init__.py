@@ -1,0 +1,1 @@
+"""What lies in the cache directory, and who may touch it."""

@@ -1,0 +1,136 @@
+"""Where things lie: torch.hub's directory and file names, and our own files beside them.
+
+::
+
+    <directory>/<file name>                                the published file, as torch.hub names it
+    <directory>/<file name>.<owner>-<nonce>.partial        a download in progress
+    <directory>/.rankload/<file name>.json                 its record
+    <directory>/.rankload/<file name>.lease                who downloads it at the moment
+    <directory>/.rankload/<key>/<file name>                another URL with the same file name (and its .rankload/)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+
+from rankload._errors import ArgumentError
+
+#: torch.hub's pattern for the hash prefix in a file name: torch/hub.py HASH_REGEX, first match. It also matches
+#: ``model-00001-of-00002.pth`` and ``ckpt-20230101.pth``, so it binds only when check_hash asks for it.
+_HASH_PREFIX = re.compile(r"-([a-f0-9]*)\.")
+
+#: Query parameters that sign or authorise a request: they change from request to request for the same file.
+#: AWS and Google V4 (X-Amz-*, X-Goog-*), AWS V2 and CloudFront, Azure SAS, and the usual names of tokens.
+_SIGNING = re.compile(
+    r"x-(amz|goog|oss|cos|ms)-.*|awsaccesskeyid|googleaccessid|signature|expires|policy|key-pair-id"
+    r"|sv|se|st|sp|sr|sig|skoid|sktid|skt|ske|sks|skv|spr|.*token.*|.*secret.*|.*password.*|api_?key|auth.*|jwt",
+    re.IGNORECASE,
+)
+
+_OWN_DIRECTORY = ".rankload"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The paths that belong to one cached file."""
+
+    path: Path
+
+    @property
+    def record_path(self) -> Path:
+        """The sidecar record."""
+        return self.path.parent / _OWN_DIRECTORY / f"{self.path.name}.json"
+
+    @property
+    def lease_path(self) -> Path:
+        """The lease between jobs."""
+        return self.path.parent / _OWN_DIRECTORY / f"{self.path.name}.lease"
+
+    @property
+    def partial_stem(self) -> str:
+        """Start of the name of every partial file of this entry (cut: a file name has at most 255 bytes)."""
+        return self.path.name.encode()[:120].decode(errors="ignore")
+
+    def separate(self, url: str) -> Entry:
+        """Return the entry for another URL that has the same file name."""
+        return Entry(self.path.parent / _OWN_DIRECTORY / url_key(url)[:16] / self.path.name)
+
+
+def checkpoints_directory(hub_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return torch.hub's directory for checkpoints: ``$TORCH_HOME/hub/checkpoints``.
+
+    ``hub_dir`` is what torch.hub.set_dir() was given, if it was. ``~`` is expanded.
+    """
+    if hub_dir is None:
+        cache_home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+        hub_dir = Path(os.environ.get("TORCH_HOME", os.path.join(cache_home, "torch")), "hub")  # noqa: PTH118 - as torch
+    return Path(hub_dir).expanduser().absolute() / "checkpoints"
+
+
+def file_name_of(url: str) -> str:
+    """Return torch.hub's file name for a URL: the last part of its path, without the query.
+
+    Raises:
+        ArgumentError: the URL ends in a slash or has no path.
+    """
+    name = PurePosixPath(urlsplit(url).path).name
+    if not name or name in (".", "..") or urlsplit(url).path.endswith("/"):
+        raise ArgumentError(f"{redact(url)} names no file: pass file_name=", url=redact(url))
+    return name
+
+
+def checked_file_name(name: str) -> str:
+    """Return a user's file name if it stays inside the directory.
+
+    Raises:
+        ArgumentError: it is empty, absolute, or climbs with ``..``.
+    """
+    path = PurePosixPath(name)
+    if not path.name or path.is_absolute() or ".." in path.parts or _OWN_DIRECTORY in path.parts:
+        raise ArgumentError(f"file_name={name!r}: expected a relative file name without '..'")
+    return name
+
+
+def hash_prefix_of(file_name: str) -> str | None:
+    """Return the hash prefix that torch.hub would read from a file name; None for none or an empty one."""
+    match = _HASH_PREFIX.search(file_name)
+    return match.group(1) or None if match else None
+
+
+def local_path_of(url: str) -> Path | None:
+    """Return the path that a ``file://`` URL or a plain path means, ``~`` expanded; None for anything else.
+
+    Raises:
+        ArgumentError: a file URL names another host.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise ArgumentError(f"{url}: a file URL cannot name another host; write file:///path")
+        return Path(unquote(parts.path))
+    if "://" in url:
+        return None
+    return Path(url).expanduser().absolute()
+
+
+def redact(url: str) -> str:
+    """Return a URL fit for logs, errors and records: no user name or password, no query, no fragment."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, _without_user(parts), parts.path, "…" if parts.query else "", ""))
+
+
+def url_key(url: str) -> str:
+    """Return a digest that tells two origins apart: hex SHA-256 of the URL without secrets and signatures."""
+    parts = urlsplit(url)
+    kept = [(name, value) for name, value in parse_qsl(parts.query, True) if not _SIGNING.fullmatch(name)]
+    plain = urlunsplit((parts.scheme.lower(), _without_user(parts).lower(), parts.path, urlencode(kept), ""))
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def _without_user(parts: SplitResult) -> str:
+    return parts.netloc.rpartition("@")[2]

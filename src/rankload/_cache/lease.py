@@ -1,0 +1,101 @@
+"""The lease between jobs that share a cache: it saves a second download, and nothing more.
+
+Filesystem locks lie (Lustre localflock, NFS local_lock, GPFS flock), so correctness never depends on one: every
+download has a partial file of its own and is published by an atomic rename. A lease that cannot be had, for whatever
+reason, costs a warning and perhaps bandwidth.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
+
+from rankload._settings import Settings
+
+_logger = logging.getLogger("rankload")
+
+
+@contextmanager
+def hold_lease(
+    path: Path, settings: Settings, *, progress_mark: Callable[[], object], on_wait: Callable[[], bool]
+) -> Iterator[bool]:
+    """Hold the lease while the context lasts, or go on without it.
+
+    Args:
+        path: the lease's path.
+        settings: gives the duration and the patience with a holder that does not move.
+        progress_mark: changes while the holder makes progress (the size of its partial file).
+        on_wait: called at every poll; returns True when the lease is not needed any more.
+
+    Yields:
+        Whether the lease is held.
+    """
+    lease = _acquire(path, settings, progress_mark, on_wait)
+    try:
+        yield lease is not None
+    finally:
+        if lease is not None:
+            with suppress(OSError):
+                lease.release()
+
+
+def _acquire(
+    path: Path, settings: Settings, progress_mark: Callable[[], object], on_wait: Callable[[], bool]
+) -> SoftFileLease | None:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        if _is_foreign(path):
+            _warn(path, "it belongs to another user")
+            return None
+        lease = SoftFileLease(
+            path,
+            lease_duration=settings.lease_seconds,
+            heartbeat_interval=settings.lease_heartbeat_seconds,
+            thread_local=False,  # or the heartbeat and a signal handler's release would each see a lease of their own
+        )
+        patience = _Patience(progress_mark, settings.progress_seconds + settings.lease_seconds)
+        lease.acquire(
+            timeout=-1,
+            poll_interval=random.uniform(0.1, 0.4),  # noqa: S311 - a thousand array tasks must not poll in step
+            cancel_check=lambda: on_wait() or patience.is_over() or _is_foreign(path),
+        )
+    except Timeout:  # cancelled: not needed any more, or not worth waiting for
+        if not on_wait():
+            _warn(path, "its holder makes no progress, or is another user")
+        return None
+    except (OSError, LeaseSettingsMismatch, NotImplementedError) as error:
+        _warn(path, f"{type(error).__name__}: {error}")
+        return None
+    return lease
+
+
+class _Patience:
+    """With a holder that lives: it ends when nothing has moved for long, or a stuck job would block all others."""
+
+    def __init__(self, progress_mark: Callable[[], object], limit_seconds: float) -> None:
+        self._progress_mark, self._limit_seconds = progress_mark, limit_seconds
+        self._mark, self._moved_at = progress_mark(), time.monotonic()
+
+    def is_over(self) -> bool:
+        mark, now = self._progress_mark(), time.monotonic()
+        if mark != self._mark:
+            self._mark, self._moved_at = mark, now
+        return now - self._moved_at > self._limit_seconds
+
+
+def _is_foreign(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid != os.geteuid()
+    except OSError:
+        return False
+
+
+def _warn(path: Path, why: str) -> None:
+    _logger.warning("going on without the lease %s (%s): another job may download the same file too", path, why)

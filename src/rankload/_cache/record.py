@@ -1,0 +1,74 @@
+"""The record of a cached file: what was verified when it was published, so that nobody has to hash it again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from rankload._types import Source
+
+_logger = logging.getLogger("rankload")
+
+
+@dataclass(frozen=True)
+class Record:
+    """Facts about a published file, taken after it was written, synced and closed.
+
+    Attributes:
+        url: where it came from, without query or credentials.
+        url_key: tells origins apart (see `layout.url_key`).
+        size_bytes, mtime_ns, inode: of the file as published; a copy or remount changes the last two.
+        etag: the origin's validator; never a digest.
+        sha256: hex digest of the bytes; None for an adopted file that nobody has hashed yet.
+        vouched_by: which digest the bytes were compared with: ``sha256``, ``hash_prefix``, or None.
+        source: ``download``, or ``adopted`` for a file that torch.hub left.
+    """
+
+    url: str
+    url_key: str
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+    etag: str | None
+    sha256: str | None
+    vouched_by: str | None
+    source: Source
+
+    def vouches_for(self, status: os.stat_result) -> bool:
+        """Tell whether the file is still the one that was published, as far as stat can tell."""
+        return (self.size_bytes, self.mtime_ns, self.inode) == (
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ino,
+        )
+
+
+def read_record(path: Path) -> Record | None:
+    """Read a record; None where there is none, or one that is unreadable or of another version."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            found = json.load(file)
+        return Record(**{field.name: found[field.name] for field in fields(Record)})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _logger.warning("ignoring the unreadable record %s: %s", path, error)
+        return None
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record atomically. In a read-only cache nothing is written: the next call looks again."""
+    temporary = path.with_name(f"{path.name[:150]}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        temporary.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        _logger.debug("no record written at %s: %s", path, error)

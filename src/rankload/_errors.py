@@ -1,0 +1,209 @@
+"""Every error that rankload raises.
+
+::
+
+    RankloadError
+    ├── ArgumentError (ValueError)            an argument is wrong before anything was done
+    ├── ArgumentMismatchError (ValueError)    ranks passed different arguments to one call
+    ├── FetchError (URLError, an OSError)     the bytes could not be had
+    │   ├── HTTPStatusError                   the origin answered 4xx or 5xx; has ``code``
+    │   ├── NetworkError (ConnectionError)    no connection, or it broke
+    │   ├── FetchTimeoutError (TimeoutError)  no connection or no byte in time
+    │   ├── TruncatedError                    fewer (or more) bytes than the origin promised
+    │   └── OfflineError                      not cached, and offline was asked for
+    ├── VerificationError (RuntimeError)      the bytes are not what they should be
+    │   ├── DigestMismatchError               SHA-256 or hash prefix differs
+    │   └── NotACheckpointError               HTML, a truncated archive, some other file
+    ├── CacheError (OSError)                  the cache directory or a file in it cannot be used
+    ├── LoadError (RuntimeError)              a verified file could not be turned into tensors
+    │   └── UnsafePickleError (UnpicklingError)   weights_only refused what the file wants to import
+    ├── DeviceError (RuntimeError)            no device of this process fits
+    └── CoordinationError (RuntimeError)      the ranks could not act together
+        ├── ArrivalTimeoutError (TimeoutError)    some rank never made the call
+        ├── ProgressTimeoutError (TimeoutError)   a rank lives but does not move
+        ├── RankLostError (ConnectionError)       a rank was killed or is frozen
+        ├── StoreLostError (ConnectionError)      the store's host is gone
+        ├── CallCancelledError                    a rank got a signal and left the call
+        └── RankFailedError                       a rank raised something that is not ours
+
+Each is also the builtin that people already catch. All of them cross process boundaries: by pickle between
+processes of one host, and as JSON through the store, so that every rank raises the same error.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+from urllib.error import URLError
+
+#: Longest error text that travels between ranks. A store value of more than 8 MiB resets the connection, and
+#: nobody reads that much (a compiler log in an exception text has been seen).
+MAX_MESSAGE_CHARACTERS = 4000
+
+
+class RankloadError(Exception):
+    """Base of all errors.
+
+    Attributes:
+        message: what happened, where, and what to do.
+        fields: the facts in the message, by name (``url``, ``path``, ``expected``, ``got``, ``code``, …).
+        rank: the rank where it happened, None while a single process is concerned.
+        host: that rank's host name.
+    """
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fields = fields
+        self.rank: int | None = None
+        self.host: str | None = None
+
+    def __str__(self) -> str:
+        """The message, and the rank and host it comes from when there are several."""
+        if self.rank is None:
+            return self.message
+        return f"{self.message} [rank {self.rank} on {self.host}]"
+
+    def __getattr__(self, name: str) -> Any:
+        """Give the fields as attributes (``error.url``)."""
+        try:
+            return self.__dict__["fields"][name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no field {name!r}") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by content: keyword fields do not survive Exception's own way."""
+        return from_wire, (to_wire(self),)
+
+
+class ArgumentError(RankloadError, ValueError):
+    """An argument is wrong; nothing was done."""
+
+
+class ArgumentMismatchError(RankloadError, ValueError):
+    """Ranks passed different arguments to the same collective call."""
+
+
+class FetchError(RankloadError, URLError):
+    """The bytes could not be had from the origin."""
+
+    @property
+    def reason(self) -> str:  # type: ignore[override]  # URLError sets it; here it is the message
+        """URLError's attribute, for code that reads it."""
+        return self.message
+
+
+class HTTPStatusError(FetchError):
+    """The origin answered with an error status; ``code`` holds it."""
+
+
+class NetworkError(FetchError, ConnectionError):
+    """Name resolution, connection or TLS failed, or the connection broke."""
+
+
+class FetchTimeoutError(FetchError, TimeoutError):
+    """No connection, or no byte, within the deadline."""
+
+
+class TruncatedError(FetchError):
+    """The body's length is not what the origin promised."""
+
+
+class OfflineError(FetchError):
+    """The file is not in the cache and offline mode was asked for."""
+
+
+class VerificationError(RankloadError, RuntimeError):
+    """The bytes came, but they are not what they should be."""
+
+
+class DigestMismatchError(VerificationError):
+    """The SHA-256 (or its prefix) is not the expected one."""
+
+
+class NotACheckpointError(VerificationError):
+    """The file is no checkpoint: a web page, a truncated archive, something else."""
+
+
+class CacheError(RankloadError, OSError):
+    """The cache directory, or a file in it, cannot be used."""
+
+
+class LoadError(RankloadError, RuntimeError):
+    """A verified file could not be turned into tensors."""
+
+
+class UnsafePickleError(LoadError, pickle.UnpicklingError):
+    """``weights_only=True`` refused what the file wants to import."""
+
+
+class DeviceError(RankloadError, RuntimeError):
+    """No device of this process fits."""
+
+
+class CoordinationError(RankloadError, RuntimeError):
+    """The ranks could not act together."""
+
+
+class ArrivalTimeoutError(CoordinationError, TimeoutError):
+    """Some rank did not make the call in time."""
+
+
+class ProgressTimeoutError(CoordinationError, TimeoutError):
+    """A rank is alive but makes no progress."""
+
+
+class RankLostError(CoordinationError, ConnectionError):
+    """A rank was killed or is frozen."""
+
+
+class StoreLostError(CoordinationError, ConnectionError):
+    """The store through which the ranks talk is gone."""
+
+
+class CallCancelledError(CoordinationError):
+    """A rank received a signal and left the call."""
+
+
+class RankFailedError(CoordinationError):
+    """A rank raised an error that is not rankload's own."""
+
+
+def to_wire(error: RankloadError) -> dict[str, Any]:
+    """Return the error as JSON-able data, its texts cut to MAX_MESSAGE_CHARACTERS."""
+    return {
+        "type": type(error).__name__,
+        "message": cut(error.message),
+        "fields": {name: _plain(value) for name, value in error.fields.items()},
+        "rank": error.rank,
+        "host": error.host,
+    }
+
+
+def from_wire(wire: dict[str, Any]) -> RankloadError:
+    """Rebuild what to_wire() gave; an unknown type (another version's) becomes a RankFailedError."""
+    error_type = _subclasses(RankloadError).get(wire["type"], RankFailedError)
+    error = error_type(wire["message"], **wire["fields"])
+    error.rank, error.host = wire["rank"], wire["host"]
+    return error
+
+
+def cut(text: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
+    """Shorten a text, keeping its beginning (what) and its end (the innermost cause)."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} … ({len(text) - 2 * half} characters left out) … {text[-half:]}"
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return cut(str(value))
+
+
+def _subclasses(base: type[RankloadError]) -> dict[str, type[RankloadError]]:
+    found = {base.__name__: base}
+    for subclass in base.__subclasses__():
+        found.update(_subclasses(subclass))
+    return found

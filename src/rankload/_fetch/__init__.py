@@ -1,0 +1,1 @@
+"""From a URL to a verified file: one rank of a domain fetches, the others wait."""

@@ -1,0 +1,143 @@
+"""One GET request with requests, and the one place where its exceptions become ours."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+import urllib3
+
+from rankload._cache.layout import redact
+from rankload._errors import FetchError, FetchTimeoutError, HTTPStatusError, NetworkError, TruncatedError
+from rankload._settings import Settings
+from rankload._version import __version__
+
+
+@dataclass
+class Body:
+    """A response's body, with what the origin says about it.
+
+    Attributes:
+        url: for messages, without secrets.
+        size_bytes: Content-Length, or None.
+        etag: the validator, or None; never a digest.
+        content_type: the media type, lower case, or an empty string.
+    """
+
+    url: str
+    size_bytes: int | None
+    etag: str | None
+    content_type: str
+    _raw: Any
+
+    def read(self, limit_bytes: int) -> bytes:
+        """Return the next bytes, as many as are there, at most the limit; nothing at the end of the body.
+
+        Raises:
+            FetchTimeoutError: no byte within the deadline.
+            TruncatedError: a chunked body ended early.
+            NetworkError: the connection broke.
+        """
+        with translating(self.url):
+            return bytes(self._raw.read1(limit_bytes, decode_content=False))
+
+
+@contextlib.contextmanager
+def get(url: str, headers: tuple[tuple[str, str], ...], settings: Settings) -> Iterator[Body]:
+    """Open a URL for reading.
+
+    Proxies, CA bundles and netrc are taken from the environment, as requests does. The body comes as stored
+    (``Accept-Encoding: identity``): digests are of the file's bytes.
+
+    Raises:
+        HTTPStatusError: the origin answered 4xx or 5xx.
+        FetchTimeoutError, NetworkError, FetchError: there was no answer.
+    """
+    sent = {"User-Agent": f"rankload/{__version__}", "Accept-Encoding": "identity", **dict(headers)}
+    shown = redact(url)
+    with contextlib.ExitStack() as stack:
+        with translating(shown):
+            session = stack.enter_context(requests.Session())
+            deadlines = (settings.connect_seconds, settings.progress_seconds)
+            response = stack.enter_context(session.get(url, headers=sent, stream=True, timeout=deadlines))
+        if response.status_code >= 400:
+            raise _status_error(response, shown)
+        yield _body_of(response, shown)
+
+
+def _body_of(response: requests.Response, shown: str) -> Body:
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding not in ("identity", ""):
+        raise FetchError(
+            f"{shown}: sent with Content-Encoding {encoding} although identity was asked for: the bytes are not the "
+            "file's, so they cannot be verified",
+            url=shown,
+        )
+    length = response.headers.get("Content-Length", "")
+    response.raw.enforce_content_length = False  # our own check says how much is missing
+    return Body(
+        url=shown,
+        size_bytes=int(length) if length.isdigit() else None,
+        etag=response.headers.get("ETag"),
+        content_type=response.headers.get("Content-Type", "").partition(";")[0].strip().lower(),
+        _raw=response.raw,
+    )
+
+
+def _status_error(response: requests.Response, shown: str) -> HTTPStatusError:
+    code = response.status_code
+    advice = {
+        401: ": the origin wants credentials; pass headers= or use ~/.netrc",
+        403: ": the origin refuses; is a token or a fresh signed URL needed?",
+        404: ": no such file there; check the URL",
+        410: ": the file is gone for good",
+        429: ": too many requests from this address; try again later, or prefetch into a shared directory",
+    }.get(code, ": the origin's own trouble; try again later, or pass a mirror" if code >= 500 else "")
+    return HTTPStatusError(f"HTTP Error {code}: {response.reason}: {shown}{advice}", url=shown, code=code)
+
+
+@contextlib.contextmanager
+def translating(shown: str) -> Iterator[None]:
+    """Translate the exceptions of requests, urllib3 and sockets; their texts may hold the full URL, ours do not."""
+    try:
+        yield
+    except (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError) as error:
+        what = "no connection" if "Connect" in type(error).__name__ else "not a byte came"
+        raise FetchTimeoutError(f"{shown}: {what} within the deadline; raise timeout= or pass a mirror",
+                                url=shown) from error  # fmt: skip
+    except requests.exceptions.InvalidSchema as error:
+        raise FetchError(f"{shown}: cannot fetch this kind of URL; http, https, file and plain paths work",
+                         url=shown) from error  # fmt: skip
+    except requests.TooManyRedirects as error:
+        raise FetchError(f"{shown}: too many redirects", url=shown) from error
+    except urllib3.exceptions.ProtocolError as error:
+        if "IncompleteRead" in str(error):
+            raise TruncatedError(f"{shown}: the body ended in the middle of a chunk", url=shown) from error
+        raise NetworkError(f"{shown}: {_cause_of(error)}", url=shown) from error
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        raise NetworkError(f"{shown}: {_cause_of(error)}", url=shown) from error
+
+
+def _cause_of(error: BaseException) -> str:
+    """Return the innermost cause: the outer layers repeat the URL, with its secrets."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, socket.gaierror):
+            return f"host name not found ({seen.strerror}); is this node online?"
+        if isinstance(seen, ConnectionRefusedError):
+            return "connection refused"
+        if isinstance(seen, ConnectionResetError):
+            return "connection reset by the origin"
+        error, seen = seen, _inner(seen)
+    return f"{type(error).__name__}: {error}"
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    reason = getattr(error, "reason", None)
+    if isinstance(reason, BaseException):
+        return reason
+    return error.__cause__ or error.__context__

@@ -1,0 +1,82 @@
+"""Who fetches, who waits: one fetch for every domain, and its result or its error on every rank."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from rankload._cache.layout import local_path_of
+from rankload._errors import CacheError
+from rankload._fetch.leader import fetch
+from rankload._job.domains import Domain, find_domain
+from rankload._settings import Settings
+from rankload._types import Channel, FetchedFile, FetchRequest
+
+
+def fetch_once(request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile:
+    """Return the verified file as this rank sees it. Collective over the channel's ranks.
+
+    Only the leader of a domain consults the cache: another node's view of a network filesystem may be stale.
+
+    Raises:
+        RankloadError: the first cause, from whichever rank.
+    """
+    domain = _domain_for(request, channel)
+    if not domain.is_leader:
+        return _wait_for_leader(domain, request, channel, settings)
+    file = fetch(request, channel.report, settings)
+    channel.post(
+        f"fetched/{domain.key}",
+        {
+            "path": os.path.relpath(file.path, request.directory) if file.source != "local" else str(file.path),
+            "size_bytes": file.size_bytes,
+            "sha256": file.sha256,
+            "source": file.source,
+        },
+    )
+    return file
+
+
+def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
+    if local_path_of(request.urls[0]) is not None:
+        # a file used in place is rank 0's to check; where another node has none at that path, its ranks say so
+        return find_domain(channel, "job", request.directory)
+    return find_domain(channel, request.scope, request.directory)
+
+
+def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile:
+    fetched = channel.wait_for(f"fetched/{domain.key}", from_rank=domain.leader)
+    path = request.directory / fetched["path"]  # an absolute path stays as it is
+    _await_visible(path, fetched["size_bytes"], domain.leader, settings)
+    return FetchedFile(path, fetched["size_bytes"], fetched["sha256"], fetched["source"])
+
+
+def _await_visible(path: Path, size_bytes: int, leader: int, settings: Settings) -> None:
+    """Wait until this node sees the file that the leader published on another.
+
+    Linux NFS clients keep absent names and old sizes for up to 60 s; opening a file revalidates them sooner than
+    stat(), and listing the directory drops absent names (nfs(5), "Data and metadata coherence").
+    """
+    deadline, delay = time.monotonic() + settings.visibility_seconds, 0.01
+    while (found := _size_when_opened(path)) != size_bytes:
+        if time.monotonic() > deadline:
+            seen = "does not exist" if found is None else f"has {found} bytes, not {size_bytes},"
+            raise CacheError(
+                f"rank {leader} published {path}, but it {seen} here after {settings.visibility_seconds:g} s: is the "
+                "directory shared between these nodes? Pass scope='node', or a model_dir that is the same everywhere",
+                path=str(path),
+            )
+        time.sleep(delay)
+        delay = min(delay * 1.5, 1.0)
+
+
+def _size_when_opened(path: Path) -> int | None:
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except OSError:
+        with suppress(OSError):
+            list(path.parent.iterdir())
+        return None

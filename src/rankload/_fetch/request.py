@@ -1,0 +1,125 @@
+"""From a call's arguments to a FetchRequest, with everything checked that can be checked without I/O."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+from urllib.parse import urlsplit
+
+from rankload._cache.layout import (
+    checked_file_name,
+    checkpoints_directory,
+    file_name_of,
+    hash_prefix_of,
+    local_path_of,
+    redact,
+    url_key,
+)
+from rankload._errors import ArgumentError
+from rankload._types import FetchRequest, Scope, Verify
+
+Url = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def make_request(
+    url: Url,
+    model_dir: str | os.PathLike[str] | None,
+    *,
+    check_hash: bool,
+    file_name: str | None,
+    progress: bool,
+    sha256: str | None,
+    headers: Mapping[str, str] | None,
+    scope: Scope,
+    verify: Verify,
+    offline: bool,
+    must_be_checkpoint: bool,
+) -> FetchRequest:
+    """Check the arguments and put them together.
+
+    Raises:
+        ArgumentError: names the argument, its value, and what was expected.
+    """
+    urls = _checked_urls(url)
+    local_path = local_path_of(urls[0])
+    name = checked_file_name(file_name) if file_name else local_path.name if local_path else file_name_of(urls[0])
+    directory = Path(model_dir).expanduser().absolute() if model_dir is not None else default_directory()
+    return FetchRequest(
+        urls=urls,
+        directory=directory,
+        file_name=name,
+        sha256=_checked_sha256(sha256),
+        hash_prefix=_promised_prefix(local_path.name if local_path else name) if check_hash else None,
+        must_be_checkpoint=must_be_checkpoint,
+        headers=tuple((headers or {}).items()),
+        verify=_checked_choice("verify", verify, get_args(Verify)),
+        scope=_checked_choice("scope", scope, get_args(Scope)),
+        progress=progress,
+        offline=offline,
+    )
+
+
+def agreed_arguments(request: FetchRequest, call: str) -> dict[str, Any]:
+    """Return what must be equal on all ranks, fit for messages: no secrets.
+
+    ``model_dir``, ``map_location`` and ``progress`` may differ between nodes.
+    """
+    return {
+        "call": call,
+        "url": [redact(url) for url in request.urls],
+        "origin": [url_key(url)[:16] for url in request.urls],
+        "file_name": request.file_name,
+        "sha256": request.sha256,
+        "check_hash": request.hash_prefix is not None,
+        "scope": request.scope,
+    }
+
+
+def default_directory() -> Path:
+    """Return torch.hub's directory for checkpoints, honouring torch.hub.set_dir() without importing torch."""
+    hub = sys.modules.get("torch.hub")
+    return checkpoints_directory(hub.get_dir() if hub is not None else None)
+
+
+def _checked_urls(url: Url) -> tuple[str, ...]:
+    candidates = [url] if isinstance(url, (str, os.PathLike)) else list(url)
+    urls = tuple(os.fspath(candidate) for candidate in candidates)
+    if not urls or not all(urls):
+        raise ArgumentError(f"url={url!r}: expected a URL or a sequence of mirrors")
+    for one in urls:
+        scheme = urlsplit(one).scheme if "://" in one else "file"
+        if scheme not in ("http", "https", "file"):
+            raise ArgumentError(f"{redact(one)}: scheme {scheme!r} is not supported; use http, https, file or a path")
+    if len(urls) > 1 and any(local_path_of(one) for one in urls):
+        raise ArgumentError("mirrors must be http or https URLs: a local file is used in place, it needs no mirror")
+    return urls
+
+
+def _checked_sha256(sha256: str | None) -> str | None:
+    if sha256 is None:
+        return None
+    digest = sha256.lower().removeprefix("sha256:")
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ArgumentError(
+            f"sha256={sha256!r}: expected 64 hex digits; for a prefix in the file name there is check_hash=True"
+        )
+    return digest
+
+
+def _promised_prefix(name: str) -> str:
+    if (prefix := hash_prefix_of(name)) is None:
+        raise ArgumentError(
+            f"check_hash=True, but the file name {name!r} carries no hash prefix (as in resnet50-0676ba61.pth): pass "
+            "sha256=, or file_name= with the prefix, or leave check_hash out"
+        )
+    return prefix
+
+
+def _checked_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    if value not in choices:
+        raise ArgumentError(f"{argument}={value!r}: expected one of {', '.join(map(repr, choices))}")
+    return value

@@ -1,0 +1,79 @@
+"""Numbers that can be tuned, read from ``RANKLOAD_*`` environment variables at each call.
+
+Every one has a default that is right for a large cluster. Set them alike on all ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rankload._errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Deadlines and intervals in seconds, sizes in bytes. ``RANKLOAD_<NAME>`` overrides each.
+
+    Attributes:
+        arrival_seconds: how long ranks wait for a rank that has not made the call yet.
+        liveness_seconds: a rank whose heartbeat is silent for so long was killed or is frozen.
+        progress_seconds: deadline on no progress: no byte, no new phase (the ``timeout=`` argument wins).
+        connect_seconds: deadline for one connection attempt to the origin.
+        heartbeat_seconds: interval between a rank's signs of life in a call that takes longer.
+        report_seconds: interval between log lines of a waiting rank.
+        lease_seconds: lease between jobs: a holder that is silent for so long may be taken over.
+        visibility_seconds: how long a published file may stay invisible on another node. Linux NFS clients
+            keep negative name entries for up to 60 s (``acdirmax``, nfs(5)).
+        offline: no socket is opened; what is not cached is an error.
+    """
+
+    arrival_seconds: float = 600.0
+    liveness_seconds: float = 30.0
+    progress_seconds: float = 120.0
+    connect_seconds: float = 15.0
+    heartbeat_seconds: float = 2.0
+    report_seconds: float = 30.0
+    lease_seconds: float = 30.0
+    visibility_seconds: float = 90.0
+    offline: bool = False
+
+    @property
+    def lease_heartbeat_seconds(self) -> float:
+        """A third of the lease: two refreshes may be lost before a peer takes over."""
+        return self.lease_seconds / 3
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read the settings.
+
+        Raises:
+            ArgumentError: a variable does not hold a positive number (or, for ``offline``, a boolean).
+        """
+        environ = os.environ if environ is None else environ
+        given = {field.name: environ[name] for field in fields(cls) if (name := variable(field.name)) in environ}
+        values: dict[str, Any] = {name: _parse(name, text) for name, text in given.items()}
+        return cls(**values)
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return f"RANKLOAD_{name.upper()}"
+
+
+def _parse(name: str, text: str) -> float | bool:
+    if name == "offline":
+        if text.lower() in ("1", "true", "yes", "on"):
+            return True
+        if text.lower() in ("", "0", "false", "no", "off"):
+            return False
+        raise ArgumentError(f"{variable(name)}={text!r}: expected 1 or 0")
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise ArgumentError(f"{variable(name)}={text!r}: expected a positive number of seconds")
+    return value

@@ -1,0 +1,146 @@
+"""Types that several floors share. Nothing here imports torch, or anything else of rankload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Scope = Literal["auto", "job", "node", "process"]
+Delivery = Literal["auto", "read", "broadcast"]
+Verify = Literal["once", "always", "never"]
+Source = Literal["cache", "adopted", "download", "local"]
+
+#: A rank's activity within a call. ``waiting`` and ``backoff`` are declared waits: the rank lives, the bytes do not
+#: move, and that is nobody's fault. ``done``: through with its own part, waiting for the verdict.
+Phase = Literal[
+    "looking", "waiting", "backoff", "connecting", "downloading", "hashing", "publishing", "loading", "done"
+]
+DECLARED_WAITS: frozenset[Phase] = frozenset({"waiting", "backoff", "done"})
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a rank is doing, as others see it. Sizes in bytes; ``bytes_total`` None where the origin gave no length."""
+
+    phase: Phase
+    bytes_done: int = 0
+    bytes_total: int | None = None
+    attempt: int = 1
+
+
+#: Receives a rank's own progress. Raises what another rank failed with, so that a download nobody needs any more stops.
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who this process is in its job.
+
+    Attributes:
+        rank: 0 <= rank < world_size.
+        world_size: number of ranks in the job (or in the group, when one is given).
+        local_rank: index among the ranks of this node; None where the launcher does not tell.
+        local_world_size: number of ranks on this node; None where the launcher does not tell.
+        node_rank: index of this node in the job; None where the launcher does not tell.
+        host: host name.
+        launcher: which rule found it: ``"group"``, ``"torchrun"``, ``"ompi"``, …, ``"single"``.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int | None
+    local_world_size: int | None
+    node_rank: int | None
+    host: str
+    launcher: str
+
+
+@dataclass(frozen=True)
+class FetchRequest:
+    """What to fetch, where to put it, and how to judge it. Made once from the call's arguments; no I/O.
+
+    Attributes:
+        urls: the URL and its mirrors, in order of preference; never empty.
+        directory: the cache directory on this node, absolute, ``~`` expanded.
+        file_name: the file's name in it, a relative path without ``..``.
+        sha256: full expected digest, 64 lower-case hex digits; None when not known.
+        hash_prefix: leading hex digits of the SHA-256 that the file name promises under ``check_hash``; None when
+            not asked for.
+        must_be_checkpoint: refuse files that are no checkpoint (a web page, a tar of JPEGs).
+        headers: extra request headers; never logged, never recorded.
+        verify: when to hash a cached file again.
+        scope: who shares one download.
+        progress: show a progress bar on the downloading rank.
+        offline: never open a socket.
+        force: fetch even when the cache has the file.
+    """
+
+    urls: tuple[str, ...]
+    directory: Path
+    file_name: str
+    sha256: str | None = None
+    hash_prefix: str | None = None
+    must_be_checkpoint: bool = True
+    headers: tuple[tuple[str, str], ...] = ()
+    verify: Verify = "once"
+    scope: Scope = "auto"
+    progress: bool = True
+    offline: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class FetchedFile:
+    """A verified local file.
+
+    Attributes:
+        path: where it is on this node.
+        size_bytes: its length.
+        sha256: its full digest where one was computed or recorded, else None.
+        source: how it came here.
+    """
+
+    path: Path
+    size_bytes: int
+    sha256: str | None
+    source: Source
+
+
+class Channel(Protocol):
+    """The ranks of one call, as the fetch sees them. With a single process every method is trivial.
+
+    All ranks enter a call in the same order; within it, `post` and `wait_for` carry one value from the rank that leads
+    a domain to those that wait.
+    """
+
+    identity: Identity
+
+    def report(self, progress: Progress) -> None:
+        """Publish this rank's progress (see `Report`)."""
+
+    def post(self, key: str, value: dict[str, Any]) -> None:
+        """Publish a JSON-able value of at most 64 KiB under a key of this call."""
+
+    def wait_for(self, key: str, from_rank: int) -> dict[str, Any]:
+        """Wait for a posted value, watching over the rank that is to post it.
+
+        Raises:
+            RankLostError: that rank was killed or is frozen.
+            ProgressTimeoutError: it lives but does not move.
+            ArrivalTimeoutError: it never made the call.
+            RankloadError: whatever made another rank fail meanwhile.
+        """
+
+    def has(self, key: str) -> bool:
+        """Tell whether a value was posted, without waiting."""
+
+    def claim(self, key: str) -> int:
+        """Return the rank that claimed the key first (this one, if nobody did)."""
+
+    def on_exit(self, callback: Callable[[], None]) -> None:
+        """Run something when the call ends on this rank, after the verdict; OSErrors are ignored."""
+
+    def remember(self, fact: str, value: str | None = None) -> str | None:
+        """Keep a fact for later calls of the same ranks, or recall it (None when it is not known)."""
