@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from rankload._cache.directory import make_directory
 from rankload._cache.layout import Entry, local_path_of, redact, url_key
 from rankload._cache.lease import hold_lease
 from rankload._cache.record import Record, read_record, write_record
@@ -15,7 +16,6 @@ from rankload._fetch.download import download
 from rankload._fetch.partial import naming, remove_dead_partials, sizes_of_partials
 from rankload._fetch.plan import Action, Cached, decide, known_digest
 from rankload._fetch.verify import check_digest, vouching_digest
-from rankload._job.domains import make_directory
 from rankload._settings import Settings
 from rankload._types import FetchedFile, FetchRequest, Progress, Report
 

@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from rankload._cache.directory import make_directory
 from rankload._cache.layout import local_path_of
 from rankload._errors import CacheError
 from rankload._fetch.leader import fetch
@@ -43,6 +44,7 @@ def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
     if local_path_of(request.urls[0]) is not None:
         # a file used in place is rank 0's to check; where another node has none at that path, its ranks say so
         return find_domain(channel, "job", request.directory)
+    make_directory(request.directory)
     return find_domain(channel, request.scope, request.directory)
 
 

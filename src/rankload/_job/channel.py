@@ -8,7 +8,6 @@ one operation a poll.
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,10 +26,9 @@ from rankload._errors import (
 from rankload._job.session import Session, backoff
 from rankload._job.signals import TerminationAsException
 from rankload._job.status import Pulse, Watch
+from rankload._job.vigil import Vigil
 from rankload._settings import Settings
 from rankload._types import Identity, Progress
-
-_logger = logging.getLogger("rankload")
 
 #: How long rank 0 keeps the store open at the end of a call for ranks that have not read the verdict.
 _FAREWELL_SECONDS = 5.0
@@ -136,7 +134,7 @@ class RankChannel:
         """Wait for a posted value, watching over the rank that is to post it (see `Channel`)."""
         text = self._store.peek(self._key(key))  # a warm call finds it at once, or after a few polls
         if text is None:
-            text = self._wait(key, _Vigil([self._watch(from_rank)], self._settings, self.identity))
+            text = self._wait(key, Vigil([self._watch(from_rank)], self._settings, self.identity))
         return json.loads(text)  # type: ignore[no-any-return]
 
     def has(self, key: str) -> bool:
@@ -228,7 +226,7 @@ class RankChannel:
         if "error" in verdict:
             raise from_wire(verdict["error"])
 
-    def _wait(self, key: str, vigil: _Vigil) -> str:
+    def _wait(self, key: str, vigil: Vigil) -> str:
         for _ in backoff(self.identity.world_size):
             if (text := self._store.peek(self._key(key))) is not None:
                 return text
@@ -240,9 +238,9 @@ class RankChannel:
                 self._pulse.beat(Progress("done" if key == "verdict" else "waiting"))
         raise AssertionError("backoff() never ends")
 
-    def _vigil_over_everybody(self) -> _Vigil:
+    def _vigil_over_everybody(self) -> Vigil:
         others = range(self.identity.world_size) if self.identity.rank == 0 else [0]
-        return _Vigil(
+        return Vigil(
             [self._watch(rank) for rank in others if rank != self.identity.rank],
             self._settings,
             self.identity,
@@ -255,60 +253,7 @@ class RankChannel:
         return f"{self._prefix}/{name}"
 
 
-class _Vigil:
-    """Watches over other ranks during one wait, and logs it once per ``report_seconds``.
-
-    Only rank 0 watches everybody; the others watch rank 0 or their leader. A look is due every heartbeat, less often
-    in a large job: rank 0 reads one key a rank.
-    """
-
-    def __init__(self, watches: list[Watch], settings: Settings, identity: Identity) -> None:
-        self._watches, self._identity = watches, identity
-        self._interval_seconds = max(min(settings.heartbeat_seconds, 0.5), len(watches) / 500)
-        self._report_seconds = settings.report_seconds
-        self._looked_at = self._reported_at = time.monotonic()
-        self._bytes_reported = 0
-
-    def is_due(self) -> bool:
-        return time.monotonic() - self._looked_at >= self._interval_seconds
-
-    def look(self) -> None:
-        for watch in self._watches:
-            watch.look()
-        self._looked_at = time.monotonic()
-        if self._looked_at - self._reported_at >= self._report_seconds:
-            self._log(self._looked_at - self._reported_at)
-            self._reported_at = self._looked_at
-
-    def _log(self, elapsed_seconds: float) -> None:
-        absent = [watch.rank for watch in self._watches if watch.status is None]
-        busy = [watch for watch in self._watches if watch.status and watch.status.progress.phase != "done"]
-        if absent:
-            _logger.warning("rank %d waits for ranks that have not made this call: %s", self._identity.rank,
-                            _ranges(absent))  # fmt: skip
-        elif busy:
-            first = busy[0]
-            assert first.status is not None
-            done = first.status.progress.bytes_done
-            rate = (done - self._bytes_reported) / elapsed_seconds / 1e6
-            self._bytes_reported = done
-            _logger.warning("waiting for %s%s%s", first.describe(), f", {rate:.0f} MB/s" if rate > 0 else "",
-                            f" (and {len(busy) - 1} more ranks)" if len(busy) > 1 else "")  # fmt: skip
-
-
 def _run_all(callbacks: list[Callable[[], None]]) -> None:
     for callback in callbacks:
         with suppress(OSError):
             callback()
-
-
-def _ranges(ranks: list[int], limit: int = 20) -> str:
-    """Return e.g. ``1-3, 7``."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    texts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
-    return ", ".join(texts[:limit]) + (", …" if len(texts) > limit else "")

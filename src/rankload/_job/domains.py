@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankload._errors import CacheError
 from rankload._types import Channel, Identity, Scope
 
 _logger = logging.getLogger("rankload")
@@ -45,11 +44,7 @@ class Domain:
 
 
 def find_domain(channel: Channel, scope: Scope, directory: Path) -> Domain:
-    """Find this rank's domain. Collective over the channel's ranks.
-
-    Raises:
-        CacheError: the directory cannot be made.
-    """
+    """Find this rank's domain. Collective over the channel's ranks. The directory exists."""
     identity = channel.identity
     if identity.world_size == 1 or scope == "process":
         return Domain(f"rank{identity.rank}", identity.rank, is_leader=True)
@@ -62,23 +57,6 @@ def find_domain(channel: Channel, scope: Scope, directory: Path) -> Domain:
         return Domain("0", 0, is_leader=True)
     leader = _leader_of(channel, scope, directory)
     return Domain(str(leader), leader, is_leader=leader == identity.rank)
-
-
-def make_directory(directory: Path) -> None:
-    """Make the cache directory.
-
-    Raises:
-        CacheError: it cannot be made; names it.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(
-            f"cannot make the cache directory {directory}: {error.strerror}; pass model_dir= or set TORCH_HOME to a "
-            "directory that this user can write",
-            path=str(directory),
-            errno=error.errno,
-        ) from error
 
 
 def _leader_of(channel: Channel, scope: Scope, directory: Path) -> int:
@@ -126,7 +104,6 @@ def _sees(path: Path) -> bool:
 
 def _leave_probe_file(channel: Channel, directory: Path) -> str | None:
     """Leave a file that nobody has looked for before, until the call ends; None where nothing can be written."""
-    make_directory(directory)
     path = directory / f".rankload-probe-{secrets.token_hex(8)}"
     try:
         path.touch(exist_ok=False)
@@ -141,7 +118,6 @@ def _place(identity: Identity, scope: Scope, directory: Path) -> str:
     if scope == "node":
         node = identity.host if identity.node_rank is None else f"{identity.host}-{identity.node_rank}"
         return f"node-{node}"
-    make_directory(directory)
     status = directory.stat()
     return f"{_kernel()}-{status.st_dev}-{status.st_ino}"
 

@@ -1,0 +1,24 @@
+"""Making cache directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rankload._errors import CacheError
+
+
+def make_directory(directory: Path) -> None:
+    """Make the cache directory.
+
+    Raises:
+        CacheError: it cannot be made; names it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(
+            f"cannot make the cache directory {directory}: {error.strerror}; pass model_dir= or set TORCH_HOME to a "
+            "directory that this user can write",
+            path=str(directory),
+            errno=error.errno,
+        ) from error
