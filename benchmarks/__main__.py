@@ -1,13 +1,13 @@
 """Compares the ways in one run, interleaved, and prints medians and ratios.
 
 cold: the file comes from nginx on loopback, into an empty cache directory; the floor is ``curl -o x && sync x``.
-warm: the file lies in the cache; memory is the ranks' summed PSS above what they had before the call, after the load.
+warm: the file lies in the cache; memory is what all ranks hold (summed PSS) after touching
+every page, above what they held before the call.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import subprocess
 import tempfile
@@ -18,60 +18,59 @@ from benchmarks.ways import WAYS, Way, timed
 from harness.checkpoints import CheckpointFile, write_big
 from harness.nginx import Nginx, nginx
 from harness.ranks import start_ranks
+from rankload import dist_fetch
+
+CURL = "curl -o x && sync x"
 
 
 def cold(server: Nginx, checkpoint: CheckpointFile, world_size: int, rounds: int, scratch: Path) -> None:
     """Print seconds of the slowest rank for every way, beside curl's."""
     url, size_bytes = server.url(checkpoint.path.name), checkpoint.path.stat().st_size
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = {CURL: []}
     served: dict[str, float] = {}
     for _ in range(rounds):
-        seconds.setdefault("curl -o x && sync x", []).append(_curl(url, scratch))
+        seconds[CURL].append(_curl(url, scratch))
         for way in WAYS:
             before = sum(access.bytes for access in server.accesses())
-            slowest, _ = _run(way, url, world_size, scratch, cached=None)
-            seconds.setdefault(way.name, []).append(slowest)
+            with tempfile.TemporaryDirectory(dir=scratch) as model_dir:
+                seconds.setdefault(way.name, []).append(_run(way, url, world_size, model_dir)[0])
             served[way.name] = (sum(access.bytes for access in server.accesses()) - before) / size_bytes
-    floor = statistics.median(seconds["curl -o x && sync x"])
+    floor = statistics.median(seconds[CURL])
     print(f"\ncold, {world_size} ranks, {size_bytes / 1e9:.2f} GB, medians of {rounds}, slowest rank's call")
     for name, values in seconds.items():
         copies = f"origin served {served[name]:.2f} files" if name in served else "one process, not verified"
+        spread = f"({min(values):.2f}-{max(values):.2f})"
         median = statistics.median(values)
-        print(
-            f"  {name:30} {median:6.2f} s ({min(values):.2f}-{max(values):.2f})  {median / floor:5.2f} x curl  {copies}"
-        )
+        print(f"  {name:30} {median:6.2f} s {spread:14} {median / floor:5.2f} x curl  {copies}")
 
 
 def warm(server: Nginx, checkpoint: CheckpointFile, world_size: int, rounds: int, scratch: Path) -> None:
     """Print seconds of the slowest rank and memory of all for every way."""
     url, size_bytes = server.url(checkpoint.path.name), checkpoint.path.stat().st_size
     results: dict[str, list[tuple[float, float]]] = {}
-    for _ in range(rounds):
-        for way in WAYS:
-            results.setdefault(way.name, []).append(_run(way, url, world_size, scratch, cached=checkpoint.path))
+    with tempfile.TemporaryDirectory(dir=scratch) as model_dir:
+        dist_fetch(url, model_dir, check_hash=True)
+        for _ in range(rounds):
+            for way in WAYS:
+                results.setdefault(way.name, []).append(_run(way, url, world_size, model_dir))
     ours = statistics.median(seconds for seconds, _ in results[WAYS[0].name])
     print(f"\nwarm, {world_size} ranks, {size_bytes / 1e9:.2f} GB, medians of {rounds}, slowest rank's call")
     for name, values in results.items():
         seconds = statistics.median(value[0] for value in values)
         copies = statistics.median(value[1] for value in values) / size_bytes
-        print(f"  {name:30} {seconds:7.3f} s  {seconds / ours:6.1f} x rankload  memory {copies:.2f} x the file")
+        print(f"  {name:30} {seconds:7.3f} s {seconds / ours:7.1f} x rankload  memory {copies:.2f} x the file")
 
 
-def _run(way: Way, url: str, world_size: int, scratch: Path, cached: Path | None) -> tuple[float, float]:
-    """Return the slowest rank's seconds and the memory that all ranks took, in bytes."""
-    model_dir = Path(tempfile.mkdtemp(dir=scratch))
-    if cached is not None:
-        (model_dir / cached.name).hardlink_to(cached)
-    with start_ranks(timed, world_size, args=(way.load, url, str(model_dir))) as group:
+def _run(way: Way, url: str, world_size: int, model_dir: str) -> tuple[float, float]:
+    """Return the slowest rank's seconds, and the memory that all ranks hold after touching every page, in bytes."""
+    with start_ranks(timed, world_size, args=(way.load, url, model_dir)) as group:
         group.wait_for_mark("ready")
         before = sum(group.pss_bytes())
         group.open_gate("ready")
-        group.wait_for_mark("loaded", timeout_seconds=300)
+        group.wait_for_mark("touched", timeout_seconds=300)
         held = sum(group.pss_bytes()) - before
-        group.open_gate("loaded")
-        slowest = max(result.value for result in group.wait())
-    shutil.rmtree(model_dir)
-    return slowest, held
+        group.open_gate("touched")
+        return max(result.value for result in group.wait()), held
 
 
 def _curl(url: str, scratch: Path) -> float:
