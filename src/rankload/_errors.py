@@ -52,7 +52,7 @@ class RankloadError(Exception):
     """
 
     def __init__(self, message: str, **fields: Any) -> None:
-        super().__init__(message)
+        Exception.__init__(self, message)  # URLError's and OSError's own take other arguments
         self.message = message
         self.fields = fields
         self.rank: int | None = None
@@ -126,7 +126,11 @@ class NotACheckpointError(VerificationError):
 
 
 class CacheError(RankloadError, OSError):
-    """The cache directory, or a file in it, cannot be used."""
+    """The cache directory, or a file in it, cannot be used; ``errno`` says why."""
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.errno = fields.get("errno")  # OSError's own attribute hides the field
 
 
 class LoadError(RankloadError, RuntimeError):

@@ -1,0 +1,50 @@
+"""torch's first format: a tar archive, written until 2017 (torch 0.1) and still served by old URLs."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from typing import BinaryIO
+
+from rankload._checkpoint.broken import BrokenFileError
+
+_MEMBERS = frozenset({"sys_info", "pickle", "tensors", "storages"})
+
+
+def claims_to_be_tar(head: bytes) -> bool:
+    """Say whether a file that begins so is a POSIX tar archive."""
+    return head[257:262] == b"ustar"
+
+
+def is_legacy_tar(file: BinaryIO) -> bool:
+    """Say whether the first member is one of those that torch wrote."""
+    file.seek(0)  # tarfile begins where the file stands
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            first = archive.next()
+    except tarfile.TarError:
+        return False
+    return first is not None and first.name in _MEMBERS
+
+
+def check_length(file: BinaryIO, size_bytes: int) -> None:
+    """Look for all members, and for the end mark.
+
+    Raises:
+        BrokenFileError: the archive is truncated.
+    """
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            members = archive.getmembers()
+    except tarfile.TarError as error:
+        raise BrokenFileError(f"damaged tar archive ({error})") from None
+    end = max((member.offset_data + member.size for member in members), default=0)
+    # torch wrote with tarfile, which fills its last record up: any cut shows.
+    is_whole = size_bytes % tarfile.RECORDSIZE == 0 and end + 2 * tarfile.BLOCKSIZE <= size_bytes
+    missing = _MEMBERS - {member.name for member in members} - {"sys_info"}
+    if missing or not is_whole:
+        raise BrokenFileError(f"truncated checkpoint of torch's tar format ({size_bytes} bytes)")
+    last_blocks = os.pread(file.fileno(), 2 * tarfile.BLOCKSIZE, size_bytes - 2 * tarfile.BLOCKSIZE)
+    if any(last_blocks):
+        raise BrokenFileError("truncated checkpoint of torch's tar format (no end mark)")

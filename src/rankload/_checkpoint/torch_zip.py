@@ -1,0 +1,228 @@
+"""Zip archives: torch's format since 1.6, TorchScript, and what else comes as a zip.
+
+Stricter than `zipfile` where it matters for checkpoints. `zipfile` takes an end record anywhere in the last
+64 KiB and shifts all offsets to fit, so a file cut off right behind an archive *inside* it would pass; here the
+end record has to end the file, and every offset has to be true as written. Only the directory and the local
+headers (30 bytes and the name) are read.
+
+Format: APPNOTE.TXT 6.3 (sections 4.3.7, 4.3.12, 4.3.14 to 4.3.16, 4.5.3).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from rankload._checkpoint.broken import BrokenFileError
+
+ZipKind = Literal["torch_zip", "torchscript", "single_member_zip", "zip"]
+
+LOCAL_SIGNATURE = b"PK\x03\x04"
+END_SIGNATURE = b"PK\x05\x06"
+
+_LOCAL = struct.Struct("<4s5H3I2H")
+_ENTRY = struct.Struct("<4s6H3I5H2I")
+_END = struct.Struct("<4s4H2IH")
+_LOCATOR64 = struct.Struct("<4sIQI")
+_END64 = struct.Struct("<4sQ2H2I4Q")
+_LONGEST_COMMENT = 0xFFFF
+_IN_EXTRA_FIELD = 0xFFFFFFFF
+_ZIP64_EXTRA = 0x0001
+_IS_UTF8 = 0x0800
+_STORED, _DEFLATED = 0, 8
+
+#: A directory of a million tensors has about 100 MB. More is a lie, and would be read into memory.
+_LARGEST_DIRECTORY_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file of the archive.
+
+    Attributes:
+        name: path in the archive.
+        raw_name: its bytes as stored.
+        header_offset: where its local header begins in the file.
+        stored_bytes: its length in the archive.
+        size_bytes: its length unpacked.
+        method: how it is compressed.
+    """
+
+    name: str
+    raw_name: bytes
+    header_offset: int
+    stored_bytes: int
+    size_bytes: int
+    method: int
+
+    @property
+    def is_stored(self) -> bool:
+        """Its bytes lie in the archive as they are."""
+        return self.method == _STORED
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """The central directory: the members as listed, and where the listing begins in the file."""
+
+    members: tuple[Member, ...]
+    offset: int
+
+    @property
+    def root(self) -> str:
+        """The folder that torch puts everything into: the one of the first member."""
+        return self.members[0].name.partition("/")[0] if self.members else ""
+
+    @property
+    def kind(self) -> ZipKind:
+        """What the archive holds, by the names in it."""
+        names = {member.name for member in self.members}
+        if f"{self.root}/constants.pkl" in names or f"{self.root}/code/" in names:
+            return "torchscript"
+        if f"{self.root}/data.pkl" in names:
+            return "torch_zip"
+        if len(self.members) == 1 and not self.members[0].name.endswith("/"):
+            return "single_member_zip"
+        return "zip"
+
+
+def read_directory(descriptor: int, size_bytes: int) -> Directory:
+    """Read the central directory of an open file.
+
+    Raises:
+        BrokenFileError: there is none at the end of the file, or it does not fit the file.
+    """
+    offset, length, count = _find_directory(descriptor, size_bytes)
+    if length > _LARGEST_DIRECTORY_BYTES:
+        raise BrokenFileError(f"zip archive with a directory of {length} bytes")
+    listing = _read(descriptor, length, offset)
+    members = tuple(_entries(listing, count))
+    if len({member.name for member in members}) < count:
+        raise BrokenFileError("zip archive that lists a name twice")
+    return Directory(members, offset)
+
+
+def payload_offsets(descriptor: int, directory: Directory) -> dict[str, int]:
+    """Return where each member's bytes begin in the file, by name; touches every local header.
+
+    Raises:
+        BrokenFileError: a local header is not where the directory says, or two members overlap.
+    """
+    offsets = {}
+    free_from = 0
+    for member in sorted(directory.members, key=lambda member: member.header_offset):
+        header = os.pread(descriptor, _LOCAL.size + len(member.raw_name), member.header_offset)
+        # Holes that a crash or a broken parallel download left in the file show here.
+        if header[:4] != LOCAL_SIGNATURE or header[_LOCAL.size :] != member.raw_name:
+            raise BrokenFileError(f"damaged zip archive (no header of {member.name!r} at byte {member.header_offset})")
+        *_, name_length, extra_length = _LOCAL.unpack_from(header)
+        begin = member.header_offset + _LOCAL.size + name_length + extra_length
+        if member.header_offset < free_from or begin + member.stored_bytes > directory.offset:
+            raise BrokenFileError(f"damaged zip archive ({member.name!r} overlaps what is next to it)")
+        free_from = begin + member.stored_bytes
+        offsets[member.name] = begin
+    return offsets
+
+
+def member_head(descriptor: int, directory: Directory, member: Member, length: int) -> bytes:
+    """Return the first bytes of a member, unpacked; none if its compression is an unusual one.
+
+    Raises:
+        BrokenFileError: it cannot be unpacked.
+    """
+    packed = os.pread(descriptor, min(length, member.stored_bytes), payload_offsets(descriptor, directory)[member.name])
+    if member.method == _STORED:
+        return packed
+    if member.method != _DEFLATED:
+        return b""
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, length)
+    except zlib.error as error:
+        raise BrokenFileError(f"damaged zip archive ({member.name!r}: {error})") from None
+
+
+def _find_directory(descriptor: int, size_bytes: int) -> tuple[int, int, int]:
+    """Return offset, length and number of entries of the central directory."""
+    end_offset, end = _find_end_record(descriptor, size_bytes)
+    _, disk, directory_disk, _, count, length, offset, _ = _END.unpack_from(end)
+    listing_end = end_offset
+    locator_offset = end_offset - _LOCATOR64.size
+    locator = os.pread(descriptor, _LOCATOR64.size, locator_offset) if locator_offset >= 0 else b""
+    if locator.startswith(b"PK\x06\x07"):
+        _, _, listing_end, _ = _LOCATOR64.unpack(locator)
+        if not 0 <= listing_end <= locator_offset - _END64.size:
+            raise BrokenFileError("truncated zip archive (its zip64 end record lies elsewhere)")
+        record = _END64.unpack(_read(descriptor, _END64.size, listing_end))
+        signature, rest_length, _, _, disk, directory_disk, _, count, length, offset = record
+        if signature != b"PK\x06\x06" or listing_end + 12 + rest_length != locator_offset:
+            raise BrokenFileError("truncated zip archive (its zip64 end record lies elsewhere)")
+    if disk or directory_disk:
+        raise BrokenFileError("one part of a zip archive that is split over several files")
+    if offset + length != listing_end:
+        raise BrokenFileError(
+            f"truncated zip archive (its directory should end at byte {offset + length}, not {listing_end})"
+        )
+    return offset, length, count
+
+
+def _find_end_record(descriptor: int, size_bytes: int) -> tuple[int, bytes]:
+    """Return offset and bytes of the end record; it has to reach exactly to the end of the file."""
+    tail_length = min(size_bytes, _END.size + _LONGEST_COMMENT)
+    tail = _read(descriptor, tail_length, size_bytes - tail_length)
+    position = len(tail) - _END.size
+    while (position := tail.rfind(END_SIGNATURE, 0, position + len(END_SIGNATURE))) >= 0:
+        *_, comment_length = _END.unpack_from(tail, position)
+        if position + _END.size + comment_length == len(tail):
+            return size_bytes - tail_length + position, tail[position:]
+        position -= 1
+    raise BrokenFileError("truncated zip archive (no directory at its end)")
+
+
+def _entries(listing: bytes, count: int) -> Iterator[Member]:
+    position = 0
+    for _ in range(count):
+        if position + _ENTRY.size > len(listing):
+            raise BrokenFileError("damaged zip archive (its directory is too short)")
+        fields = _ENTRY.unpack_from(listing, position)
+        signature, _, _, flags, method, _, _, _, stored, size, name_length, extra_length, comment_length = fields[:13]
+        if signature != b"PK\x01\x02":
+            raise BrokenFileError("damaged zip archive (its directory is garbled)")
+        begin_extra = position + _ENTRY.size + name_length
+        raw_name = listing[position + _ENTRY.size : begin_extra]
+        header_offset = fields[-1]
+        if _IN_EXTRA_FIELD in (size, stored, header_offset):
+            extra = listing[begin_extra : begin_extra + extra_length]
+            size, stored, header_offset = _widen(extra, size, stored, header_offset)
+        name = raw_name.decode("utf-8" if flags & _IS_UTF8 else "cp437", errors="replace")
+        yield Member(name, raw_name, header_offset, stored, size, method)
+        position = begin_extra + extra_length + comment_length
+    if position != len(listing):
+        raise BrokenFileError("damaged zip archive (its directory has another length than it says)")
+
+
+def _widen(extra: bytes, *narrow: int) -> Iterator[int]:
+    """Replace the fields that did not fit into 32 bits by those of the zip64 extra field, in this order."""
+    position = 0
+    wide = b""
+    while position + 4 <= len(extra):
+        tag, length = struct.unpack_from("<HH", extra, position)
+        if tag == _ZIP64_EXTRA:
+            wide = extra[position + 4 : position + 4 + length]
+        position += 4 + length
+    taken = 0
+    for value in narrow:
+        if value == _IN_EXTRA_FIELD and taken + 8 <= len(wide):
+            (value,) = struct.unpack_from("<Q", wide, taken)
+            taken += 8
+        yield value
+
+
+def _read(descriptor: int, length: int, offset: int) -> bytes:
+    chunk = os.pread(descriptor, length, offset)
+    if len(chunk) != length:
+        raise BrokenFileError(f"truncated file (no {length} bytes at byte {offset})")
+    return chunk

@@ -1,0 +1,78 @@
+"""The boundary at which torch's errors become ours."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from rankload._checkpoint.broken import BrokenFileError
+from rankload._checkpoint.open import describe
+from rankload._errors import LoadError, RankloadError, UnsafePickleError
+
+_ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+) was not an allowed global")
+_REFUSED_FORMAT = "Cannot use ``weights_only=True``"
+_TRUST = "Pass weights_only=False only if you trust where the file comes from: it can then run any code."
+
+
+@contextlib.contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Raise what goes wrong inside as LoadError or UnsafePickleError, with torch's own text as the cause."""
+    try:
+        yield
+    except RankloadError:
+        raise
+    except Exception as error:
+        error.args = tuple(_plain(argument) for argument in error.args)
+        raise _translate(error, path) from error
+
+
+def _translate(error: Exception, path: Path) -> LoadError:
+    text = str(error) or type(error).__name__
+    facts = {"path": str(path), "size_bytes": _size_bytes(path)}
+    if isinstance(error, BrokenFileError):
+        return LoadError(f"{path}: {text}", **facts)
+    if refused := _REFUSED_GLOBAL.search(text):
+        name = refused[1]
+        return UnsafePickleError(
+            f"{path}: weights_only=True refused the file, which wants to use {name}. If that is harmless, allow it "
+            f"with torch.serialization.add_safe_globals([{name}]). {_TRUST}",
+            **facts,
+            refused=name,
+        )
+    if _REFUSED_FORMAT in text:
+        return UnsafePickleError(f"{path}: weights_only=True cannot load {_describe(path)}. {_TRUST}", **facts)
+    if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in text:
+        return UnsafePickleError(f"{path}: weights_only=True refused the file: {_core(text)}. {_TRUST}", **facts)
+    if isinstance(error, MemoryError):
+        return LoadError(f"{path}: not enough memory to load {facts['size_bytes']} bytes ({text})", **facts)
+    what = f"{_describe(path)} of {facts['size_bytes']} bytes"
+    return LoadError(f"{path}: torch could not load {what}: {type(error).__name__}: {text}", **facts)
+
+
+def _plain(argument: object) -> object:
+    """Take the bold type out of torch's texts; it means nothing in a log."""
+    return _ESCAPE_SEQUENCE.sub("", argument) if isinstance(argument, str) else argument
+
+
+def _core(text: str) -> str:
+    """The unpickler's own sentence, without torch's advice before and after it."""
+    text = text.partition("Check the documentation of torch.load")[0]
+    return text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()[-1].rstrip(".") if text.strip() else ""
+
+
+def _describe(path: Path) -> str:
+    try:
+        return describe(path)
+    except (OSError, BrokenFileError):
+        return "the file"
+
+
+def _size_bytes(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

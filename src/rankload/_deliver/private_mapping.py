@@ -1,0 +1,38 @@
+"""Make torch.load map files MAP_PRIVATE, whatever the user set as its default.
+
+With ``torch.serialization.set_default_mmap_options(MAP_SHARED)`` every in-place update of a loaded tensor would be
+written into the cached file, for all ranks and all later runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from mmap import MAP_PRIVATE
+
+from torch.serialization import get_default_mmap_options, set_default_mmap_options
+
+#: torch keeps the option per process, or per thread from 2.13 on. While it is per process, no thread of ours may
+#: restore the user's value between another's look at it and its torch.load: one mapped load at a time.
+_one_load = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _one_load  # noqa: PLW0603  # a thread that held it does not exist in the forked child
+    _one_load = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+@contextlib.contextmanager
+def torch_maps_privately() -> Iterator[None]:
+    """Set torch's option for the duration of a torch.load, and give the user's value back."""
+    with _one_load:
+        if get_default_mmap_options() == MAP_PRIVATE:
+            yield
+        else:
+            with set_default_mmap_options(MAP_PRIVATE):
+                yield

@@ -1,0 +1,125 @@
+"""Read a local checkpoint into this process, as `torch.load` would, whatever its format and name.
+
+On the CPU the tensors are views of the mapped file, so that the ranks of one host share its pages; writing to one
+copies the page first (MAP_PRIVATE) and never reaches the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankload._checkpoint import torch_zip
+from rankload._checkpoint.broken import BrokenFileError
+from rankload._checkpoint.open import CHECKPOINT_FORMATS, Format, describe, sniff
+from rankload._deliver.failures import translated
+from rankload._deliver.private_mapping import torch_maps_privately
+from rankload._deliver.safetensors import read_safetensors
+
+logger = logging.getLogger(__name__)
+
+#: Tensors are mapped only where each of their elements is aligned: no element is aligned to more (complex128: 8).
+_ALIGNMENT_BYTES = 8
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    map_location: Any = None,
+    *,
+    weights_only: bool | None = True,
+    mmap: bool | None = None,
+    **torch_load_arguments: Any,
+) -> Any:
+    """Load a checkpoint; equal to ``torch.load`` of it. Not collective.
+
+    Args:
+        path: the file; judged by its content, never by its name.
+        map_location: any form that torch.load takes, already resolved for this rank.
+        weights_only: as for torch.load; True refuses whatever is not tensors and plain containers.
+        mmap: None or True maps the file where its format allows it (torch's zip, safetensors); False gives private
+            copies, for files that may be truncated or rewritten while they are in use.
+        **torch_load_arguments: passed on (``pickle_module``, ``encoding``, …).
+
+    Raises:
+        UnsafePickleError: ``weights_only`` refused the file.
+        LoadError: it could not be loaded for another reason.
+    """
+    path = Path(path)
+    read = functools.partial(
+        _read, map_location=map_location, mmap=mmap, weights_only=weights_only, arguments=torch_load_arguments
+    )
+    with translated(path):
+        file_format = sniff(path)
+        if file_format != "single_member_zip":
+            return read(path, file_format)
+        with _unpacked(path) as member_path:
+            return read(member_path, sniff(member_path))
+
+
+def _read(
+    path: Path,
+    file_format: Format,
+    *,
+    map_location: Any,
+    mmap: bool | None,
+    weights_only: bool | None,
+    arguments: dict[str, Any],
+) -> Any:
+    if file_format not in CHECKPOINT_FORMATS:
+        # torch.load would take it for a pickle, and talk of weights_only.
+        raise BrokenFileError(f"expected a checkpoint, got {describe(path)}")
+    if file_format == "single_member_zip":
+        raise BrokenFileError("a zip archive in a zip archive is no checkpoint")
+    if file_format == "safetensors":
+        return read_safetensors(path, map_location, mmap=mmap is not False)
+    is_mapped = mmap is not False and _is_mappable(path, file_format, explicitly=mmap is True)
+    with _unsuffixed(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
+        return torch.load(name, map_location, weights_only=weights_only, mmap=is_mapped, **arguments)
+
+
+def _is_mappable(path: Path, file_format: Format, *, explicitly: bool) -> bool:
+    """Say whether torch.load may map the file: an archive of uncompressed, aligned members."""
+    if file_format != "torch_zip":
+        reason = f"the format {file_format} cannot be"
+    else:
+        with path.open("rb", buffering=0) as file:
+            directory = torch_zip.read_directory(file.fileno(), os.fstat(file.fileno()).st_size)
+            offsets = torch_zip.payload_offsets(file.fileno(), directory)
+        storages = [member for member in directory.members if member.name.startswith(f"{directory.root}/data/")]
+        if all(member.is_stored and offsets[member.name] % _ALIGNMENT_BYTES == 0 for member in storages):
+            return True
+        # Mapped, compressed bytes would be taken for weights without a word.
+        reason = "its tensors are compressed or not aligned"
+    logger.log(logging.INFO if explicitly else logging.DEBUG, "%s is read, not mapped: %s", path, reason)
+    return False
+
+
+@contextlib.contextmanager
+def _unsuffixed(path: Path) -> Iterator[str]:
+    """Give a name that torch.load judges by content: from 2.13 on it hands ``*.safetensors`` to another reader."""
+    if path.suffix != ".safetensors":
+        yield str(path)
+        return
+    with path.open("rb") as file:
+        yield f"/dev/fd/{file.fileno()}"
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[Path]:
+    """Unpack torch.hub's legacy zip into an unnamed file: the archive has no say in where its member goes."""
+    with zipfile.ZipFile(path) as archive, tempfile.TemporaryFile() as unpacked:
+        (member,) = archive.infolist()
+        with archive.open(member) as packed:
+            shutil.copyfileobj(packed, unpacked, length=1 << 20)
+        unpacked.flush()
+        yield Path(f"/dev/fd/{unpacked.fileno()}")

@@ -1,0 +1,151 @@
+"""torch's format before 1.6: its length is known, and nothing in it is ever run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import checkpoints
+from rankload._checkpoint.legacy import MAGIC
+from rankload._checkpoint.open import check_structure
+from rankload._checkpoint.pickle_walk import GlobalName, NotUnderstoodError, PickleWalk
+from rankload._errors import NotACheckpointError
+
+
+def check(path: Path) -> str:
+    return check_structure(path, must_be_checkpoint=True, origin="test")
+
+
+def assert_length_is_known(path: Path) -> None:
+    """The whole file passes, one byte less does not."""
+    assert check(path) == "legacy"
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(NotACheckpointError, match="truncated"):
+        check(path)
+
+
+@pytest.mark.parametrize("content", [checkpoints.state_dict, checkpoints.training_checkpoint])
+def test_the_length_of_real_checkpoints_is_known(tmp_path, content):
+    path = tmp_path / "model.pth"
+    torch.save(content(), path, _use_new_zipfile_serialization=False)
+    assert_length_is_known(path)
+
+
+def test_the_length_of_a_pickled_module_is_known(tmp_path):
+    path = tmp_path / "model.pth"
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    torch.save(module, path, _use_new_zipfile_serialization=False)  # its classes' sources are in the file
+    assert_length_is_known(path)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.uint8, torch.int16, torch.float16, torch.bfloat16, torch.int64, torch.float64, torch.complex128],
+)
+def test_the_length_is_known_for_every_element_size(tmp_path, dtype):
+    path = tmp_path / "model.pth"
+    torch.save(
+        [torch.zeros(5, 3, dtype=dtype), torch.zeros(2, dtype=dtype)], path, _use_new_zipfile_serialization=False
+    )
+    assert_length_is_known(path)
+
+
+def test_a_second_object_behind_the_first_is_allowed(tmp_path):
+    path = tmp_path / "model.pth"
+    with path.open("wb") as file:
+        torch.save(torch.ones(3), file, _use_new_zipfile_serialization=False)
+        torch.save(torch.zeros(3), file, _use_new_zipfile_serialization=False)
+    assert check(path) == "legacy"
+
+
+def test_a_storage_that_is_not_understood_is_left_to_torch(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save(torch.ones(3), path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"FloatStorage", b"AlienStorage"))
+    assert check(path) == "legacy"
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_the_file_is_run(tmp_path):
+    path, sprung = tmp_path / "model.pth", tmp_path / "sprung"
+    torch.save({"trap": Trap(sprung), "a": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    assert_length_is_known(path)
+    assert not sprung.exists()
+
+
+HEAD = MAGIC + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
+DEEP_KEY = b"\x80\x02}" + b")" + b"\x85" * 200_000 + b"Ns."  # hashing it would overflow the stack
+DOUBLED_KEY = b"\x80\x02})" + b"2\x86" * 64 + b"Ns."  # hashing it would take 2**64 steps
+
+
+@pytest.mark.parametrize(
+    "crafted",
+    [b"\x80\x02Nr\xff\xff\xff\xff.", DEEP_KEY, DOUBLED_KEY, b"\x80\x02N" + b"2" * 3_000_000 + b"."],
+    ids=["huge-memo", "deep-key", "doubled-key", "endless"],
+)
+def test_a_crafted_pickle_costs_no_memory_and_no_time(tmp_path, crafted):
+    path = tmp_path / "model.pth"
+    path.write_bytes(HEAD + crafted + pickle.dumps([], 2))
+    begin = time.thread_time()
+    assert check(path) == "legacy"
+    assert time.thread_time() - begin < 10
+
+
+@pytest.mark.parametrize("opcode", [b"B", b"X", b"T", b"\x8b", b"\x8d", b"\x8e", b"\x96"])
+def test_a_length_beyond_the_file_allocates_nothing(tmp_path, opcode):
+    path = tmp_path / "model.pth"
+    path.write_bytes(HEAD + b"\x80\x05" + opcode + b"\xff\xff\xff\x7f\0\0\0\0")
+    with pytest.raises(NotACheckpointError, match="truncated"):
+        check(path)
+
+
+class Storage:
+    """Stands for a storage in the pickles of the next test."""
+
+
+class StoragePickler(pickle.Pickler):
+    def persistent_id(self, obj):
+        return ("storage", torch.FloatStorage, "140", "cpu", 70_000, None) if isinstance(obj, Storage) else None
+
+
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+def test_persistent_ids_are_read_from_every_protocol(tmp_path, protocol):
+    everything = {
+        "numbers": [0, -1, 300, 70_000, 2**40, -(2**90), 1.5, True, None],
+        "texts": ["a", "ü" * 300, "x" * 70_000, b"", b"b" * 300, bytearray(b"c")],
+        "containers": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {1, 2}, frozenset({3}), {}],
+        "objects": [complex(1, 2), Path("a"), range(3), slice],
+        "storage": Storage(),
+    }
+    recursive = [everything]
+    recursive.append(recursive)
+    with (tmp_path / "file").open("wb") as file:
+        StoragePickler(file, protocol).dump(recursive)
+        StoragePickler(file, protocol).dump(["140", (1, 300)])
+    content = (tmp_path / "file").read_bytes()
+    walk = PickleWalk(content)
+    walk.next_pickle()
+    (persistent_id,) = walk.persistent_ids
+    assert persistent_id == ("storage", GlobalName("torch", "FloatStorage"), "140", "cpu", 70_000, None)
+    assert walk.next_pickle() == ["140", (1, 300)]
+    assert walk.position == len(content)
+
+
+@pytest.mark.parametrize("malformed", [b"\x80\x02\x85.", b"\x80\x02h\x05.", b"\x80\x02t.", b"\xff.", b"gx\n.", b"."])
+def test_a_malformed_pickle_is_not_understood(malformed):
+    with pytest.raises(NotUnderstoodError):
+        PickleWalk(malformed).next_pickle()
