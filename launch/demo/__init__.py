@@ -1,0 +1,1 @@
+"""The demo: one checkpoint into four ranks, the way people do it today and with rankload."""
