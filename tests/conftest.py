@@ -1,0 +1,78 @@
+"""Isolates every test from the machine and from the others, and lets no skip pass unseen on CI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from harness import environments, spawner
+from harness.origin import Origin
+
+IS_CI = os.environ.get("CI", "").lower() in {"1", "true"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # At once, not in a fixture: module- and session-scoped fixtures come before any function's.
+    for name in list(os.environ):
+        if environments.is_stray(name):
+            del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
+def _own_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads or writes the user's caches, or another test's."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
+    monkeypatch.setenv("TORCH_HOME", str(home / ".cache" / "torch"))
+
+
+@pytest.fixture(autouse=True)
+def _no_process_left() -> Iterator[None]:
+    """Fails the test that leaves a process running; the process does not outlive it either way."""
+    before = spawner.running()  # of fixtures with a wider scope
+    yield
+    left = spawner.running() - before
+    for process in left:
+        process.kill()
+    assert not left, f"still running after the test: {left}"
+
+
+@pytest.fixture
+def origin() -> Iterator[Origin]:
+    """An HTTP server of the test's own; see ``harness.origin``."""
+    with Origin() as server:
+        yield server
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if not (item.get_closest_marker("gpu") and not _has_accelerator()):
+        _fail_if_skipped_on_ci(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _fail_if_skipped_on_ci(report)  # a whole module: importorskip and the like
+    return report
+
+
+def _fail_if_skipped_on_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """CI can install what a test needs, so that a skip there hides a missing install step."""
+    if IS_CI and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = f"skipped on CI, where all that tests need can be had ({reason})"
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()

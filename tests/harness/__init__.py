@@ -1,0 +1,11 @@
+"""What the tests stand on: real ranks, real HTTP servers, real checkpoint files.
+
+- ``ranks``: run a function in N real processes that look like a torchrun (or other) job.
+- ``rank``: what such a function may call to talk with its test.
+- ``scripts``: plain subprocesses, and the real ``torchrun``.
+- ``origin``: an HTTP server that counts, lies, stalls and breaks on request.
+- ``nginx``: the real one, for speed.
+- ``checkpoints``: small (and one big) real checkpoint files.
+
+Every process is a child of one process, the zygote (``spawner``, ``zygote``), and dies with it.
+"""
