@@ -1,0 +1,74 @@
+"""The templates, as users start them: they train to the end, and the origin counts what it served."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cluster.lab import Lab, ended
+from cluster.origin import Origin
+from cluster.slurm import Slurm
+from cluster.templates import ALL_RANKS, TRAIN, assert_trained, ranks_in, settings, user_environment
+
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
+
+NODE_ADDRESSES = [f"10.77.2.{number}" for number in range(11, 15)]
+
+
+@pytest.mark.parametrize("cache", ["shared", "node-local"])
+@pytest.mark.parametrize("template", ["train_torchrun", "train_srun"])
+def test_template_trains_after_one_download_per_cache(
+    template: str, cache: str, lab: Lab, slurm: Slurm, origin: Origin, project: Path, weights: Path
+) -> None:
+    url = origin.publish(weights, f"{template}-{cache}")
+    model_dir = project / "cache" if cache == "shared" else lab.scratch / template
+
+    job = slurm.sbatch(project, f"slurm/{template}.sbatch", *TRAIN, **settings(url, model_dir))
+
+    assert ranks_in(job.succeeded(150)) == ALL_RANKS
+    assert_trained(project / "trained.pth", weights)
+    clients = origin.clients(url)
+    assert len(clients) == 1 if cache == "shared" else clients == NODE_ADDRESSES
+    assert origin.body_bytes(url) == len(clients) * weights.stat().st_size
+
+
+def test_single_node_script_trains_on_one_machine(lab: Lab, origin: Origin, project: Path, weights: Path) -> None:
+    url = origin.publish(weights, "single-node")
+    variables = {"RANKS_PER_NODE": "2", **settings(url, project / "cache")}
+
+    with ended(by_hand(lab, "node1", project, "launch/single_node.sh", variables)) as script:
+        output, _ = script.communicate(timeout=150)
+
+    assert script.returncode == 0, output
+    assert ranks_in(output) == {0: "node1", 1: "node1"}
+    assert_trained(project / "trained.pth", weights)
+    assert origin.clients(url) == NODE_ADDRESSES[:1]
+
+
+def test_multi_node_script_trains_on_machines_without_a_scheduler(
+    lab: Lab, origin: Origin, project: Path, weights: Path
+) -> None:
+    url = origin.publish(weights, "multi-node")
+    variables = {"FIRST_NODE": "node1", "NODES": "4", "RANKS_PER_NODE": "1", **settings(url, project / "cache")}
+
+    with contextlib.ExitStack() as stack:
+        scripts = [
+            stack.enter_context(ended(by_hand(lab, node, project, "launch/multi_node.sh", variables)))
+            for node in lab.nodes
+        ]
+        outputs = [script.communicate(timeout=150)[0] for script in scripts]
+
+    assert [script.returncode for script in scripts] == [0, 0, 0, 0], "".join(outputs)
+    assert ranks_in("".join(outputs)) == {0: "node1", 1: "node2", 2: "node3", 3: "node4"}
+    assert_trained(project / "trained.pth", weights)
+    assert len(origin.clients(url)) == 1
+
+
+def by_hand(lab: Lab, node: str, directory: Path, script: str, variables: dict[str, str]) -> subprocess.Popen[str]:
+    """Type the script's line in a shell on `node`."""
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    shell = ("sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", directory, script, *TRAIN)
+    return lab.start(node, *shell, env={**user_environment(), **variables}, **output)
