@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlparse, urlsplit, urlunsplit
 
 from rankload._errors import ArgumentError
 
@@ -73,13 +74,13 @@ def checkpoints_directory(hub_dir: str | os.PathLike[str] | None = None) -> Path
 
 
 def file_name_of(url: str) -> str:
-    """Return torch.hub's file name for a URL: the last part of its path, without the query.
+    """Return torch.hub's file name for a URL: the last part of its path, without the query, percent-encoded as it is.
 
     Raises:
         ArgumentError: the URL ends in a slash or has no path.
     """
-    name = PurePosixPath(urlsplit(url).path).name
-    if not name or name in (".", "..") or urlsplit(url).path.endswith("/"):
+    name = posixpath.basename(urlparse(url).path)  # not urlsplit: torch drops ``;parameters`` as well
+    if name in ("", ".", ".."):
         raise ArgumentError(f"{redact(url)} names no file: pass file_name=", url=redact(url))
     return name
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
+from rankload._errors import RankloadError
 from rankload._settings import Settings
 
 _logger = logging.getLogger("rankload")
@@ -66,6 +67,8 @@ def _acquire(
             poll_interval=random.uniform(0.1, 0.4),  # noqa: S311 - a thousand array tasks must not poll in step
             cancel_check=lambda: on_wait() or patience.is_over() or _is_foreign(path),
         )
+    except RankloadError:  # what another rank failed with; it may be an OSError, too
+        raise
     except Timeout:  # cancelled: not needed any more, or not worth waiting for
         if not on_wait():
             _warn(path, "its holder makes no progress, or is another user")
@@ -81,11 +84,16 @@ class _Patience:
 
     def __init__(self, progress_mark: Callable[[], object], limit_seconds: float) -> None:
         self._progress_mark, self._limit_seconds = progress_mark, limit_seconds
-        self._mark, self._moved_at = progress_mark(), time.monotonic()
+        self._mark = progress_mark()
+        self._moved_at = self._looked_at = time.monotonic()
 
     def is_over(self) -> bool:
-        mark, now = self._progress_mark(), time.monotonic()
-        if mark != self._mark:
+        now = time.monotonic()
+        # The mark costs a listing of the directory: a thousand waiters must not take one at every poll.
+        if now - self._looked_at < self._limit_seconds / 20:
+            return False
+        self._looked_at = now
+        if (mark := self._progress_mark()) != self._mark:
             self._mark, self._moved_at = mark, now
         return now - self._moved_at > self._limit_seconds
 

@@ -53,7 +53,7 @@ def read_record(path: Path) -> Record | None:
     try:
         with path.open(encoding="utf-8") as file:
             found = json.load(file)
-        return Record(**{field.name: found[field.name] for field in fields(Record)})
+        return _checked(Record(**{field.name: found[field.name] for field in fields(Record)}))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -69,6 +69,19 @@ def write_record(path: Path, record: Record) -> None:
         temporary.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         _logger.debug("no record written at %s: %s", path, error)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()  # there only if something went wrong, be it a signal
+
+
+def _checked(record: Record) -> Record:
+    """Return the record, unless somebody wrote something else into one of its fields."""
+    for name in ("size_bytes", "mtime_ns", "inode"):
+        if type(getattr(record, name)) is not int:
+            raise TypeError(f"{name} is no number")
+    for name in ("url", "url_key", "etag", "sha256", "vouched_by", "source"):
+        is_optional = name in ("etag", "sha256", "vouched_by")
+        if not isinstance(value := getattr(record, name), str) and not (is_optional and value is None):
+            raise TypeError(f"{name} is no text")
+    return record

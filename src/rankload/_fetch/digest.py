@@ -19,6 +19,7 @@ class DigestThread:
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
+        self._error: BaseException | None = None
         self._pieces: queue.Queue[bytes | None] = queue.Queue(_MAX_QUEUED_PIECES)
         self._thread = threading.Thread(target=self._run, name="rankload-digest", daemon=True)
         self._thread.start()
@@ -28,14 +29,21 @@ class DigestThread:
         self._pieces.put(piece)
 
     def finish(self) -> str:
-        """Wait for the queued pieces; return the hex digest."""
+        """Wait for the queued pieces; return the hex digest. Ends the thread, so it must be called in any case."""
         self._pieces.put(None)
         self._thread.join()
+        if self._error is not None:
+            raise self._error
         return self._digest.hexdigest()
 
     def _run(self) -> None:
         while (piece := self._pieces.get()) is not None:
-            self._digest.update(piece)
+            if self._error is not None:
+                continue  # take the rest all the same, or update() would wait for ever on a full queue
+            try:
+                self._digest.update(piece)
+            except BaseException as error:
+                self._error = error
 
 
 def sha256_of_file(path: Path, on_bytes: Callable[[int], None]) -> str:

@@ -7,19 +7,20 @@ import logging
 import os
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm import tqdm
 
+from rankload._cache.failures import no_space_error, reading
 from rankload._cache.layout import Entry, redact, url_key
 from rankload._cache.record import Record, write_record
 from rankload._checkpoint.open import check_structure
 from rankload._errors import FetchError, TruncatedError, VerificationError
 from rankload._fetch.digest import DigestThread
 from rankload._fetch.http import Body, get
-from rankload._fetch.partial import Partial, cache_error
+from rankload._fetch.partial import Partial
 from rankload._fetch.verify import check_digest, vouching_digest
 from rankload._fetch.writeback import Writeback
 from rankload._settings import Settings
@@ -44,41 +45,46 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
     """
     for attempt, url in enumerate(request.urls, start=1):
         try:
-            published = download_and_publish(url, request, entry, report, settings, attempt)
+            with verified_partial(url, request, entry, report, settings, attempt) as (partial, record):
+                # Before the file: whoever sees the file must find out whose it is, or would adopt it as its own.
+                write_record(entry.record_path, record)
+                partial.publish()
         except (FetchError, VerificationError) as error:
             if attempt == len(request.urls):
                 raise
             _logger.warning("%s; trying the next mirror", error)
         else:
-            write_record(entry.record_path, published)
-            return FetchedFile(entry.path, published.size_bytes, published.sha256, "download")
+            return FetchedFile(entry.path, record.size_bytes, record.sha256, "download")
     raise AssertionError("a request has at least one URL")
 
 
-def download_and_publish(
+@contextmanager
+def verified_partial(
     url: str, request: FetchRequest, entry: Entry, report: Report, settings: Settings, attempt: int = 1
-) -> Record:
-    """Download from one URL, verify and publish; return the record to be written."""
+) -> Iterator[tuple[Partial, Record]]:
+    """Download from one URL and verify; yield the finished partial file, to be published, and its record."""
     report(Progress("connecting", attempt=attempt))
-    with get(url, request.headers, settings) as body, Partial(entry) as partial:
+    with get(url, request.headers, settings) as body, Partial(entry, body.size_bytes) as partial:
         _logger.info('Downloading: "%s" to %s', body.url, entry.path)
         _check_space(body, entry)
         size_bytes, sha256 = _receive(body, partial, request, attempt, report)
         report(Progress("publishing", size_bytes, body.size_bytes, attempt))
         _verify(body, partial, size_bytes, sha256, request)
-        partial.sync()
-        status = partial.publish()
-    return Record(
-        url=redact(url),
-        url_key=url_key(url),
-        size_bytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        inode=status.st_ino,
-        etag=body.etag,
-        sha256=sha256,
-        vouched_by=vouching_digest(request),
-        source="download",
-    )
+        status = partial.finish()
+        yield (
+            partial,
+            Record(
+                url=redact(url),
+                url_key=url_key(url),
+                size_bytes=status.st_size,
+                mtime_ns=status.st_mtime_ns,
+                inode=status.st_ino,
+                etag=body.etag,
+                sha256=sha256,
+                vouched_by=vouching_digest(request),
+                source="download",
+            ),
+        )
 
 
 def _receive(body: Body, partial: Partial, request: FetchRequest, attempt: int, report: Report) -> tuple[int, str]:
@@ -89,7 +95,7 @@ def _receive(body: Body, partial: Partial, request: FetchRequest, attempt: int, 
         with _progress_bar(body, request) as bar:
             while piece := body.read(_READ_BYTES):
                 digest.update(piece)
-                _write(partial, piece, body.size_bytes)
+                partial.write(piece)
                 done += len(piece)
                 writeback.advance(done)
                 bar.update(len(piece))
@@ -99,15 +105,6 @@ def _receive(body: Body, partial: Partial, request: FetchRequest, attempt: int, 
     finally:
         sha256 = digest.finish()
     return done, sha256
-
-
-def _write(partial: Partial, piece: bytes, needed_bytes: int | None) -> None:
-    view = memoryview(piece)
-    try:
-        while view:  # write(2) may take less than it is given, on a nearly full disk for one
-            view = view[os.write(partial.descriptor, view) :]
-    except OSError as error:
-        raise cache_error(partial.path, error, needed_bytes) from error
 
 
 def _verify(body: Body, partial: Partial, size_bytes: int, sha256: str, request: FetchRequest) -> None:
@@ -120,19 +117,28 @@ def _verify(body: Body, partial: Partial, size_bytes: int, sha256: str, request:
             got=size_bytes,
         )
     if request.must_be_checkpoint or body.content_type != "text/html":
-        check_structure(partial.path, must_be_checkpoint=request.must_be_checkpoint, origin=body.url)
+        with reading(partial.path):
+            check_structure(partial.path, must_be_checkpoint=request.must_be_checkpoint, origin=body.url)
     check_digest(sha256, request, body.url)
 
 
 def _check_space(body: Body, entry: Entry) -> None:
+    """Fail before the first byte rather than after the last that fits."""
     with suppress(FileNotFoundError):
-        free = shutil.disk_usage(entry.path.parent).free
-        if body.size_bytes is not None and free < body.size_bytes:
-            raise cache_error(entry.path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), body.size_bytes)
+        disk = shutil.disk_usage(entry.path.parent)
+        # some FUSE filesystems do not tell: 0 of 0 bytes are free
+        if body.size_bytes is not None and disk.free < body.size_bytes and disk.total:
+            raise no_space_error(entry.path, body.size_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
-def _progress_bar(body: Body, request: FetchRequest) -> tqdm[NoReturn]:
-    return tqdm(
+class _ProgressBar(tqdm):  # type: ignore[type-arg]  # generic for type checkers only
+    """tqdm's bar, without its monitor thread: that would outlive the download, and make every later fork warn."""
+
+    monitor_interval = 0
+
+
+def _progress_bar(body: Body, request: FetchRequest) -> _ProgressBar:
+    return _ProgressBar(
         total=body.size_bytes,
         disable=None if request.progress else True,  # None: quiet when stderr is no terminal
         unit="B",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import requests
 import urllib3
@@ -32,7 +33,7 @@ class Body:
     size_bytes: int | None
     etag: str | None
     content_type: str
-    _raw: Any
+    _read1: Callable[[int], bytes]
 
     def read(self, limit_bytes: int) -> bytes:
         """Return the next bytes, as many as are there, at most the limit; nothing at the end of the body.
@@ -43,7 +44,7 @@ class Body:
             NetworkError: the connection broke.
         """
         with translating(self.url):
-            return bytes(self._raw.read1(limit_bytes, decode_content=False))
+            return self._read1(limit_bytes)
 
 
 @contextlib.contextmanager
@@ -62,11 +63,17 @@ def get(url: str, headers: tuple[tuple[str, str], ...], settings: Settings) -> I
     with contextlib.ExitStack() as stack:
         with translating(shown):
             session = stack.enter_context(requests.Session())
+            if "authorization" in map(str.lower, sent):
+                session.auth = _as_given  # or requests would prefer ~/.netrc to the caller's own header
             deadlines = (settings.connect_seconds, settings.progress_seconds)
             response = stack.enter_context(session.get(url, headers=sent, stream=True, timeout=deadlines))
         if response.status_code >= 400:
             raise _status_error(response, shown)
         yield _body_of(response, shown)
+
+
+def _as_given(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
 
 
 def _body_of(response: requests.Response, shown: str) -> Body:
@@ -84,7 +91,7 @@ def _body_of(response: requests.Response, shown: str) -> Body:
         size_bytes=int(length) if length.isdigit() else None,
         etag=response.headers.get("ETag"),
         content_type=response.headers.get("Content-Type", "").partition(";")[0].strip().lower(),
-        _raw=response.raw,
+        _read1=functools.partial(response.raw.read1, decode_content=False),
     )
 
 
@@ -97,33 +104,41 @@ def _status_error(response: requests.Response, shown: str) -> HTTPStatusError:
         410: ": the file is gone for good",
         429: ": too many requests from this address; try again later, or prefetch into a shared directory",
     }.get(code, ": the origin's own trouble; try again later, or pass a mirror" if code >= 500 else "")
-    return HTTPStatusError(f"HTTP Error {code}: {response.reason}: {shown}{advice}", url=shown, code=code)
+    where = f"{shown} (redirected to {redact(response.url)})" if response.history else shown
+    return HTTPStatusError(f"HTTP Error {code}: {response.reason}: {where}{advice}", url=shown, code=code)
 
 
 @contextlib.contextmanager
 def translating(shown: str) -> Iterator[None]:
-    """Translate the exceptions of requests, urllib3 and sockets; their texts may hold the full URL, ours do not."""
+    """Translate the exceptions of requests, urllib3 and sockets.
+
+    Theirs hold the full URL, with its signatures and tokens, and so do the tracebacks of what they are chained to: none
+    of them goes along.
+    """
     try:
         yield
-    except (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError) as error:
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        raise _translated(error, shown) from None
+
+
+def _translated(error: Exception, shown: str) -> FetchError:
+    if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
         what = "no connection" if "Connect" in type(error).__name__ else "not a byte came"
-        raise FetchTimeoutError(f"{shown}: {what} within the deadline; raise timeout= or pass a mirror",
-                                url=shown) from error  # fmt: skip
-    except requests.exceptions.InvalidSchema as error:
-        raise FetchError(f"{shown}: cannot fetch this kind of URL; http, https, file and plain paths work",
-                         url=shown) from error  # fmt: skip
-    except requests.TooManyRedirects as error:
-        raise FetchError(f"{shown}: too many redirects", url=shown) from error
-    except urllib3.exceptions.ProtocolError as error:
-        if "IncompleteRead" in str(error):
-            raise TruncatedError(f"{shown}: the body ended in the middle of a chunk", url=shown) from error
-        raise NetworkError(f"{shown}: {_cause_of(error)}", url=shown) from error
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-        raise NetworkError(f"{shown}: {_cause_of(error)}", url=shown) from error
+        text = f"{shown}: {what} within the deadline; raise timeout= or pass a mirror"
+        return FetchTimeoutError(text, url=shown)
+    if isinstance(error, requests.exceptions.InvalidSchema):
+        return FetchError(f"{shown}: it redirects to a URL that is not http or https", url=shown)
+    if isinstance(error, ValueError):  # requests' own subclasses, and what urllib.parse raises out of a redirect
+        return FetchError(f"{shown}: not a URL that can be fetched, or it redirects to one", url=shown)
+    if isinstance(error, requests.TooManyRedirects):
+        return FetchError(f"{shown}: too many redirects", url=shown)
+    if isinstance(error, urllib3.exceptions.ProtocolError) and "IncompleteRead" in str(error):
+        return TruncatedError(f"{shown}: the body ended in the middle of a chunk", url=shown)
+    return NetworkError(f"{shown}: {_cause_of(error)}", url=shown)
 
 
 def _cause_of(error: BaseException) -> str:
-    """Return the innermost cause: the outer layers repeat the URL, with its secrets."""
+    """Return the innermost cause in words."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, socket.gaierror):
@@ -133,7 +148,8 @@ def _cause_of(error: BaseException) -> str:
         if isinstance(seen, ConnectionResetError):
             return "connection reset by the origin"
         error, seen = seen, _inner(seen)
-    return f"{type(error).__name__}: {error}"
+    without_queries = re.sub(r"\?\S+", "?…", str(error))
+    return f"{type(error).__name__}: {without_queries}"
 
 
 def _inner(error: BaseException) -> BaseException | None:

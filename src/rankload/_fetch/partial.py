@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
 import re
 import secrets
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
+from rankload._cache.failures import writing
 from rankload._cache.layout import Entry
-from rankload._errors import CacheError
 
 _logger = logging.getLogger("rankload")
 
@@ -28,30 +27,47 @@ class Partial:
     """An open, exclusively created partial file in the directory of the final one.
 
     Use as a context manager: leaving it without publish() removes the file.
+
+    Args:
+        entry: whose file it is to become.
+        needed_bytes: how long it is to be, for the message when the disk is full.
     """
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: Entry, needed_bytes: int | None = None) -> None:
         pid = os.getpid()
-        owner = f"{_machine()}-{pid}-{_started_at(pid)}-{secrets.token_hex(4)}"
+        owner = f"{_machine()}-{pid}-{_started_at(pid) or 1}-{secrets.token_hex(4)}"
         self.path = entry.path.parent / f"{entry.partial_stem}.{owner}.partial"
-        self._final_path = entry.path
-        with naming(self.path):
+        self._final_path, self._needed_bytes = entry.path, needed_bytes
+        self._is_published = False
+        with self.writing():
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self.descriptor = os.open(self.path, flags, 0o666)  # the umask decides, as for any file
 
-    def sync(self) -> None:
-        """Force the bytes to disk. NFS reports a full disk or quota only here."""
-        with naming(self.path):
-            os.fsync(self.descriptor)
+    def writing(self) -> AbstractContextManager[None]:
+        """Translate the failures of a write to this file."""
+        return writing(self.path, self._needed_bytes)
 
-    def publish(self) -> os.stat_result:
-        """Close the file and give it its final name; return its status."""
-        with naming(self._final_path):
+    def write(self, piece: bytes) -> None:
+        """Append a piece."""
+        view = memoryview(piece)
+        with self.writing():
+            while view:  # write(2) may take less than it is given, on a nearly full disk for one
+                view = view[os.write(self.descriptor, view) :]
+
+    def finish(self) -> os.stat_result:
+        """Force the bytes to disk and close the file; return its status. NFS reports a full disk or quota only here."""
+        with self.writing():
+            os.fsync(self.descriptor)
             descriptor, self.descriptor = self.descriptor, -1
             os.close(descriptor)
+            return self.path.stat()  # by name, after the close: only then an NFS server has set the final mtime
+
+    def publish(self) -> None:
+        """Give the finished file its final name."""
+        with writing(self._final_path):
             self.path.replace(self._final_path)
-            _sync_directory(self._final_path.parent)
-            return self._final_path.stat()
+        self._is_published = True
+        _sync_directory(self._final_path.parent)
 
     def __enter__(self) -> Partial:
         return self
@@ -60,6 +76,7 @@ class Partial:
         if self.descriptor >= 0:
             with suppress(OSError):
                 os.close(self.descriptor)
+        if not self._is_published:
             with suppress(OSError):
                 self.path.unlink()
 
@@ -98,7 +115,7 @@ def _owner_is_dead(path: Path) -> bool:
         return False
     machine, pid, started_at = match[1], int(match[2]), match[3]
     if machine == _machine():
-        return _started_at(pid) != started_at
+        return _started_at(pid) not in (started_at, None)
     return time.time() - path.stat().st_mtime > _FOREIGN_MAX_AGE_SECONDS
 
 
@@ -112,14 +129,16 @@ def _machine() -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
-def _started_at(pid: int) -> str:
-    """Return when a process started, in clock ticks since boot (proc(5), field 22); ``0`` where there is none."""
+def _started_at(pid: int) -> str | None:
+    """Return when a process started, in clock ticks since boot (proc(5), field 22).
+
+    ``0`` where there is no such process; None where there is one that cannot be looked at: another user's under
+    ``hidepid``, or any on a system without ``/proc``.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return "0" if Path("/proc/self/stat").exists() or not _lives(pid) else "1"
     except OSError:
-        return "1"
+        return None if _lives(pid) else "0"
     fields = text.rpartition(")")[2].split()
     return "0" if fields[0] in ("Z", "X") else fields[19]  # a zombie writes no more
 
@@ -142,36 +161,3 @@ def _sync_directory(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-class naming:
-    """Translates an OSError on a cache path into a CacheError that says what to do."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, CacheError):
-            raise cache_error(self._path, error) from error
-
-
-def cache_error(path: Path, error: OSError, needed_bytes: int | None = None) -> CacheError:
-    """Return a CacheError for a failed write, naming the space that is needed and there is."""
-    advice = "pass model_dir= or set TORCH_HOME to another directory"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        need = f"{needed_bytes / 1e9:.2f} GB needed, " if needed_bytes is not None else ""
-        advice = f"{need}{_free_bytes(path.parent) / 1e9:.2f} GB free in {path.parent}; make room, or {advice}"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        advice = f"this user cannot write {path.parent}: {advice}"
-    return CacheError(f"cannot write {path}: {error.strerror or error}; {advice}", path=str(path), errno=error.errno)
-
-
-def _free_bytes(directory: Path) -> int:
-    try:
-        status = os.statvfs(directory)
-    except OSError:
-        return 0
-    return status.f_bavail * status.f_frsize

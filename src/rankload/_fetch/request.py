@@ -55,7 +55,7 @@ def make_request(
         sha256=_checked_sha256(sha256),
         hash_prefix=_promised_prefix(local_path.name if local_path else name) if check_hash else None,
         must_be_checkpoint=must_be_checkpoint,
-        headers=tuple((headers or {}).items()),
+        headers=_checked_headers(headers or {}),
         verify=_checked_choice("verify", verify, get_args(Verify)),
         scope=_checked_choice("scope", scope, get_args(Scope)),
         progress=progress,
@@ -91,12 +91,38 @@ def _checked_urls(url: Url) -> tuple[str, ...]:
     if not urls or not all(urls):
         raise ArgumentError(f"url={url!r}: expected a URL or a sequence of mirrors")
     for one in urls:
-        scheme = urlsplit(one).scheme if "://" in one else "file"
+        scheme = _scheme_of(one)
         if scheme not in ("http", "https", "file"):
             raise ArgumentError(f"{redact(one)}: scheme {scheme!r} is not supported; use http, https, file or a path")
     if len(urls) > 1 and any(local_path_of(one) for one in urls):
         raise ArgumentError("mirrors must be http or https URLs: a local file is used in place, it needs no mirror")
     return urls
+
+
+def _scheme_of(url: str) -> str:
+    if "://" not in url:
+        return "file"
+    try:
+        parts = urlsplit(url)
+        is_complete = parts.scheme == "file" or (bool(parts.hostname) and parts.port != 0)
+    except ValueError:  # brackets that do not match, a port that is no number
+        is_complete = False
+    if not is_complete:
+        raise ArgumentError(f"url={url.partition('?')[0]!r}: not a URL, or one without a host")
+    return parts.scheme
+
+
+def _checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    for name, value in headers.items():
+        # The HTTP library's own complaint would show the value, which is a secret.
+        if not all(isinstance(text, str) and text.isascii() and text.isprintable() for text in (name, value)):
+            raise ArgumentError(
+                f"headers[{name!r}]: expected printable ASCII text; a token that was read from a file ends in a line "
+                "break: strip() it"
+            )
+        if not name.strip() or value != value.strip():
+            raise ArgumentError(f"headers[{name!r}]: expected a name, and a value without blanks around it")
+    return tuple(headers.items())
 
 
 def _checked_sha256(sha256: str | None) -> str | None:

@@ -1,0 +1,77 @@
+"""The boundary at which an OSError on a cache path becomes a CacheError that says what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rankload._errors import CacheError, RankloadError
+
+
+@contextmanager
+def writing(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Translate what goes wrong when a file is written; ``needed_bytes`` is the space that it takes in all."""
+    try:
+        yield
+    except RankloadError:  # another rank's failure may be an OSError, too: it keeps its own words
+        raise
+    except OSError as error:
+        raise no_space_error(path, needed_bytes, error) if _is_full(error) else _write_error(path, error) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Translate what goes wrong when a file is read."""
+    try:
+        yield
+    except RankloadError:
+        raise
+    except OSError as error:
+        raise CacheError(f"cannot read {path}: {_words(error)}", path=str(path), errno=error.errno) from error
+
+
+def no_space_error(path: Path, needed_bytes: int | None, error: OSError) -> CacheError:
+    """Return the error for a full disk or an exhausted quota, with the space that is needed and there is."""
+    free_bytes = _free_bytes(path.parent)
+    need = f"{_size(needed_bytes)} needed, " if needed_bytes is not None else ""
+    return CacheError(
+        f"cannot write {path}: {_words(error)}; {need}{_size(free_bytes)} free in {path.parent}; make room, or pass "
+        "model_dir= or set TORCH_HOME to another directory",
+        path=str(path),
+        errno=error.errno,
+        needed_bytes=needed_bytes,
+        free_bytes=free_bytes,
+    )
+
+
+def _write_error(path: Path, error: OSError) -> CacheError:
+    may_not = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    who = f"this user cannot write {path.parent}: " if may_not else ""
+    return CacheError(
+        f"cannot write {path}: {_words(error)}; {who}pass model_dir= or set TORCH_HOME to another directory",
+        path=str(path),
+        errno=error.errno,
+    )
+
+
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _words(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _free_bytes(directory: Path) -> int:
+    try:
+        status = os.statvfs(directory)
+    except OSError:
+        return 0
+    return status.f_bavail * status.f_frsize

@@ -1,0 +1,142 @@
+"""An origin that fails: the same clear error on every rank, and nothing left in the cache."""
+
+from __future__ import annotations
+
+import urllib.error
+
+import pytest
+from fetch_calls import errors_of, expect, fetch, files_in, load
+
+import rankload
+from harness.checkpoints import digest_of
+from harness.ports import reserved_port
+from harness.ranks import run_ranks
+from harness.replies import Reply
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [(404, "check the URL"), (401, "headers="), (403, "token"), (429, "too many requests"), (500, "try again later")],
+)
+def test_error_status(origin, cache, status, advice):
+    url = origin.add("model.pth", b"", Reply(status=status))
+    errors = errors_of(load, url + "?sig=SECRET", cache)
+    expect(errors, rankload.HTTPStatusError, url, f"HTTP Error {status}", advice)
+    assert {(error.code, error.rank) for error in errors} == {(status, 0)}
+    assert all(isinstance(error, urllib.error.URLError) and "SECRET" not in str(error) for error in errors)
+    assert origin.request_count() == 1
+    assert files_in(cache) == []
+
+
+def test_host_unknown(cache):
+    url = "http://no-such-host.invalid/model.pth"
+    expect(errors_of(load, url, cache), rankload.NetworkError, url, "host name not found", "online?")
+    assert files_in(cache) == []
+
+
+def test_connection_refused(cache):
+    with reserved_port() as port:
+        url = f"http://127.0.0.1:{port}/model.pth"
+        errors = errors_of(load, url + "?token=SECRET", cache)
+    expect(errors, rankload.NetworkError, url, "connection refused")
+    assert "SECRET" not in str(errors)
+    assert files_in(cache) == []
+
+
+def test_connection_closed_without_an_answer(origin, cache, checkpoint):
+    url = origin.add("model.pth", checkpoint.path, close_before_reply=True)
+    expect(errors_of(load, url, cache), rankload.NetworkError, url)
+    assert files_in(cache) == []
+
+
+def test_connection_reset_in_the_body(origin, cache, big_content):
+    url = origin.add("file.bin", big_content, reset_at=3 << 20)
+    errors = errors_of(fetch, url, cache)
+    expect(errors, rankload.FetchError, url)
+    assert isinstance(errors[0], rankload.NetworkError | rankload.TruncatedError)
+    assert files_in(cache) == []
+
+
+def test_body_shorter_than_content_length(origin, cache, checkpoint):
+    url = origin.add("model.pth", checkpoint.path, truncate_at=checkpoint.size - 1)
+    texts = (url, f"has {checkpoint.size - 1} bytes", f"{checkpoint.size} were promised", "nothing was kept")
+    expect(errors_of(load, url, cache), rankload.TruncatedError, *texts)
+    assert files_in(cache) == []
+
+
+def test_chunked_body_cut_short(origin, cache, checkpoint):
+    url = origin.add("model.pth", checkpoint.path, is_chunked=True, truncate_at=checkpoint.size // 2)
+    expect(errors_of(load, url, cache), rankload.TruncatedError, url, "in the middle of a chunk")
+    assert files_in(cache) == []
+
+
+def test_chunked_body_is_whole(origin, cache, checkpoint):
+    url = origin.add("model.pth", checkpoint.path, is_chunked=True)
+    [result] = run_ranks(load, 1, env="none", args=(url, cache))
+    assert result.value == digest_of(checkpoint.content)
+
+
+def test_body_without_length_cut_short(origin, cache, checkpoint):
+    """Nothing on the wire tells: the archive's own structure does."""
+    url = origin.add("model.pth", checkpoint.path, content_length=False, truncate_at=checkpoint.size - 100)
+    expect(errors_of(load, url, cache), rankload.NotACheckpointError, url, "expected a checkpoint")
+    assert files_in(cache) == []
+
+
+def test_body_without_length_is_whole(origin, cache, checkpoint):
+    url = origin.add("model.pth", checkpoint.path, content_length=False)
+    [result] = run_ranks(load, 1, env="none", args=(url, cache))
+    assert result.value == digest_of(checkpoint.content)
+
+
+@pytest.mark.parametrize("behaviour", [{"hold_at": 5000}, {"hold_before_reply": True}])
+def test_stalled_origin(origin, cache, checkpoint, behaviour):
+    url = origin.add("model.pth", checkpoint.path, **behaviour)
+    errors = errors_of(load, url, cache, timeout=0.5)
+    expect(errors, rankload.FetchTimeoutError, url, "within the deadline", "timeout=")
+    assert isinstance(errors[0], TimeoutError)
+    assert files_in(cache) == []
+
+
+def test_trickling_origin_succeeds(origin, cache, checkpoint, monkeypatch):
+    """The deadline is on no progress: a download may take longer than it."""
+    monkeypatch.setenv("RANKLOAD_HEARTBEAT_SECONDS", "0.1")
+    url = origin.add("model.pth", checkpoint.path, bytes_per_second=checkpoint.size / 1.5)
+    results = run_ranks(load, 2, args=(url, cache), kwargs={"timeout": 0.6})
+    assert {result.value for result in results} == {digest_of(checkpoint.content)}
+    assert origin.request_count() == 1
+
+
+def test_html_page_instead_of_the_file(origin, cache):
+    url = origin.add("model.pth", b"", Reply.html_page())
+    texts = (url, "expected a checkpoint", "<!DOCTYPE html>", "Sign in")
+    expect(errors_of(load, url, cache), rankload.NotACheckpointError, *texts)
+    assert files_in(cache) == []
+
+
+def test_gzip_although_identity_was_asked_for(origin, cache, checkpoint):
+    url = origin.add("model.pth", checkpoint.path, is_gzipped=True)
+    expect(errors_of(load, url, cache), rankload.FetchError, url, "Content-Encoding gzip", "cannot be verified")
+    assert files_in(cache) == []
+
+
+def test_redirect_without_end(origin, cache):
+    url = origin.add("model.pth", b"", redirect_to="/model.pth?token=SECRET")
+    errors = errors_of(load, url, cache)
+    expect(errors, rankload.FetchError, url, "too many redirects")
+    assert "SECRET" not in str(errors)
+
+
+def test_redirect_to_another_kind_of_url(origin, cache):
+    url = origin.add("model.pth", b"", redirect_to="ftp://host.invalid/model.pth?token=SECRET")
+    errors = errors_of(load, url, cache)
+    expect(errors, rankload.FetchError, url)
+    assert "SECRET" not in str(errors)
+
+
+def test_error_after_a_redirect_names_where_it_led(origin, cache):
+    origin.add("gone.pth", b"", status=404)
+    url = origin.add("model.pth", b"", redirect_to="/gone.pth?token=SECRET")
+    errors = errors_of(load, url, cache)
+    expect(errors, rankload.HTTPStatusError, url, origin.url("gone.pth"))
+    assert "SECRET" not in str(errors)

@@ -1,0 +1,101 @@
+"""``file://`` URLs and plain paths: used in place, never copied, and verified like any other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from fetch_calls import errors_of, expect, fetch, files_in, load
+
+import rankload
+from harness.checkpoints import digest_of
+from harness.ranks import run_ranks
+
+
+@pytest.fixture
+def local(tmp_path, checkpoint) -> Path:
+    path = tmp_path / "source folder" / checkpoint.name
+    path.parent.mkdir()
+    return Path(shutil.copy(checkpoint.path, path))
+
+
+@pytest.mark.parametrize("form", [str, Path, Path.as_uri])
+def test_used_in_place(local, cache, checkpoint, form):
+    results = run_ranks(load, 2, args=(form(local), cache), kwargs={"check_hash": True})
+    assert {result.value for result in results} == {digest_of(checkpoint.content)}
+    assert files_in(local.parent) == [local.name]
+    assert files_in(cache) == [] if cache.exists() else True
+
+
+def test_every_rank_gets_the_path(local, cache):
+    results = run_ranks(fetch, 2, args=(local.as_uri(), cache))
+    assert {result.value for result in results} == {str(local)}
+
+
+def test_tilde(local, cache, monkeypatch):
+    monkeypatch.setenv("HOME", str(local.parent))
+    assert rankload.dist_fetch(f"~/{local.name}", cache) == local
+
+
+def test_relative_path(local, cache, monkeypatch):
+    monkeypatch.chdir(local.parent)
+    assert rankload.dist_fetch(local.name, cache) == local
+
+
+def test_percent_in_a_plain_path_is_a_percent(tmp_path, cache):
+    path = tmp_path / "100%25 of.bin"
+    path.write_bytes(b"content")
+    assert rankload.dist_fetch(path, cache) == path
+    assert rankload.dist_fetch(path.as_uri(), cache) == path
+
+
+def test_wrong_sha256(local, cache):
+    errors = errors_of(load, str(local), cache, sha256="0" * 64)
+    expect(errors, rankload.DigestMismatchError, str(local), "invalid hash value")
+    assert local.exists()
+
+
+def test_wrong_hash_prefix(local, cache):
+    renamed = local.rename(local.with_name("model-0badc0de.pth"))
+    expect(errors_of(load, str(renamed), cache, check_hash=True), rankload.DigestMismatchError, "0badc0de")
+
+
+def test_truncated(local, cache):
+    os.truncate(local, local.stat().st_size - 10)
+    expect(errors_of(load, str(local), cache), rankload.NotACheckpointError, str(local))
+
+
+def test_missing(tmp_path, cache):
+    path = tmp_path / "none.pth"
+    errors = errors_of(load, str(path), cache)
+    expect(errors, rankload.CacheError, f"cannot read {path}", "No such file")
+    assert isinstance(errors[0], OSError)
+
+
+def test_directory(tmp_path, cache):
+    with pytest.raises(rankload.CacheError, match="no regular file"):
+        rankload.dist_fetch(tmp_path, cache)
+
+
+def test_pipe_is_refused_instead_of_waited_for(tmp_path, cache):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(rankload.CacheError, match="no regular file"):
+        rankload.dist_fetch(tmp_path / "pipe", cache)
+
+
+def test_tilde_in_model_dir(origin, tmp_path, monkeypatch):
+    """torch.hub makes a directory named ``~`` of it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = rankload.dist_fetch(origin.add("file.bin", b"content"), "~/cache")
+    assert path == tmp_path / "cache" / "file.bin"
+
+
+def test_default_directory_is_torch_hubs(origin, monkeypatch, tmp_path):
+    import torch.hub
+
+    url = origin.add("file.bin", b"content")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch home"))
+    assert rankload.dist_fetch(url).parent == Path(torch.hub.get_dir()) / "checkpoints"
+    assert rankload.dist_fetch(url).parent == tmp_path / "torch home" / "hub" / "checkpoints"

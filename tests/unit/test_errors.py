@@ -1,0 +1,109 @@
+"""The error tree: each error is the builtin that people catch already, and crosses process boundaries."""
+
+import copy
+import json
+import pickle
+import re
+import urllib.error
+
+import pytest
+
+import rankload
+from rankload import _errors
+from rankload._errors import MAX_MESSAGE_CHARACTERS, RankloadError, cut, from_wire, to_wire
+
+ALL = [getattr(rankload, name) for name in rankload.__all__ if name.endswith("Error")]
+
+BUILTINS = {
+    "ArgumentError": ValueError,
+    "ArgumentMismatchError": ValueError,
+    "FetchError": urllib.error.URLError,
+    "HTTPStatusError": urllib.error.URLError,
+    "NetworkError": ConnectionError,
+    "FetchTimeoutError": TimeoutError,
+    "TruncatedError": OSError,
+    "OfflineError": OSError,
+    "VerificationError": RuntimeError,
+    "DigestMismatchError": RuntimeError,
+    "NotACheckpointError": RuntimeError,
+    "CacheError": OSError,
+    "LoadError": RuntimeError,
+    "UnsafePickleError": pickle.UnpicklingError,
+    "DeviceError": RuntimeError,
+    "CoordinationError": RuntimeError,
+    "ArrivalTimeoutError": TimeoutError,
+    "ProgressTimeoutError": TimeoutError,
+    "RankLostError": ConnectionError,
+    "StoreLostError": ConnectionError,
+    "CallCancelledError": RuntimeError,
+    "RankFailedError": RuntimeError,
+}
+
+
+def make(kind):
+    error = kind("it failed", url="http://host/x.pth", code=404, path="/cache/x.pth", errno=28, expected=None)
+    error.rank, error.host = 3, "node1"
+    return error
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+def test_is_what_people_catch(kind):
+    assert issubclass(kind, RankloadError)
+    assert issubclass(kind, BUILTINS.get(kind.__name__, Exception))
+    assert kind is RankloadError or kind.__name__ in BUILTINS
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "travel",
+    [
+        lambda error: pickle.loads(pickle.dumps(error)),
+        lambda error: from_wire(json.loads(json.dumps(to_wire(error)))),
+        copy.copy,
+        copy.deepcopy,
+    ],
+    ids=["pickle", "wire", "copy", "deepcopy"],
+)
+def test_crosses_processes(kind, travel):
+    error = make(kind)
+    arrived = travel(error)
+    assert type(arrived) is kind
+    assert str(arrived) == str(error) == "it failed [rank 3 on node1]"
+    assert (arrived.fields, arrived.rank, arrived.host) == (error.fields, 3, "node1")
+    assert (arrived.url, arrived.code, arrived.expected) == ("http://host/x.pth", 404, None)
+    assert arrived.args == ("it failed",)
+
+
+def test_error_number_and_reason_are_where_code_looks_for_them():
+    assert make(rankload.CacheError).errno == 28
+    assert make(rankload.FetchError).reason == "it failed"
+
+
+def test_unknown_field():
+    with pytest.raises(AttributeError, match="CacheError has no field 'colour'"):
+        make(rankload.CacheError).colour  # noqa: B018
+
+
+def test_error_of_another_version():
+    wire = {**to_wire(make(rankload.CacheError)), "type": "ErrorOfTomorrow"}
+    assert type(from_wire(wire)) is rankload.RankFailedError
+    assert "it failed" in str(from_wire(wire))
+
+
+def test_long_texts_are_cut_in_the_middle():
+    text = "what happened" + "x" * 100_000 + "the cause"
+    arrived = from_wire(json.loads(json.dumps(to_wire(rankload.RankFailedError(text, trace=text)))))
+    for cut_text in (arrived.message, arrived.trace):
+        assert cut_text.startswith("what happened") and cut_text.endswith("the cause")
+        assert len(cut_text) < MAX_MESSAGE_CHARACTERS + 100
+    assert cut("short") == "short"
+
+
+def test_tree_is_drawn_completely():
+    """The drawing at the top of the module is documentation: every error stands there with its bases."""
+    drawn = dict(re.findall(r"[├└]── (\w+)(?: \(([^)]*)\))?", _errors.__doc__))
+    assert drawn.keys() == {kind.__name__ for kind in ALL if kind is not RankloadError}
+    for name, bases in drawn.items():
+        mro = [base.__name__ for base in getattr(_errors, name).__mro__]
+        for base in re.findall(r"\w+Error", bases):
+            assert base in mro, f"{name} is no {base}"

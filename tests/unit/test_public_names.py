@@ -1,0 +1,79 @@
+"""What ``import rankload`` offers, and what it costs."""
+
+import ast
+
+import pytest
+
+import rankload
+from harness.scripts import run_script
+
+CALLS = {"dist_fetch", "dist_load_state_dict_from_url"}
+MODULES = {"hub", "model_zoo"}
+ERRORS = {
+    "ArgumentError",
+    "ArgumentMismatchError",
+    "ArrivalTimeoutError",
+    "CacheError",
+    "CallCancelledError",
+    "CoordinationError",
+    "DeviceError",
+    "DigestMismatchError",
+    "FetchError",
+    "FetchTimeoutError",
+    "HTTPStatusError",
+    "LoadError",
+    "NetworkError",
+    "NotACheckpointError",
+    "OfflineError",
+    "ProgressTimeoutError",
+    "RankFailedError",
+    "RankLostError",
+    "RankloadError",
+    "StoreLostError",
+    "TruncatedError",
+    "UnsafePickleError",
+    "VerificationError",
+}
+
+
+def test_list_of_names():
+    """Adding or taking away a public name is a decision: make it here, too."""
+    assert set(rankload.__all__) == CALLS | MODULES | ERRORS | {"__version__"}
+    assert len(rankload.__all__) == len(set(rankload.__all__))
+    assert set(dir(rankload)) == set(rankload.__all__)
+
+
+@pytest.mark.parametrize("name", rankload.__all__)
+def test_every_name_is_there(name):
+    assert getattr(rankload, name) is not None
+
+
+def test_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="no attribute 'load_everything'"):
+        rankload.load_everything  # noqa: B018
+
+
+def test_every_call_is_documented():
+    for name in CALLS:
+        assert "**Collective**" in getattr(rankload, name).__doc__
+
+
+def modules_after(code, *, env=None):
+    result = run_script(f"import sys\n{code}\nprint(sorted(name.partition('.')[0] for name in sys.modules))", env=env)
+    return set(ast.literal_eval(result.check().stdout))
+
+
+def test_import_is_light():
+    imported = modules_after("import rankload; rankload.CacheError; rankload.__version__")
+    assert "rankload" in imported
+    assert not imported & {"torch", "numpy", "requests", "urllib3", "filelock", "tqdm", "safetensors"}
+
+
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_fetch_in_a_single_process_does_not_import_torch(origin, tmp_path, is_warm):
+    url = origin.add("file.bin", b"content")
+    if is_warm:
+        rankload.dist_fetch(url, tmp_path)
+    imported = modules_after(f"import rankload; rankload.dist_fetch({url!r}, {str(tmp_path)!r})")
+    assert "requests" in imported
+    assert not imported & {"torch", "numpy", "safetensors"}
