@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,8 @@ def dist_load_state_dict_from_url(
         file_name: the file's name in the cache; default: the URL's.
         weights_only: as in torch.load. False lets the file run code: only for sources you trust.
         sha256: the full digest, 64 hex digits.
-        headers: extra request headers, e.g. ``{"Authorization": "Bearer …"}``. Never logged or recorded.
+        headers: extra request headers, e.g. ``{"Authorization": "Bearer …"}``, for the first URL's host; mirrors on
+            other hosts do not get them. Never logged or recorded.
         timeout: deadline in seconds on *no progress* (no byte, no new phase); default 120. Never a limit on the
             total time.
         scope: who shares one download: ``"job"`` (a directory shared by all nodes), ``"node"``, ``"process"``, or
@@ -89,6 +91,7 @@ def dist_load_state_dict_from_url(
     """
     settings = _settings(timeout)
     with open_channel(group, settings) as channel:
+        _check_timeout(timeout)
         request = make_request(
             url,
             model_dir,
@@ -131,6 +134,7 @@ def dist_fetch(
     """
     settings = _settings(timeout)
     with open_channel(group, settings) as channel:
+        _check_timeout(timeout)
         request = make_request(
             url,
             model_dir,
@@ -198,11 +202,17 @@ def _read(
 
 def _settings(timeout: float | None) -> Settings:
     settings = Settings.from_environment()
-    if timeout is None:
-        return settings
-    if not timeout > 0:
+    return settings if timeout is None or not _is_timeout(timeout) else replace(settings, progress_seconds=timeout)
+
+
+def _check_timeout(timeout: float | None) -> None:
+    """Complain within the call, where the other ranks hear of it."""
+    if timeout is not None and not _is_timeout(timeout):
         raise ArgumentError(f"timeout={timeout!r}: expected a positive number of seconds")
-    return replace(settings, progress_seconds=timeout)
+
+
+def _is_timeout(timeout: object) -> bool:
+    return isinstance(timeout, (int, float)) and 0 < timeout <= threading.TIMEOUT_MAX
 
 
 def _checked_delivery(delivery: Delivery) -> Delivery:

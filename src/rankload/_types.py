@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -69,7 +69,7 @@ class FetchRequest:
         hash_prefix: leading hex digits of the SHA-256 that the file name promises under ``check_hash``; None when
             not asked for.
         must_be_checkpoint: refuse files that are no checkpoint (a web page, a tar of JPEGs).
-        headers: extra request headers; never logged, never recorded.
+        headers: extra request headers for the first URL's host; never logged, never recorded.
         verify: when to hash a cached file again.
         scope: who shares one download.
         progress: show a progress bar on the downloading rank.
@@ -77,13 +77,13 @@ class FetchRequest:
         force: fetch even when the cache has the file.
     """
 
-    urls: tuple[str, ...]
+    urls: tuple[str, ...] = field(repr=False)  # signed queries have no place in a log
     directory: Path
     file_name: str
     sha256: str | None = None
     hash_prefix: str | None = None
     must_be_checkpoint: bool = True
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     verify: Verify = "once"
     scope: Scope = "auto"
     progress: bool = True

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -64,7 +65,7 @@ def verified_partial(
 ) -> Iterator[tuple[Partial, Record]]:
     """Download from one URL and verify; yield the finished partial file, to be published, and its record."""
     report(Progress("connecting", attempt=attempt))
-    with get(url, request.headers, settings) as body, Partial(entry, body.size_bytes) as partial:
+    with get(url, _headers_for(url, request), settings) as body, Partial(entry, body.size_bytes) as partial:
         _logger.info('Downloading: "%s" to %s', body.url, entry.path)
         _check_space(body, entry)
         size_bytes, sha256 = _receive(body, partial, request, attempt, report)
@@ -85,6 +86,11 @@ def verified_partial(
                 source="download",
             ),
         )
+
+
+def _headers_for(url: str, request: FetchRequest) -> tuple[tuple[str, str], ...]:
+    """Give the caller's headers to the first URL's host alone: a token for one origin is no mirror's business."""
+    return request.headers if urlsplit(url).netloc == urlsplit(request.urls[0]).netloc else ()
 
 
 def _receive(body: Body, partial: Partial, request: FetchRequest, attempt: int, report: Report) -> tuple[int, str]:

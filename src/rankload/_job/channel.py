@@ -7,77 +7,44 @@ one operation a poll.
 
 from __future__ import annotations
 
+import atexit
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 from rankload._errors import (
     ArgumentMismatchError,
+    ArrivalTimeoutError,
     CallCancelledError,
     RankFailedError,
     RankloadError,
-    cut,
-    from_wire,
-    to_wire,
+    RankLostError,
+    StoreLostError,
 )
-from rankload._job.session import Session, backoff
-from rankload._job.signals import TerminationAsException
+from rankload._job.lone import run_all
+from rankload._job.polling import backoff
+from rankload._job.session import Session
+from rankload._job.signals import Terminated, TerminationAsException
 from rankload._job.status import Pulse, Watch
+from rankload._job.verdict import Verdict
 from rankload._job.vigil import Vigil
 from rankload._settings import Settings
-from rankload._types import Identity, Progress
+from rankload._types import Progress
 
 #: How long rank 0 keeps the store open at the end of a call for ranks that have not read the verdict.
 _FAREWELL_SECONDS = 5.0
 
+#: The same after SIGTERM (schedulers kill soon after), and when a rank is lost that is never going to read it. Waiters
+#: poll every 0.1 s.
+_HURRIED_SECONDS = 0.3
 
-class LoneChannel:
-    """The channel of a single process: nobody to agree with, nobody to wait for."""
+#: From this interval between two polls on, each looks for a failure too: a wait that short is a warm call's.
+_SLOW_POLL_SECONDS = 0.05
 
-    def __init__(self, identity: Identity) -> None:
-        self.identity = identity
-        self._termination = TerminationAsException()
-        self._on_exit: list[Callable[[], None]] = []
-
-    def agree(self, arguments: dict[str, Any]) -> None:
-        """Nobody disagrees."""
-
-    def report(self, progress: Progress) -> None:
-        """Nobody listens."""
-
-    def post(self, key: str, value: dict[str, Any]) -> None:
-        """Nobody reads."""
-
-    def wait_for(self, key: str, from_rank: int) -> dict[str, Any]:
-        """Unreachable: a single process leads every domain."""
-        raise AssertionError("a single process waits for nobody")
-
-    def has(self, key: str) -> bool:
-        """Nobody posts."""
-        return False
-
-    def claim(self, key: str) -> int:
-        """Every claim is this process's."""
-        return self.identity.rank
-
-    def on_exit(self, callback: Callable[[], None]) -> None:
-        """Run something when the call ends."""
-        self._on_exit.append(callback)
-
-    def remember(self, fact: str, value: str | None = None) -> str | None:
-        """Nothing is worth remembering."""
-        return None
-
-    def __enter__(self) -> LoneChannel:
-        self._termination.install()
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
-        _run_all(self._on_exit)
-        self._termination.restore(error)
+#: Errors after which rank 0 waits for nobody any more.
+_GIVING_UP = (ArrivalTimeoutError, RankLostError)
 
 
 class RankChannel:
@@ -87,16 +54,22 @@ class RankChannel:
         self.identity = session.identity
         self._session, self._settings = session, settings
         self._store, self._prefix = session.store, session.next_call_prefix()
-        self._failure: RankloadError | None = None
+        self._watched = range(1, self.identity.world_size) if self.identity.rank == 0 else [0]
+        self._facts: dict[str, str] = {}
         self._on_exit: list[Callable[[], None]] = []
         self._termination = TerminationAsException()
+        self._verdict = Verdict(self._store, self._key, self.identity)
+        self._failure: RankloadError | None = None
         self._pulse = Pulse(
             self._store,
             self._key(f"status/{self.identity.rank}"),
             self.identity,
             settings.heartbeat_seconds,
-            self._look_for_failure,
+            self._look_around,
+            self._note_failure,
         )
+        # whoever leads a download of its own waits for nobody, and would learn last that rank 0 is gone
+        self._vigil_meanwhile = self._vigil_over([] if self.identity.rank == 0 else [0], is_logged=False)
 
     def agree(self, arguments: dict[str, Any]) -> None:
         """Check that every rank passed the same arguments: each compares its own with the first writer's.
@@ -106,11 +79,11 @@ class RankChannel:
         """
         mine = {"rank": self.identity.rank, "host": self.identity.host, "arguments": arguments}
         first = json.loads(self._store.set_first(self._key("arguments"), json.dumps(mine)))
-        differing = [name for name in arguments if first["arguments"].get(name) != arguments[name]]
-        if differing or first["arguments"].keys() != arguments.keys():
+        names = sorted(first["arguments"].keys() | arguments.keys())
+        if differing := [name for name in names if first["arguments"].get(name) != arguments.get(name)]:
             details = "; ".join(
                 f"{name}: rank {first['rank']} has {first['arguments'].get(name)!r}, "
-                f"rank {self.identity.rank} has {arguments[name]!r}"
+                f"rank {self.identity.rank} has {arguments.get(name)!r}"
                 for name in differing
             )
             raise ArgumentMismatchError(
@@ -122,8 +95,7 @@ class RankChannel:
 
     def report(self, progress: Progress) -> None:
         """Publish this rank's progress; raise what another rank failed with."""
-        if self._failure is not None:
-            raise self._failure
+        self._raise_failure()
         self._pulse.beat(progress)
 
     def post(self, key: str, value: dict[str, Any]) -> None:
@@ -132,9 +104,15 @@ class RankChannel:
 
     def wait_for(self, key: str, from_rank: int) -> dict[str, Any]:
         """Wait for a posted value, watching over the rank that is to post it (see `Channel`)."""
-        text = self._store.peek(self._key(key))  # a warm call finds it at once, or after a few polls
-        if text is None:
-            text = self._wait(key, Vigil([self._watch(from_rank)], self._settings, self.identity))
+        text: str | None = None
+
+        def is_there() -> bool:
+            nonlocal text
+            text = self._store.peek(self._key(key))
+            return text is not None
+
+        self._wait_until(is_there, [from_rank], Progress("waiting"))
+        assert text is not None
         return json.loads(text)  # type: ignore[no-any-return]
 
     def has(self, key: str) -> bool:
@@ -150,48 +128,70 @@ class RankChannel:
         self._on_exit.append(callback)
 
     def remember(self, fact: str, value: str | None = None) -> str | None:
-        """Keep a fact for later calls of the session, or recall it."""
+        """Keep a fact for later calls of the session, or recall it. A call that fails leaves nothing on any rank."""
         if value is not None:
-            self._session.remembered[fact] = value
-        return self._session.remembered.get(fact)
+            self._facts[fact] = value
+        return self._facts.get(fact) or self._session.remembered.get(fact)
 
     def __enter__(self) -> RankChannel:
         self._termination.install()
+        self._pulse.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
-            if error is None:
-                self._finish()
-            else:
-                self._fail(error)
-        except BaseException as late_error:
-            error = late_error
-            raise
+            self._conclude(error)
         finally:
-            self._pulse.stop()
-            _run_all(self._on_exit)
-            self._termination.restore(error)
+            try:
+                self._termination.defer()
+                self._pulse.stop(_HURRIED_SECONDS if self._termination.has_arrived else _FAREWELL_SECONDS)
+                run_all(self._on_exit)
+            finally:
+                self._termination.restore()
 
-    def _finish(self) -> None:
+    def _conclude(self, error: BaseException | None) -> None:
+        """Return if the call succeeded everywhere, or if this rank's own error is to fly on; else raise the cause."""
+        if error is None:
+            try:
+                self._await_verdict()
+            except BaseException as late_error:
+                self._tell(late_error)
+                raise
+            self._session.remembered.update(self._facts)
+        else:
+            self._tell(error)
+
+    def _await_verdict(self) -> None:
         """Say that this rank is through, and wait until all are or one has failed."""
-        if self._store.add(self._key("through")) == self.identity.world_size:
-            self._store.set_first(self._key("verdict"), "{}")
-        text = self._store.peek(self._key("verdict")) or self._wait("verdict", self._vigil_over_everybody())
-        self._take_leave()
-        self._raise_verdict(text)
+        self._raise_failure()
+        self._wait_until(self._session.has_left_meeting_point, self._watched, Progress("done"))
+        self._verdict.count_through()
+        self._wait_until(self._verdict.look, self._watched, Progress("done"))
+        self._raise_failure()
+        self._verdict.outlast_readers(_FAREWELL_SECONDS)
 
-    def _fail(self, error: BaseException) -> None:
-        """Publish why this rank fails, unless another failed first; raise the first cause."""
+    def _tell(self, error: BaseException) -> None:
+        """Tell the other ranks why this one fails; if another failed first, raise its error."""
+        if isinstance(error, StoreLostError):
+            self._session.is_lost = True
+        if isinstance(error, _GIVING_UP):
+            self._session.give_up_absent_ranks()
+        patience_seconds = _HURRIED_SECONDS if isinstance(error, _GIVING_UP) else _FAREWELL_SECONDS
+        if isinstance(error, Terminated):
+            patience_seconds = _HURRIED_SECONDS
+            self._verdict.hurry(patience_seconds)
         mine = self._as_shared_error(error)
-        text = self._store.set_first(self._key("verdict"), json.dumps({"error": to_wire(mine)}))
-        self._take_leave()
-        if isinstance(error, Exception):
-            first = from_wire(json.loads(text)["error"]) if text != "{}" else mine
-            is_mine = (first.message, first.rank) == (cut(mine.message), mine.rank)
-            if is_mine and mine is error:
-                return  # let the original fly on, with its traceback
-            raise (mine if is_mine else first) from error
+        with suppress(StoreLostError):  # nobody can be told any more; our own error says more than that
+            if not isinstance(error, StoreLostError):
+                self._verdict.fail(mine)
+            if not self._verdict.outlast_readers(patience_seconds) and not isinstance(mine, _GIVING_UP):
+                atexit.register(self._verdict.outlast_readers, self._settings.liveness_seconds)
+        first = self._verdict.failure
+        if isinstance(error, Exception) and error is not first:
+            if first is None or (first.rank, first.host, type(first)) == (mine.rank, mine.host, type(mine)):
+                first = mine
+            if error is not first:
+                raise first from error
 
     def _as_shared_error(self, error: BaseException) -> RankloadError:
         if isinstance(error, RankloadError):
@@ -199,61 +199,41 @@ class RankChannel:
         elif isinstance(error, Exception):
             shared = RankFailedError(f"{type(error).__name__}: {error}", cause_type=type(error).__name__)
         else:
-            shared = CallCancelledError(f"a rank left the call on {self._termination.name_of(error)}")
+            name = "SIGTERM" if isinstance(error, Terminated) else type(error).__name__
+            shared = CallCancelledError(f"a rank left the call on {name}")
         if shared.rank is None:
             shared.rank, shared.host = self.identity.rank, self.identity.host
         return shared
 
-    def _take_leave(self) -> None:
-        """Keep the store's host from leaving before the others have read the verdict."""
-        if not self._store.dies_with_rank_0:
-            return
-        if self.identity.rank != 0:
-            self._store.add(self._key("seen"))
-            return
-        deadline = time.monotonic() + _FAREWELL_SECONDS
-        for _ in backoff(self.identity.world_size):
-            if self._store.add(self._key("seen"), 0) >= self.identity.world_size - 1 or time.monotonic() > deadline:
+    def _look_around(self) -> None:
+        """Look for the verdict and at rank 0; the pulse does it."""
+        self._verdict.look()
+        if self._vigil_meanwhile.is_due():
+            self._vigil_meanwhile.look()
+
+    def _note_failure(self, error: RankloadError) -> None:
+        self._failure = error
+
+    def _raise_failure(self) -> None:
+        if failure := self._verdict.failure or self._failure:
+            raise failure
+
+    def _wait_until(self, is_there: Callable[[], bool], ranks: Iterable[int], progress: Progress) -> None:
+        """Poll for something that the given ranks are to do, watching over them."""
+        vigil = self._vigil_over(ranks)
+        for delay in backoff(self.identity.world_size):
+            if is_there():
                 return
-
-    def _look_for_failure(self) -> None:
-        text = self._store.peek(self._key("verdict"))
-        if text is not None and text != "{}":
-            self._failure = from_wire(json.loads(text)["error"])
-
-    def _raise_verdict(self, text: str) -> None:
-        verdict = json.loads(text)
-        if "error" in verdict:
-            raise from_wire(verdict["error"])
-
-    def _wait(self, key: str, vigil: Vigil) -> str:
-        for _ in backoff(self.identity.world_size):
-            if (text := self._store.peek(self._key(key))) is not None:
-                return text
+            if delay > _SLOW_POLL_SECONDS and progress.phase != "done":
+                self._verdict.look()
+            self._raise_failure()
             if vigil.is_due():
-                if key != "verdict":
-                    self._raise_verdict(self._store.peek(self._key("verdict")) or "{}")
                 vigil.look()
-                # whoever waits long must be seen to have arrived
-                self._pulse.beat(Progress("done" if key == "verdict" else "waiting"))
-        raise AssertionError("backoff() never ends")
+                self._pulse.beat(progress)
 
-    def _vigil_over_everybody(self) -> Vigil:
-        others = range(self.identity.world_size) if self.identity.rank == 0 else [0]
-        return Vigil(
-            [self._watch(rank) for rank in others if rank != self.identity.rank],
-            self._settings,
-            self.identity,
-        )
-
-    def _watch(self, rank: int) -> Watch:
-        return Watch(self._store, self._key(f"status/{rank}"), rank, self._settings)
+    def _vigil_over(self, ranks: Iterable[int], *, is_logged: bool = True) -> Vigil:
+        watches = [Watch(self._store, self._key(f"status/{rank}"), rank, self._settings) for rank in ranks]
+        return Vigil(watches, self._settings, self.identity, is_logged=is_logged)
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"
-
-
-def _run_all(callbacks: list[Callable[[], None]]) -> None:
-    for callback in callbacks:
-        with suppress(OSError):
-            callback()

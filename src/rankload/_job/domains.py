@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankload._job.polling import backoff
 from rankload._types import Channel, Identity, Scope
 
 _logger = logging.getLogger("rankload")
@@ -87,8 +88,9 @@ def _ask_place(channel: Channel, place: str, probe: str | None, directory: Path)
 
 def _leave_it_to_local_rank_0(channel: Channel, place: str) -> None:
     deadline = time.monotonic() + _LOCAL_RANK_0_SECONDS
-    while time.monotonic() < deadline and not channel.has(f"leader/{place}"):
-        time.sleep(0.01)
+    for _ in backoff(channel.identity.world_size):
+        if channel.has(f"prober/{place}") or time.monotonic() > deadline:
+            return
 
 
 def _sees(path: Path) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from rankload._errors import ArgumentError
-from rankload._job.channel import LoneChannel, RankChannel
+from rankload._errors import ArgumentError, StoreLostError
+from rankload._job.channel import RankChannel
 from rankload._job.environment import identity_from_environment
+from rankload._job.lone import LoneChannel
 from rankload._job.session import Session, join
 from rankload._job.store import store_from_environment, store_of_group
 from rankload._settings import Settings
@@ -60,8 +62,9 @@ def _session_of_group(group: ProcessGroup, settings: Settings) -> Session | None
     if dist.get_world_size(group) == 1:
         return None
     session = _sessions_of_groups.get(group)
-    if session is None:
-        session = join(store_of_group(group), _identity_in_group(group), _name_of(group), settings)
+    if session is None or session.is_lost:
+        store, known = store_of_group(group, settings), weakref.ref(group)
+        session = join(store, _identity_in_group(group), _name_of(group), settings, lambda: _exists(known()))
         _sessions_of_groups[group] = session
     return session if session.pid == os.getpid() else None
 
@@ -72,13 +75,33 @@ def _session_of_environment(settings: Settings) -> Session | None:
         return None
     meeting_point = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     session = _sessions_of_environments.get((identity, meeting_point))
-    if session is None:
+    if session is None or session.is_lost:
+        session = _join_by_environment(identity, settings)
+        if session is None:
+            return None
+        _sessions_of_environments[identity, meeting_point] = session
+    return session if session.pid == os.getpid() else None
+
+
+def _join_by_environment(identity: Identity, settings: Settings) -> Session | None:
+    for is_last in (False, True):
         store = store_from_environment(identity, settings)
         if store is None:
             return None
-        session = join(store, identity, "environment", settings)
-        _sessions_of_environments[identity, meeting_point] = session
-    return session if session.pid == os.getpid() else None
+        try:
+            return join(store, identity, "environment", settings)
+        except StoreLostError:
+            if is_last or identity.rank == 0 or not store.dies_with_rank_0:
+                raise
+            # a process group's store at the same port, which rank 0 was about to destroy: now it opens its own
+            settings = replace(settings, arrival_seconds=min(settings.arrival_seconds, settings.liveness_seconds))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _exists(group: ProcessGroup | None) -> bool:
+    from torch.distributed import distributed_c10d
+
+    return group is not None and group in distributed_c10d._world.pg_map
 
 
 def _identity_in_group(group: ProcessGroup) -> Identity:

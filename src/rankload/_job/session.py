@@ -8,21 +8,18 @@ nobody has used before, and rank 0 answers the nonce with the session's random i
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import secrets
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from rankload._errors import ArrivalTimeoutError, StoreLostError
-from rankload._job.store import RankStore
+from rankload._errors import StoreLostError
+from rankload._job.polling import backoff, until_rank_0_comes
+from rankload._job.store import RankStore, host_neighbour, neighbour
 from rankload._settings import Settings
 from rankload._types import Identity
-
-_logger = logging.getLogger("rankload")
 
 
 @dataclass
@@ -33,109 +30,157 @@ class Session:
         store: the ranks' store.
         identity: who this rank is among them.
         prefix: start of every key of this session.
+        greeter: on rank 0, while it answers hellos.
         pid: the process that joined; a forked child must not use its parent's connection.
         calls: number of calls made; equal on all ranks, since every rank makes every call.
         remembered: facts that stay true for the session (which directories are shared).
+        is_lost: the store is gone; the next call needs another session.
     """
 
     store: RankStore
     identity: Identity
     prefix: str
+    greeter: Greeter | None = None
     pid: int = field(default_factory=os.getpid)
     calls: int = 0
     remembered: dict[str, str] = field(default_factory=dict)
+    is_lost: bool = False
 
     def next_call_prefix(self) -> str:
         """Return the key prefix of this rank's next call."""
         self.calls += 1
         return f"{self.prefix}/{self.calls}"
 
+    def has_left_meeting_point(self) -> bool:
+        """Leave the meeting point if everybody has joined; tell whether nothing is left to be left.
 
-def join(store: RankStore, identity: Identity, group_name: str, settings: Settings) -> Session:
+        Rank 0 calls it before the first call can end anywhere: the next step of any rank may be init_process_group at
+        the same address, which must find it free, and find no store that closes soon.
+        """
+        if self.greeter is not None and self.greeter.is_at_temporary_place and self.greeter.is_over():
+            self.greeter = None
+        return self.greeter is None or not self.greeter.is_at_temporary_place
+
+    def give_up_absent_ranks(self) -> None:
+        """Let this process end without them."""
+        if self.greeter is not None:
+            self.greeter.see_off_seconds = 0.0
+
+
+def join(
+    meeting_point: RankStore,
+    identity: Identity,
+    group_name: str,
+    settings: Settings,
+    is_current: Callable[[], bool] = lambda: True,
+) -> Session:
     """Agree on a session id with rank 0. Collective over the ranks of the group, but rank 0 does not wait.
+
+    A meeting point that rank 0 hosts itself is left again: its address is the one where init_process_group hosts its
+    own store, and a second process group fails on the keys of the first if they share a server.
+
+    Args:
+        meeting_point: the store where the ranks find each other.
+        identity: who this rank is among them.
+        group_name: the same on all of them.
+        settings: gives the deadline.
+        is_current: tells whether the group still exists. A group that was destroyed may have a namesake over the
+            same store, whose ranks must not get its session.
 
     Raises:
         ArrivalTimeoutError: rank 0 did not answer within ``settings.arrival_seconds``.
     """
     root = f"rankload/{group_name}"
     if identity.rank == 0:
-        session_id = secrets.token_hex(8)
-        _Greeter(store, root, session_id, identity.world_size - 1).start()
-    else:
-        session_id = _say_hello(store, root, identity, settings)
+        return _host_session(meeting_point, identity, root, settings, is_current)
+    session_id, port = _say_hello(meeting_point, root, identity, settings).split()
+    store = meeting_point if port == "-" else neighbour(meeting_point, int(port), settings)
+    store.add(f"{root}/{session_id}/joined")
     return Session(store, identity, f"{root}/{session_id}")
+
+
+def _host_session(
+    meeting_point: RankStore, identity: Identity, root: str, settings: Settings, is_current: Callable[[], bool]
+) -> Session:
+    session_id = secrets.token_hex(8)
+    store, port = host_neighbour(meeting_point, settings) if meeting_point.is_temporary else (meeting_point, "-")
+    prefix = f"{root}/{session_id}"
+    greeter = Greeter(meeting_point, root, f"{session_id} {port}", is_current, settings.liveness_seconds)
+
+    def has_everybody() -> bool:
+        return store.add(f"{prefix}/joined", 0) >= identity.world_size - 1
+
+    greeter.greet_until(has_everybody)
+    return Session(store, identity, prefix, greeter)
 
 
 def _say_hello(store: RankStore, root: str, identity: Identity, settings: Settings) -> str:
     nonce = secrets.token_hex(8)
     store.set(f"{root}/hello/{store.add(f'{root}/hellos')}", nonce)
-    started = reported = time.monotonic()
-    for _ in backoff(identity.world_size):
-        if session_id := store.peek(f"{root}/answer/{nonce}"):
-            store.add(f"{root}/{session_id}/joined")
-            return session_id
-        now = time.monotonic()
-        if now - started > settings.arrival_seconds:
-            break
-        if now - reported > settings.report_seconds:
-            reported = now
-            _logger.warning("rank %d: rank 0 has not made the call yet (%.0f s)", identity.rank, now - started)
-    raise ArrivalTimeoutError(
-        f"rank 0 did not make the call within {settings.arrival_seconds:g} s: every rank of the group must make it",
-        missing="0",
-    )
+    for _ in until_rank_0_comes(identity, settings):
+        if answer := store.peek(f"{root}/answer/{nonce}"):
+            return answer
+    raise AssertionError("until_rank_0_comes() ends by raising")
 
 
-class _Greeter(threading.Thread):
+class Greeter:
     """Rank 0's thread that answers hellos until every rank has joined.
 
     One counter numbers the hellos, so a look costs one operation however many ranks there are. Hellos that a former
     session left behind are answered too; nobody reads those answers.
+
+    Attributes:
+        see_off_seconds: how long this process waits at its end for ranks that have not joined. When rank 0 fails at
+            once, they must still learn why.
     """
 
-    def __init__(self, store: RankStore, root: str, session_id: str, expected: int) -> None:
-        super().__init__(name="rankload-greeter", daemon=True)
-        self._store, self._root, self._session_id, self._expected = store, root, session_id, expected
+    def __init__(
+        self, store: RankStore, root: str, answer: str, is_current: Callable[[], bool], see_off_seconds: float
+    ) -> None:
+        self.is_at_temporary_place, self.see_off_seconds = store.is_temporary, see_off_seconds
+        self._store, self._root, self._answer_text, self._is_current = store, root, answer, is_current
         self._stop_requested = threading.Event()
+        self._has_everybody: Callable[[], bool] = lambda: True
+        self._thread = threading.Thread(target=self._run, name="rankload-greeter", daemon=True)
 
-    def start(self) -> None:
+    def greet_until(self, has_everybody: Callable[[], bool]) -> None:
+        """Start the thread."""
+        self._has_everybody = has_everybody
+        atexit.register(self._see_off)
+        self._thread.start()
+
+    def is_over(self) -> bool:
+        """End the thread if every rank has joined; tell whether it has ended."""
+        if self._thread.is_alive() and self._has_everybody():
+            self._stop()
+        return not self._thread.is_alive()
+
+    def _see_off(self) -> None:
+        self._thread.join(timeout=self.see_off_seconds)
         # a daemon thread that wakes up inside torch while the interpreter is torn down aborts the process
-        atexit.register(self.stop)
-        super().start()
+        self._stop()
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         self._stop_requested.set()
-        self.join(timeout=5)
+        self._thread.join(timeout=5)
 
-    def run(self) -> None:
+    def _run(self) -> None:
         seen, unanswered = 0, set[int]()
         with suppress(StoreLostError):  # the rank's own calls report it
-            for _ in backoff(self._expected, sleep=self._stop_requested.wait):
+            for _ in backoff(1, sleep=self._stop_requested.wait):
                 count = self._store.add(f"{self._root}/hellos", 0)
+                if not self._is_current():  # asked after the look: who says hello to a namesake does so later
+                    break
                 unanswered.update(range(seen + 1, count + 1))
                 seen = count
                 unanswered = {number for number in unanswered if not self._answer(number)}
-                has_everybody = self._store.add(f"{self._root}/{self._session_id}/joined", 0) >= self._expected
-                if has_everybody or self._stop_requested.is_set():
+                if self._stop_requested.is_set() or self._has_everybody():
                     break
-        atexit.unregister(self.stop)
+        atexit.unregister(self._see_off)
 
     def _answer(self, number: int) -> bool:
         # the counter runs ahead of the nonce for a moment, and for good when that rank died in between
         nonce = self._store.peek(f"{self._root}/hello/{number}")
         if nonce is not None:
-            self._store.set(f"{self._root}/answer/{nonce}", self._session_id)
+            self._store.set(f"{self._root}/answer/{nonce}", self._answer_text)
         return nonce is not None
-
-
-def backoff(world_size: int, sleep: Callable[[float], object] = time.sleep) -> Iterator[float]:
-    """Yield for ever, sleeping from 1 ms up to max(250 ms, world_size / 4000 s) between two rounds.
-
-    The growth of a third keeps the time lost by sleeping below a third of the time waited; the ceiling keeps 4000
-    polling ranks below 4000 operations a second, a few percent of what a TCPStore serves.
-    """
-    delay, ceiling = 0.001, max(0.25, world_size / 4000)
-    while True:
-        yield delay
-        sleep(delay)
-        delay = min(delay * 4 / 3, ceiling)

@@ -21,26 +21,32 @@ class TerminationAsException:
 
     def __init__(self) -> None:
         self._is_installed = False
+        self._raises = True
+        self.has_arrived = False
 
     def install(self) -> None:
         """Install the handler where that is right."""
         is_right = threading.current_thread() is threading.main_thread()
         if is_right and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, _raise)
             self._is_installed = True
+            signal.signal(signal.SIGTERM, self._on_signal)
 
-    def restore(self, error: BaseException | None) -> None:
-        """Remove the handler; if SIGTERM ended the call, let it end the process now."""
+    def defer(self) -> None:
+        """Let no signal interrupt what follows; `restore` comes back to it."""
+        self._raises = False
+
+    def restore(self) -> None:
+        """Remove the handler; if SIGTERM came, let it end the process now."""
         if self._is_installed:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._is_installed = False
-            if isinstance(error, Terminated):
+            if signal.getsignal(signal.SIGTERM) == self._on_signal:  # else somebody set one of their own meanwhile
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if self.has_arrived:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    def name_of(self, error: BaseException) -> str:
-        """Name what interrupted the call."""
-        return "SIGTERM" if isinstance(error, Terminated) else type(error).__name__
-
-
-def _raise(signum: int, frame: FrameType | None) -> None:
-    raise Terminated
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        # once: a second one, from an impatient scheduler, must not interrupt the clean-up of the first
+        if self._raises and not self.has_arrived:
+            self.has_arrived = True
+            raise Terminated
+        self.has_arrived = True

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rankload._errors import ArrivalTimeoutError, CoordinationError, StoreLostError
+from rankload._job.bounded import BoundedCalls
 from rankload._job.environment import slurm_step_endpoint
+from rankload._job.polling import silence_limit_seconds, until_rank_0_comes
 from rankload._settings import Settings
 from rankload._types import Identity
 
@@ -28,23 +29,32 @@ T = TypeVar("T")
 #: it returns the expected value when the key is missing (TCPStore.cpp compareSetHandler; same in HashStore, FileStore).
 _ABSENT = "\0absent"
 
-#: How long one store operation may take before the store counts as lost. Only non-blocking operations are made.
-_OPERATION_SECONDS = 60.0
+#: How long torch may take to connect to a server that is known to listen.
+_CONNECT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class RankStore:
-    """Non-blocking operations on a torch store. Every failure is a StoreLostError.
+    """Operations on a torch store that wait for no key. Every failure is a StoreLostError.
 
     Attributes:
         store: a client of our own.
         place: how to name the store in messages.
         dies_with_rank_0: the server runs in rank 0's process (not in torchrun's agent, not in a file).
+        patience_seconds: how long the server may take to answer before it counts as lost.
+        is_temporary: hosted where init_process_group is going to host its own.
     """
 
     store: Store
     place: str
     dies_with_rank_0: bool
+    patience_seconds: float
+    is_temporary: bool = False
+    _calls: BoundedCalls = field(default_factory=BoundedCalls)
+
+    def in_a_hurry(self, patience_seconds: float) -> RankStore:
+        """Return the same store for a process that is about to end."""
+        return replace(self, patience_seconds=min(patience_seconds, self.patience_seconds))
 
     def peek(self, key: str) -> str | None:
         """Return a key's value, or None while it does not exist."""
@@ -65,17 +75,17 @@ class RankStore:
 
     def _call(self, operation: Callable[[], T]) -> T:
         try:
-            return operation()
-        except (RuntimeError, ConnectionError) as error:  # torch's DistError is a RuntimeError
+            return self._calls.call(operation, self.patience_seconds)
+        except (RuntimeError, ConnectionError, TimeoutError) as error:  # torch's DistError is a RuntimeError
             owner = "rank 0's process" if self.dies_with_rank_0 else "its server"
             raise StoreLostError(
-                f"lost the store at {self.place}: {owner} has ended or cannot be reached; see that process's output",
+                f"lost the store at {self.place}: {owner} has ended, is frozen or cannot be reached; see its output",
                 place=self.place,
                 cause=str(error),
             ) from error
 
 
-def store_of_group(group: ProcessGroup) -> RankStore:
+def store_of_group(group: ProcessGroup, settings: Settings) -> RankStore:
     """Open our own client to the store behind a process group."""
     from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed re-exports them untyped
     from torch.distributed import distributed_c10d
@@ -84,8 +94,9 @@ def store_of_group(group: ProcessGroup) -> RankStore:
     while isinstance(base, PrefixStore):
         base = base.underlying_store
     if isinstance(base, TCPStore):
-        return connect(base.host, base.port, dies_with_rank_0=not _is_agent_endpoint(base.host, base.port, os.environ))
-    return RankStore(base, type(base).__name__, dies_with_rank_0=False)
+        is_agents = _is_agent_endpoint(base.host, base.port, os.environ)
+        return _connect(base.host, base.port, settings, dies_with_rank_0=not is_agents)
+    return RankStore(base, type(base).__name__, False, silence_limit_seconds(settings))
 
 
 def store_from_environment(identity: Identity, settings: Settings) -> RankStore | None:
@@ -100,70 +111,76 @@ def store_from_environment(identity: Identity, settings: Settings) -> RankStore 
     environ = os.environ
     if endpoint := _endpoint(environ):
         if _uses_agent_store(environ):
-            return connect(*endpoint, dies_with_rank_0=False)
+            return _connect(*endpoint, settings, dies_with_rank_0=False)
     elif identity.launcher == "slurm":
         endpoint = slurm_step_endpoint(environ)
     if endpoint is None:
         return None
     if identity.rank == 0:
-        return _host(*endpoint)
-    _await_listener(*endpoint, settings.arrival_seconds)
-    return connect(*endpoint, dies_with_rank_0=True)
+        return replace(_host(*endpoint, settings), is_temporary=True)
+    _await_listener(*endpoint, identity, settings)
+    return replace(_connect(*endpoint, settings, dies_with_rank_0=True), is_temporary=True)
 
 
-def connect(host: str, port: int, *, dies_with_rank_0: bool) -> RankStore:
+def host_neighbour(meeting_point: RankStore, settings: Settings) -> tuple[RankStore, int]:
+    """Host another store on this host; return it and its port."""
+    place: Any = meeting_point.store
+    store = _host(place.host, 0, settings)
+    hosted: Any = store.store
+    return store, hosted.port
+
+
+def neighbour(meeting_point: RankStore, port: int, settings: Settings) -> RankStore:
+    """Open a client to what `host_neighbour` hosts on rank 0."""
+    place: Any = meeting_point.store
+    return _connect(place.host, port, settings, dies_with_rank_0=True)
+
+
+def _connect(host: str, port: int, settings: Settings, *, dies_with_rank_0: bool) -> RankStore:
     """Open a client to a TCPStore that is known to listen."""
     from torch._C._distributed_c10d import TCPStore
 
-    place = f"{host}:{port}"
+    place, calls = f"{host}:{port}", BoundedCalls()
+    timeout = timedelta(seconds=_CONNECT_SECONDS)
     try:
-        store = TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_OPERATION_SECONDS)
+        store = calls.call(
+            lambda: TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout), _CONNECT_SECONDS
         )
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, TimeoutError) as error:
         raise StoreLostError(f"cannot reach the store at {place}: {error}", place=place) from error
-    return RankStore(store, place, dies_with_rank_0)
+    return RankStore(store, place, dies_with_rank_0, silence_limit_seconds(settings), _calls=calls)
 
 
-def _host(host: str, port: int) -> RankStore:
+def _host(host: str, port: int, settings: Settings) -> RankStore:
     from torch._C._distributed_c10d import TCPStore
 
+    timeout = timedelta(seconds=_CONNECT_SECONDS)
     try:
-        # multi_tenant: a later env:// init_process_group hosts at the same port, and must find it shareable
-        store = TCPStore(
-            host,
-            port,
-            is_master=True,
-            multi_tenant=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=_OPERATION_SECONDS),
-        )
+        # multi_tenant: whoever hosts at the same address in this process (init_process_group) shares the server
+        store = TCPStore(host, port, is_master=True, multi_tenant=port != 0, wait_for_workers=False, timeout=timeout)
     except RuntimeError as error:
         raise CoordinationError(
             f"rank 0 cannot open a store at {host}:{port}: {error}. Set MASTER_ADDR to rank 0's host and "
             "MASTER_PORT to a free port, alike on all ranks",
             place=f"{host}:{port}",
         ) from error
-    return RankStore(store, f"{host}:{port}", dies_with_rank_0=True)
+    return RankStore(store, f"{host}:{store.port}", True, silence_limit_seconds(settings))
 
 
-def _await_listener(host: str, port: int, arrival_seconds: float) -> None:
+def _await_listener(host: str, port: int, identity: Identity, settings: Settings) -> None:
     """Wait until rank 0 listens. TCPStore's own wait sits in C++, where no Python signal handler runs."""
-    deadline = time.monotonic() + arrival_seconds
-    delay = 0.01
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise ArrivalTimeoutError(
-                    f"rank 0 did not open the store at {host}:{port} within {arrival_seconds:g} s ({error}): "
-                    "it never made this call, or MASTER_ADDR and MASTER_PORT differ between ranks",
-                    place=f"{host}:{port}",
-                ) from error
-        time.sleep(delay)
-        delay = min(delay * 1.5, 0.25)
+    refused: OSError | None = None
+    try:
+        for _ in until_rank_0_comes(identity, settings):
+            try:
+                socket.create_connection((host, port), timeout=5).close()
+                return
+            except OSError as error:
+                refused = error
+    except ArrivalTimeoutError as error:
+        raise ArrivalTimeoutError(
+            f"{error.message} [no store at {host}:{port}: {refused}]", **error.fields, place=f"{host}:{port}"
+        ) from refused
 
 
 def _endpoint(environ: Mapping[str, str]) -> tuple[str, int] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 
+from rankload._errors import ArrivalTimeoutError
+from rankload._job.polling import silence_limit_seconds
 from rankload._job.status import Watch
 from rankload._settings import Settings
 from rankload._types import Identity
@@ -17,39 +19,58 @@ class Vigil:
 
     Only rank 0 watches everybody; the others watch rank 0 or their leader. A look is due every heartbeat, less often
     in a large job: rank 0 reads one key a rank.
+
+    Time counts only as far as this process is awake: in a job that a scheduler suspends and resumes, everybody's beat
+    is unchanged after an hour, and nobody is dead.
     """
 
-    def __init__(self, watches: list[Watch], settings: Settings, identity: Identity) -> None:
-        self._watches, self._identity = watches, identity
+    def __init__(self, watches: list[Watch], settings: Settings, identity: Identity, *, is_logged: bool) -> None:
+        self._watches, self._identity, self._settings, self._is_logged = watches, identity, settings, is_logged
         self._interval_seconds = max(min(settings.heartbeat_seconds, 0.5), len(watches) / 500)
-        self._report_seconds = settings.report_seconds
-        self._looked_at = self._reported_at = time.monotonic()
+        # more than that between two looks, and this process was stopped or starved: others may have been as well
+        self._longest_seconds = max(2 * self._interval_seconds, silence_limit_seconds(settings) / 4)
+        self._looked_at = time.monotonic()
+        self._watched_seconds = self._reported_at = 0.0
         self._bytes_reported = 0
 
     def is_due(self) -> bool:
+        """Tell whether it is time for the next look."""
         return time.monotonic() - self._looked_at >= self._interval_seconds
 
     def look(self) -> None:
-        for watch in self._watches:
-            watch.look()
-        self._looked_at = time.monotonic()
-        if self._looked_at - self._reported_at >= self._report_seconds:
-            self._log(self._looked_at - self._reported_at)
-            self._reported_at = self._looked_at
+        """Read and judge everybody's status.
 
-    def _log(self, elapsed_seconds: float) -> None:
-        absent = [watch.rank for watch in self._watches if watch.status is None]
+        Raises:
+            ArrivalTimeoutError: some have shown no sign in this call for ``arrival_seconds``.
+            RankLostError, ProgressTimeoutError: see `Watch.look`.
+        """
+        now = time.monotonic()
+        elapsed, self._looked_at = min(now - self._looked_at, self._longest_seconds), now
+        self._watched_seconds += elapsed
+        for watch in self._watches:
+            watch.look(elapsed)
+        absent = _ranges([watch.rank for watch in self._watches if watch.status is None])
+        if absent and self._watched_seconds >= self._settings.arrival_seconds:
+            raise ArrivalTimeoutError(
+                f"rank {absent} did not make this call within {self._settings.arrival_seconds:g} s: every rank must "
+                "make it, and in the same order",
+                missing=absent,
+            )
+        if self._is_logged and self._watched_seconds - self._reported_at >= self._settings.report_seconds:
+            self._log(absent, self._watched_seconds - self._reported_at)
+            self._reported_at = self._watched_seconds
+
+    def _log(self, absent: str, elapsed_seconds: float) -> None:
         busy = [watch for watch in self._watches if watch.status and watch.status.progress.phase != "done"]
         if absent:
-            _logger.warning("rank %d waits for ranks that have not made this call: %s", self._identity.rank,
-                            _ranges(absent))  # fmt: skip
+            _logger.warning("rank %d is waiting for rank %s to make this call", self._identity.rank, absent)
         elif busy:
             first = busy[0]
             assert first.status is not None
             done = first.status.progress.bytes_done
             rate = (done - self._bytes_reported) / elapsed_seconds / 1e6
             self._bytes_reported = done
-            _logger.warning("waiting for %s%s%s", first.describe(), f", {rate:.0f} MB/s" if rate > 0 else "",
+            _logger.warning("waiting for %s%s%s", first.describe(), f", {rate:.0f} MB/s" if rate >= 0.5 else "",
                             f" (and {len(busy) - 1} more ranks)" if len(busy) > 1 else "")  # fmt: skip
 
 

@@ -1,0 +1,65 @@
+"""Polling: how often, and for how long. Every wait in rankload is a loop of short ones.
+
+Between two polls Python's signal handlers run, and the time that counts towards a deadline is the time that this
+process was awake: a job that a scheduler suspends for an hour has not waited for an hour.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+from rankload._errors import ArrivalTimeoutError
+from rankload._settings import Settings
+from rankload._types import Identity
+
+_logger = logging.getLogger("rankload")
+
+#: The most that one round of polling may count. A connection attempt takes up to 5 s; more means that we were stopped.
+_LONGEST_ROUND_SECONDS = 6.0
+
+
+def backoff(world_size: int, sleep: Callable[[float], object] = time.sleep) -> Iterator[float]:
+    """Yield for ever, sleeping from 1 ms up to max(100 ms, world_size / 4000 s) between two rounds; yields the sleep.
+
+    The growth of a third keeps the time lost by sleeping below a third of the time waited; the ceiling keeps 4000
+    polling ranks below 4000 rounds a second, a few percent of what a TCPStore serves.
+    """
+    delay, ceiling = 0.001, max(0.1, world_size / 4000)
+    while True:
+        yield delay
+        sleep(delay)
+        delay = min(delay * 4 / 3, ceiling)
+
+
+def until_rank_0_comes(identity: Identity, settings: Settings) -> Iterator[float]:
+    """Yield like `backoff` while there is hope that rank 0 makes the call, logging that it has not.
+
+    Raises:
+        ArrivalTimeoutError: after ``settings.arrival_seconds``.
+    """
+    waited = reported = 0.0
+    woken = time.monotonic()
+    for delay in backoff(identity.world_size):
+        yield delay
+        now = time.monotonic()
+        waited, woken = waited + min(now - woken, _LONGEST_ROUND_SECONDS), now
+        if waited >= settings.arrival_seconds:
+            raise ArrivalTimeoutError(
+                f"rank 0 did not make this call within {settings.arrival_seconds:g} s: every rank must make it (and "
+                "MASTER_ADDR and MASTER_PORT must be the same on all of them)",
+                missing="0",
+            )
+        if waited - reported >= settings.report_seconds:
+            reported = waited
+            _logger.warning("rank %d: rank 0 has not made the call yet (%.0f s)", identity.rank, waited)
+
+
+def silence_limit_seconds(settings: Settings) -> float:
+    """Return after how long a silence somebody counts as lost.
+
+    A fifth less than ``liveness_seconds``, which bounds the time from the death to the error on the last rank: the
+    silence is noticed at the next look, and the news travels.
+    """
+    return 0.8 * settings.liveness_seconds

@@ -1,0 +1,76 @@
+"""The verdict: the one outcome of a call on all ranks. All are through, or the first cause of failure counts."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from rankload._errors import RankloadError, StoreLostError, from_wire, to_wire
+from rankload._job.polling import backoff
+from rankload._job.store import RankStore
+from rankload._types import Identity
+
+_SUCCESS = "{}"
+
+
+class Verdict:
+    """One call's verdict as this rank knows it. The pulse may look for it while the rank's own thread works.
+
+    Attributes:
+        is_known: whether this rank has read it.
+        failure: the first cause, where it is one.
+    """
+
+    def __init__(self, store: RankStore, key: Callable[[str], str], identity: Identity) -> None:
+        self._store, self._key, self._identity = store, key, identity
+        self._looking = threading.Lock()  # or two threads would both acknowledge
+        self.is_known = False
+        self.failure: RankloadError | None = None
+
+    def look(self) -> bool:
+        """Tell whether there is a verdict; reads and acknowledges it the first time."""
+        with self._looking:
+            if not self.is_known and (text := self._store.peek(self._key("verdict"))) is not None:
+                self._take(text)
+            return self.is_known
+
+    def count_through(self) -> None:
+        """Say that this rank is through with its part. The last one gives the verdict."""
+        if self._store.add(self._key("through")) == self._identity.world_size:
+            self._decide(_SUCCESS)
+
+    def fail(self, error: RankloadError) -> None:
+        """Say why this rank fails; afterwards `failure` holds the first cause, unless all ranks were through before."""
+        self._decide(json.dumps({"error": to_wire(error)}))
+
+    def outlast_readers(self, patience_seconds: float) -> bool:
+        """Keep the store's host here until the others have read the verdict, for the store dies with it; tell if so."""
+        if not self._store.dies_with_rank_0 or self._identity.rank != 0:
+            return True
+        deadline = time.monotonic() + patience_seconds
+        with suppress(StoreLostError):
+            for _ in backoff(self._identity.world_size):
+                if self._store.add(self._key("seen"), 0) >= self._identity.world_size - 1:
+                    return True
+                if time.monotonic() > deadline:
+                    break
+        return False
+
+    def hurry(self, patience_seconds: float) -> None:
+        """Wait no longer than this for the store from now on: the process is about to end."""
+        self._store = self._store.in_a_hurry(patience_seconds)
+
+    def _decide(self, text: str) -> None:
+        with self._looking:
+            if not self.is_known:
+                self._take(self._store.set_first(self._key("verdict"), text))
+
+    def _take(self, text: str) -> None:
+        verdict = json.loads(text)
+        self.failure = from_wire(verdict["error"]) if "error" in verdict else None
+        self.is_known = True
+        if self._store.dies_with_rank_0 and self._identity.rank != 0:
+            self._store.add(self._key("seen"))

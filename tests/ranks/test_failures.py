@@ -1,0 +1,95 @@
+"""One rank fails: all do, with the first cause, at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from rank_functions import Outcome, leftovers, load, outcomes, try_to_load
+
+from harness.checkpoints import CheckpointFile, digest_of
+from harness.origin import Origin
+from harness.ranks import run_ranks, start_ranks
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "env"])
+def test_the_leader_gets_a_404_and_every_rank_raises_it_within_two_seconds(
+    origin: Origin, cache_dir: str, launcher: str
+) -> None:
+    ended = outcomes(run_ranks(try_to_load, 4, env=launcher, args=(origin.url("nothing.pth"), cache_dir)))
+    assert {(outcome.error, outcome.text) for outcome in ended} == {("HTTPStatusError", ended[0].text)}
+    assert "HTTP Error 404" in ended[0].text and "[rank 0 on " in ended[0].text
+    assert max(outcome.ended_at for outcome in ended) - max(outcome.started_at for outcome in ended) < 2
+    assert origin.request_count() == 1
+    assert leftovers(cache_dir) == []
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "env"])
+def test_a_rank_that_comes_after_rank_0_has_failed_and_left_still_learns_why(
+    origin: Origin, cache_dir: str, launcher: str
+) -> None:
+    with start_ranks(try_to_load, 3, env=launcher, args=(origin.url("nothing.pth"), cache_dir), held=[2]) as group:
+        group.wait_for_mark("tried", [0])
+        group.release(2)
+        ended = outcomes(group.wait())
+    assert [outcome.error for outcome in ended] == ["HTTPStatusError"] * 3
+    assert ended[2].ended_at - ended[2].started_at < 5
+
+
+def _raise(error: BaseException) -> Any:
+    def map_location(storage: Any, tag: str) -> Any:
+        raise error
+
+    return map_location
+
+
+def _one_rank_fails(rank: int, url: str, model_dir: str, failing: int, error: BaseException) -> list[Outcome]:
+    first = try_to_load(rank, url, model_dir, map_location=_raise(error) if rank == failing else None)
+    return [first, try_to_load(rank, url, model_dir)]
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+@pytest.mark.parametrize("error", [ValueError("no such layer"), MemoryError("no memory left")], ids=["any", "memory"])
+def test_one_rank_cannot_load_and_every_rank_names_it(
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str, failing: int, error: Exception
+) -> None:
+    url = origin.add(checkpoint.name, checkpoint.path)
+    results = run_ranks(_one_rank_fails, 4, args=(url, cache_dir, failing, error))
+    firsts = [result.value[0] for result in results]
+    assert len({(outcome.error, outcome.text) for outcome in firsts}) == 1, firsts
+    assert firsts[0].error is not None and str(error) in firsts[0].text
+    assert f"[rank {failing} on " in firsts[0].text
+    assert [result.value[1].digest for result in results] == [digest_of(checkpoint.content)] * 4
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "env"])
+def test_an_error_text_of_megabytes_is_cut_and_the_store_survives_it(
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str, launcher: str
+) -> None:
+    url = origin.add(checkpoint.name, checkpoint.path)
+    error = ValueError("beginning " + "x" * 12_000_000 + " end")
+    results = run_ranks(_one_rank_fails, 3, env=launcher, args=(url, cache_dir, 1, error))
+    for result in (results[0], results[2]):
+        text = result.value[0].text
+        assert "beginning" in text and "end" in text and "characters left out" in text
+        assert len(text) < 10_000
+    assert [result.value[1].digest for result in results] == [digest_of(checkpoint.content)] * 3
+
+
+def _one_rank_is_interrupted(rank: int, url: str, model_dir: str) -> Outcome:
+    if rank != 1:
+        return try_to_load(rank, url, model_dir)
+    try:
+        load(rank, url, model_dir, map_location=_raise(KeyboardInterrupt()))
+    except KeyboardInterrupt:
+        return Outcome(0, 0, None, "KeyboardInterrupt")
+    raise AssertionError("nothing was raised")
+
+
+def test_ctrl_c_in_one_rank_cancels_the_call_on_the_others(
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str
+) -> None:
+    url = origin.add(checkpoint.name, checkpoint.path)
+    ended = outcomes(run_ranks(_one_rank_is_interrupted, 3, args=(url, cache_dir)))
+    assert [outcome.error for outcome in ended] == ["CallCancelledError", "KeyboardInterrupt", "CallCancelledError"]
+    assert "KeyboardInterrupt [rank 1 on " in ended[0].text
