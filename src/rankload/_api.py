@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from rankload._errors import ArgumentError
 from rankload._fetch.once import fetch_once
 from rankload._fetch.request import Url, agreed_arguments, make_request
+from rankload._job.channel import RankChannel
 from rankload._job.environment import identity_from_environment
+from rankload._job.lone import LoneChannel
 from rankload._job.membership import open_channel, open_lone_channel
 from rankload._settings import Settings
 from rankload._types import Delivery, Identity, Progress, Scope, Verify
@@ -89,9 +92,7 @@ def dist_load_state_dict_from_url(
             `rankload._errors`; the usual ones are FetchError (an OSError), VerificationError and LoadError
             (RuntimeErrors), RankLostError (a ConnectionError).
     """
-    settings = _settings(timeout)
-    with open_channel(group, settings) as channel:
-        _check_timeout(timeout)
+    with _call(group, timeout) as (channel, settings):
         request = make_request(
             url,
             model_dir,
@@ -132,9 +133,7 @@ def dist_fetch(
     **Collective**, with the arguments and errors of `dist_load_state_dict_from_url`. In a single process it does not
     import torch: the way to prefetch on a login node. Files that are no checkpoints are welcome too.
     """
-    settings = _settings(timeout)
-    with open_channel(group, settings) as channel:
-        _check_timeout(timeout)
+    with _call(group, timeout) as (channel, settings):
         request = make_request(
             url,
             model_dir,
@@ -200,19 +199,27 @@ def _read(
     return read_checkpoint(path, target, weights_only=weights_only, mmap=mmap)
 
 
+@contextmanager
+def _call(group: ProcessGroup | None, timeout: float | None) -> Iterator[tuple[LoneChannel | RankChannel, Settings]]:
+    """Open the channel. What is wrong with the settings is raised within, where the other ranks hear of it."""
+    problem = None
+    try:
+        settings = _settings(timeout)
+    except ArgumentError as error:
+        settings, problem = Settings(), error
+    with open_channel(group, settings) as channel:
+        if problem is not None:
+            raise problem
+        yield channel, settings
+
+
 def _settings(timeout: float | None) -> Settings:
     settings = Settings.from_environment()
-    return settings if timeout is None or not _is_timeout(timeout) else replace(settings, progress_seconds=timeout)
-
-
-def _check_timeout(timeout: float | None) -> None:
-    """Complain within the call, where the other ranks hear of it."""
-    if timeout is not None and not _is_timeout(timeout):
+    if timeout is None:
+        return settings
+    if not isinstance(timeout, (int, float)) or not 0 < timeout <= threading.TIMEOUT_MAX:
         raise ArgumentError(f"timeout={timeout!r}: expected a positive number of seconds")
-
-
-def _is_timeout(timeout: object) -> bool:
-    return isinstance(timeout, (int, float)) and 0 < timeout <= threading.TIMEOUT_MAX
+    return replace(settings, progress_seconds=timeout)
 
 
 def _checked_delivery(delivery: Delivery) -> Delivery:

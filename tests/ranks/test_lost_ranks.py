@@ -62,7 +62,8 @@ def test_leader_lost_in_the_middle_of_its_download(
         _survivors_of_leader(group, [1, 2], short_deadlines, time.monotonic())
         if signum == signal.SIGSTOP:
             group.cont(0)
-            origin.release(checkpoint.name)
+            if launcher == "env":  # its store was frozen with it: the others could not leave word
+                origin.release(checkpoint.name)
             [leader] = outcomes([group.wait_for_end(0)])
             assert leader.error in ("RankLostError", "StoreLostError")
     _assert_next_run_is_clean(origin, checkpoint, url, cache_dir)
@@ -106,9 +107,6 @@ def test_one_of_several_leaders_killed(
         _wait_for_partials(cache_dir, nodes)
         group.kill(victim)
         killed_at = time.monotonic()
-        # a leader that waits for a byte of a stalled origin learns what happened with the next one
-        wait_until(lambda: time.monotonic() - killed_at > 0.9 * short_deadlines, 30, "the deadline")
-        origin.release(checkpoint.name)
         ended = [group.wait_for_end(rank) for rank in range(world_size) if rank != victim]
     for outcome in outcomes(ended):
         assert outcome.error == "RankLostError", outcome

@@ -6,9 +6,9 @@ import errno
 import logging
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,6 +21,7 @@ from rankload._checkpoint.open import check_structure
 from rankload._errors import FetchError, TruncatedError, VerificationError
 from rankload._fetch.digest import DigestThread
 from rankload._fetch.http import Body, get
+from rankload._fetch.lookout import Lookout
 from rankload._fetch.partial import Partial
 from rankload._fetch.verify import check_digest, vouching_digest
 from rankload._fetch.writeback import Writeback
@@ -31,9 +32,6 @@ _logger = logging.getLogger("rankload")
 
 #: One read from the socket. The kernel seldom has more ready; a larger buffer is only allocated in vain.
 _READ_BYTES = 512 << 10
-
-#: How often others are told of the bytes; their own look comes every heartbeat.
-_REPORT_SECONDS = 0.2
 
 
 def download(request: FetchRequest, entry: Entry, report: Report, settings: Settings) -> FetchedFile:
@@ -96,18 +94,16 @@ def _headers_for(url: str, request: FetchRequest) -> tuple[tuple[str, str], ...]
 def _receive(body: Body, partial: Partial, request: FetchRequest, attempt: int, report: Report) -> tuple[int, str]:
     """Write the body to the partial file and hash it on the way; return its length and digest."""
     digest, writeback = DigestThread(), Writeback(partial.descriptor)
-    done, reported_at = 0, 0.0
+    done = 0
     try:
-        with _progress_bar(body, request) as bar:
+        with _progress_bar(body, request) as bar, Lookout(body, report, attempt) as lookout:
             while piece := body.read(_READ_BYTES):
                 digest.update(piece)
                 partial.write(piece)
                 done += len(piece)
                 writeback.advance(done)
                 bar.update(len(piece))
-                if (now := time.monotonic()) - reported_at > _REPORT_SECONDS:
-                    reported_at = now
-                    report(Progress("downloading", done, body.size_bytes, attempt))
+                lookout.progress = replace(lookout.progress, bytes_done=done)
     finally:
         sha256 = digest.finish()
     return done, sha256

@@ -34,6 +34,7 @@ class Body:
     etag: str | None
     content_type: str
     _read1: Callable[[int], bytes]
+    _shut_down: Callable[[], None]
 
     def read(self, limit_bytes: int) -> bytes:
         """Return the next bytes, as many as are there, at most the limit; nothing at the end of the body.
@@ -45,6 +46,11 @@ class Body:
         """
         with translating(self.url):
             return self._read1(limit_bytes)
+
+    def break_off(self) -> None:
+        """Let a read that waits in another thread return or fail at once."""
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # the body has ended already
+            self._shut_down()
 
 
 @contextlib.contextmanager
@@ -92,6 +98,7 @@ def _body_of(response: requests.Response, shown: str) -> Body:
         etag=response.headers.get("ETag"),
         content_type=response.headers.get("Content-Type", "").partition(";")[0].strip().lower(),
         _read1=functools.partial(response.raw.read1, decode_content=False),
+        _shut_down=response.raw.shutdown,
     )
 
 
