@@ -32,9 +32,7 @@ def test_a_warm_call_of_four_ranks_asks_nobody_and_holds_one_copy(
 
 
 @pytest.mark.slow
-def test_torch_hub_in_every_rank_holds_four_copies(
-    checkpoint: CheckpointFile, origin: Origin, tmp_path: Path
-) -> None:
+def test_torch_hub_in_every_rank_holds_four_copies(checkpoint: CheckpointFile, origin: Origin, tmp_path: Path) -> None:
     """The measure can tell the difference."""
     url = _serve_from_a_warm_cache(checkpoint, origin, tmp_path)
     assert _bytes_held_after_touching_every_page(_load_with_torch_hub, url, tmp_path) > 3.8 * CHECKPOINT_BYTES
@@ -54,17 +52,19 @@ def _bytes_held_after_touching_every_page(load: Any, url: str, model_dir: Path) 
         held = sum(group.pss_bytes()) - before
         group.open_gate("touched")
         for result in group.wait():
-            assert result.value == pytest.approx(group_checksum(url, model_dir))
+            assert result.value == pytest.approx(_checksum_of_file(url, model_dir))
     return held
 
 
-def group_checksum(url: str, model_dir: Path) -> float:
+def _checksum_of_file(url: str, model_dir: Path) -> float:
     state_dict = torch.load(model_dir / url.rpartition("/")[2], mmap=True)
     return _touch_every_page(state_dict)
 
 
 def _touch_every_page(state_dict: dict[str, torch.Tensor]) -> float:
-    return sum(float(tensor.view(torch.uint8).view(-1)[::512].sum(dtype=torch.float64)) for tensor in state_dict.values())
+    # eight bytes of each page
+    samples = [tensor.view(torch.uint8).view(-1)[::512] for tensor in state_dict.values()]
+    return sum(float(sample.sum(dtype=torch.float64)) for sample in samples)
 
 
 def _load_with_rankload(rank: int, url: str, model_dir: str) -> float:
