@@ -35,7 +35,7 @@ install_packages() {
 }
 
 shell_scripts() {
-  find .ci/run launch slurm tests -name .venv -prune -o \
+  find .ci/run benchmarks launch slurm tests -name .venv -prune -o \
     -type f \( -name '*.sh' -o -name '*.sbatch' -o -path .ci/run \) -print0
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -105,3 +107,16 @@ def test_auto_what_was_found_out_holds_for_the_next_call(
     results = run_ranks(_load_twice_on, 4, nodes=2, args=(urls, dirs))
     assert [result.value for result in results] == [[digest_of(file.content) for file in files]] * 4
     assert _leaders(origin) == [0, 0, 2, 2]
+
+
+def test_probe_files_that_killed_ranks_left_are_removed(
+    origin: Origin, checkpoint: CheckpointFile, tmp_path: Path
+) -> None:
+    url = origin.add(checkpoint.name, checkpoint.path)
+    abandoned, recent = tmp_path / ".rankload-probe-old", tmp_path / ".rankload-probe-new"
+    for path in (abandoned, recent):
+        path.touch()
+    two_hours_ago = time.time() - 7200
+    os.utime(abandoned, (two_hours_ago, two_hours_ago))
+    run_ranks(_load_on, 2, args=(url, [str(tmp_path)] * 2, "auto"), nodes=2)
+    assert [path.name for path in tmp_path.glob(".rankload-probe-*")] == [recent.name]

@@ -25,6 +25,11 @@ _logger = logging.getLogger("rankload")
 #: filesystem; on a lagging one a wrong "not shared" costs a second download, never a wrong file.
 _PROBE_SECONDS = 1.0
 
+_PROBE_PREFIX = ".rankload-probe-"
+
+#: No node looks for a probe file for so long: the ranks of a call arrive within ``arrival_seconds``.
+_PROBE_MAX_AGE_SECONDS = 3600.0
+
 #: How long other ranks of a node leave it to local rank 0 to look.
 _LOCAL_RANK_0_SECONDS = 2.0
 
@@ -106,13 +111,22 @@ def _sees(path: Path) -> bool:
 
 def _leave_probe_file(channel: Channel, directory: Path) -> str | None:
     """Leave a file that nobody has looked for before, until the call ends; None where nothing can be written."""
-    path = directory / f".rankload-probe-{secrets.token_hex(8)}"
+    path = directory / f"{_PROBE_PREFIX}{secrets.token_hex(8)}"
     try:
         path.touch(exist_ok=False)
     except OSError:  # a read-only cache serves each node's own hits
         return None
     channel.on_exit(lambda: path.unlink(missing_ok=True))
+    _remove_abandoned_probe_files(directory)
     return path.name
+
+
+def _remove_abandoned_probe_files(directory: Path) -> None:
+    """Remove what ranks that were killed have left. Empty files, so an hour of them harms nobody."""
+    with suppress(OSError):
+        for path in directory.glob(f"{_PROBE_PREFIX}*"):
+            if time.time() - path.stat().st_mtime > _PROBE_MAX_AGE_SECONDS:
+                path.unlink()
 
 
 def _place(identity: Identity, scope: Scope, directory: Path) -> str:

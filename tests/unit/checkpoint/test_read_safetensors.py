@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -34,7 +35,7 @@ def every_dtype() -> dict[str, torch.Tensor]:
     """Random bits, so NaNs are among them, in three shapes of each dtype."""
     generator = torch.Generator().manual_seed(7)
     tensors = {}
-    for name in DTYPES:
+    for name in filter(functools.partial(hasattr, torch), DTYPES):  # older torches lack the newest
         dtype = getattr(torch, name)
         random = torch.randint(0, 2 if dtype == torch.bool else 256, (96,), dtype=torch.uint8, generator=generator)
         tensors[f"{name}.matrix"] = random.view(dtype).reshape(3, -1)
@@ -46,7 +47,7 @@ def every_dtype() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("mmap", [True, False])
 def test_every_dtype_equals_the_reference(tmp_path, mmap):
     tensors = every_dtype()
-    del tensors["float4_e2m1fn_x2.scalar"]  # holds two elements
+    tensors.pop("float4_e2m1fn_x2.scalar", None)  # holds two elements
     path = tmp_path / "model.bin"
     save_file(tensors, path, metadata={"format": "pt"})
     assert_same_bits(read_checkpoint(path, mmap=mmap), load_file(path))
