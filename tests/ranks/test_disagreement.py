@@ -31,10 +31,10 @@ def _load_as_told(rank: int, url: str, model_dir: str, own: dict[int, dict[str, 
 def test_one_rank_passes_another_value_and_every_rank_names_both(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str, argument: str, value: str, named: str, odd: int
 ) -> None:
-    url = origin.add(checkpoint.name, checkpoint.path)
+    # held: an error of the leader's own download could come before the others have compared, and be the first cause
+    url = origin.add(checkpoint.name, checkpoint.path, hold_at=1000)
     usual = {"url": url, "sha256": "None", "file_name": checkpoint.name, "scope": "'auto'"}[argument]
     if argument == "url":
-        # held: an error of the odd leader's own download could come first, and would be the first cause
         value = origin.add(value, checkpoint.path, hold_at=1000)
     own = {odd: {argument: value}}
     with start_ranks(_load_as_told, 4, args=(url, cache_dir, own)) as group:
