@@ -89,7 +89,7 @@ def _checked_urls(url: Url) -> tuple[str, ...]:
     candidates = [url] if isinstance(url, (str, os.PathLike)) else list(url)
     urls = tuple(os.fspath(candidate) for candidate in candidates)
     if not urls or not all(urls):
-        raise ArgumentError(f"url={url!r}: expected a URL or a sequence of mirrors")
+        raise ArgumentError("url: expected a URL or a sequence of mirrors, none of them empty")
     for one in urls:
         scheme = _scheme_of(one)
         if scheme not in ("http", "https", "file"):
@@ -108,7 +108,9 @@ def _scheme_of(url: str) -> str:
     except ValueError:  # brackets that do not match, a port that is no number
         is_complete = False
     if not is_complete:
-        raise ArgumentError(f"url={url.partition('?')[0]!r}: not a URL, or one without a host")
+        # too broken for redact(): what may be a password, up to the last @, and the query go
+        shown = re.sub(r"//.*@", "//", url, flags=re.DOTALL).partition("?")[0]
+        raise ArgumentError(f"url={shown!r}: not a URL, or one without a host")
     return parts.scheme
 
 
