@@ -89,7 +89,7 @@ def _checked_urls(url: Url) -> tuple[str, ...]:
     candidates = [url] if isinstance(url, (str, os.PathLike)) else list(url)
     urls = tuple(os.fspath(candidate) for candidate in candidates)
     if not urls or not all(urls):
-        raise ArgumentError("url: expected a URL or a sequence of mirrors, none of them empty")
+        raise ArgumentError(f"url={[_without_secrets(one) for one in urls]}: expected a URL or a sequence of mirrors")
     for one in urls:
         scheme = _scheme_of(one)
         if scheme not in ("http", "https", "file"):
@@ -108,10 +108,13 @@ def _scheme_of(url: str) -> str:
     except ValueError:  # brackets that do not match, a port that is no number
         is_complete = False
     if not is_complete:
-        # too broken for redact(): what may be a password, up to the last @, and the query go
-        shown = re.sub(r"//.*@", "//", url, flags=re.DOTALL).partition("?")[0]
-        raise ArgumentError(f"url={shown!r}: not a URL, or one without a host")
+        raise ArgumentError(f"url={_without_secrets(url)!r}: not a URL, or one without a host")
     return parts.scheme
+
+
+def _without_secrets(url: str) -> str:
+    """Take out what may be a password (up to the last @) and the query of what may be too broken for redact()."""
+    return re.sub(r"//.*@", "//", url, flags=re.DOTALL).partition("?")[0]
 
 
 def _checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
