@@ -10,6 +10,7 @@
     │   ├── NetworkError (ConnectionError)    no connection, or it broke
     │   ├── FetchTimeoutError (TimeoutError)  no connection or no byte in time
     │   ├── TruncatedError                    fewer (or more) bytes than the origin promised
+    │   ├── ContentChangedError               the origin's file kept changing while it was fetched
     │   └── OfflineError                      not cached, and offline was asked for
     ├── VerificationError (RuntimeError)      the bytes are not what they should be
     │   ├── DigestMismatchError               SHA-256 or hash prefix differs
@@ -107,6 +108,10 @@ class FetchTimeoutError(FetchError, TimeoutError):
 
 class TruncatedError(FetchError):
     """The body's length is not what the origin promised."""
+
+
+class ContentChangedError(FetchError):
+    """The file at the origin has changed while it was fetched."""
 
 
 class OfflineError(FetchError):

@@ -27,6 +27,14 @@ class Settings:
         lease_seconds: lease between jobs: a holder that is silent for so long may be taken over.
         visibility_seconds: how long a published file may stay invisible on another node. Linux NFS clients
             keep negative name entries for up to 60 s (``acdirmax``, nfs(5)).
+        stall_seconds: a connection on which no byte comes for so long is given up, and the range asked for anew.
+        retries: how often a request is repeated when it fails and no byte has come meanwhile.
+        backoff_seconds: pause before the first repetition; it doubles with each.
+        retry_after_seconds: longest pause that an origin can ask for with Retry-After.
+        minimum_bytes_per_second: a connection that is slower over ``stall_seconds`` is given up as well; 0: any rate
+            will do.
+        streams: most connections that one download uses at a time.
+        chunk_bytes: a range that is asked for, and the unit of what a killed download keeps.
         offline: no socket is opened; what is not cached is an error.
     """
 
@@ -38,6 +46,13 @@ class Settings:
     report_seconds: float = 30.0
     lease_seconds: float = 30.0
     visibility_seconds: float = 90.0
+    stall_seconds: float = 30.0
+    retries: int = 5
+    backoff_seconds: float = 1.0
+    retry_after_seconds: float = 300.0
+    minimum_bytes_per_second: int = 0
+    streams: int = 16
+    chunk_bytes: int = 8 << 20
     offline: bool = False
 
     @property
@@ -63,13 +78,19 @@ def variable(name: str) -> str:
     return f"RANKLOAD_{name.upper()}"
 
 
-def _parse(name: str, text: str) -> float | bool:
-    if name == "offline":
+def _parse(name: str, text: str) -> float | int | bool:
+    kind = _KINDS[name]
+    if kind == "bool":
         if text.lower() in ("1", "true", "yes", "on"):
             return True
         if text.lower() in ("", "0", "false", "no", "off"):
             return False
         raise ArgumentError(f"{variable(name)}={text!r}: expected 1 or 0")
+    least = _LEAST.get(name, 1)
+    if kind == "int":
+        if text.strip().isdecimal() and int(text) >= least:
+            return int(text)
+        raise ArgumentError(f"{variable(name)}={text!r}: expected a whole number, at least {least}")
     try:
         value = float(text)
     except ValueError:
@@ -77,3 +98,9 @@ def _parse(name: str, text: str) -> float | bool:
     if not 0 < value < float("inf"):
         raise ArgumentError(f"{variable(name)}={text!r}: expected a positive number of seconds")
     return value
+
+
+_KINDS = {field.name: str(field.type) for field in fields(Settings)}
+
+#: Whole numbers may be as small as this; 1 where it is not said.
+_LEAST = {"retries": 0, "minimum_bytes_per_second": 0}

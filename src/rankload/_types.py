@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
 
 Scope = Literal["auto", "job", "node", "process"]
 Delivery = Literal["auto", "read", "broadcast"]
-Verify = Literal["once", "always", "never"]
+Verify = Literal["once", "always", "never", "sidecar"]
 Source = Literal["cache", "adopted", "download", "local"]
 
 #: A rank's activity within a call. ``waiting`` and ``backoff`` are declared waits: the rank lives, the bytes do not
@@ -66,6 +67,7 @@ class FetchRequest:
         directory: the cache directory on this node, absolute, ``~`` expanded.
         file_name: the file's name in it, a relative path without ``..``.
         sha256: full expected digest, 64 lower-case hex digits; None when not known.
+        sha256_source: who says so: ``sha256`` (the argument), ``sidecar``.
         hash_prefix: leading hex digits of the SHA-256 that the file name promises under ``check_hash``; None when
             not asked for.
         must_be_checkpoint: refuse files that are no checkpoint (a web page, a tar of JPEGs).
@@ -81,6 +83,7 @@ class FetchRequest:
     directory: Path
     file_name: str
     sha256: str | None = None
+    sha256_source: str = "sha256"
     hash_prefix: str | None = None
     must_be_checkpoint: bool = True
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
@@ -89,6 +92,15 @@ class FetchRequest:
     progress: bool = True
     offline: bool = False
     force: bool = False
+
+    @property
+    def digest(self) -> str | None:
+        """What the SHA-256 must start with, as far as the caller has said."""
+        return self.sha256 or self.hash_prefix
+
+    def headers_for(self, url: str) -> tuple[tuple[str, str], ...]:
+        """Give the caller's headers to the first URL's host alone: a token for one origin is no mirror's business."""
+        return self.headers if urlsplit(url).netloc == urlsplit(self.urls[0]).netloc else ()
 
 
 @dataclass(frozen=True)

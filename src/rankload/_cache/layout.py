@@ -3,9 +3,11 @@
 ::
 
     <directory>/<file name>                                the published file, as torch.hub names it
-    <directory>/<file name>.<owner>-<nonce>.partial        a download in progress
+    <directory>/<file name>.<owner>-<nonce>.partial        a download in progress, or what a dead one has left
+    <directory>/<file name>.<owner>-<nonce>.partial.journal    which of its bytes are there
     <directory>/.rankload/<file name>.json                 its record
     <directory>/.rankload/<file name>.lease                who downloads it at the moment
+    <directory>/.rankload/quarantine/<file name>           what was not what it should be, and why (.json)
     <directory>/.rankload/<key>/<file name>                another URL with the same file name (and its .rankload/)
 """
 
@@ -51,6 +53,18 @@ class Entry:
     def lease_path(self) -> Path:
         """The lease between jobs."""
         return self.path.parent / _OWN_DIRECTORY / f"{self.path.name}.lease"
+
+    @property
+    def quarantine_path(self) -> Path:
+        """Where a file of this entry goes that is not what it should be."""
+        return self.record_path.parent / "quarantine" / self.path.name
+
+    @property
+    def own_directories(self) -> list[Path]:
+        """The directories of rankload's own that lead to the file, from the top; none for torch.hub's place."""
+        parents = [self.path.parent, *self.path.parent.parents]
+        names = [path.name for path in parents]
+        return parents[names.index(_OWN_DIRECTORY) :: -1] if _OWN_DIRECTORY in names else []
 
     @property
     def partial_stem(self) -> str:

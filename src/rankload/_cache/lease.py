@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
+from rankload._cache.access import make_own_directory
 from rankload._errors import RankloadError
 from rankload._settings import Settings
 
@@ -51,7 +52,10 @@ def _acquire(
     path: Path, settings: Settings, progress_mark: Callable[[], object], on_wait: Callable[[], bool]
 ) -> SoftFileLease | None:
     try:
-        path.parent.mkdir(exist_ok=True)
+        make_own_directory(path.parent)
+        if path.is_symlink():
+            _warn(path, "it is a symbolic link")
+            return None
         if _is_foreign(path):
             _warn(path, "it belongs to another user")
             return None

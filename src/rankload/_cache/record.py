@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from rankload._cache.access import make_own_directory, share_file
 from rankload._types import Source
 
 _logger = logging.getLogger("rankload")
@@ -25,7 +26,8 @@ class Record:
         size_bytes, mtime_ns, inode: of the file as published; a copy or remount changes the last two.
         etag: the origin's validator; never a digest.
         sha256: hex digest of the bytes; None for an adopted file that nobody has hashed yet.
-        vouched_by: which digest the bytes were compared with: ``sha256``, ``hash_prefix``, or None.
+        vouched_by: whose digest the bytes were compared with: ``sha256`` (the argument), ``hash_prefix`` (the file
+            name), ``sidecar``, the response header's name in lower case, or None for nobody's.
         source: ``download``, or ``adopted`` for a file that torch.hub left.
     """
 
@@ -51,7 +53,8 @@ class Record:
 def read_record(path: Path) -> Record | None:
     """Read a record; None where there is none, or one that is unreadable or of another version."""
     try:
-        with path.open(encoding="utf-8") as file:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with os.fdopen(descriptor, encoding="utf-8") as file:
             found = json.load(file)
         return _checked(Record(**{field.name: found[field.name] for field in fields(Record)}))
     except FileNotFoundError:
@@ -65,8 +68,10 @@ def write_record(path: Path, record: Record) -> None:
     """Write a record atomically. In a read-only cache nothing is written: the next call looks again."""
     temporary = path.with_name(f"{path.name[:150]}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(exist_ok=True)
-        temporary.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+        make_own_directory(path.parent)
+        with temporary.open("x", encoding="utf-8") as file:
+            share_file(file.fileno(), path.parent)
+            file.write(json.dumps(asdict(record), indent=1) + "\n")
         temporary.replace(path)
     except OSError as error:
         _logger.debug("no record written at %s: %s", path, error)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rankload._cache.failures import reading
 from rankload._cache.layout import Entry, local_path_of
-from rankload._fetch.digest import DigestThread
-from rankload._fetch.download import verified_partial
-from rankload._fetch.partial import Partial, remove_dead_partials
-from rankload._fetch.verify import check_digest
+from rankload._fetch.download import verify
+from rankload._fetch.partials.adoption import remove_dead_partials
+from rankload._fetch.partials.partial import Partial
+from rankload._fetch.receive import Receiver
+from rankload._fetch.verify import check_digest, claims_of
 from rankload._job.signals import TerminationAsException
 from rankload._settings import Settings
 from rankload._types import FetchRequest, Progress
@@ -35,12 +37,16 @@ def download_to(url: str, destination: Path, hash_prefix: str | None, *, progres
         progress=progress,
     )
     entry, source = Entry(path), local_path_of(url)
+    settings = Settings.from_environment()
     with _cleaning_up_on_sigterm():
-        remove_dead_partials(entry)
-        if source is not None:
-            _copy(source, request, entry)
-            return
-        with verified_partial(url, request, entry, _nobody_listens, Settings.from_environment()) as (partial, _):
+        remove_dead_partials(entry, settings, now=0.0)
+        with Partial(entry, settings, request.digest, may_be_left=False) as partial:
+            if source is not None:
+                _copy(source, request, partial)
+            else:
+                received = Receiver(request, partial, _nobody_listens, settings).receive(request.urls)
+                verify(received, partial, request)
+                partial.finish(received.size_bytes)
             partial.publish()
 
 
@@ -54,18 +60,15 @@ def _cleaning_up_on_sigterm() -> Iterator[None]:
         termination.restore()
 
 
-def _copy(source: Path, request: FetchRequest, entry: Entry) -> None:
-    with reading(source), source.open("rb") as file, Partial(entry, source.stat().st_size) as partial:
-        digest = DigestThread()
-        try:
-            while piece := file.read(_READ_BYTES):
-                digest.update(piece)
-                partial.write(piece)
-        finally:
-            sha256 = digest.finish()
-        check_digest(sha256, request, str(source))
-        partial.finish()
-        partial.publish()
+def _copy(source: Path, request: FetchRequest, partial: Partial) -> None:
+    digest = hashlib.sha256()
+    with reading(source), source.open("rb") as file, closing(partial.writer()) as writer:
+        while piece := file.read(_READ_BYTES):
+            writer.write(piece, file.tell() - len(piece))
+            digest.update(piece)
+        size_bytes = file.tell()
+    check_digest(digest.hexdigest(), claims_of(request), str(source))
+    partial.finish(size_bytes)
 
 
 def _nobody_listens(progress: Progress) -> None:

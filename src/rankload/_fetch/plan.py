@@ -18,6 +18,7 @@ class Action(Enum):
     USE = "use the cached file; its record vouches for it"
     CHECK = "check the cached file's structure, and its digest where one is known; then use it"
     DOWNLOAD = "download"
+    ASK = "ask the origin for the digest first"
     SEPARATE = "another URL owns this file name: use an entry of our own"
 
 
@@ -46,12 +47,16 @@ def decide(request: FetchRequest, cached: Cached) -> Plan:
         return Plan(Action.DOWNLOAD, "a fresh copy was asked for")
     if status.st_size == 0:
         return Plan(Action.DOWNLOAD, "the cached file is empty")
+    if record is None and request.verify == "sidecar" and request.sha256 is None:
+        return Plan(Action.ASK, "a file without a record, and its sidecar at the origin is to vouch")
     if record is None:
         return Plan(Action.CHECK, "a file without a record, as torch.hub leaves it")
     if not _is_owner(request, record):
         return Plan(Action.SEPARATE, f"{record.url} has the same file name")
     if record.size_bytes != status.st_size:
         return Plan(Action.DOWNLOAD, f"the cached file has {status.st_size} bytes, not {record.size_bytes}")
+    if request.verify == "sidecar" and request.sha256 is None and record.vouched_by != "sidecar":
+        return Plan(Action.ASK, "it was not yet compared with its sidecar at the origin")
     if request.verify == "never" and (record.sha256 is None or satisfies(record.sha256, request)):
         return Plan(Action.USE, "verify='never'")
     if request.verify == "always":

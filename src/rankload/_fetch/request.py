@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from rankload._cache.layout import (
     url_key,
 )
 from rankload._errors import ArgumentError
+from rankload._fetch.offline import is_switched_off
 from rankload._types import FetchRequest, Scope, Verify
 
 Url = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -59,7 +61,7 @@ def make_request(
         verify=_checked_choice("verify", verify, get_args(Verify)),
         scope=_checked_choice("scope", scope, get_args(Scope)),
         progress=progress,
-        offline=offline,
+        offline=offline or is_switched_off(urls[0]),
     )
 
 
@@ -92,11 +94,23 @@ def _checked_urls(url: Url) -> tuple[str, ...]:
         raise ArgumentError(f"url={[_without_secrets(one) for one in urls]}: expected a URL or a sequence of mirrors")
     for one in urls:
         scheme = _scheme_of(one)
-        if scheme not in ("http", "https", "file"):
-            raise ArgumentError(f"{redact(one)}: scheme {scheme!r} is not supported; use http, https, file or a path")
+        if scheme not in ("http", "https", "file") and scheme not in _filesystem_schemes():
+            raise ArgumentError(
+                f"{redact(one)}: scheme {scheme!r} is not supported; use http, https, file, a path, or a scheme of "
+                "fsspec's such as s3, gs or hf"
+            )
     if len(urls) > 1 and any(local_path_of(one) for one in urls):
-        raise ArgumentError("mirrors must be http or https URLs: a local file is used in place, it needs no mirror")
+        raise ArgumentError("mirrors must be remote URLs: a local file is used in place, it needs no mirror")
     return urls
+
+
+@functools.cache
+def _filesystem_schemes() -> frozenset[str]:
+    import fsspec.registry  # takes a while to import
+
+    # http and file are our own; the others reach no remote file, or one in a way that has no ranges
+    others = {"http", "https", "file", "local", "ftp", "sftp", "ssh", "smb", "data"}
+    return frozenset(fsspec.registry.known_implementations) - others
 
 
 def _scheme_of(url: str) -> str:

@@ -1,0 +1,49 @@
+"""Who may read and write what we put into a cache directory.
+
+A directory that is setgid and writable by its group is how a group asks for a shared cache (chmod g+ws): what lies in
+it must stay usable by the whole group, whatever the umask of the one who came first. Elsewhere the umask decides, as
+for any file.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from rankload._errors import CacheError
+
+
+def is_group_shared(directory: Path) -> bool:
+    """Tell whether a directory is set up for a group."""
+    try:
+        mode = directory.stat().st_mode
+    except OSError:
+        return False
+    return bool(mode & stat.S_ISGID and mode & stat.S_IWGRP)
+
+
+def share_file(descriptor: int, directory: Path) -> None:
+    """Give the group of a shared directory access to a new file in it."""
+    if is_group_shared(directory):
+        with suppress(OSError):  # not ours: then its owner has done it
+            os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | 0o660)
+
+
+def make_own_directory(directory: Path) -> None:
+    """Make a directory of rankload's own inside a cache directory; the group of a shared one gets access.
+
+    Raises:
+        CacheError: a symbolic link stands in its place: who put it there would decide where we write.
+        OSError: it cannot be made.
+    """
+    is_new = False
+    with suppress(FileExistsError):
+        directory.mkdir()
+        is_new = True
+    if directory.is_symlink():
+        raise CacheError(f"{directory} is a symbolic link: refused; remove it", path=str(directory))
+    if is_new and is_group_shared(directory.parent):
+        with suppress(OSError):
+            directory.chmod(stat.S_IMODE(directory.stat().st_mode) | 0o2770)

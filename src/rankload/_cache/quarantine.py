@@ -1,0 +1,36 @@
+"""Where a file goes that is not what it should be: aside, with the reason, so that it can be looked at."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from rankload._cache.access import make_own_directory
+from rankload._cache.layout import Entry
+
+
+def quarantine(entry: Entry, reason: str, move_to: Callable[[Path], object]) -> Path | None:
+    """Set a bad file aside and return where it is; None if that cannot be done, and the file stays where it was.
+
+    One file per entry is kept, the last: a broken origin must not fill the disk. Renaming does not disturb a process
+    that has the file mapped.
+
+    Args:
+        entry: whose file it was, or was to become.
+        reason: why, as an error said it; no secrets.
+        move_to: renames the file to the path that it is given.
+    """
+    path = entry.quarantine_path
+    try:
+        make_own_directory(entry.record_path.parent)
+        make_own_directory(path.parent)
+        move_to(path)
+    except OSError:
+        return None
+    note = {"reason": reason, "quarantined_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    with suppress(OSError):
+        path.with_name(path.name + ".json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    return path

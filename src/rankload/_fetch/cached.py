@@ -1,0 +1,186 @@
+"""A look into the cache: whose the file is that lies there, and whether it can be used."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISLNK, S_ISREG
+
+from rankload._cache.access import make_own_directory
+from rankload._cache.failures import reading
+from rankload._cache.layout import Entry, redact, url_key
+from rankload._cache.quarantine import quarantine
+from rankload._cache.record import Record, read_record, write_record
+from rankload._checkpoint.open import check_structure
+from rankload._errors import CacheError, VerificationError
+from rankload._fetch.digest import sha256_of_file
+from rankload._fetch.origins.origin import Claim
+from rankload._fetch.plan import Action, Cached, decide, known_digest
+from rankload._fetch.verify import check_digest, claims_of
+from rankload._types import FetchedFile, FetchRequest, Progress, Report
+
+_logger = logging.getLogger("rankload")
+
+FileVersion = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look into the cache has found.
+
+    Attributes:
+        entry: the one that is the request's.
+        version: of the file that was there, None for none: it changes when somebody publishes.
+        file: that file, if it can be used.
+    """
+
+    entry: Entry
+    version: FileVersion | None
+    file: FetchedFile | None
+
+
+def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
+    """Find the entry that is the request's, and whether its file can be used. What is bad is set aside.
+
+    Raises:
+        CacheError: something else lies in the file's place, or it cannot be read.
+    """
+    cached = _inspect(entry)
+    plan = decide(request, cached)
+    _logger.debug("%s: %s (%s)", entry.path, plan.action.name, plan.reason)
+    if plan.action is Action.SEPARATE:
+        separate = entry.separate(request.urls[0])
+        _logger.warning("%s: %s; keeping %s at %s", entry.path, plan.reason, redact(request.urls[0]), separate.path)
+        make_entry_directory(separate)
+        return look_up(separate, request, report)
+    file, version = None, _version_of(cached.status)
+    if plan.action is Action.USE:
+        assert cached.status is not None
+        sha256 = cached.record.sha256 if cached.record else None
+        file = FetchedFile(entry.path, cached.status.st_size, sha256, "cache")
+    elif plan.action is Action.CHECK:
+        file = _checked(entry, cached, request, report)
+    elif plan.action is Action.DOWNLOAD and cached.status is not None:
+        _set_aside(entry, plan.reason, is_worth_it=cached.status.st_size > 0 and not request.force)
+    return Look(entry, version if file is not None else file_version(entry), file)
+
+
+def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFile:
+    """Check a file that is not the cache's; it stays where it is.
+
+    Raises:
+        VerificationError: it is not what it should be.
+        CacheError: it cannot be read.
+    """
+    with reading(path):
+        status = path.stat()
+        if not S_ISREG(status.st_mode):  # opening a pipe would wait for its writer, for ever
+            raise CacheError(f"cannot read {path}: it is no regular file", path=str(path))
+        check_structure(path, must_be_checkpoint=request.must_be_checkpoint, origin=str(path))
+        sha256, claims = None, claims_of(request)
+        if claims:
+            sha256 = _hash(path, status.st_size, report)
+            check_digest(sha256, claims, str(path))
+    return FetchedFile(path, status.st_size, sha256, "local")
+
+
+def file_version(entry: Entry) -> FileVersion | None:
+    """Return what changes when somebody publishes the entry's file; None where there is none."""
+    try:
+        return _version_of(entry.path.stat())
+    except OSError:
+        return None
+
+
+def make_entry_directory(entry: Entry) -> None:
+    """Make the directories of rankload's own down to an entry's.
+
+    Raises:
+        CacheError: one of them cannot be made, or is a symbolic link.
+    """
+    for directory in entry.own_directories:
+        try:
+            make_own_directory(directory)
+        except CacheError:
+            raise
+        except OSError as error:
+            raise CacheError(
+                f"cannot make {directory}: {error.strerror}", path=str(directory), errno=error.errno
+            ) from error
+
+
+def _version_of(status: os.stat_result | None) -> FileVersion | None:
+    return None if status is None else (status.st_ino, status.st_mtime_ns)
+
+
+def _inspect(entry: Entry) -> Cached:
+    own_directory = entry.record_path.parent
+    if own_directory.is_symlink():
+        raise CacheError(f"{own_directory} is a symbolic link: refused; remove it", path=str(own_directory))
+    with reading(entry.path):
+        try:
+            link, status = entry.path.lstat(), entry.path.stat()
+        except FileNotFoundError:
+            return Cached(None, None)
+    if S_ISLNK(link.st_mode) and link.st_uid not in (0, os.geteuid()):
+        raise CacheError(
+            f"{entry.path} is another user's symbolic link: refused; remove it or pass file_name=", path=str(entry.path)
+        )
+    if not S_ISREG(status.st_mode):
+        raise CacheError(f"{entry.path} is no file; remove it or pass file_name=", path=str(entry.path))
+    return Cached(status, read_record(entry.record_path))
+
+
+def _checked(entry: Entry, cached: Cached, request: FetchRequest, report: Report) -> FetchedFile | None:
+    """Check a file that no record vouches for; adopt it, or set it aside and return None."""
+    assert cached.status is not None
+    status, record = cached.status, cached.record
+    try:
+        sha256, vouched_by = _judge(entry.path, cached, request, report)
+    except VerificationError as error:
+        _set_aside(entry, error.message, is_worth_it=True)
+        return None
+    except CacheError:
+        raise
+    except OSError as error:  # removed since the look, or the disk cannot read it any more: a new copy helps
+        _logger.warning("cannot read %s: %s; fetching it again", entry.path, error.strerror or error)
+        return None
+    adopted = Record(
+        url=record.url if record else redact(request.urls[0]),
+        url_key=record.url_key if record else url_key(request.urls[0]),
+        size_bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        inode=status.st_ino,
+        etag=record.etag if record else None,
+        sha256=sha256,
+        vouched_by=vouched_by or (record.vouched_by if record else None),
+        source=record.source if record else "adopted",
+    )
+    if adopted != record:
+        write_record(entry.record_path, adopted)
+    return FetchedFile(entry.path, status.st_size, sha256, "cache" if record else "adopted")
+
+
+def _judge(path: Path, cached: Cached, request: FetchRequest, report: Report) -> tuple[str | None, str | None]:
+    """Return the digest, where one is known to compare with, and whose vouches for it."""
+    assert cached.status is not None
+    check_structure(path, must_be_checkpoint=request.must_be_checkpoint, origin=str(path))
+    if not (expected := known_digest(request, cached)):
+        return None, None
+    sha256 = _hash(path, cached.status.st_size, report)
+    vouched_by = check_digest(sha256, claims_of(request), str(path))
+    check_digest(sha256, (Claim(expected, "its record"),), str(path))
+    return sha256, vouched_by
+
+
+def _set_aside(entry: Entry, reason: str, *, is_worth_it: bool) -> None:
+    path = quarantine(entry, reason, entry.path.replace) if is_worth_it else None
+    kept = f" (kept at {path})" if path else ""
+    _logger.warning("%s: %s%s; fetching it again", entry.path, reason, kept)
+
+
+def _hash(path: Path, size_bytes: int, report: Report) -> str:
+    report(Progress("hashing", 0, size_bytes))
+    return sha256_of_file(path, lambda done: report(Progress("hashing", done, size_bytes)))

@@ -1,0 +1,46 @@
+"""What is said when a file is not in the cache and no socket may be opened."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from rankload._cache.layout import Entry, file_name_of, redact
+from rankload._errors import OfflineError
+from rankload._types import FetchRequest
+
+#: For hf:// the variables that its users set already (huggingface_hub, transformers: "Offline mode").
+_HUGGING_FACE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def is_switched_off(url: str, environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether the variables of a URL's own family forbid to fetch it."""
+    if urlsplit(url).scheme != "hf":
+        return False
+    return any(environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _HUGGING_FACE_VARIABLES)
+
+
+def offline_error(entry: Entry, request: FetchRequest) -> OfflineError:
+    """Return the error, with the command that helps."""
+    url = redact(request.urls[0])
+    words = ["rankload", "prefetch", url, "--model-dir", str(request.directory)]
+    if request.file_name != file_name_of(request.urls[0]):
+        words += ["--file-name", request.file_name]
+    if request.sha256 and request.sha256_source == "sha256":
+        words += ["--sha256", request.sha256]
+    if request.hash_prefix:
+        words += ["--check-hash"]
+    if not request.must_be_checkpoint:
+        words += ["--any-file"]
+    if request.verify == "sidecar":
+        words += ["--verify", "sidecar"]
+    secrets = [what for what, is_used in (("query", url != request.urls[0]), ("headers", request.headers)) if is_used]
+    advice = f" (with the {' and '.join(secrets)} of this call)" if secrets else ""
+    return OfflineError(
+        f"{entry.path} is not in the cache, and offline mode forbids fetching {url}. On a node with internet access, "
+        f"run{advice}: {shlex.join(words)}",
+        url=url,
+        path=str(entry.path),
+    )

@@ -1,0 +1,234 @@
+"""Ranges of a file over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from urllib.parse import urljoin, urlsplit
+
+import requests
+
+from rankload._cache.layout import redact
+from rankload._errors import ContentChangedError, FetchError, HTTPStatusError
+from rankload._fetch.origins.answers import claim_of, content_length_of, content_range_of, retry_after_of, version_of
+from rankload._fetch.origins.credentials import Headers, headers_for
+from rankload._fetch.origins.origin import Claim, UnusableRange, Version
+from rankload._fetch.origins.translation import translating
+from rankload._settings import Settings
+from rankload._version import __version__
+
+#: One read from the socket. The kernel seldom has more ready; a larger buffer is only allocated in vain.
+_READ_BYTES = 512 << 10
+
+_MAX_REDIRECTS = 10
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+#: What a signed URL answers when it has expired, depending on who signed it.
+_EXPIRED = frozenset({401, 403, 404, 410})
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where redirects have led.
+
+    Attributes:
+        url: to ask directly from now on.
+        claim: a digest that was given on the way.
+    """
+
+    url: str
+    claim: Claim | None = None
+
+
+class HttpOrigin:
+    """A file at an http or https URL. Threads may share it: each has a connection of its own, which is kept alive.
+
+    Proxies, CA bundles and netrc are taken from the environment, as requests does. Bodies come as stored
+    (``Accept-Encoding: identity``): digests are of the file's bytes.
+
+    Args:
+        url: the file.
+        headers: the caller's, for this URL's server alone.
+        settings: deadlines.
+    """
+
+    def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
+        self.url, self.shown = url, redact(url)
+        self._headers, self._settings = headers, settings
+        self._of_thread = threading.local()
+        self._sessions: list[requests.Session] = []
+        self._target = _Target(url)
+
+    def close(self) -> None:
+        """Close all connections that are not in use."""
+        for session in self._sessions:
+            session.close()
+
+    @contextlib.contextmanager
+    def open(self, begin: int, end: int | None, version: Version | None) -> Iterator[HttpBody]:
+        """See `Origin`. Once redirects have been followed, where they led is asked directly, until it refuses."""
+        with contextlib.ExitStack() as stack:
+            response = self._ask(stack, _range_headers(begin, end, version))
+            if response.status_code == 416 and end is not None:
+                if begin:
+                    raise ContentChangedError(f"{self.shown}: the file ends before byte {begin} now", url=self.shown)
+                response = self._ask(stack, {})  # an empty file has no first byte
+            if response.status_code >= 400:
+                raise self._status_error(response)
+            yield self._body_of(response, begin, end, version)
+
+    def _ask(self, stack: contextlib.ExitStack, range_headers: dict[str, str]) -> requests.Response:
+        was_redirected = self._target.url != self.url
+        response = self._follow(stack, range_headers)
+        if was_redirected and response.status_code in _EXPIRED:
+            self._target = _Target(self.url)
+            response = self._follow(stack, range_headers)
+        return response
+
+    def _follow(self, stack: contextlib.ExitStack, range_headers: dict[str, str]) -> requests.Response:
+        """Send a request, follow redirects, and remember where they led."""
+        target = self._target
+        for _ in range(_MAX_REDIRECTS + 1):
+            response = self._send(stack, target.url, range_headers)
+            if response.status_code not in _REDIRECTS or "Location" not in response.headers:
+                if response.status_code < 400:
+                    self._target = target
+                return response
+            response.close()
+            target = _Target(
+                self._redirected(target.url, response.headers["Location"]), target.claim or claim_of(response.headers)
+            )
+        raise FetchError(f"{self.shown}: too many redirects", url=self.shown)
+
+    def _redirected(self, url: str, location: str) -> str:
+        with translating(self.shown):
+            target = urljoin(url, location)
+            parts = urlsplit(target)
+            _ = parts.port  # raises if it is none
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise FetchError(f"{self.shown}: it redirects to a URL that is not http or https", url=self.shown)
+        if parts.scheme == "http" and urlsplit(url).scheme == "https":
+            raise FetchError(
+                f"{self.shown}: it redirects from https to {redact(target)}, which anybody on the way could alter; use "
+                "that URL itself if you trust it",
+                url=self.shown,
+            )
+        return target
+
+    def _send(self, stack: contextlib.ExitStack, url: str, range_headers: dict[str, str]) -> requests.Response:
+        own = {"User-Agent": f"rankload/{__version__}", "Accept-Encoding": "identity", **range_headers}
+        sent = {**own, **dict(headers_for(url, self.url, self._headers))}
+        # or requests would prefer ~/.netrc to a header that is given
+        auth = _as_given if "authorization" in map(str.lower, sent) else None
+        stall_seconds = min(self._settings.stall_seconds, self._settings.progress_seconds)
+        deadlines = (self._settings.connect_seconds, stall_seconds)
+        with translating(self.shown):
+            response = self._session.get(
+                url, headers=sent, auth=auth, stream=True, timeout=deadlines, allow_redirects=False
+            )
+        return stack.enter_context(response)
+
+    @property
+    def _session(self) -> requests.Session:
+        if not hasattr(self._of_thread, "session"):
+            self._of_thread.session = requests.Session()
+            self._sessions.append(self._of_thread.session)
+        return self._of_thread.session  # type: ignore[no-any-return]
+
+    def _body_of(self, response: requests.Response, begin: int, end: int | None, version: Version | None) -> HttpBody:
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding not in ("identity", ""):
+            raise FetchError(
+                f"{self.shown}: sent with Content-Encoding {encoding} although identity was asked for: the bytes are "
+                "not the file's, so they cannot be verified",
+                url=self.shown,
+            )
+        is_whole = response.status_code != 206
+        length = content_length_of(response.headers)
+        first, last, size_bytes = (0, length, length) if is_whole else self._checked_range(response, begin, end)
+        found = version_of(response.headers, size_bytes, self._target.claim)
+        if version is not None and (not version.is_same_as(found) or (is_whole and end is not None)):
+            raise ContentChangedError(f"{self.shown}: the file has changed while it was fetched", url=self.shown)
+        response.raw.enforce_content_length = False  # our own check says how much is missing
+        return HttpBody(
+            found,
+            first,
+            last,
+            is_whole,
+            self.shown,
+            functools.partial(response.raw.read1, decode_content=False),
+            response.raw.shutdown,
+        )
+
+    def _checked_range(self, response: requests.Response, begin: int, end: int | None) -> tuple[int, int, int | None]:
+        found = content_range_of(response.headers)
+        if end is None or found is None or found[0] != begin or found[1] > end:
+            raise UnusableRange(
+                f"{self.shown}: asked for bytes {begin}-{end}, got Content-Range "
+                f"{response.headers.get('Content-Range', '(none)')[:80]!r}"
+            )
+        return found
+
+    def _status_error(self, response: requests.Response) -> HTTPStatusError:
+        code = response.status_code
+        advice = {
+            401: ": the origin wants credentials; pass headers= or use ~/.netrc",
+            403: ": the origin refuses; is a token or a fresh signed URL needed?",
+            404: ": no such file there; check the URL",
+            410: ": the file is gone for good",
+            429: ": too many requests from this address; try again later, or prefetch into a shared directory",
+        }.get(code, ": the origin's own trouble; try again later, or pass a mirror" if code >= 500 else "")
+        asked = response.request.url or self.url
+        where = (
+            self.shown
+            if asked.partition("#")[0] == self.url.partition("#")[0]
+            else (f"{self.shown} (redirected to {redact(asked)})")
+        )
+        return HTTPStatusError(
+            f"HTTP Error {code}: {response.reason}: {where}{advice}",
+            url=self.shown,
+            code=code,
+            retry_after_seconds=retry_after_of(response.headers),
+        )
+
+
+@dataclass
+class HttpBody:
+    """See `Body`."""
+
+    version: Version
+    begin: int
+    end: int | None
+    is_whole: bool
+    _shown: str
+    _read1: Callable[[int], bytes]
+    _shut_down: Callable[[], None]
+
+    def read(self) -> bytes:
+        """See `Body`. A body in chunks that ends early is a TruncatedError."""
+        with translating(self._shown):
+            return self._read1(_READ_BYTES)
+
+    def break_off(self) -> None:
+        """See `Body`."""
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # the body has ended already
+            self._shut_down()
+
+
+def _range_headers(begin: int, end: int | None, version: Version | None) -> dict[str, str]:
+    if end is None:
+        return {}
+    headers = {"Range": f"bytes={begin}-{end - 1}"}
+    if version is not None:
+        # only a strong validator may stand in If-Range (RFC 9110, 13.1.5); of weak ones the answer's is compared
+        validator = version.etag if version.etag and not version.etag.startswith("W/") else version.last_modified
+        if validator and not (version.etag or "").startswith("W/"):
+            headers["If-Range"] = validator
+    return headers
+
+
+def _as_given(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request

@@ -1,0 +1,58 @@
+"""The digest in a file of its own beside the origin's: ``model.pth.sha256``, as sha256sum(1) writes it."""
+
+from __future__ import annotations
+
+import re
+import time
+from contextlib import closing
+from urllib.parse import urlsplit, urlunsplit
+
+from rankload._errors import FetchError
+from rankload._fetch.origins.choice import origin_for
+from rankload._fetch.origins.credentials import Headers
+from rankload._fetch.origins.origin import Claim, Origin
+from rankload._fetch.transfer.retry import Retries
+from rankload._settings import Settings
+from rankload._types import Progress, Report
+
+_MAX_BYTES = 64 << 10
+_DIGEST = re.compile(rb"(?<![0-9a-fA-F])[0-9a-fA-F]{64}(?![0-9a-fA-F])")
+
+
+def fetch_sidecar(url: str, headers: Headers, report: Report, settings: Settings) -> Claim:
+    """Fetch and read the sidecar of a URL.
+
+    Raises:
+        FetchError: there is none, or it holds no SHA-256, or not exactly one for this file.
+    """
+    parts = urlsplit(url)
+    sidecar_url = urlunsplit(parts._replace(path=parts.path + ".sha256"))
+    retries = Retries(settings)
+    with closing(origin_for(sidecar_url, headers, settings)) as origin:
+        while True:
+            report(Progress("connecting"))
+            try:
+                return _parsed(_content_of(origin), parts.path.rpartition("/")[2], origin.shown)
+            except FetchError as error:
+                pause = retries.pause_after(error)
+            report(Progress("backoff"))
+            time.sleep(pause)
+
+
+def _content_of(origin: Origin) -> bytes:
+    content = b""
+    with origin.open(0, None, None) as body:
+        while len(content) <= _MAX_BYTES and (piece := body.read()):
+            content += piece
+    return content
+
+
+def _parsed(content: bytes, file_name: str, shown: str) -> Claim:
+    """Find the file's digest: the line that names it, or the only one."""
+    lines = [line for line in content[:_MAX_BYTES].splitlines() if _DIGEST.search(line)]
+    named = [line for line in lines if line.split()[-1].lstrip(b"*").rpartition(b"/")[2] == file_name.encode()]
+    digests = {match[0].decode().lower() for line in named or lines if (match := _DIGEST.search(line))}
+    if len(digests) != 1:
+        what = "holds no SHA-256" if not digests else f"holds several digests, and none for {file_name}"
+        raise FetchError(f"{shown}: verify='sidecar', but it {what}", url=shown)
+    return Claim(digests.pop(), "sidecar")

@@ -1,0 +1,72 @@
+"""The one place where the exceptions of requests, urllib3 and sockets become ours."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import ssl
+from collections.abc import Iterator
+
+import requests
+import urllib3
+
+from rankload._errors import FetchError, FetchTimeoutError, NetworkError, TruncatedError
+
+
+@contextlib.contextmanager
+def translating(shown: str) -> Iterator[None]:
+    """Translate the exceptions of requests, urllib3 and sockets.
+
+    Theirs hold the full URL, with its signatures and tokens, and so do the tracebacks of what they are chained to: none
+    of them goes along.
+    """
+    try:
+        yield
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        raise _translated(error, shown) from None
+
+
+def _translated(error: Exception, shown: str) -> FetchError:
+    if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
+        what = "no connection" if "Connect" in type(error).__name__ else "not a byte came"
+        text = f"{shown}: {what} within the deadline; raise timeout= or pass a mirror"
+        return FetchTimeoutError(text, url=shown)
+    if isinstance(error, requests.exceptions.InvalidSchema):
+        return FetchError(f"{shown}: it redirects to a URL that is not http or https", url=shown)
+    if isinstance(error, ValueError):  # requests' own subclasses, and what urllib.parse raises out of a redirect
+        return FetchError(f"{shown}: not a URL that can be fetched, or it redirects to one", url=shown)
+    if isinstance(error, urllib3.exceptions.ProtocolError) and "IncompleteRead" in str(error):
+        return TruncatedError(f"{shown}: the body ended in the middle of a chunk", url=shown)
+    innermost = _innermost(error)
+    return NetworkError(f"{shown}: {_words(innermost)}", url=shown, is_permanent=_is_permanent(innermost))
+
+
+def _words(cause: BaseException) -> str:
+    if isinstance(cause, socket.gaierror):
+        return f"host name not found ({cause.strerror}); is this node online?"
+    if isinstance(cause, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(cause, ConnectionResetError):
+        return "connection reset by the origin"
+    without_queries = re.sub(r"\?\S+", "?…", str(cause))
+    return f"{type(cause).__name__}: {without_queries}"
+
+
+def _is_permanent(cause: BaseException) -> bool:
+    """Tell what no second try mends: a name that is known not to exist, a certificate that does not hold."""
+    if isinstance(cause, socket.gaierror):
+        return cause.errno == socket.EAI_NONAME
+    return isinstance(cause, ssl.SSLCertVerificationError)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """Follow an error to its cause, down to the first that says something of its own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        error = seen
+        if isinstance(seen, (socket.gaierror, ConnectionRefusedError, ConnectionResetError, ssl.SSLError)):
+            break
+        reason = getattr(seen, "reason", None)
+        seen = reason if isinstance(reason, BaseException) else seen.__cause__ or seen.__context__
+    return error

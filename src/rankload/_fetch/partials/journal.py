@@ -1,0 +1,153 @@
+"""The journal beside a partial file: what it is the beginning of, and which ranges of it are there.
+
+One line of JSON that describes the content, then one line per event, each appended with a single write:
+
+- ``[begin, end]``: the range is written. Processes of the same boot see it; a crash of the machine may undo it.
+- ``{"synced": n}``: the first n ranges are on disk. Its time of modification is also the owner's sign of life.
+
+A last line that was cut off is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rankload._cache.access import share_file
+from rankload._fetch.origins.origin import Version
+from rankload._fetch.partials.owner import boot_id
+from rankload._fetch.transfer.spans import Spans
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a partial file is the beginning of.
+
+    Attributes:
+        url_key: of the URL that it came from.
+        size_bytes: of the whole file.
+        etag, last_modified: the origin's validators.
+        sha256: the digest that was expected, None for none.
+    """
+
+    url_key: str
+    size_bytes: int
+    etag: str | None
+    last_modified: str | None
+    sha256: str | None
+
+    @property
+    def version(self) -> Version:
+        """The same as an origin would say it."""
+        return Version(self.size_bytes, self.etag, self.last_modified)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A journal as it was read: the content, the ranges that can be relied on, and when it was last written to."""
+
+    content: Content
+    spans: Spans
+    modified_at: float
+
+
+def journal_path(partial_path: Path) -> Path:
+    """Return the path of a partial file's journal."""
+    return partial_path.with_name(partial_path.name + ".journal")
+
+
+class Journal:
+    """An open journal of one's own. Losing a line, or the whole of it, costs bandwidth only: no failure is raised."""
+
+    def __init__(self, partial_path: Path, content: Content, spans: Iterable[tuple[int, int]] = ()) -> None:
+        self.content = content
+        self._path, self._descriptor, self._count = journal_path(partial_path), -1, 0
+        self._lock = threading.Lock()  # the n in "the first n ranges" must be the order of the lines
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        beginning = self._path.with_name(
+            self._path.name + ".new"
+        )  # the one that was adopted holds until it is complete
+        with suppress(OSError):
+            self._descriptor = os.open(beginning, flags, 0o666)
+            share_file(self._descriptor, self._path.parent)
+            self._append({"journal": _FORMAT, "boot": boot_id(), **asdict(content)}, *([*span] for span in spans))
+            beginning.replace(self._path)
+
+    def add(self, begin: int, end: int) -> None:
+        """Note that a range was written."""
+        self._append([begin, end])
+
+    def synced(self, count: int) -> None:
+        """Note that the first ranges, so many, are on disk; and that this process lives."""
+        self._append({"synced": count})
+        with self._lock, suppress(OSError):
+            os.fdatasync(self._descriptor)
+
+    @property
+    def count(self) -> int:
+        """Number of ranges noted."""
+        return self._count
+
+    def close(self) -> None:
+        """Let go of it."""
+        with self._lock, suppress(OSError):
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+    def _append(self, *lines: Any) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        with self._lock, suppress(OSError):  # closed, or the disk is full
+            os.write(self._descriptor, text.encode())
+            self._count += sum(isinstance(line, list) for line in lines)
+
+
+def read_journal(partial_path: Path) -> Entries | None:
+    """Read the journal of a dead process's partial file; None where there is none that can be used."""
+    try:
+        descriptor = os.open(journal_path(partial_path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            modified_at = os.fstat(descriptor).st_mtime
+            lines = file.read().splitlines(keepends=True)
+        head = json.loads(lines[0])
+        if head.pop("journal") != _FORMAT:
+            return None
+        is_same_boot = head.pop("boot") == boot_id() != ""
+        content = _checked(Content(**head))
+        ranges, synced = _events(lines[1:])
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return None
+    kept = ranges if is_same_boot else ranges[:synced]
+    spans = Spans((begin, end) for begin, end in kept if 0 <= begin < end <= content.size_bytes)
+    return Entries(content, spans, modified_at)
+
+
+def _events(lines: list[bytes]) -> tuple[list[tuple[int, int]], int]:
+    ranges, synced = [], 0
+    for line in lines:
+        try:
+            event = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            break
+        match event:
+            case [int(begin), int(end)]:
+                ranges.append((begin, end))
+            case {"synced": int(count)}:
+                synced = count
+            case _:
+                break
+    return ranges, synced
+
+
+def _checked(content: Content) -> Content:
+    texts = (content.etag, content.last_modified, content.sha256)
+    if type(content.size_bytes) is not int or not all(text is None or isinstance(text, str) for text in texts):
+        raise TypeError("no journal of ours")
+    return content

@@ -1,0 +1,53 @@
+"""Two calls of Linux that Python does not have. Elsewhere, and on filesystems without them, they do nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+
+#: Allocate the blocks, leave the length as it is: fallocate(2).
+_FALLOC_FL_KEEP_SIZE = 1
+
+#: Start writing the dirty pages of the range, and do not wait: sync_file_range(2).
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+def allocate(descriptor: int, size_bytes: int) -> None:
+    """Allocate the blocks of a file, so that a full disk is found out before the first byte.
+
+    Not posix_fallocate(3): where the filesystem cannot, it writes into every block instead.
+
+    Raises:
+        OSError: ENOSPC or EDQUOT; whatever else goes wrong is no reason not to write.
+    """
+    if _fallocate is None or not size_bytes:
+        return
+    while _fallocate(descriptor, _FALLOC_FL_KEEP_SIZE, 0, size_bytes):
+        error = ctypes.get_errno()
+        if error in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error, os.strerror(error))
+        if error != errno.EINTR:
+            return
+
+
+def start_writeback(descriptor: int, offset: int, length: int) -> None:
+    """Let the kernel start writing a range to disk, so that the final fsync finds little to do."""
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, offset, length, _SYNC_FILE_RANGE_WRITE)  # a failure costs only time
+
+
+def _find(name: str, *argument_types: type[ctypes._SimpleCData[int]]) -> ctypes._NamedFuncPointer | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
+    if function is not None:
+        function.argtypes = [*argument_types]
+        function.restype = ctypes.c_int
+    return function
+
+
+# off_t is 64 bits wide in these on every 64-bit Linux
+_fallocate = _find("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_sync_file_range = _find("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)

@@ -1,0 +1,114 @@
+"""Who owns a partial file, by its name, and whether that process is dead."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankload._cache.layout import Entry
+
+_NAME = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}\.partial$")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, wherever it runs.
+
+    Attributes:
+        machine: names the space in which a process id means something.
+        pid: 0 when the owner has let go of the file.
+        started_at: of the process, in clock ticks since boot.
+    """
+
+    machine: str
+    pid: int
+    started_at: str
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is for us to tell if it lives."""
+        return self.pid == 0 or self.machine == _machine(os.getpid())
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it is certain that it writes no more."""
+        return self.pid == 0 or (self.is_here and _started_at(self.pid) not in (self.started_at, None))
+
+
+def owner_of(path: Path) -> Owner | None:
+    """Read the owner from a partial file's name; None if it is no partial file."""
+    match = _NAME.search(path.name)
+    return Owner(match[1], int(match[2]), match[3]) if match else None
+
+
+def own_path(entry: Entry) -> Path:
+    """Return a new name for a partial file of this process."""
+    pid = os.getpid()
+    return _path(entry, pid, _started_at(pid) or "1")
+
+
+def abandoned_path(entry: Entry) -> Path:
+    """Return a new name for a partial file that nobody owns: whoever comes next may go on with it."""
+    return _path(entry, 0, "0")
+
+
+def partials_of(entry: Entry) -> list[Path]:
+    """List the partial files of an entry, whoever owns them."""
+    try:
+        siblings = list(entry.path.parent.iterdir())
+    except OSError:
+        return []
+    stem = entry.partial_stem + "."
+    return [path for path in siblings if path.name.startswith(stem) and owner_of(path)]
+
+
+def boot_id() -> str:
+    """Name this boot of this kernel: what a process of it has written is seen by the others, synced or not."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _path(entry: Entry, pid: int, started_at: str) -> Path:
+    owner = f"{_machine(os.getpid())}-{pid}-{started_at}-{secrets.token_hex(4)}"
+    return entry.path.parent / f"{entry.partial_stem}.{owner}.partial"
+
+
+@functools.lru_cache(maxsize=1)
+def _machine(pid: int) -> str:
+    """Name the space in which a process id means something: kernel, boot and pid namespace. Anew after a fork."""
+    parts = [os.uname().nodename, boot_id()]
+    with suppress(OSError):
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+
+
+def _started_at(pid: int) -> str | None:
+    """Return when a process started, in clock ticks since boot (proc(5), field 22).
+
+    ``0`` where there is no such process; None where there is one that cannot be looked at: another user's under
+    ``hidepid``, or any on a system without ``/proc``.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None if _lives(pid) else "0"
+    fields = text.rpartition(")")[2].split()
+    return "0" if fields[0] in ("Z", "X") else fields[19]  # a zombie writes no more
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

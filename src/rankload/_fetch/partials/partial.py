@@ -1,0 +1,250 @@
+"""Partial files: each download has its own; published by an atomic rename, or left for the next to go on with."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from rankload._cache.access import share_file
+from rankload._cache.failures import no_space_error, writing
+from rankload._cache.layout import Entry
+from rankload._errors import CacheError, VerificationError
+from rankload._fetch.origins.origin import Version
+from rankload._fetch.partials.journal import Content, Journal, journal_path
+from rankload._fetch.partials.linux import allocate, start_writeback
+from rankload._fetch.partials.owner import abandoned_path, own_path
+from rankload._fetch.transfer.spans import Spans
+from rankload._settings import Settings
+
+
+class SupersededError(Exception):
+    """Somebody took this process for dead, and has removed its partial file: look into the cache again."""
+
+
+class Partial:
+    """An open, exclusively created partial file in the directory of the final one; a transfer's target.
+
+    Use as a context manager: leaving it without publish() abandons the file, if a later download can go on with it,
+    and removes it otherwise.
+
+    Args:
+        entry: whose file it is to become.
+        settings: sizes and intervals.
+        sha256: the digest that the whole file is expected to have, or its beginning, for the journal.
+        may_be_left: False removes the file whatever happens.
+
+    Attributes:
+        path: where it is.
+        descriptor: open for reading and writing.
+        url_key: of the URL that bytes come from, for the journal.
+        content: what the bytes that were adopted are the beginning of; None when there are none.
+        spans: the bytes that are there.
+    """
+
+    def __init__(
+        self, entry: Entry, settings: Settings, sha256: str | None = None, *, may_be_left: bool = True
+    ) -> None:
+        self.path, self.url_key = own_path(entry), ""
+        self.content: Content | None = None
+        self.spans = Spans()
+        self._entry, self._settings, self._sha256 = entry, settings, sha256
+        self._journal: Journal | None = None
+        self._keeper: _Keeper | None = None
+        self._size_bytes: int | None = None
+        self._lock = threading.Lock()
+        self._may_be_left, self._is_gone = may_be_left, False
+        with self.writing():
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self.descriptor = os.open(self.path, flags, 0o666)  # the umask decides, as for any file
+            share_file(self.descriptor, self.path.parent)
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Translate the failures of a write to this file."""
+        return writing(self.path, self._size_bytes)
+
+    def adopt(self, descriptor: int, content: Content, spans: Spans) -> None:
+        """Go on with bytes that are there: of this file, or of another that has taken its name."""
+        if descriptor != self.descriptor:
+            os.close(self.descriptor)
+            self.descriptor = descriptor
+        self.content, self.spans = content, spans
+
+    def clear(self) -> None:
+        """Forget all bytes."""
+        self._end_journal()
+        journal_path(self.path).unlink(missing_ok=True)
+        self.content, self.spans = None, Spans()
+        with self.writing():
+            os.ftruncate(self.descriptor, 0)
+
+    # A transfer's target
+
+    def make_room(self, version: Version, *, is_resumable: bool) -> None:
+        """Fail before the first byte rather than after the last that fits; begin the journal."""
+        self._size_bytes = version.size_bytes
+        if version.size_bytes is not None:
+            self._check_space(version.size_bytes)
+            with self.writing():
+                allocate(self.descriptor, version.size_bytes)
+            if is_resumable and self._may_be_left and self._journal is None:
+                content = Content(self.url_key, version.size_bytes, version.etag, version.last_modified, self._sha256)
+                self._journal = Journal(self.path, content, self.spans)
+                self._keeper = _Keeper(self.descriptor, self._journal, self._settings.lease_heartbeat_seconds)
+
+    def writer(self) -> PartialWriter:
+        """Return a way in for one thread."""
+        return PartialWriter(self)
+
+    def finished(self, begin: int, end: int) -> None:
+        """Note that a range is written, and let it go to disk."""
+        if begin < end:
+            with self._lock:
+                self.spans.add(begin, end)
+            if self._journal is not None:
+                self._journal.add(begin, end)
+            start_writeback(self.descriptor, begin, end - begin)
+
+    # Its end
+
+    def finish(self, size_bytes: int) -> os.stat_result:
+        """Force the bytes to disk and close the file; return its status. NFS reports a full disk or quota only here."""
+        with self.writing():
+            if os.fstat(self.descriptor).st_size != size_bytes:
+                os.ftruncate(self.descriptor, size_bytes)  # adopted from, or promised as, something longer
+            os.fsync(self.descriptor)
+            descriptor, self.descriptor = self.descriptor, -1
+            os.close(descriptor)
+            return self.path.stat()  # by name, after the close: only then an NFS server has set the final mtime
+
+    def publish(self) -> None:
+        """Give the finished file its final name.
+
+        Raises:
+            SupersededError: it is not there any more.
+        """
+        self.move_to(self._entry.path)
+        _sync_directory(self._entry.path.parent)
+
+    def move_to(self, path: Path) -> None:
+        """Give the file another name; it is no partial any more.
+
+        Raises:
+            SupersededError: it is not there any more.
+        """
+        with writing(path):
+            try:
+                self.path.replace(path)
+            except FileNotFoundError:
+                if path.parent.is_dir():
+                    raise SupersededError(str(self.path)) from None
+                raise
+        self._is_gone = True
+
+    def __enter__(self) -> Partial:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._end_journal()
+        if self.descriptor >= 0:
+            with suppress(OSError):
+                os.close(self.descriptor)
+        if not self._is_gone and self._is_worth_keeping(error):
+            self._abandon()
+        with suppress(OSError):
+            journal_path(self.path).unlink(missing_ok=True)
+            if not self._is_gone:
+                self.path.unlink()
+
+    def _is_worth_keeping(self, error: BaseException | None) -> bool:
+        is_bad = isinstance(error, VerificationError)
+        is_full = isinstance(error, CacheError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        has_journal = journal_path(self.path).exists()
+        return has_journal and not (is_bad or is_full) and self.spans.total_bytes >= self._settings.chunk_bytes
+
+    def _abandon(self) -> None:
+        path = abandoned_path(self._entry)
+        with suppress(OSError):
+            self.path.rename(path)
+            self._is_gone = True
+            journal_path(self.path).rename(journal_path(path))
+
+    def _end_journal(self) -> None:
+        if self._keeper is not None:
+            self._keeper.stop()
+            self._keeper = None
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+    def _check_space(self, size_bytes: int) -> None:
+        with suppress(FileNotFoundError):
+            disk = shutil.disk_usage(self.path.parent)
+            needed_bytes = size_bytes - os.fstat(self.descriptor).st_blocks * 512
+            # some FUSE filesystems do not tell: 0 of 0 bytes are free
+            if disk.free < needed_bytes and disk.total:
+                raise no_space_error(self.path, size_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+
+class PartialWriter:
+    """One thread's way into a partial file.
+
+    With a descriptor of its own: a thread that was left behind in a connection attempt must not write to whatever has
+    got the number of a descriptor that was closed meanwhile.
+    """
+
+    def __init__(self, partial: Partial) -> None:
+        self._partial = partial
+        self._descriptor = os.dup(partial.descriptor)
+
+    def write(self, piece: bytes, offset: int) -> None:
+        """Write a piece at an offset."""
+        view = memoryview(piece)
+        with self._partial.writing():
+            while view:  # pwrite(2) may take less than it is given, on a nearly full disk for one
+                count = os.pwrite(self._descriptor, view, offset)
+                view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        """Let go of it. NFS reports a full disk when any descriptor is closed."""
+        with self._partial.writing():
+            os.close(self._descriptor)
+
+
+class _Keeper:
+    """Tells in the journal, again and again, what is on disk by now, and that this process lives."""
+
+    def __init__(self, descriptor: int, journal: Journal, interval_seconds: float) -> None:
+        self._descriptor, self._journal, self._interval_seconds = os.dup(descriptor), journal, interval_seconds
+        self._stop_requested = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rankload-keeper", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask it to end. Not waited for: a sync may take long, and then does no harm."""
+        self._stop_requested.set()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop_requested.wait(self._interval_seconds):
+                count = self._journal.count
+                os.fdatasync(self._descriptor)
+                self._journal.synced(count)
+        except OSError:  # whoever writes or syncs next hears of it
+            return
+        finally:
+            os.close(self._descriptor)
+
+
+def _sync_directory(directory: Path) -> None:
+    # some network filesystems cannot sync a directory; the rename is atomic all the same
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

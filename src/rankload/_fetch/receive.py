@@ -1,0 +1,161 @@
+"""From the first mirror that gives it to a complete partial file, hashed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankload._cache.layout import url_key
+from rankload._errors import FetchError
+from rankload._fetch.origins.choice import origin_for
+from rankload._fetch.origins.origin import Origin, Version
+from rankload._fetch.partials.partial import Partial
+from rankload._fetch.progress_bar import ProgressBar
+from rankload._fetch.transfer.front import Front
+from rankload._fetch.transfer.retry import Retries
+from rankload._fetch.transfer.transfer import Transfer
+from rankload._fetch.transfer.work import Restart, Work
+from rankload._settings import Settings
+from rankload._types import FetchRequest, Progress, Report
+
+_logger = logging.getLogger("rankload")
+
+#: How often a download starts over because the file has changed or ranges make no sense; the last times without them.
+_MAX_RESTARTS = 4
+
+_REPORT_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Received:
+    """A complete partial file.
+
+    Attributes:
+        url: where it came from, the last part at least.
+        version: what that origin said of it.
+        size_bytes: its length.
+        sha256: its digest.
+        is_whole: it came in one piece.
+    """
+
+    url: str
+    version: Version
+    size_bytes: int
+    sha256: str
+    is_whole: bool
+
+
+class Receiver:
+    """Fills one partial file.
+
+    Args:
+        request: the headers, the expected digest.
+        partial: new, or with bytes that were adopted.
+        report, settings: as everywhere.
+        is_whole: without ranges.
+    """
+
+    def __init__(
+        self, request: FetchRequest, partial: Partial, report: Report, settings: Settings, *, is_whole: bool = False
+    ) -> None:
+        self._request, self._partial, self._report, self._settings = request, partial, report, settings
+        self._is_whole = is_whole
+        self._has_digest = bool(request.sha256 or request.hash_prefix)
+        self._attempt = 0
+        content = partial.content
+        #: URL key and version of the bytes that are there
+        self._there = (content.url_key, content.version) if content else None
+        self._others_error: Exception | None = None
+
+    def receive(self, urls: tuple[str, ...]) -> Received:
+        """Fetch from the first URL that works; where one breaks off, go on at the next if it has the same file.
+
+        Raises:
+            FetchError: the last URL's.
+            CacheError: the bytes cannot be written.
+        """
+        with ProgressBar(Path(self._request.file_name).name, is_wanted=self._request.progress) as bar:
+            for url in urls:
+                with closing(origin_for(url, self._request.headers_for(url), self._settings)) as origin:
+                    try:
+                        return self._receive_from(origin, bar)
+                    except FetchError as error:
+                        if url == urls[-1] or error is self._others_error:
+                            raise
+                        _logger.warning("%s; trying the next mirror", error)
+        raise AssertionError("there is at least one URL")
+
+    def _receive_from(self, origin: Origin, bar: ProgressBar) -> Received:
+        _logger.info('Downloading: "%s" to %s', origin.shown, self._partial.path)
+        key = self._partial.url_key = url_key(origin.url)
+        known, is_whole = self._known_at(key), self._is_whole
+        retries, restarts = Retries(self._settings), 0
+        while True:
+            self._attempt += 1
+            front = self._front()
+            work = Work(
+                origin, self._partial, front, known,
+                is_whole=is_whole, has_digest=self._has_digest, retries=retries, settings=self._settings,
+            )  # fmt: skip
+            try:
+                Transfer(work, self._checked_report, bar.show, self._attempt).run()
+                return self._received(origin, work, front)
+            except Restart as restart:
+                restarts += not restart.pause_seconds  # what has a pause is counted as a failure already
+                if restarts > _MAX_RESTARTS:
+                    raise (restart.error or AssertionError("a restart without end")) from None
+                _logger.info("%s: starting over: %s", origin.shown, restart.error or "ranges cannot be relied on there")
+                is_whole = is_whole or restart.is_whole or restarts >= _MAX_RESTARTS // 2
+                known = self._there = None
+                front.abort()
+                self._partial.clear()
+                self._pause(restart.pause_seconds)
+            finally:
+                front.abort()
+                if work.version is not None:
+                    self._there = None if work.is_whole else (key, work.version)
+
+    def _known_at(self, key: str) -> Version | None:
+        """Say of what version the bytes are that are there, in terms of the origin that is asked next."""
+        if self._there is None:
+            self._partial.clear()
+            return None
+        there, version = self._there
+        if there == key:
+            return version
+        # Another origin has other validators for the same file. A digest tells: at the end, or because both give one.
+        if self._has_digest or version.claim:
+            return Version(version.size_bytes, claim=version.claim)
+        self._partial.clear()
+        return None
+
+    def _front(self) -> Front:
+        front = Front(self._partial.descriptor)
+        for begin, end in self._partial.spans:
+            front.adopt(begin, end)
+        return front
+
+    def _received(self, origin: Origin, work: Work, front: Front) -> Received:
+        assert work.version is not None
+        size_bytes = front.done_bytes
+
+        def on_bytes(done_bytes: int) -> None:
+            self._checked_report(Progress("hashing", done_bytes, size_bytes, self._attempt))
+
+        return Received(origin.url, work.version, size_bytes, front.finish(on_bytes), work.is_whole)
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self._checked_report(Progress("backoff", 0, None, self._attempt))
+            time.sleep(min(left, _REPORT_SECONDS))
+
+    def _checked_report(self, progress: Progress) -> None:
+        try:
+            self._report(progress)
+        except Exception as error:  # what another rank failed with: no fault of this origin's, whatever it is
+            self._others_error = error
+            raise

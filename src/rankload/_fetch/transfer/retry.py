@@ -1,0 +1,60 @@
+"""Which failures are worth another try, and after how long. Pure but for the jitter."""
+
+from __future__ import annotations
+
+import random
+
+from rankload._errors import FetchError, FetchTimeoutError, HTTPStatusError, NetworkError, TruncatedError
+from rankload._settings import Settings
+
+#: Beside all of 5xx: Request Timeout, Too Early, Too Many Requests (RFC 9110, RFC 8470, RFC 6585).
+_TEMPORARY_CODES = frozenset({408, 425, 429})
+
+#: Not Implemented, HTTP Version Not Supported: asking again changes nothing.
+_PERMANENT_CODES = frozenset({501, 505})
+
+_LONGEST_PAUSE_SECONDS = 60.0
+
+
+def is_temporary(error: FetchError) -> bool:
+    """Tell whether the same request may succeed later."""
+    if isinstance(error, HTTPStatusError):
+        return error.code in _TEMPORARY_CODES or (error.code >= 500 and error.code not in _PERMANENT_CODES)
+    if isinstance(error, (NetworkError, FetchTimeoutError, TruncatedError)):
+        return not error.fields.get("is_permanent")
+    return False
+
+
+class Retries:
+    """Counts failures in a row.
+
+    Args:
+        settings: gives the number of retries and the first pause.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._failures = 0
+
+    def succeeded(self) -> None:
+        """Bytes came: the next failure is the first one again."""
+        self._failures = 0
+
+    def pause_after(self, error: FetchError) -> float:
+        """Return how long to wait before the next try, in seconds.
+
+        Exponential with jitter, so that the nodes of a job do not come back together; ``Retry-After`` where the origin
+        gave one, at most ``retry_after_seconds``.
+
+        Raises:
+            FetchError: the one given, if another try is in vain or there were enough.
+        """
+        self._failures += 1
+        if not is_temporary(error) or self._failures > self._settings.retries:
+            raise error
+        pause: float = self._settings.backoff_seconds * 2 ** (self._failures - 1) * random.uniform(0.5, 1.0)  # noqa: S311
+        asked = error.fields.get("retry_after_seconds")
+        if asked is None:
+            return min(pause, _LONGEST_PAUSE_SECONDS)
+        # a little later than asked: all that were told the same second must not come in that second
+        return min(float(asked), self._settings.retry_after_seconds) + min(pause, 1.0)

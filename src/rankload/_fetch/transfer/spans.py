@@ -1,0 +1,63 @@
+"""Sets of byte ranges."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+
+
+class Spans:
+    """A set of byte offsets, kept as sorted, disjoint, half-open ranges that do not touch."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        self.total_bytes = 0
+        for begin, end in ranges:
+            self.add(begin, end)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(list(zip(self._begins, self._ends, strict=True)))
+
+    def __repr__(self) -> str:
+        return f"Spans({list(self)})"
+
+    def add(self, begin: int, end: int) -> None:
+        """Add a range; what of it is there already does not count twice."""
+        if begin >= end:
+            return
+        first, last = bisect_left(self._ends, begin), bisect_right(self._begins, end)
+        if first < last:  # touches or overlaps the ranges first … last - 1
+            begin, end = min(begin, self._begins[first]), max(end, self._ends[last - 1])
+        self._replace(first, last, [(begin, end)])
+
+    def remove(self, begin: int, end: int) -> None:
+        """Take a range out, whether it is there or not."""
+        first, last = bisect_right(self._ends, begin), bisect_left(self._begins, end)
+        if begin >= end or first >= last:
+            return
+        rests = [(self._begins[first], begin), (end, self._ends[last - 1])]
+        self._replace(first, last, [rest for rest in rests if rest[0] < rest[1]])
+
+    def end_of(self, offset: int) -> int:
+        """Return where the range that holds an offset ends; the offset itself if it is not in the set."""
+        index = bisect_right(self._begins, offset) - 1
+        return max(self._ends[index], offset) if index >= 0 else offset
+
+    def first_gap(self, limit: int | None = None) -> tuple[int, int | None]:
+        """Return the first range that is missing, up to the next one that is there or to the limit.
+
+        Its end is None where neither bounds it; it is empty, at the limit, when nothing is missing.
+        """
+        begin = self.end_of(0)
+        index = bisect_right(self._begins, begin)
+        end = self._begins[index] if index < len(self._begins) else limit
+        if limit is not None and end is not None:
+            begin, end = min(begin, limit), min(end, limit)
+        return begin, end
+
+    def _replace(self, first: int, last: int, ranges: list[tuple[int, int]]) -> None:
+        self.total_bytes -= sum(self._ends[first:last]) - sum(self._begins[first:last])
+        self.total_bytes += sum(end - begin for begin, end in ranges)
+        self._begins[first:last] = [begin for begin, _ in ranges]
+        self._ends[first:last] = [end for _, end in ranges]

@@ -1,0 +1,137 @@
+"""One stream of a transfer: a thread that fetches range after range over a connection of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from rankload._errors import FetchError, FetchTimeoutError, TruncatedError
+from rankload._fetch.origins.origin import Body, UnusableRange
+from rankload._fetch.transfer.work import Span, Work, Writer
+
+
+class Stream(threading.Thread):
+    """See the module.
+
+    Attributes:
+        is_waiting: it has been asked to wait, or waits before it tries again.
+    """
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(name="rankload-stream", daemon=True)
+        self.is_waiting = False
+        self._work = work
+        self._body: Body | None = None
+        self._bytes_per_second = 0.0
+
+    def run(self) -> None:
+        """Fetch until nothing is left, or the transfer ends."""
+        try:
+            writer = self._work.target.writer()
+            try:
+                while (span := self._work.take(self, self._bytes_per_second)) is not None:
+                    self._fetch(span, writer)
+            finally:
+                writer.close()
+        except Exception as error:
+            self._work.fail(error)
+        finally:
+            self._work.leave(self)
+
+    def break_off(self) -> None:
+        """Let a read that waits for its next byte end at once."""
+        if (body := self._body) is not None:
+            body.break_off()
+
+    def _fetch(self, span: Span, writer: Writer) -> None:
+        """Fetch a range, in several tries perhaps."""
+        while span.begin != span.end and not self._work.is_stopped:
+            self._wait(self._work.hold_seconds())
+            began_at = span.begin
+            try:
+                self._try(span, writer)
+                continue
+            except UnusableRange as error:
+                self._work.count_unusable_range(error)
+                pause: float | None = 0.0
+            except FetchError as error:
+                if self._work.is_stopped:
+                    return
+                pause = self._work.pause_after(self, error, has_moved=span.begin > began_at)
+            if pause is None:
+                self._work.give_back(span)
+                return
+            self._wait(pause)
+
+    def _try(self, span: Span, writer: Writer) -> None:
+        """Ask once, and advance the span as far as the answer goes.
+
+        Raises:
+            FetchError: the rest of the span has not come.
+        """
+        work, is_whole = self._work, self._work.is_whole
+        started_at, first = time.monotonic(), span.begin
+        with work.origin.open(span.begin, None if is_whole else span.end, work.expected) as body:
+            filled = work.admit(body)
+            if span.end is not None and body.version.size_bytes is not None:
+                span.end = min(span.end, body.version.size_bytes)
+            self._body = body
+            try:
+                self._receive(body, span, filled.end, writer)
+            finally:
+                self._body = None
+        self._bytes_per_second = (span.begin - first) / max(time.monotonic() - started_at, 1e-6)
+        if body.is_whole:
+            work.ended()
+            span.end = span.begin
+
+    def _receive(self, body: Body, span: Span, end: int | None, writer: Writer) -> None:
+        work, shown = self._work, self._work.origin.shown
+        first = noted = span.begin
+        too_slow = _TooSlow(work.settings.minimum_bytes_per_second, work.settings.stall_seconds, shown)
+        try:
+            while not work.is_stopped and (piece := body.read()):
+                if end is not None and span.begin + len(piece) > end:
+                    raise TruncatedError(f"{shown}: more bytes came than were promised", url=shown, expected=end)
+                writer.write(piece, span.begin)
+                work.accept(span.begin, piece)
+                span.begin += len(piece)
+                if span.begin - noted >= work.settings.chunk_bytes:
+                    work.target.finished(noted, span.begin)
+                    noted = span.begin
+                too_slow.check(span.begin - first)
+        finally:
+            work.target.finished(noted, span.begin)
+        if end is not None and span.begin < end and not work.is_stopped:
+            raise TruncatedError(
+                f"{shown}: the body has {span.begin - body.begin} bytes, but {end - body.begin} were promised",
+                url=shown,
+                expected=end - body.begin,
+                got=span.begin - body.begin,
+            )
+
+    def _wait(self, seconds: float) -> None:
+        if seconds > 0:
+            self.is_waiting = True
+            self._work.wait(seconds)
+            self.is_waiting = False
+
+
+class _TooSlow:
+    """Holds a connection to a minimum rate, if there is one, over windows of ``window_seconds``."""
+
+    def __init__(self, minimum: int, window_seconds: float, shown: str) -> None:
+        self._minimum, self._window_seconds, self._shown = minimum, window_seconds, shown
+        self._began_at, self._bytes = time.monotonic(), 0
+
+    def check(self, done_bytes: int) -> None:
+        """Raise if the last window was too slow."""
+        if not self._minimum or time.monotonic() - self._began_at < self._window_seconds:
+            return
+        rate = (done_bytes - self._bytes) / self._window_seconds
+        if rate < self._minimum:
+            raise FetchTimeoutError(
+                f"{self._shown}: {rate:.0f} bytes/s, less than minimum_bytes_per_second={self._minimum}",
+                url=self._shown,
+            )
+        self._began_at, self._bytes = time.monotonic(), done_bytes

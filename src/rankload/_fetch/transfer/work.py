@@ -1,0 +1,297 @@
+"""What the streams of one transfer share: which bytes are missing, who fetches them, and what has gone wrong."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from rankload._errors import ContentChangedError, FetchError
+from rankload._fetch.origins.origin import Body, Origin, UnusableRange, Version
+from rankload._fetch.transfer.front import Front
+from rankload._fetch.transfer.retry import Retries
+from rankload._fetch.transfer.spans import Spans
+from rankload._settings import Settings
+
+#: A stream asks for about so much at a time, in seconds of its own rate, so that a distant origin's answer is not
+#: waited for too often; but never for more than so many chunks, so that a slow stream does not keep the others waiting.
+_REQUEST_SECONDS = 1.0
+_MOST_CHUNKS = 8
+
+#: So much since the last failure, and the failures before are history: an origin that cuts every connection is borne
+#: with as long as it gives something.
+_PROGRESS_BYTES = 64 << 10
+
+
+class Restart(Exception):
+    """The bytes so far are of no use: start over.
+
+    Attributes:
+        is_whole: ask for the whole file in one request, without ranges.
+        pause_seconds: before that.
+        error: what led to it, None for a reason that is no failure.
+    """
+
+    def __init__(self, error: FetchError | None, *, is_whole: bool, pause_seconds: float = 0.0) -> None:
+        super().__init__(str(error))
+        self.error, self.is_whole, self.pause_seconds = error, is_whole, pause_seconds
+
+
+class Target(Protocol):
+    """Where the bytes go."""
+
+    def make_room(self, version: Version, *, is_resumable: bool) -> None:
+        """Prepare for what comes; called before the first byte is written.
+
+        Raises:
+            CacheError: there is no room.
+        """
+
+    def writer(self) -> Writer:
+        """Return a way in, for one thread."""
+
+    def finished(self, begin: int, end: int) -> None:
+        """Note that a range has been written."""
+
+
+class Writer(Protocol):
+    """One thread's way into the target; close it when done."""
+
+    def write(self, piece: bytes, offset: int) -> None:
+        """Write a piece at an offset.
+
+        Raises:
+            CacheError: the disk is full, or broken.
+        """
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+@dataclass
+class Span:
+    """A range that one stream fetches; ``end`` is None where only the end of the body will tell."""
+
+    begin: int
+    end: int | None
+
+
+class Work:
+    """The transfer as its streams see it. All methods may be called from any thread.
+
+    Args:
+        origin, target, front: where bytes come from, go to, and are hashed.
+        known: of what version the bytes are that are there already; None when there are none.
+        is_whole: one request, without ranges.
+        has_digest: a digest will tell in the end whether all ranges were of one version.
+        retries: counts failures; some may be there from an earlier go.
+        settings: deadlines and sizes.
+
+    Attributes:
+        changed: notified when something happens that the leader's thread should look at.
+        version: what the origin says of the content; None before its first answer.
+        target_streams: how many streams there should be.
+        failure: what ended the transfer.
+        is_stopped: nothing may be written any more.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        target: Target,
+        front: Front,
+        known: Version | None,
+        *,
+        is_whole: bool,
+        has_digest: bool,
+        retries: Retries,
+        settings: Settings,
+    ) -> None:
+        self.origin, self.target, self.settings = origin, target, settings
+        self.changed = threading.Condition()
+        self.version: Version | None = None
+        self.is_whole = is_whole
+        self.target_streams = 1
+        self.refusals = 0
+        self.failure: Exception | None = None
+        self.is_stopped = False
+        self._front, self._known, self._has_digest, self._retries = front, known, has_digest, retries
+        self._taken = Spans(front.covered)
+        self._active: set[object] = set()
+        self._has_ended = False
+        self._unusable_ranges = 0
+        self._hold_until = 0.0
+        self._bytes_at_failure = front.done_bytes
+        if known is not None and front.done_bytes == known.size_bytes:
+            self.version = known  # nothing is missing
+
+    @property
+    def expected(self) -> Version | None:
+        """The version of which ranges are wanted."""
+        return self.version or self._known
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes that are there."""
+        return self._front.done_bytes
+
+    @property
+    def active_streams(self) -> int:
+        """Number of streams at work."""
+        return len(self._active)
+
+    def is_complete(self) -> bool:
+        """Tell whether everything has come."""
+        if self.version is None:
+            return False
+        return self._has_ended or (not self.is_whole and self._front.done_bytes == self.version.size_bytes)
+
+    def enter(self, stream: object) -> bool:
+        """Let a stream begin, if there is something to do for it."""
+        with self.changed:
+            has_room = len(self._active) < (1 if self.is_whole or self.version is None else self.target_streams)
+            if has_room and self._missing() is not None:
+                self._active.add(stream)
+                return True
+            return False
+
+    def leave(self, stream: object) -> None:
+        """Note that a stream has ended."""
+        with self.changed:
+            self._active.discard(stream)
+            self.changed.notify_all()
+
+    def take(self, stream: object, bytes_per_second: float) -> Span | None:
+        """Give a stream its next range, of a length that suits its rate; None: it is not needed any more."""
+        with self.changed:
+            missing = self._missing()
+            if missing is None or self.is_stopped or self.failure is not None:
+                return None
+            if len(self._active) > self.target_streams:
+                self._active.discard(stream)
+                return None
+            begin, end = missing
+            if not self.is_whole:
+                longest = begin + self._chunks(bytes_per_second) * self.settings.chunk_bytes
+                end = longest if end is None else min(end, longest)
+                self._taken.add(begin, end)
+            else:
+                self._taken.add(0, 1)
+            return Span(begin, end)
+
+    def admit(self, body: Body) -> Span:
+        """Judge an answer's head; return what its body is to fill.
+
+        Raises:
+            Restart: it cannot be used like this.
+            CacheError: there is no room for the file.
+        """
+        with self.changed:
+            if self.is_stopped:
+                raise Restart(None, is_whole=False)
+            if body.is_whole and not self.is_whole:
+                self.is_whole = True
+                self._taken.add(0, 1)
+            if self.version is None:
+                self._learn(body)
+            return Span(body.begin, body.end)
+
+    def accept(self, offset: int, piece: bytes) -> None:
+        """Take note of a piece that was written."""
+        self._front.offer(offset, piece)
+
+    def ended(self) -> None:
+        """The body that has everything has ended."""
+        with self.changed:
+            self._has_ended = True
+            self.changed.notify_all()
+
+    def give_back(self, span: Span) -> None:
+        """Let another stream fetch what is left of a range."""
+        with self.changed:
+            if span.end is not None and not self.is_whole:
+                self._taken.remove(span.begin, span.end)
+
+    def pause_after(self, stream: object, error: FetchError, *, has_moved: bool) -> float | None:
+        """Decide what a stream does about a failure: go on after so many seconds, or (None) leave it to the others.
+
+        Raises:
+            FetchError: the one given; the transfer has failed.
+            Restart: what has come so far cannot be gone on with.
+        """
+        with self.changed:
+            if isinstance(error, ContentChangedError):
+                raise Restart(error, is_whole=False)
+            asked = error.fields.get("retry_after_seconds")
+            if asked is not None:
+                self._hold_until = time.monotonic() + min(asked, self.settings.retry_after_seconds)
+            if not has_moved and len(self._active) > 1:  # too many for the origin, perhaps
+                self.refusals += 1
+                self._active.discard(stream)
+                return None
+            if not self.is_whole and self.done_bytes - self._bytes_at_failure >= _PROGRESS_BYTES:
+                self._retries.succeeded()
+            self._bytes_at_failure = self.done_bytes
+            pause = self._retries.pause_after(error)
+            if self.is_whole:
+                raise Restart(error, is_whole=True, pause_seconds=pause)
+            return pause
+
+    def count_unusable_range(self, error: UnusableRange) -> None:
+        """Count an answer to a range request that makes no sense.
+
+        Raises:
+            Restart: it is the second one.
+        """
+        with self.changed:
+            self._unusable_ranges += 1
+            if self._unusable_ranges > 1:
+                raise Restart(FetchError(str(error), url=self.origin.shown), is_whole=True)
+
+    def hold_seconds(self) -> float:
+        """Return for how long no request may be sent, because the origin has said so."""
+        return max(0.0, self._hold_until - time.monotonic())
+
+    def wait(self, seconds: float) -> None:
+        """Let a stream's thread wait, unless the transfer ends."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.is_stopped or self.failure is not None, seconds)
+
+    def fail(self, error: Exception) -> None:
+        """End the transfer with an error; the first one counts."""
+        with self.changed:
+            if self.failure is None and not self.is_stopped:
+                self.failure = error
+            self.changed.notify_all()
+
+    def stop(self) -> None:
+        """Let nothing be written any more."""
+        with self.changed:
+            self.is_stopped = True
+            self.changed.notify_all()
+
+    def _learn(self, body: Body) -> None:
+        version = body.version
+        is_split = not body.is_whole and body.end != version.size_bytes
+        may_be_split = version.size_bytes is not None and (version.has_validator or self._has_digest)
+        if is_split and not may_be_split:
+            raise Restart(None, is_whole=True)  # ranges of two versions could not be told apart
+        self.target.make_room(version, is_resumable=is_split)
+        self.version = version
+        self.changed.notify_all()
+
+    def _missing(self) -> tuple[int, int | None] | None:
+        size_bytes = self.version.size_bytes if self.version else None
+        begin, end = self._taken.first_gap(size_bytes)
+        if self.is_whole:
+            return (0, None) if not self._taken.total_bytes else None
+        return None if begin == end else (begin, end)
+
+    def _chunks(self, bytes_per_second: float) -> int:
+        chunk_bytes = self.settings.chunk_bytes
+        size_bytes = (self.version and self.version.size_bytes) or 0
+        by_rate = bytes_per_second * _REQUEST_SECONDS / chunk_bytes
+        # towards the end in smaller portions, so that all streams end together
+        by_rest = (size_bytes - self._taken.total_bytes) / (2 * self.target_streams * chunk_bytes)
+        return max(1, min(_MOST_CHUNKS, int(by_rate), int(by_rest)))
