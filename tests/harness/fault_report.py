@@ -35,7 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = set(config.getoption("fault"))
-    selected, others = [], []
+    selected: list[pytest.Item] = []
+    others: list[pytest.Item] = []
     for item in items:
         numbers = {number for mark in item.iter_markers("fault") for number in mark.args}
         item.user_properties += [(_PROPERTY, number) for number in sorted(numbers)]
@@ -73,7 +74,7 @@ class _Summary:
         self._tests: dict[str, Shown] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        numbers = frozenset(value for name, value in report.user_properties if name == _PROPERTY)
+        numbers = frozenset(int(str(value)) for name, value in report.user_properties if name == _PROPERTY)
         # The report on a crashed worker has no properties, but those of its test's earlier phases had.
         if numbers or report.nodeid in self._tests:
             self._tests.setdefault(report.nodeid, Shown(numbers)).add(report)
