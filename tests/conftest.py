@@ -10,6 +10,8 @@ import pytest
 from harness import environments, spawner
 from harness.origin import Origin
 
+pytest_plugins = ["harness.fault_report"]
+
 IS_CI = os.environ.get("CI", "").lower() in {"1", "true"}
 
 

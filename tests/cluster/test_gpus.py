@@ -23,6 +23,7 @@ print(json.dumps([me.launcher, me.rank, me.world_size, me.local_rank, me.local_w
 """
 
 
+@pytest.mark.fault(51)
 def test_task_with_a_gpu_of_its_own_takes_device_0_whatever_its_local_rank(slurm: Slurm) -> None:
     assert placement(slurm, "--gpus-per-task=1") == [
         ["slurm", 0, 2, 0, 2, "node1", "cuda:0"],

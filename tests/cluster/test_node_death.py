@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
 SURVIVORS = [rank for rank, node in ALL_RANKS.items() if node != "node1"]
 
 
+@pytest.mark.fault(43)
 @pytest.mark.timeout(400)
 def test_job_whose_first_node_dies_fails_everywhere_and_its_requeue_succeeds(
     lab: Lab, slurm: Slurm, origin: Origin, project: Path, weights: Path

@@ -44,6 +44,7 @@ def test_adopted_file_is_hashed_when_a_digest_is_first_given(origin, cache, chec
     assert origin.request_count() == 1
 
 
+@pytest.mark.fault(20)
 def test_truncated_file_of_torch_hub_is_fetched_again(origin, cache, checkpoint, caplog):
     """What torch.hub itself leaves when the connection breaks."""
     url = origin.add("model.pth", checkpoint.path, truncate_at=checkpoint.size - 50)
@@ -73,6 +74,7 @@ def test_torch_hub_finds_what_rankload_fetched(origin, cache, checkpoint):
     assert origin.request_count() == 1
 
 
+@pytest.mark.fault(21)
 def test_two_urls_with_one_file_name(origin, cache, checkpoint, other_checkpoint, caplog):
     """torch.hub gives the second caller the first one's weights."""
     first, second = origin.add("a/model.pth", checkpoint.path), origin.add("b/model.pth", other_checkpoint.path)
@@ -85,6 +87,7 @@ def test_two_urls_with_one_file_name(origin, cache, checkpoint, other_checkpoint
     assert len(warnings) == 2 and all(first in warning and second in warning for warning in warnings)
 
 
+@pytest.mark.fault(21)
 def test_two_urls_with_one_file_name_in_all_ranks(origin, cache, checkpoint, other_checkpoint):
     first, second = origin.add("a/model.pth", checkpoint.path), origin.add("b/model.pth", other_checkpoint.path)
     for url, file in ((first, checkpoint), (second, other_checkpoint)):
@@ -92,6 +95,7 @@ def test_two_urls_with_one_file_name_in_all_ranks(origin, cache, checkpoint, oth
         assert {result.value for result in results} == {digest_of(file.content)}
 
 
+@pytest.mark.fault(21)
 def test_two_urls_with_one_file_name_at_the_same_time(origin, cache, checkpoint, other_checkpoint):
     """The second one waits for the first one's lease, and must not take the file that appears for its own."""
     first = origin.add("a/model.pth", checkpoint.path, hold_at=100)

@@ -126,6 +126,7 @@ def test_sigterm_while_waiting_leaves_the_lease_of_the_holder(origin, cache, big
     assert origin.request_count() == 1 and left_in(cache) == []
 
 
+@pytest.mark.fault(33)
 def test_stopped_holder_is_taken_over_and_both_publish_the_same(origin, cache, big_content):
     """Its heartbeat stands still with it. When it goes on it has lost the lease, and harms nobody."""
     url = origin.add(NAME, big_content, hold_at=HALF)
@@ -159,6 +160,7 @@ def test_holder_that_does_not_move_is_left_to_itself(origin, cache, big_content)
         holder.wait()
 
 
+@pytest.mark.fault(35)
 def test_unequal_durations(origin, cache, big_content):
     lease_of(cache).parent.mkdir(parents=True)
     url = origin.add(NAME, big_content)
@@ -170,6 +172,7 @@ def test_unequal_durations(origin, cache, big_content):
         holder.wait()
 
 
+@pytest.mark.fault(27)
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
 def test_lease_of_another_user(origin, cache, big_content):
     lease_of(cache).parent.mkdir(parents=True)
@@ -209,6 +212,7 @@ def test_jobs_without_a_lease_publish_one_valid_file(origin, cache, big_content)
     assert files_in(cache) == [".rankload", NAME]
 
 
+@pytest.mark.fault(53)
 def test_forked_child_does_not_release(tmp_path):
     [result] = run_ranks(fork_while_holding, 1, env="none", args=(str(tmp_path / "x.lease"),))
     assert result.value is False  # released at the end, by the one who holds it

@@ -37,6 +37,7 @@ def test_hit(origin, cache, checkpoint):
     assert origin.request_count() == 1
 
 
+@pytest.mark.fault(50)
 @pytest.mark.parametrize("file_name", [None, "my $model's.pth"])
 def test_miss_names_the_command_that_helps(origin, cache, checkpoint, file_name):
     url = origin.add("model.pth", checkpoint.path)

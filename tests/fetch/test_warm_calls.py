@@ -91,6 +91,7 @@ def test_verify_always_reads_every_byte(origin, cache, cached, big_content):
     assert origin.request_count() == 1
 
 
+@pytest.mark.fault(19)
 def test_verify_always_finds_what_stat_does_not_show(origin, cache, cached, big_content):
     """A bit that flips on the disk: same inode, same size, same time."""
     url, path = cached
@@ -107,6 +108,7 @@ def test_verify_never_does_not_hash_a_touched_file(origin, cache, cached, big_co
     assert origin.request_count() == 1
 
 
+@pytest.mark.fault(20)
 def test_verify_never_does_not_take_a_truncated_file(origin, cache, cached, big_content):
     """The length costs nothing to compare."""
     url, path = cached
@@ -134,6 +136,7 @@ def test_copied_cache_is_hashed_once(origin, cache, cached, big_content, tmp_pat
     assert origin.request_count() == 1
 
 
+@pytest.mark.fault(19)
 def test_flipped_bit_is_fetched_again(origin, cache, cached, big_content, caplog):
     url, path = cached
     flip(path)
@@ -143,6 +146,7 @@ def test_flipped_bit_is_fetched_again(origin, cache, cached, big_content, caplog
     assert origin.request_count() == 2
 
 
+@pytest.mark.fault(20)
 def test_truncated_file_is_fetched_again(origin, cache, cached, big_content, caplog):
     url, path = cached
     os.truncate(path, len(big_content) - 1)
@@ -152,6 +156,7 @@ def test_truncated_file_is_fetched_again(origin, cache, cached, big_content, cap
     assert origin.request_count() == 2
 
 
+@pytest.mark.fault(20)
 def test_empty_file_is_fetched_again(origin, cache, cached, big_content):
     url, path = cached
     os.truncate(path, 0)
@@ -248,6 +253,7 @@ def test_place_of_the_records_is_a_file(origin, cache):
     assert origin.request_count() == 1
 
 
+@pytest.mark.fault(20)
 def test_truncated_file_of_the_legacy_format(origin, cache, tmp_path):
     """No central directory, no header with lengths: torch's own loader would read past the end."""
     file = checkpoints.write_legacy(tmp_path / "source")

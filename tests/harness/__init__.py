@@ -6,6 +6,7 @@
 - ``origin``: an HTTP server that counts, lies, stalls and breaks on request.
 - ``nginx``: the real one, for speed.
 - ``checkpoints``: small (and one big) real checkpoint files.
+- ``fault_report``: a table of the fault cases that a test run has shown (a pytest plugin).
 
 Every process is a child of one process, the zygote (``spawner``, ``zygote``), and dies with it.
 """

@@ -76,6 +76,7 @@ def test_without_a_launcher_a_process_is_a_job_of_its_own(
     assert result.value == digest_of(checkpoint.content)
 
 
+@pytest.mark.fault(55)
 def test_real_torchrun(origin: Origin, checkpoint: CheckpointFile, cache_dir: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(

@@ -12,6 +12,8 @@ from harness.origin import Origin
 from harness.ranks import run_ranks, start_ranks
 
 
+@pytest.mark.fault(11)
+@pytest.mark.fault(36)
 @pytest.mark.parametrize("launcher", ["torchrun", "env"])
 def test_the_leader_gets_a_404_and_every_rank_raises_it_within_two_seconds(
     origin: Origin, cache_dir: str, launcher: str
@@ -24,6 +26,7 @@ def test_the_leader_gets_a_404_and_every_rank_raises_it_within_two_seconds(
     assert leftovers(cache_dir) == []
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize("launcher", ["torchrun", "env"])
 def test_a_rank_that_comes_after_rank_0_has_failed_and_left_still_learns_why(
     origin: Origin, cache_dir: str, launcher: str
@@ -49,7 +52,13 @@ def _one_rank_fails(rank: int, url: str, model_dir: str, failing: int, error: Ba
 
 
 @pytest.mark.parametrize("failing", [0, 2])
-@pytest.mark.parametrize("error", [ValueError("no such layer"), MemoryError("no memory left")], ids=["any", "memory"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(ValueError("no such layer"), id="any"),
+        pytest.param(MemoryError("no memory left"), id="memory", marks=pytest.mark.fault(40)),
+    ],
+)
 def test_one_rank_cannot_load_and_every_rank_names_it(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str, failing: int, error: Exception
 ) -> None:
@@ -62,6 +71,7 @@ def test_one_rank_cannot_load_and_every_rank_names_it(
     assert [result.value[1].digest for result in results] == [digest_of(checkpoint.content)] * 4
 
 
+@pytest.mark.fault(52)
 @pytest.mark.parametrize("launcher", ["torchrun", "env"])
 def test_an_error_text_of_megabytes_is_cut_and_the_store_survives_it(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str, launcher: str

@@ -13,6 +13,7 @@ from harness.origin import Origin, Reply
 from harness.ranks import start_ranks, wait_until
 
 
+@pytest.mark.fault(54)
 @pytest.mark.parametrize("launcher", ["torchrun", "env"])
 @pytest.mark.parametrize("late", [0, 2])
 def test_a_late_rank_is_waited_for(

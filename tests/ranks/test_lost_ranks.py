@@ -43,6 +43,7 @@ def _survivors_of_leader(group: RankGroup, survivors: list[int], within_seconds:
         assert outcome.ended_at - since < within_seconds
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("launcher", ["torchrun", "env"])
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_leader_lost_in_the_middle_of_its_download(
@@ -69,6 +70,7 @@ def test_leader_lost_in_the_middle_of_its_download(
     _assert_next_run_is_clean(origin, checkpoint, url, cache_dir)
 
 
+@pytest.mark.fault(37)
 @pytest.mark.slow
 def test_by_default_the_others_raise_within_thirty_seconds(
     origin: Origin, checkpoint: CheckpointFile, tmp_path: Path
@@ -96,6 +98,7 @@ def _load_on_node(rank: int, url: str, model_dir: str, ranks_per_node: int) -> o
     return try_to_load(rank, url, f"{model_dir}/node{rank // ranks_per_node}")
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize(("world_size", "victim"), [(4, 0), (4, 2), (3, 0)])
 def test_one_of_several_leaders_killed(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str, short_deadlines: float, world_size: int, victim: int
@@ -139,6 +142,7 @@ def test_a_rank_killed_while_it_loads_and_the_others_wait_for_the_verdict(
         assert outcome.ended_at - killed_at < short_deadlines
 
 
+@pytest.mark.fault(39)
 def test_the_agent_and_its_store_die(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str, short_deadlines: float
 ) -> None:

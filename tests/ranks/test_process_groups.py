@@ -30,6 +30,7 @@ def _load_in_a_group(rank: int, url: str, model_dir: str) -> tuple[str, float]:
     return digest, total
 
 
+@pytest.mark.fault(55)
 @pytest.mark.parametrize("launcher", ["torchrun", "env"])
 def test_after_init_process_group(origin: Origin, checkpoint: CheckpointFile, cache_dir: str, launcher: str) -> None:
     url = origin.add(checkpoint.name, checkpoint.path)
@@ -50,6 +51,7 @@ def _load_around_groups(rank: int, url: str, model_dir: str, groups: int) -> tup
 
 
 # Not two groups under torchrun: gloo's second init over the agent's store hangs, with rankload or without (torch 2.13).
+@pytest.mark.fault(55)
 @pytest.mark.parametrize(("launcher", "groups"), [("torchrun", 1), ("env", 2)])
 def test_before_a_group_in_it_after_its_end_and_in_the_next_one(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str, launcher: str, groups: int
@@ -136,6 +138,7 @@ def _load_in_an_impatient_group(rank: int, url: str, model_dir: str) -> tuple[st
     return digest, _sum_over_ranks()
 
 
+@pytest.mark.fault(41)
 def test_the_groups_own_timeout_is_shorter_than_the_download(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str, short_deadlines: float
 ) -> None:

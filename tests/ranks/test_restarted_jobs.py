@@ -24,6 +24,7 @@ def _load_twice(rank: int, url: str, model_dir: str) -> list[str]:
     return [load(rank, url, model_dir) for _ in range(2)]
 
 
+@pytest.mark.fault(42)
 def test_after_a_job_that_went_well_with_unequal_restart_counts(
     origin: Origin, checkpoint: CheckpointFile, other_checkpoint: CheckpointFile, cache_dir: str
 ) -> None:
@@ -40,6 +41,7 @@ def _hello(rank: int, url: str, model_dir: str) -> None:
         load(rank, url, model_dir)
 
 
+@pytest.mark.fault(42)
 def test_after_a_job_that_was_killed_while_its_ranks_met(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str
 ) -> None:
@@ -52,6 +54,7 @@ def test_after_a_job_that_was_killed_while_its_ranks_met(
     assert origin.request_count() == 1
 
 
+@pytest.mark.fault(42)
 def test_after_a_job_that_was_killed_in_the_middle_of_a_call(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str
 ) -> None:
@@ -66,6 +69,7 @@ def test_after_a_job_that_was_killed_in_the_middle_of_a_call(
     assert leftovers(cache_dir) == []
 
 
+@pytest.mark.fault(42)
 def test_a_smaller_job_after_a_bigger_one(origin: Origin, checkpoint: CheckpointFile, cache_dir: str) -> None:
     url = origin.add(checkpoint.name, checkpoint.path)
     with agent_store() as store:
@@ -129,6 +133,7 @@ def _come_back(rank: int, url: str, model_dir: str) -> str:
     return load(rank, url, model_dir)
 
 
+@pytest.mark.fault(39)
 def test_ranks_that_outlive_rank_0_and_its_store_meet_its_successor(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str, tmp_path: Path
 ) -> None:

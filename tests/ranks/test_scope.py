@@ -55,6 +55,7 @@ def test_auto_two_machines_with_one_directory_find_it_by_the_file_that_rank_0_le
     _assert_led(origin, checkpoint, [tmp_path / "all"] * 4, [0], nodes=2, kernels=kernels)
 
 
+@pytest.mark.fault(48)
 @pytest.mark.parametrize("launcher", ["torchrun", "env"])
 def test_auto_each_node_with_a_directory_of_its_own_is_led_by_its_local_rank_0(
     origin: Origin, checkpoint: CheckpointFile, tmp_path: Path, launcher: str
@@ -80,6 +81,7 @@ def test_node_one_download_per_node_even_into_one_directory(
     assert origin.request_count() == 1
 
 
+@pytest.mark.fault(48)
 def test_node_with_directories_of_their_own(origin: Origin, checkpoint: CheckpointFile, tmp_path: Path) -> None:
     dirs = [tmp_path / f"node{rank // 2}" for rank in range(4)]
     _assert_led(origin, checkpoint, dirs, [0, 2], scope="node", nodes=2)

@@ -61,6 +61,7 @@ def _wait_for_rank_0(rank: int, url: str, model_dir: str) -> str:
     return load(rank, url, model_dir)
 
 
+@pytest.mark.fault(38)
 @pytest.mark.parametrize("launcher", ["torchrun", "env"])
 def test_sigterm_to_a_rank_that_waits_for_rank_0_to_come(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str, launcher: str, short_deadlines: float
@@ -86,6 +87,7 @@ def _with_own_handlers(rank: int, url: str, model_dir: str) -> tuple[str, bool]:
     return digest, signal.getsignal(signal.SIGTERM) is handle
 
 
+@pytest.mark.fault(38)
 def test_handlers_of_the_users_own_run_at_once_and_the_call_goes_on(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str
 ) -> None:

@@ -40,6 +40,7 @@ def test_an_update_in_place_does_not_reach_the_file(tmp_path, write):
     assert digest(written.path) == written.sha256
 
 
+@pytest.mark.fault(57)
 @pytest.mark.parametrize("write", MAPPED_FORMATS)
 def test_nor_when_the_user_made_shared_mappings_the_default(tmp_path, write):
     written = write(tmp_path)
@@ -59,6 +60,7 @@ def test_the_precaution_is_needed(tmp_path):
     assert digest(written.path) != written.sha256
 
 
+@pytest.mark.fault(57)
 def test_nor_from_many_threads_at_once(tmp_path):
     files = [checkpoints.write_zip(tmp_path, stem=f"model{index}") for index in range(4)]
 

@@ -41,6 +41,7 @@ def test_every_format_is_told_by_content(checkpoint):
         path = renamed
 
 
+@pytest.mark.fault(2)
 def test_a_file_cut_off_anywhere_is_refused(checkpoint):
     _, path = checkpoint
     size_bytes = path.stat().st_size

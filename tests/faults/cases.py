@@ -1,0 +1,456 @@
+"""The faults that rankload is built for: what goes wrong, and what users can rely on then.
+
+A test shows a case under ``@pytest.mark.fault(number)``. ``docs/faults.md`` is written from this table
+(``faults.write_docs``), and the summary at the end of a test run is told in its slugs (``harness.fault_report``).
+A number keeps its meaning for ever; a new case takes the next one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NETWORK = "The network"
+ORIGIN = "The origin's answers"
+CACHED_FILES = "Digests and cached files"
+DISKS = "Disks and shared filesystems"
+LEASES = "Leases and locks"
+RANKS = "Ranks and jobs"
+DEVICES = "Devices"
+
+#: In the order of the documentation.
+GROUPS = (NETWORK, ORIGIN, CACHED_FILES, DISKS, LEASES, RANKS, DEVICES)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault.
+
+    Attributes:
+        number: stands in markers, in the documentation and in the summary.
+        slug: a few words for it, unique.
+        fault: what goes wrong, as a user would tell it.
+        outcome: what users can rely on.
+        group: one of ``GROUPS``.
+    """
+
+    number: int
+    slug: str
+    group: str
+    fault: str
+    outcome: str
+
+
+ALL_CASES = (
+    Case(
+        1,
+        "cut-with-length",
+        NETWORK,
+        "The connection breaks half-way through a file whose length the origin has told.",
+        "The download is resumed, or the call fails. What has arrived is never published as if it were the file.",
+    ),
+    Case(
+        2,
+        "cut-without-length",
+        NETWORK,
+        "The connection closes early, the origin has told no length, and you gave no digest: nothing on the wire "
+        "shows that bytes are missing.",
+        "The structure of the file shows it. The cut file is rejected and never published.",
+    ),
+    Case(
+        3,
+        "cut-chunked",
+        NETWORK,
+        "An answer that comes in chunks, without a length for the whole, is cut off.",
+        "The cut is noticed, and the download is tried again.",
+    ),
+    Case(
+        4,
+        "range-ignored",
+        ORIGIN,
+        "Asked for a part of the file, the origin ignores the range: it answers 200 and sends everything.",
+        "What was there is dropped, and the answer is taken as one stream from the first byte on. No byte lands in "
+        "the wrong place.",
+    ),
+    Case(
+        5,
+        "wrong-range",
+        ORIGIN,
+        "The origin sends another range than the one it was asked for (its Content-Range says so).",
+        "That range is discarded and asked for again. If that does not help, the file is fetched as one stream.",
+    ),
+    Case(
+        6,
+        "file-changed-at-origin",
+        ORIGIN,
+        "The file at the origin changes between two runs, or between two ranges of one download: its ETag is another.",
+        "The change is noticed (every later request carries If-Range) and the download starts over. The file is never "
+        "put together from two versions.",
+    ),
+    Case(
+        7,
+        "nothing-left-to-send",
+        ORIGIN,
+        "The origin answers 416: behind what is on disk already there is nothing to send.",
+        "What is on disk is used if it verifies as the whole file; else the download starts over.",
+    ),
+    Case(
+        8,
+        "signed-url-expired",
+        ORIGIN,
+        "Your URL leads to a signed one, which expires: the origin answers 403 when the download is to be resumed.",
+        "Your URL is asked once more for a fresh signed one, and the download goes on there. This is done once, "
+        "not for ever.",
+    ),
+    Case(
+        9,
+        "too-many-requests",
+        ORIGIN,
+        "The origin has too many requests: 429, and Retry-After tells how long to wait.",
+        "It is waited for as long as the origin asks, up to a limit. The other ranks see that the leader lives and is "
+        "in “backoff”.",
+    ),
+    Case(
+        10,
+        "unavailable-once",
+        ORIGIN,
+        "The origin is unavailable for a moment: 503, and 200 the next time.",
+        "The call succeeds.",
+    ),
+    Case(
+        11,
+        "not-found-or-not-allowed",
+        ORIGIN,
+        "The file is not there, or you may not have it: 404 or 401.",
+        "It is not tried again: trying does not help. Every rank raises the error.",
+    ),
+    Case(
+        12,
+        "web-page",
+        ORIGIN,
+        "The origin answers 200 and sends a web page instead of the file: a login form, a notice.",
+        "The error says that this is not a checkpoint, and shows how the page begins.",
+    ),
+    Case(
+        13,
+        "unasked-compression",
+        ORIGIN,
+        "The origin was asked for the bytes as they are, and compresses them nevertheless.",
+        "The answer is decoded or rejected. A digest is always the digest of the file's own bytes.",
+    ),
+    Case(
+        14,
+        "stalled",
+        NETWORK,
+        "The connection stays open, but no more bytes come.",
+        "After a while without a byte the connection is given up, and the download is tried again.",
+    ),
+    Case(
+        15,
+        "trickling",
+        NETWORK,
+        "The bytes come very slowly, but they come.",
+        "The download goes on, however long it takes: the deadline is on no progress, not on the total time.",
+    ),
+    Case(
+        16,
+        "bad-redirects",
+        ORIGIN,
+        "The origin's redirects lead in a circle, or from https to http.",
+        "The call fails. It does not run in circles, and what began encrypted is never fetched in the clear.",
+    ),
+    Case(
+        17,
+        "unreachable-address",
+        NETWORK,
+        "The proxy is dead, or the origin's IPv6 address swallows every packet.",
+        "An attempt to connect has a deadline of its own. Where IPv6 leads nowhere, IPv4 is tried.",
+    ),
+    Case(
+        18,
+        "wrong-digest",
+        CACHED_FILES,
+        "What was downloaded does not have the SHA-256 that you gave.",
+        "The file is put aside instead of published, and fetched once more. If the digest is wrong again, every rank "
+        "raises.",
+    ),
+    Case(
+        19,
+        "flipped-bit",
+        CACHED_FILES,
+        "A bit of a cached file flips; the file's digest is known.",
+        'Found with `verify="always"`, and by any call if the file\'s modification time has changed too. The file is '
+        "fetched again.",
+    ),
+    Case(
+        20,
+        "cached-file-cut",
+        CACHED_FILES,
+        "A cached file is empty, or its end is missing.",
+        "The file is fetched again.",
+    ),
+    Case(
+        21,
+        "same-file-name",
+        CACHED_FILES,
+        "Two URLs end in the same file name.",
+        "Each has an entry of its own in the cache, and gets its own weights.",
+    ),
+    Case(
+        22,
+        "disk-full",
+        DISKS,
+        "The disk is full in the middle of the download.",
+        "The error names the path, the space that is needed, and the space that there is.",
+    ),
+    Case(
+        23,
+        "quota-used-up",
+        DISKS,
+        "Your quota is used up. Some filesystems tell so at a write, others only when the file is closed.",
+        "Either way: the same error as for a full disk, with the path, the space needed, and the space there is.",
+    ),
+    Case(
+        24,
+        "no-inodes",
+        DISKS,
+        "The filesystem has room for bytes, but for no more files: its inodes are used up.",
+        "A clear error that says so.",
+    ),
+    Case(
+        25,
+        "cache-not-writable",
+        DISKS,
+        "The cache directory is on a read-only filesystem, or you may not write to it.",
+        "What is cached is used. What is not is a clear error.",
+    ),
+    Case(
+        26,
+        "group-cache",
+        DISKS,
+        "You share a cache with your group, in a setgid directory, and your umask is 077.",
+        "If you ask for it, the group keeps its access to what you fetch.",
+    ),
+    Case(
+        27,
+        "lease-of-another-user",
+        LEASES,
+        "The lease belongs to another user and is not yours to write (mode 0644).",
+        "The call goes on without the lease.",
+    ),
+    Case(
+        28,
+        "planted-symlink",
+        CACHED_FILES,
+        "Where a partial file, a lease, a record or a cached file should be, somebody has put a symbolic link.",
+        "The link is refused, not followed.",
+    ),
+    Case(
+        29,
+        "lock-error",
+        LEASES,
+        "The filesystem answers a lock call with an error: 38 (ENOSYS), 37 (ENOLCK), 95 (EOPNOTSUPP), 524 (ENOTSUPP) "
+        "or 9 (EBADF).",
+        "A warning, and the call goes on.",
+    ),
+    Case(
+        30,
+        "lock-hangs",
+        LEASES,
+        "The shared filesystem never returns from a lock call.",
+        "No such call is made on a shared filesystem, so nothing can hang in it.",
+    ),
+    Case(
+        31,
+        "lock-lies",
+        LEASES,
+        "The filesystem only pretends to lock: everybody who asks gets the lock.",
+        "More downloads than one, perhaps; at the end one valid file.",
+    ),
+    Case(
+        32,
+        "lease-holder-dead",
+        LEASES,
+        "The job that holds the lease has died on another host, where nobody can look for its process.",
+        "The lease is taken over once its duration and one polling interval have passed, at the latest.",
+    ),
+    Case(
+        33,
+        "lease-holder-suspended",
+        LEASES,
+        "The job that holds the lease is suspended (SIGSTOP). Another one takes over, and then the first goes on "
+        "(SIGCONT).",
+        "Both publish the same bytes.",
+    ),
+    Case(
+        34,
+        "clock-skew",
+        LEASES,
+        "The clocks of two hosts differ by an hour, in either direction.",
+        "No effect.",
+    ),
+    Case(
+        35,
+        "unequal-lease-durations",
+        LEASES,
+        "Two jobs use leases of different durations for the same file.",
+        "A warning, and the call goes on.",
+    ),
+    Case(
+        36,
+        "leader-fails",
+        RANKS,
+        "The rank that downloads fails.",
+        "Every rank raises the same error, within seconds.",
+    ),
+    Case(
+        37,
+        "leader-lost",
+        RANKS,
+        "The rank that downloads is killed or freezes in the middle of it.",
+        "All others raise within 30 s. The next run resumes the download.",
+    ),
+    Case(
+        38,
+        "signal-while-waiting",
+        RANKS,
+        "A rank that waits gets SIGTERM or SIGUSR1.",
+        "The signal's handler runs within half a second.",
+    ),
+    Case(
+        39,
+        "store-lost",
+        RANKS,
+        "The process that hosts the job's store exits early.",
+        "An error of rankload's that says so (`StoreLostError`), around torch's `DistNetworkError`.",
+    ),
+    Case(
+        40,
+        "one-rank-cannot-load",
+        RANKS,
+        "One rank cannot load the file: it has no memory left.",
+        "Every rank raises, and the error names that rank.",
+    ),
+    Case(
+        41,
+        "group-timeout",
+        RANKS,
+        "The download takes longer than the timeout of the process group.",
+        "The call succeeds.",
+    ),
+    Case(
+        42,
+        "restart",
+        RANKS,
+        "torchrun restarts the job (`--max-restarts`): the store still holds keys of the run before, and two nodes may "
+        "have counted their restarts differently.",
+        "What the run before has left is ignored, and so are the counts.",
+    ),
+    Case(
+        43,
+        "requeue",
+        RANKS,
+        "SLURM requeues the job, which has the same job id again.",
+        "The equal id confuses nothing. What the first run had downloaded is adopted.",
+    ),
+    Case(
+        44,
+        "different-urls",
+        RANKS,
+        "The ranks pass different URLs.",
+        "An error that shows the mismatch, and nobody hangs.",
+    ),
+    Case(
+        45,
+        "stale-absence",
+        DISKS,
+        "Another node has looked for the file before it was published, and goes on believing for 60 s that there is "
+        "none (an NFS client's negative entry).",
+        "The ranks there find the file within 90 s.",
+    ),
+    Case(
+        46,
+        "stale-handle",
+        DISKS,
+        "A network filesystem answers ESTALE when the file is opened or read.",
+        "The file is opened again.",
+    ),
+    Case(
+        47,
+        "deleted-before-use",
+        DISKS,
+        "Somebody deletes the file after it was published and before another rank has opened it.",
+        "It is fetched in one more round. If that does not help, the call raises.",
+    ),
+    Case(
+        48,
+        "node-local-caches",
+        DISKS,
+        "Each of two nodes has its cache on a disk of its own.",
+        "One download per node.",
+    ),
+    Case(
+        49,
+        "job-array",
+        LEASES,
+        "A thousand tasks of a job array share one cache.",
+        "One download. The tasks that wait look at intervals of their own, not all at the same time.",
+    ),
+    Case(
+        50,
+        "offline-miss",
+        CACHED_FILES,
+        "Offline, and the file is not in the cache.",
+        "An error at once, with the command that fetches the file beforehand.",
+    ),
+    Case(
+        51,
+        "own-gpu",
+        DEVICES,
+        "Each task sees one GPU only, its own, and has local rank 5 on its node.",
+        "The rank uses `cuda:0`, the one that it sees.",
+    ),
+    Case(
+        52,
+        "huge-error",
+        RANKS,
+        "The text of an error is several megabytes long.",
+        "The other ranks get it shortened, and the store survives.",
+    ),
+    Case(
+        53,
+        "fork-under-lease",
+        LEASES,
+        "A process that holds the lease forks, as data loaders do for their workers.",
+        "The child never releases the lease.",
+    ),
+    Case(
+        54,
+        "late-rank",
+        RANKS,
+        "One rank arrives five minutes after the others.",
+        "The others wait, and log which rank is missing.",
+    ),
+    Case(
+        55,
+        "init-order",
+        RANKS,
+        "rankload is called before `init_process_group` with `env://`, or after it.",
+        "Both work.",
+    ),
+    Case(
+        56,
+        "shard-names",
+        CACHED_FILES,
+        "A name such as `model-00001-of-00002` looks as if it ended in a hash; `check_hash` is not set.",
+        "The digits are not taken for a digest.",
+    ),
+    Case(
+        57,
+        "shared-mappings",
+        CACHED_FILES,
+        "You have made `MAP_SHARED` torch's default for mapped files: updating a tensor would write to its file.",
+        "The cached file is never written.",
+    ),
+)
+
+CASES: dict[int, Case] = {case.number: case for case in sorted(ALL_CASES, key=lambda case: case.number)}
