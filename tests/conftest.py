@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
-from harness import environments, spawner
+from harness import checkpoints, environments, spawner
+from harness.checkpoints import CheckpointFile
 from harness.origin import Origin
 
 pytest_plugins = ["harness.fault_report"]
@@ -29,6 +31,7 @@ def _own_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
     monkeypatch.setenv("TORCH_HOME", str(home / ".cache" / "torch"))
+    monkeypatch.setenv("RANKLOAD_BACKOFF_SECONDS", "0.02")  # retries are real, the pauses between them short
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +50,29 @@ def origin() -> Iterator[Origin]:
     """An HTTP server of the test's own; see ``harness.origin``."""
     with Origin() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFile:
+    """A small checkpoint of torch's zip format, its hash prefix in its name."""
+    return checkpoints.write_zip(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFile:
+    """A checkpoint with other weights."""
+    return checkpoints.write_zip(tmp_path_factory.mktemp("other"), checkpoints.training_checkpoint())
+
+
+@pytest.fixture(scope="session")
+def big_content() -> bytes:
+    """8 MiB that no two downloads confuse: more than the buffers of a loopback connection hold."""
+    return b"".join(number.to_bytes(8, "little") for number in range(1 << 20))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
 
 
 @pytest.hookimpl(wrapper=True)

@@ -165,6 +165,23 @@ def load_in_this_process(
 
     Processes that share the directory still download once, through the lease.
     """
+    path = fetch_in_this_process(url, model_dir, progress=progress, check_hash=check_hash, file_name=file_name)
+    return _read(path, map_location, identity_from_environment(), None, weights_only, None)
+
+
+def fetch_in_this_process(
+    url: Url,
+    model_dir: str | os.PathLike[str] | None,
+    *,
+    progress: bool,
+    check_hash: bool,
+    file_name: str | None,
+    sha256: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    verify: Verify = "once",
+    must_be_checkpoint: bool = True,
+) -> Path:
+    """Fetch without the other ranks, by the arguments of the public calls. Not collective; does not import torch."""
     settings = Settings.from_environment()
     with open_lone_channel() as channel:
         request = make_request(
@@ -173,15 +190,14 @@ def load_in_this_process(
             check_hash=check_hash,
             file_name=file_name,
             progress=progress,
-            sha256=None,
-            headers=None,
+            sha256=sha256,
+            headers=headers,
             scope="process",
-            verify="once",
+            verify=verify,
             offline=settings.offline,
-            must_be_checkpoint=True,
+            must_be_checkpoint=must_be_checkpoint,
         )
-        file = fetch_once(request, channel, settings)
-        return _read(file.path, map_location, identity_from_environment(), None, weights_only, None)
+        return fetch_once(request, channel, settings).path
 
 
 def _read(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch.hub
-from fetch_calls import files_in, load, whole_log
 
 import rankload
 from harness import checkpoints
 from harness.checkpoints import digest_of
+from harness.fetch_calls import files_in, load, whole_log
 from harness.ranks import run_ranks, start_ranks, wait_until
 from rankload._cache.record import read_record
 

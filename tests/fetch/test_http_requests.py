@@ -5,10 +5,10 @@ from __future__ import annotations
 import traceback
 
 import pytest
-from fetch_calls import errors_of, expect, fetch, files_in, load, whole_log
 
 import rankload
 from harness.checkpoints import digest_of
+from harness.fetch_calls import errors_of, expect, fetch, files_in, load, whole_log
 from harness.origin import Origin
 from harness.ports import reserved_port
 from harness.ranks import run_ranks

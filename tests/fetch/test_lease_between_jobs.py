@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from fetch_calls import fetch_and_mark, files_in, left_in
 
+from harness.fetch_calls import fetch_and_mark, files_in, left_in
 from harness.rank import mark, mark_and_wait
 from harness.ranks import run_ranks, start_ranks, wait_until
 from rankload._cache.lease import hold_lease

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fetch_calls import errors_of, expect, fetch, files_in, load
 
 import rankload
 from harness.checkpoints import digest_of
+from harness.fetch_calls import errors_of, expect, fetch, files_in, load
 from harness.ranks import run_ranks
 
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from fetch_calls import errors_of, expect, load
 
 import rankload
 from harness.checkpoints import digest_of
+from harness.fetch_calls import errors_of, expect, load
 from harness.ranks import run_ranks
 from harness.scripts import run_script
 
@@ -26,7 +26,7 @@ sys.addaudithook(forbid)
 
 
 def printed_command(error: str) -> str:
-    return error[error.index("python -c ") :].partition(" [rank ")[0]
+    return error[error.index("rankload prefetch ") :].partition(" [rank ")[0]
 
 
 def test_hit(origin, cache, checkpoint):
@@ -42,7 +42,7 @@ def test_hit(origin, cache, checkpoint):
 def test_miss_names_the_command_that_helps(origin, cache, checkpoint, file_name):
     url = origin.add("model.pth", checkpoint.path)
     errors = errors_of(load, url, cache, offline=True, file_name=file_name)
-    expect(errors, rankload.OfflineError, url, str(cache), "not in the cache", "run: python -c")
+    expect(errors, rankload.OfflineError, url, str(cache), "not in the cache", "run: rankload prefetch")
     assert origin.request_count() == 0
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as with the environment activated
     command = printed_command(str(errors[0]))

@@ -11,9 +11,8 @@ import sys
 import termios
 import threading
 
-from fetch_calls import fetch
-
 import rankload
+from harness.fetch_calls import fetch
 from harness.ranks import run_ranks
 
 

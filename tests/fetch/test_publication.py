@@ -8,16 +8,20 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from fetch_calls import error_in, fetch, fetch_and_mark, files_in, left_in
 
 import rankload
+from harness.fetch_calls import fetch, fetch_and_mark, files_in, left_in
 from harness.ranks import run_ranks, start_ranks, wait_until
 from harness.scripts import run_script, start_script
 from rankload._cache.layout import Entry
-from rankload._fetch.partial import Partial, partials_of, remove_dead_partials
+from rankload._fetch.partials.adoption import remove_dead_partials
+from rankload._fetch.partials.owner import partials_of
+from rankload._fetch.partials.partial import Partial
+from rankload._settings import Settings
 
 HALF = 4 << 20
 
@@ -41,7 +45,7 @@ def test_only_the_partial_is_there_during_the_download(origin, cache, big_conten
 
 def test_partial_is_private_to_its_owner_and_in_the_final_directory(tmp_path):
     entry = Entry(tmp_path / "file.bin")
-    with Partial(entry) as one, Partial(entry) as other:
+    with Partial(entry, Settings()) as one, Partial(entry, Settings()) as other:
         assert one.path != other.path
         assert one.path.parent == other.path.parent == tmp_path
         assert not os.get_inheritable(one.descriptor)
@@ -55,11 +59,11 @@ def test_symlink_planted_at_the_partial_name_is_refused(tmp_path, monkeypatch):
     entry, victim = Entry(tmp_path / "cache" / "file.bin"), tmp_path / "victim"
     entry.path.parent.mkdir()
     victim.write_bytes(b"precious")
-    with Partial(entry) as partial:
+    with Partial(entry, Settings()) as partial:
         name = partial.path
     name.symlink_to(victim)
     with pytest.raises(rankload.CacheError, match="File exists"):
-        Partial(entry)
+        Partial(entry, Settings())
     assert victim.read_bytes() == b"precious" and name.is_symlink()
 
 
@@ -132,12 +136,12 @@ def test_partial_of_a_killed_process_is_removed_by_the_next(origin, cache, big_c
 def test_partial_of_a_living_process_is_kept(tmp_path):
     entry = Entry(tmp_path / "file.bin")
     with _partial_owner(entry) as owner:
-        remove_dead_partials(entry)
+        remove_dead_partials(entry, Settings(), time.time())
         assert len(partials_of(entry)) == 1
         owner.kill()
         # not waited for: the owner is a zombie now, which writes no more
         wait_until(lambda: _state(owner.pid) == "Z", 10, "the owner is a zombie")
-        remove_dead_partials(entry)
+        remove_dead_partials(entry, Settings(), time.time())
         assert partials_of(entry) == []
 
 
@@ -145,10 +149,10 @@ def test_partial_of_another_host_is_kept_for_a_day(tmp_path):
     entry = Entry(tmp_path / "file.bin")
     foreign = tmp_path / f"file.bin.0123abcd-{2**22}-77-0123abcd.partial"
     foreign.touch()
-    remove_dead_partials(entry)
+    remove_dead_partials(entry, Settings(), time.time())
     assert foreign.exists()
     os.utime(foreign, (foreign.stat().st_mtime - 25 * 3600,) * 2)
-    remove_dead_partials(entry)
+    remove_dead_partials(entry, Settings(), time.time())
     assert not foreign.exists()
 
 
@@ -157,7 +161,7 @@ def test_foreign_files_are_not_taken_for_partials(tmp_path):
     for name in ("file.bin.partial", "file.bin.1-2-3.partial", "other.bin.0123abcd-4194304-77-0123abcd.partial"):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, 0))
-    remove_dead_partials(entry)
+    remove_dead_partials(entry, Settings(), time.time())
     assert len(files_in(tmp_path)) == 3
 
 
@@ -166,35 +170,36 @@ def test_partial_of_another_user_is_kept_where_proc_hides_processes(tmp_path):
     """Under hidepid a living process of somebody else looks as if it were not there."""
     tmp_path.chmod(0o777)
     entry = Entry(tmp_path / "file.bin")
-    with Partial(entry):
+    with Partial(entry, Settings()):
         code = f"""
-import os, subprocess
+import os, subprocess, time
 os.chdir({str(tmp_path)!r})  # the folders above are closed to others
 subprocess.run(["mount", "-o", "remount,hidepid=2", "/proc"], check=True)
 from pathlib import Path
 from rankload._cache.layout import Entry
-from rankload._fetch.partial import partials_of, remove_dead_partials
+from rankload._fetch.partials.adoption import remove_dead_partials
+from rankload._fetch.partials.owner import partials_of
+from rankload._settings import Settings
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 assert not Path("/proc/{os.getpid()}").exists()
 entry = Entry(Path("file.bin"))
 assert len(partials_of(entry)) == 1
-remove_dead_partials(entry)
+remove_dead_partials(entry, Settings(), time.time())
 """
         subprocess.run(["unshare", "-m", sys.executable, "-c", code], check=True, timeout=60)
         assert len(partials_of(entry)) == 1
 
 
-def test_file_removed_under_the_download_is_an_error_not_a_wrong_file(origin, cache, big_content):
-    """Somebody clears the cache directory while it is in use."""
+def test_file_removed_under_the_download_is_fetched_again(origin, cache, big_content):
+    """Somebody clears the cache directory while it is in use, or has taken this process for dead."""
     url = origin.add("file.bin", big_content, hold_at=HALF)
     with start_ranks(fetch_and_mark, 1, env="none", args=(url, cache)) as group:
         origin.wait_until_held("file.bin")
         [partial] = cache.glob("*.partial")
         partial.unlink()
         origin.release("file.bin")
-        error = error_in(group.wait()[0])
-    assert isinstance(error, rankload.CacheError) and "file.bin" in str(error)
-    assert not (cache / "file.bin").exists()
+        assert group.wait()[0].value == big_content
+    assert origin.request_count() == 2
 
 
 def test_long_file_names(origin, cache):
@@ -222,7 +227,7 @@ def test_cache_directory_is_made(origin, tmp_path):
 
 def test_interpreter_leaves_while_nothing_hangs(origin, cache):
     """A call that fails leaves no thread behind that would keep the process."""
-    url = origin.add("file.bin", b"x" * 100, truncate_at=50)
+    url = origin.add("file.bin", b"x" * 100, truncate_at=50, ranges="ignored")
     code = f"""
 import threading, rankload
 try:
@@ -249,8 +254,9 @@ class _partial_owner:
 from pathlib import Path
 import sys
 from rankload._cache.layout import Entry
-from rankload._fetch.partial import Partial
-partial = Partial(Entry(Path({str(entry.path)!r})))
+from rankload._fetch.partials.partial import Partial
+from rankload._settings import Settings
+partial = Partial(Entry(Path({str(entry.path)!r})), Settings())
 print("there", flush=True)
 sys.stdin.read()
 """

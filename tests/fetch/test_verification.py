@@ -5,12 +5,13 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from fetch_calls import errors_of, expect, fetch, files_in, load
 
 import rankload
 from harness import checkpoints
 from harness.checkpoints import digest_of
+from harness.fetch_calls import errors_of, expect, fetch, files_in, load
 from harness.ranks import run_ranks
+from harness.replies import Reply
 
 WRONG = "0" * 64
 
@@ -28,14 +29,22 @@ def load_object(rank, url, model_dir):
     return repr(rankload.dist_load_state_dict_from_url(url, model_dir, weights_only=False)["extra"])
 
 
+def quarantined(name):
+    """What a cache holds after a download with a wrong digest."""
+    return [f".rankload/quarantine/{name}", f".rankload/quarantine/{name}.json"]
+
+
+@pytest.mark.fault(18)
 def test_wrong_sha256_by_argument(origin, cache, checkpoint):
     url = origin.add("model.pth", checkpoint.path)
     errors = errors_of(load, url, cache, ranks=3, sha256=WRONG)
     text = f'invalid hash value (expected "{WRONG}", got "{checkpoint.sha256}")'
-    expect(errors, rankload.DigestMismatchError, text, url, "nothing was kept")
+    expect(errors, rankload.DigestMismatchError, text, url, "(sha256) is another file's digest", "kept at")
     assert isinstance(errors[0], RuntimeError)
     assert (errors[0].expected, errors[0].got) == (WRONG, checkpoint.sha256)
-    assert files_in(cache) == []
+    assert files_in(cache) == quarantined("model.pth")
+    assert (cache / ".rankload/quarantine/model.pth").read_bytes() == checkpoint.path.read_bytes()
+    assert origin.request_count() == 2
 
 
 def test_wrong_hash_prefix_in_the_file_name(origin, cache, checkpoint):
@@ -43,13 +52,21 @@ def test_wrong_hash_prefix_in_the_file_name(origin, cache, checkpoint):
     errors = errors_of(load, url, cache, check_hash=True)
     text = f'invalid hash value (expected "0badc0de", got "{checkpoint.sha256}")'
     expect(errors, rankload.DigestMismatchError, text, url)
-    assert files_in(cache) == []
+    assert files_in(cache) == quarantined("model-0badc0de.pth")
 
 
 def test_flipped_byte_on_the_way(origin, cache, checkpoint):
     url = origin.add(checkpoint.name, checkpoint.path, flip_byte_at=checkpoint.size // 2)
     expect(errors_of(load, url, cache, check_hash=True), rankload.DigestMismatchError, "invalid hash value")
-    assert files_in(cache) == []
+    assert files_in(cache) == quarantined(checkpoint.name)
+
+
+@pytest.mark.fault(18)
+def test_bytes_that_were_flipped_once_are_fetched_once_more(origin, cache, checkpoint):
+    url = origin.add(checkpoint.name, checkpoint.path, Reply(flip_byte_at=checkpoint.size // 2), Reply())
+    results = run_ranks(load, 2, args=(url, cache), kwargs={"check_hash": True})
+    assert {result.value for result in results} == {digest_of(checkpoint.content)}
+    assert [request.headers.get("range") for request in origin.requests()] == ["bytes=0-8388607", None]
 
 
 def test_right_digests(origin, cache, checkpoint):
@@ -103,7 +120,7 @@ def test_argument_that_cannot_be(origin, cache, arguments, texts):
 @pytest.mark.parametrize(
     ("url", "text"),
     [
-        ("s3://bucket/model.pth", "s3"),
+        ("ftp://host.invalid/model.pth", "ftp"),
         ("http://host.invalid/", "file_name="),
         ("http://host.invalid", "file_name="),
         ("http://host.invalid/folder/", "file_name="),

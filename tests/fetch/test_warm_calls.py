@@ -8,11 +8,11 @@ import os
 import shutil
 
 import pytest
-from fetch_calls import files_in, load, whole_log
 
 import rankload
 from harness import checkpoints
 from harness.checkpoints import digest_of
+from harness.fetch_calls import files_in, load, whole_log
 from harness.ranks import run_ranks
 from rankload._cache.record import read_record
 
@@ -142,7 +142,10 @@ def test_flipped_bit_is_fetched_again(origin, cache, cached, big_content, caplog
     flip(path)
     with whole_log(caplog):
         assert rankload.dist_fetch(url, cache).read_bytes() == big_content
-    assert "has changed since it was published" in caplog.text
+    assert "its record" in caplog.text and "quarantine" in caplog.text
+    kept = path.parent / ".rankload" / "quarantine" / path.name
+    assert kept.stat().st_size == len(big_content) and kept.read_bytes() != big_content
+    assert "its record" in json.loads(kept.with_name(f"{path.name}.json").read_text())["reason"]
     assert origin.request_count() == 2
 
 
@@ -190,7 +193,7 @@ def test_wrong_sha256_leaves_the_cached_file_alone(origin, cache, cached, big_co
         rankload.dist_fetch(url, cache, sha256="0" * 64)
     assert path.read_bytes() == big_content
     rankload.dist_fetch(url, cache)
-    assert origin.request_count() == 2
+    assert origin.request_count() == 3
 
 
 DAMAGED_RECORDS = {

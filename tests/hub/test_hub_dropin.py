@@ -151,7 +151,7 @@ def test_plain_download_with_a_wrong_prefix_keeps_the_old_file(origin, tmp_path)
     assert os.listdir(tmp_path) == ["file.bin"]
 
 
-@pytest.mark.parametrize("fault", [{"status": 500}, {"truncate_at": 3}])
+@pytest.mark.parametrize("fault", [{"status": 500}, {"truncate_at": 3, "ranges": "ignored"}])
 def test_plain_download_that_fails_keeps_the_old_file(origin, tmp_path, fault):
     destination = tmp_path / "file.bin"
     destination.write_bytes(b"old")

@@ -22,6 +22,7 @@ BUILTINS = {
     "NetworkError": ConnectionError,
     "FetchTimeoutError": TimeoutError,
     "TruncatedError": OSError,
+    "ContentChangedError": OSError,
     "OfflineError": OSError,
     "VerificationError": RuntimeError,
     "DigestMismatchError": RuntimeError,

@@ -15,6 +15,7 @@ ERRORS = {
     "ArrivalTimeoutError",
     "CacheError",
     "CallCancelledError",
+    "ContentChangedError",
     "CoordinationError",
     "DeviceError",
     "DigestMismatchError",

@@ -36,7 +36,7 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
     """
     urls, failures = request.urls, Counter[str]()
     while True:
-        with Partial(entry, settings, request.digest) as partial:
+        with Partial(entry, settings, request.digest) as partial, partial.noticing_its_loss():
             if not failures:
                 _adopt(partial, entry, request, report, settings)
             received = Receiver(request, partial, report, settings, is_whole=bool(failures)).receive(urls)

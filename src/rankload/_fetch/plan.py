@@ -18,6 +18,7 @@ class Action(Enum):
     USE = "use the cached file; its record vouches for it"
     CHECK = "check the cached file's structure, and its digest where one is known; then use it"
     DOWNLOAD = "download"
+    REPLACE = "the cached file is damaged: set it aside and download"
     ASK = "ask the origin for the digest first"
     SEPARATE = "another URL owns this file name: use an entry of our own"
 
@@ -54,7 +55,7 @@ def decide(request: FetchRequest, cached: Cached) -> Plan:
     if not _is_owner(request, record):
         return Plan(Action.SEPARATE, f"{record.url} has the same file name")
     if record.size_bytes != status.st_size:
-        return Plan(Action.DOWNLOAD, f"the cached file has {status.st_size} bytes, not {record.size_bytes}")
+        return Plan(Action.REPLACE, f"the cached file has {status.st_size} bytes, not {record.size_bytes}")
     if request.verify == "sidecar" and request.sha256 is None and record.vouched_by != "sidecar":
         return Plan(Action.ASK, "it was not yet compared with its sidecar at the origin")
     if request.verify == "never" and (record.sha256 is None or satisfies(record.sha256, request)):
@@ -63,6 +64,8 @@ def decide(request: FetchRequest, cached: Cached) -> Plan:
         return Plan(Action.CHECK, "verify='always'")
     if not record.vouches_for(status):
         return Plan(Action.CHECK, "the cached file was touched or copied since its record was written")
+    if request.sha256_source == "sidecar" and record.vouched_by != "sidecar":
+        return Plan(Action.CHECK, "its sidecar vouches for it from now on")
     if satisfies(record.sha256, request):
         return Plan(Action.USE, "its record vouches for it")
     if record.sha256 is None:

@@ -106,11 +106,11 @@ def _checked_urls(url: Url) -> tuple[str, ...]:
 
 @functools.cache
 def _filesystem_schemes() -> frozenset[str]:
-    import fsspec.registry  # takes a while to import
+    import fsspec  # takes a while to import
 
     # http and file are our own; the others reach no remote file, or one in a way that has no ranges
     others = {"http", "https", "file", "local", "ftp", "sftp", "ssh", "smb", "data"}
-    return frozenset(fsspec.registry.known_implementations) - others
+    return frozenset(fsspec.available_protocols()) - others
 
 
 def _scheme_of(url: str) -> str:

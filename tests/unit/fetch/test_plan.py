@@ -20,15 +20,16 @@ def status(size=100, mtime_ns=5, inode=7):
     return os.stat_result((*fields, *(0.0,) * 3, 0, mtime_ns, 0, *(0,) * 3))
 
 
-def record(url=URL, sha256=SHA, size_bytes=100, mtime_ns=5, inode=7):
-    return Record(url, url_key(url), size_bytes, mtime_ns, inode, None, sha256, None, "download")
+def record(url=URL, sha256=SHA, size_bytes=100, mtime_ns=5, inode=7, vouched_by=None):
+    return Record(url, url_key(url), size_bytes, mtime_ns, inode, None, sha256, vouched_by, "download")
 
 
 def request(**arguments):
     return FetchRequest((URL, MIRROR), Path("/cache"), "m.pth", **arguments)
 
 
-USE, CHECK, DOWNLOAD, SEPARATE = Action.USE, Action.CHECK, Action.DOWNLOAD, Action.SEPARATE
+USE, CHECK, DOWNLOAD, REPLACE = Action.USE, Action.CHECK, Action.DOWNLOAD, Action.REPLACE
+SEPARATE, ASK = Action.SEPARATE, Action.ASK
 
 TABLE = [
     # the request, the file's status, its record, what to do, a word of the reason
@@ -56,13 +57,20 @@ TABLE = [
     (request(sha256=SHA), status(), record(sha256=None), CHECK, "nobody has hashed"),
     (request(hash_prefix="abab"), status(), record(sha256=None), CHECK, "nobody has hashed"),
     # changed since
-    (request(), status(size=99), record(), DOWNLOAD, "99 bytes, not 100"),
-    (request(verify="never"), status(size=99), record(), DOWNLOAD, "99 bytes, not 100"),
+    (request(), status(size=99), record(), REPLACE, "99 bytes, not 100"),
+    (request(verify="never"), status(size=99), record(), REPLACE, "99 bytes, not 100"),
     (request(), status(mtime_ns=6), record(), CHECK, "touched or copied"),
     (request(), status(inode=8), record(), CHECK, "touched or copied"),
     (request(sha256=OTHER), status(inode=8), record(), CHECK, "touched or copied"),
     # verify
     (request(verify="always"), status(), record(), CHECK, "always"),
+    (request(verify="sidecar"), None, None, DOWNLOAD, "not cached"),
+    (request(verify="sidecar"), status(), None, ASK, "sidecar"),
+    (request(verify="sidecar"), status(), record(), ASK, "not yet compared"),
+    (request(verify="sidecar"), status(), record(vouched_by="sidecar"), USE, "vouches"),
+    (request(verify="sidecar", sha256=SHA), status(), record(), USE, "vouches"),
+    (request(verify="sidecar", sha256=SHA, sha256_source="sidecar"), status(), record(), CHECK, "from now on"),
+    (request(verify="sidecar", sha256=OTHER, sha256_source="sidecar"), status(), record(), CHECK, "from now on"),
     (request(verify="never"), status(mtime_ns=6), record(), USE, "never"),
     (request(verify="never", sha256=OTHER), status(), record(), DOWNLOAD, "another one is expected"),
     (request(verify="never", sha256=SHA), status(), record(sha256=None), USE, "never"),

@@ -6,7 +6,8 @@ import errno
 import os
 import shutil
 import threading
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -122,28 +123,26 @@ class Partial:
             return self.path.stat()  # by name, after the close: only then an NFS server has set the final mtime
 
     def publish(self) -> None:
-        """Give the finished file its final name.
-
-        Raises:
-            SupersededError: it is not there any more.
-        """
+        """Give the finished file its final name."""
         self.move_to(self._entry.path)
         _sync_directory(self._entry.path.parent)
 
     def move_to(self, path: Path) -> None:
-        """Give the file another name; it is no partial any more.
-
-        Raises:
-            SupersededError: it is not there any more.
-        """
+        """Give the file another name; it is no partial any more."""
         with writing(path):
-            try:
-                self.path.replace(path)
-            except FileNotFoundError:
-                if path.parent.is_dir():
-                    raise SupersededError(str(self.path)) from None
-                raise
+            self.path.replace(path)
         self._is_gone = True
+
+    @contextmanager
+    def noticing_its_loss(self) -> Iterator[None]:
+        """Turn the error about a partial file that is not there any more into a SupersededError."""
+        try:
+            yield
+        except CacheError as error:
+            is_lost = not self._is_gone and not self.path.exists() and self.path.parent.is_dir()
+            if error.errno == errno.ENOENT and is_lost:
+                raise SupersededError(str(self.path)) from None
+            raise
 
     def __enter__(self) -> Partial:
         return self

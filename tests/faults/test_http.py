@@ -5,10 +5,10 @@ from __future__ import annotations
 import urllib.error
 
 import pytest
-from fetch_calls import errors_of, expect, fetch, files_in, load
 
 import rankload
 from harness.checkpoints import digest_of
+from harness.fetch_calls import errors_of, expect, fetch, files_in, load
 from harness.ports import reserved_port
 from harness.ranks import run_ranks
 from harness.replies import Reply
