@@ -4,7 +4,9 @@
 - ``rank``: what such a function may call to talk with its test.
 - ``scripts``: plain subprocesses, and the real ``torchrun``.
 - ``origin``: an HTTP server that counts, lies, stalls and breaks on request.
-- ``nginx``: the real one, for speed.
+- ``nginx``: the real one, for speed and TLS; ``nginx_behaviours``: and how it can be made to misbehave.
+- ``certificates``: an authority of the test's own.
+- ``client``: the plainest HTTP client, to see what a server really sends.
 - ``checkpoints``: small (and one big) real checkpoint files.
 
 Every process is a child of one process, the zygote (``spawner``, ``zygote``), and dies with it.

@@ -4,28 +4,15 @@ import gzip
 import http.client
 import socket
 import threading
-from urllib.parse import urlsplit
 
 import pytest
 
+from harness.client import get
 from harness.origin import Origin, Reply
 from harness.rank import mark
 from harness.ranks import run_ranks, start_ranks
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
-
-
-def get(url, *, method="GET", read=True, **headers):
-    """One request on a connection of its own: (status, headers, body)."""
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.netloc, timeout=20)
-    try:
-        target = parts.path + (f"?{parts.query}" if parts.query else "")
-        connection.request(method, target, headers={name.replace("_", "-"): value for name, value in headers.items()})
-        response = connection.getresponse()
-        return response.status, response.headers, response.read() if read else b""
-    finally:
-        connection.close()
 
 
 def test_a_plain_file(origin):
