@@ -5,6 +5,7 @@
 - ``scripts``: plain subprocesses, and the real ``torchrun``.
 - ``origin``: an HTTP server that counts, lies, stalls and breaks on request.
 - ``nginx``: the real one, for speed and TLS; ``nginx_behaviours``: and how it can be made to misbehave.
+- ``squid``: a real forward proxy.
 - ``certificates``: an authority of the test's own.
 - ``client``: the plainest HTTP client, to see what a server really sends.
 - ``checkpoints``: small (and one big) real checkpoint files.
