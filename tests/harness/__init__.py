@@ -6,6 +6,7 @@
 - ``origin``: an HTTP server that counts, lies, stalls and breaks on request.
 - ``nginx``: the real one, for speed and TLS; ``nginx_behaviours``: and how it can be made to misbehave.
 - ``squid``: a real forward proxy.
+- ``namespace``: a network of a test's own, with real host names, real ports and black holes.
 - ``certificates``: an authority of the test's own.
 - ``client``: the plainest HTTP client, to see what a server really sends.
 - ``checkpoints``: small (and one big) real checkpoint files.
