@@ -3,39 +3,38 @@
 cold: the file comes from nginx on loopback, into an empty cache directory; the floor is ``curl -o x && sync x``.
 warm: the file lies in the cache; memory is what all ranks hold (summed PSS) after touching
 every page, above what they held before the call.
+fetch: one process, no ranks, without loading; see ``benchmarks.fetch``.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import tempfile
-import time
 from pathlib import Path
 
+from benchmarks.fetch import CURL, LIMITED_SIZE_BYTES, fetch
 from benchmarks.ways import WAYS, Way, timed
 from harness.checkpoints import CheckpointFile, write_big
 from harness.nginx import Nginx, nginx
 from harness.ranks import start_ranks
 from rankload import dist_fetch
 
-CURL = "curl -o x && sync x"
-
 
 def cold(server: Nginx, checkpoint: CheckpointFile, world_size: int, rounds: int, scratch: Path) -> None:
     """Print seconds of the slowest rank for every way, beside curl's."""
     url, size_bytes = server.url(checkpoint.path.name), checkpoint.path.stat().st_size
-    seconds: dict[str, list[float]] = {CURL: []}
+    seconds: dict[str, list[float]] = {CURL.name: []}
     served: dict[str, float] = {}
     for _ in range(rounds):
-        seconds[CURL].append(_curl(url, scratch))
+        with tempfile.TemporaryDirectory(dir=scratch) as directory:
+            seconds[CURL.name].append(CURL.seconds(url, Path(directory), checkpoint))
         for way in WAYS:
             before = sum(access.bytes for access in server.accesses())
             with tempfile.TemporaryDirectory(dir=scratch) as model_dir:
                 seconds.setdefault(way.name, []).append(_run(way, url, world_size, model_dir)[0])
             served[way.name] = (sum(access.bytes for access in server.accesses()) - before) / size_bytes
-    floor = statistics.median(seconds[CURL])
+    floor = statistics.median(seconds[CURL.name])
     print(f"\ncold, {world_size} ranks, {size_bytes / 1e9:.2f} GB, medians of {rounds}, slowest rank's call")
     for name, values in seconds.items():
         copies = f"origin served {served[name]:.2f} files" if name in served else "one process, not verified"
@@ -73,19 +72,9 @@ def _run(way: Way, url: str, world_size: int, model_dir: str) -> tuple[float, fl
         return max(result.value for result in group.wait()), held
 
 
-def _curl(url: str, scratch: Path) -> float:
-    path = scratch / "curl"
-    started = time.perf_counter()
-    subprocess.run(["curl", "-sfo", path, url], check=True)
-    subprocess.run(["sync", path], check=True)
-    seconds = time.perf_counter() - started
-    path.unlink()
-    return seconds
-
-
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("case", nargs="?", choices=["cold", "warm", "all"], default="all")
+    parser.add_argument("case", nargs="?", choices=["cold", "warm", "fetch", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--size-mb", type=int, default=1000)
@@ -102,3 +91,8 @@ if __name__ == "__main__":
             for case in (cold, warm):
                 if arguments.case in (case.__name__, "all"):
                     case(server, checkpoint, arguments.ranks, arguments.rounds, root)
+        if arguments.case in ("fetch", "all"):
+            limited = checkpoint
+            if checkpoint.size > LIMITED_SIZE_BYTES:
+                limited = write_big(root, LIMITED_SIZE_BYTES, "limited")
+            fetch(checkpoint, limited, arguments.rounds, root)

@@ -13,9 +13,9 @@ run() {
   "$@"
 }
 
-# slurm*, munge, tini and iproute2 make the cluster of tests/cluster; nginx and curl serve and
-# measure the speed tests.
-packages=(slurmd slurmctld slurm-client munge tini iproute2 nginx-light curl shellcheck)
+# slurm*, munge, tini and iproute2 make the cluster of tests/cluster; nginx and squid are the servers
+# of tests/harness, nftables and iproute2 its networks; curl and aria2 are what tests and benchmarks compare with.
+packages=(slurmd slurmctld slurm-client munge tini iproute2 nftables nginx-light squid curl aria2 shellcheck)
 
 install_packages() {
   command -v apt-get >/dev/null || return 0

@@ -4,7 +4,12 @@
 - ``rank``: what such a function may call to talk with its test.
 - ``scripts``: plain subprocesses, and the real ``torchrun``.
 - ``origin``: an HTTP server that counts, lies, stalls and breaks on request.
-- ``nginx``: the real one, for speed.
+- ``nginx``: the real one, for speed and TLS; ``nginx_behaviours``: and how it can be made to misbehave.
+- ``chaos``: a TCP proxy before any of them that is slow, cuts, resets or falls silent.
+- ``squid``: a real forward proxy.
+- ``namespace``: a network of a test's own, with real host names, real ports and black holes.
+- ``certificates``: an authority of the test's own.
+- ``client``: the plainest HTTP client, to see what a server really sends.
 - ``checkpoints``: small (and one big) real checkpoint files.
 - ``fault_report``: a table of the fault cases that a test run has shown (a pytest plugin).
 

@@ -1,18 +1,27 @@
-"""A real nginx on a free loopback port: for speed, and as the second opinion on our own origin."""
+"""A real nginx on a free loopback port: for speed, and as the second opinion on our own origin.
+
+    with nginx(root) as server: ...                                                # a plain file server
+    with nginx(root, behaviours.rate(2_000_000), behaviours.no_ranges()) as server: ...
+    with nginx(root, tls=authority.certificate("127.0.0.1")) as server: ...        # https
+
+How it misbehaves stands in ``harness.nginx_behaviours``; a behaviour is that of the whole server.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+from harness.certificates import Certificate
+from harness.listening import wait_until_listening
+from harness.nginx_behaviours import Behaviour
 from harness.ports import reserved_port
-from harness.scripts import Program, start_program
+from harness.scripts import Program, ProgramStarter, start_program
 from harness.spawner import spawner
 from harness.waiting import wait_until
 
@@ -24,7 +33,8 @@ pid {scratch}/pid;
 events {{ worker_connections 512; }}
 http {{
     log_format accesses escape=json '{{"method":"$request_method","path":"$uri","status":$status,'
-                                    '"bytes":$body_bytes_sent,"range":"$http_range"}}';
+                                    '"bytes":$body_bytes_sent,"range":"$http_range","host":"$http_host",'
+                                    '"authorization":"$http_authorization"}}';
     access_log {scratch}/accesses accesses;
     client_body_temp_path {scratch};
     proxy_temp_path {scratch};
@@ -34,9 +44,11 @@ http {{
     default_type application/octet-stream;
     sendfile on;
     tcp_nopush on;
+    {http}
     server {{
-        listen 127.0.0.1:{port};
+        listen {address}:{port}{listen_options};
         root {root};
+        {server}
     }}
 }}
 """
@@ -48,7 +60,7 @@ class Access:
 
     Attributes:
         bytes: Of the body, as sent.
-        range: The Range header of the request; empty without one.
+        range: The Range header of the request; empty without one, as are the other two.
     """
 
     method: str
@@ -56,6 +68,8 @@ class Access:
     status: int
     bytes: int
     range: str
+    host: str
+    authorization: str
 
 
 @dataclass(frozen=True)
@@ -64,11 +78,17 @@ class Nginx:
 
     root: Path
     port: int
+    scheme: str
+    address: str
     _log: Path = field(repr=False)
     _program: Program = field(repr=False)
 
+    @property
+    def base_url(self) -> str:
+        return f"{self.scheme}://{self.address}:{self.port}"
+
     def url(self, name: str) -> str:
-        return f"http://127.0.0.1:{self.port}/{quote(name)}"
+        return f"{self.base_url}/{quote(name)}"
 
     def accesses(self) -> list[Access]:
         """Requests whose replies have ended, in the order of their ends."""
@@ -82,26 +102,45 @@ class Nginx:
 
 
 @contextlib.contextmanager
-def nginx(root: Path) -> Iterator[Nginx]:
+def nginx(
+    root: Path,
+    *behaviours: Behaviour,
+    tls: Certificate | None = None,
+    address: str = "127.0.0.1",
+    port: int | None = None,
+    start: ProgramStarter = start_program,
+) -> Iterator[Nginx]:
     """Serves the files under ``root`` until the block ends.
 
     As one process, which is enough for one disk and two cores and leaves no worker behind.
+
+    Args:
+        port: A fixed one, in a network namespace of its own; otherwise a free one.
+        start: Starts it elsewhere: ``Namespace.start_program``.
     """
     binary = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
     assert binary is not None, "nginx is not installed: apt-get install nginx-light"
+    if tls is not None:
+        behaviours = (*behaviours, Behaviour(f"ssl_certificate {tls.chain}; ssl_certificate_key {tls.key};"))
     scratch = spawner().new_directory()
     try:
-        with reserved_port() as port:
-            (scratch / "nginx.conf").write_text(_CONFIGURATION.format(scratch=scratch, port=port, root=root))
+        with contextlib.nullcontext(port) if port else reserved_port() as port:
+            configuration = _CONFIGURATION.format(
+                scratch=scratch,
+                address=address,
+                port=port,
+                listen_options=" ssl" if tls else "",
+                root=root,
+                http="\n".join(behaviour.http for behaviour in behaviours),
+                server="\n".join(behaviour.server for behaviour in behaviours),
+            )
+            (scratch / "nginx.conf").write_text(configuration)
+            for behaviour in behaviours:
+                for name, text in behaviour.files.items():
+                    (scratch / name).write_text(text)
             (scratch / "accesses").touch()
-            with start_program([binary, "-p", scratch, "-c", scratch / "nginx.conf"]) as program:
-                wait_until(lambda: _answers(port, program), 20, "nginx listens")
-                yield Nginx(root, port, scratch / "accesses", program)
+            with start([binary, "-p", scratch, "-c", scratch / "nginx.conf"]) as program:
+                wait_until_listening(program, port)
+                yield Nginx(root, port, "https" if tls else "http", address, scratch / "accesses", program)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _answers(port: int, program: Program) -> bool:
-    assert program.is_alive, f"nginx ended at once:\n{program.stderr}"
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0

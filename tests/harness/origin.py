@@ -24,7 +24,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -32,43 +31,10 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.origin_handler import Handler
+from harness.origin_records import Request, Resource
 from harness.replies import Reply
 
 __all__ = ["Origin", "Reply", "Request"]
-
-
-@dataclass
-class Request:
-    """One request as the origin saw it. Filled in while it runs.
-
-    Attributes:
-        headers: By lower-case name.
-        body_bytes_sent: Body bytes handed to the kernel, framing not counted; at most a socket buffer
-            of them may not have reached a client that went away.
-        is_complete: The whole body that this reply was meant to have has been sent.
-        ended_at: ``time.monotonic()``; ``None`` while it runs.
-    """
-
-    method: str
-    path: str
-    query: str
-    headers: dict[str, str]
-    started_at: float
-    status: int | None = None
-    body_bytes_sent: int = 0
-    is_complete: bool = False
-    is_held: bool = False
-    ended_at: float | None = None
-
-
-@dataclass
-class Resource:
-    """What stands under one path."""
-
-    content: memoryview
-    replies: tuple[Reply, ...]
-    etag: str
-    served: int = 0
 
 
 class Origin:
@@ -128,7 +94,7 @@ class Origin:
         view = _map(content) if isinstance(content, Path) else memoryview(content)
         etag = f'"{hashlib.sha256(view).hexdigest()[:16]}"'
         with self._changed:
-            self._resources["/" + name] = Resource(view, replies or (Reply(**behaviour),), etag)
+            self._resources["/" + name] = Resource(view, replies or (Reply(**behaviour),), etag, self._sent(name))
             self._released.discard(name)
         return self.url(name)
 
@@ -155,6 +121,10 @@ class Origin:
     def bytes_sent(self, name: str | None = None) -> int:
         """Body bytes over all replies."""
         return sum(request.body_bytes_sent for request in self.requests(name))
+
+    def peak_concurrency(self, name: str) -> int:
+        """The most requests for a path that ran at once; those answered with 429, too."""
+        return max((request.concurrency for request in self.requests(name)), default=0)
 
     def wait_until_sent(self, name: str, count: int, timeout_seconds: float = 30) -> None:
         """Waits until ``count`` body bytes of ``name`` have been sent, over all requests."""
@@ -188,13 +158,13 @@ class Origin:
     ) -> tuple[Request, Resource | None, Reply]:
         """Notes a request, and chooses its reply."""
         with self._changed:
-            request = Request(method, path, query, headers, time.monotonic())
+            running = sum(seen.path == path and seen.is_running for seen in self._requests)
+            request = Request(method, path, query, headers, time.monotonic(), concurrency=running + 1)
             self._requests.append(request)
             resource = self._resources.get(path)
             reply = Reply(status=404)
             if resource is not None:
-                reply = resource.replies[min(resource.served, len(resource.replies) - 1)]
-                resource.served += 1
+                reply = resource.next_reply(running, self._sent(path.removeprefix("/")))
             self._changed.notify_all()
         return request, resource, reply
 

@@ -16,7 +16,8 @@ from urllib.parse import unquote, urlsplit
 from harness.replies import Reply
 
 if TYPE_CHECKING:
-    from harness.origin import Origin, Request, Resource
+    from harness.origin import Origin
+    from harness.origin_records import Request, Resource
 
 _CHUNK_BYTES = 256 * 1024
 _TRICKLE_SECONDS = 0.05
@@ -77,6 +78,8 @@ class Handler(BaseHTTPRequestHandler):
             if stop == reply.hold_at:
                 self.origin.hold(request)
             if stop == reply.reset_at:
+                # Before the client can know, and come again while this request seems to run.
+                self.origin.update(request, ended_at=time.monotonic())
                 # Lingering for 0 s: close sends a reset, and what is unsent is dropped.
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.close_connection = True
@@ -187,6 +190,10 @@ def _select_range(
     if reply.ranges == "refused" or begin >= end:
         headers["Content-Range"] = f"bytes */{total}"
         return 416, _error_text(416)
+    if reply.ranges == "shorter":
+        end = begin + max(1, (end - begin) // 2)
+    if reply.ranges == "longer":
+        end = total
     told_total = total
     if reply.ranges == "wrong-start":
         begin = 0

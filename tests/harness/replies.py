@@ -11,6 +11,8 @@ HTML_PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body>Pl
 # What the server does with a Range header:
 #   honest               206 with the range asked for, 416 beyond the end; If-Range respected
 #   ignored              200 with everything, and no Accept-Ranges
+#   shorter              206 that says, and has, only the first half of the range asked for
+#   longer               206 that says, and has, everything from the start of the range on
 #   shifted              206 that says what was asked for, with the bytes from one further on
 #   wrong-start          206 whose Content-Range and bytes start elsewhere: at 0
 #   wrong-total          206 whose Content-Range tells a total one byte longer
@@ -18,7 +20,16 @@ HTML_PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body>Pl
 #   refused              416 always
 #   if-range-ignored     206 even though If-Range names another version
 Ranges = Literal[
-    "honest", "ignored", "shifted", "wrong-start", "wrong-total", "no-content-range", "refused", "if-range-ignored"
+    "honest",
+    "ignored",
+    "shorter",
+    "longer",
+    "shifted",
+    "wrong-start",
+    "wrong-total",
+    "no-content-range",
+    "refused",
+    "if-range-ignored",
 ]
 
 
@@ -42,6 +53,9 @@ class Reply:
         hold_before_reply: The same, before the status line.
         close_before_reply: The connection closes without a byte.
         bytes_per_second: Trickles.
+        max_concurrent: While so many requests for the path run, the answer to one more is 429.
+        expires_after_bytes: Once the path has sent so many body bytes over all requests, the answer is 403, as of a
+            signed URL; replies that run go on.
     """
 
     status: int = 200
@@ -63,6 +77,8 @@ class Reply:
     hold_before_reply: bool = False
     close_before_reply: bool = False
     bytes_per_second: float | None = None
+    max_concurrent: int | None = None
+    expires_after_bytes: int | None = None
 
     @classmethod
     def html_page(cls, status: int = 200) -> Reply:

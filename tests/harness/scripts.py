@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from harness.environments import clean_environment
 from harness.spawner import Process, process_state, spawner
@@ -167,6 +168,18 @@ class Torchrun(Program):
             )
             for folder in sorted(folders)
         }
+
+
+class ProgramStarter(Protocol):
+    """``start_program``, or what starts a program in the same way somewhere else."""
+
+    def __call__(
+        self,
+        argv: Sequence[PathLike],
+        *,
+        env: Mapping[str, str | None] | None = None,
+        working_dir: PathLike | None = None,
+    ) -> Program: ...
 
 
 def start_program(

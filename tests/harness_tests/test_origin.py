@@ -1,31 +1,19 @@
 """The origin counts exactly, and is wrong only when told to be, and then exactly as told."""
 
+import contextlib
 import gzip
 import http.client
 import socket
 import threading
-from urllib.parse import urlsplit
 
 import pytest
 
+from harness.client import get
 from harness.origin import Origin, Reply
 from harness.rank import mark
 from harness.ranks import run_ranks, start_ranks
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
-
-
-def get(url, *, method="GET", read=True, **headers):
-    """One request on a connection of its own: (status, headers, body)."""
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.netloc, timeout=20)
-    try:
-        target = parts.path + (f"?{parts.query}" if parts.query else "")
-        connection.request(method, target, headers={name.replace("_", "-"): value for name, value in headers.items()})
-        response = connection.getresponse()
-        return response.status, response.headers, response.read() if read else b""
-    finally:
-        connection.close()
 
 
 def test_a_plain_file(origin):
@@ -283,6 +271,8 @@ def test_if_range(origin):
     ("lie", "status", "content_range", "body"),
     [
         ("ignored", 200, None, CONTENT),
+        ("shorter", 206, "bytes 16-17/1048576", CONTENT[16:18]),
+        ("longer", 206, "bytes 16-1048575/1048576", CONTENT[16:]),
         ("shifted", 206, "bytes 16-19/1048576", CONTENT[17:20] + CONTENT[:1]),
         ("wrong-start", 206, "bytes 0-19/1048576", CONTENT[:20]),
         ("wrong-total", 206, "bytes 16-19/1048577", CONTENT[16:20]),
@@ -308,3 +298,43 @@ def test_a_held_and_truncated_range(origin):
 
 def fetch_range(rank, url):
     return get(url, Range="bytes=100-999")[2]
+
+
+def test_a_range_of_one_byte_cannot_be_shorter(origin):
+    assert get(origin.add("x", CONTENT, ranges="shorter"), Range="bytes=16-16")[2] == CONTENT[16:17]
+
+
+def test_at_most_so_many_at_a_time(origin):
+    url = origin.add("x", CONTENT, max_concurrent=2, hold_at=10, headers={"Retry-After": "3"})
+    with start_ranks(fetch_range, 2, env="none", args=(url,)) as group:
+        origin.wait_until_held("x", 2)
+        status, headers, _ = get(url)
+        assert (status, headers["Retry-After"]) == (429, "3")
+        origin.release("x")
+        assert [result.value for result in group.wait(20)] == [CONTENT[100:1000]] * 2
+    # Their last byte made room, whether or not the origin's threads have ended.
+    assert get(url)[2] == CONTENT
+    assert origin.peak_concurrency("x") == 3
+
+
+@pytest.mark.parametrize("behaviour", [{}, {"is_chunked": True}, {"truncate_at": 9}, {"reset_at": 9}])
+def test_one_after_the_other_are_never_two_at_a_time(origin, behaviour):
+    url = origin.add("x", CONTENT[:1000], max_concurrent=1, **behaviour)
+    for _ in range(50):
+        with contextlib.suppress(http.client.IncompleteRead, ConnectionError):
+            get(url)
+    assert {request.status for request in origin.requests("x")} == {200}
+    assert origin.peak_concurrency("x") == 1
+    assert origin.peak_concurrency("nothing") == 0
+
+
+def test_a_signed_url_that_expires(origin):
+    url = origin.add("x", CONTENT, expires_after_bytes=200)
+    assert [get(url, Range="bytes=0-99")[0] for _ in range(3)] == [206, 206, 403]
+    # Signed anew.
+    assert get(origin.add("x", CONTENT, expires_after_bytes=200))[2] == CONTENT
+
+
+def test_a_redirect_to_another_url_each_time(origin):
+    url = origin.add("x", b"", Reply(redirect_to="/first"), Reply(redirect_to="/second"))
+    assert [get(url)[1]["Location"] for _ in range(3)] == ["/first", "/second", "/second"]

@@ -1,0 +1,205 @@
+"""One process, one file: ``dist_fetch`` beside the programs and calls that people fetch with today.
+
+Python's ways run in a process of their own that has imported everything, and only the call is timed; curl and aria2c
+are timed from start to end of the program. What the seconds contain beyond the download stands in each row's note.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+import torch
+
+from harness import nginx_behaviours as behaviours
+from harness.checkpoints import CheckpointFile
+from harness.nginx import nginx
+from harness.ranks import run_ranks
+
+LIMITED_BYTES_PER_SECOND = 20_000_000
+LIMITED_SIZE_BYTES = 400_000_000
+
+
+@dataclass(frozen=True)
+class FetchWay:
+    """One way to get a file.
+
+    Attributes:
+        note: What it does beside the download.
+        seconds: Of the file (URL, directory, file name, SHA-256).
+    """
+
+    name: str
+    note: str
+    seconds: Callable[[str, Path, CheckpointFile], float]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A ratio of two ways, and what is promised of it."""
+
+    above: str
+    below: str
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def verdict(self, ratio: float) -> str:
+        """In words; empty where nothing is promised."""
+        if self.at_most is not None:
+            return f", must be <= {self.at_most}: {'kept' if ratio <= self.at_most else 'NOT KEPT'}"
+        if self.at_least is not None:
+            return f", must be >= {self.at_least}: {'kept' if ratio >= self.at_least else 'NOT KEPT'}"
+        return ""
+
+
+def curl(url: str, directory: Path, file: CheckpointFile) -> float:
+    """``curl -o x && sync x``."""
+    started = time.perf_counter()
+    subprocess.run(["curl", "-sfo", directory / file.name, url], check=True)
+    subprocess.run(["sync", directory / file.name], check=True)
+    return time.perf_counter() - started
+
+
+def aria2c(*options: str) -> Callable[[str, Path, CheckpointFile], float]:
+    """Eight connections, which aria2c is known for."""
+
+    def seconds(url: str, directory: Path, file: CheckpointFile) -> float:
+        command = ["aria2c", "--no-conf", "-q", "-x8", "-s8", "--file-allocation=falloc", *options]
+        started = time.perf_counter()
+        subprocess.run([*command, "-d", directory, "-o", file.name, url], check=True)
+        return time.perf_counter() - started
+
+    return seconds
+
+
+def in_python(fetch: Callable[[str, Path, CheckpointFile], object]) -> Callable[[str, Path, CheckpointFile], float]:
+    """Times a function in a fresh process."""
+
+    def seconds(url: str, directory: Path, file: CheckpointFile) -> float:
+        [result] = run_ranks(_timed, 1, 600, env="none", args=(fetch, url, directory, file))
+        return float(result.value)
+
+    return seconds
+
+
+def _timed(
+    rank: int,
+    fetch: Callable[[str, Path, CheckpointFile], object],
+    url: str,
+    directory: Path,
+    file: CheckpointFile,
+) -> float:
+    import rankload._api  # noqa: F401 - the import is not part of the call
+
+    started = time.perf_counter()
+    fetch(url, directory, file)
+    return time.perf_counter() - started
+
+
+def rankload_fetch(url: str, directory: Path, file: CheckpointFile) -> object:
+    """Ours."""
+    from rankload import dist_fetch
+
+    return dist_fetch(url, directory, check_hash=True, progress=False)
+
+
+def torch_hub(url: str, directory: Path, file: CheckpointFile) -> object:
+    """What load_state_dict_from_url does when the file is not cached."""
+    return torch.hub.download_url_to_file(url, str(directory / file.name), file.sha256[:8], progress=False)
+
+
+def requests_loop(url: str, directory: Path, file: CheckpointFile) -> object:
+    """What people write by hand."""
+    hasher = hashlib.sha256()
+    partial = directory / f"{file.name}.part"
+    with requests.get(url, stream=True, timeout=60) as response, partial.open("wb") as target:
+        response.raise_for_status()
+        for piece in response.iter_content(1 << 20):
+            target.write(piece)
+            hasher.update(piece)
+    if hasher.hexdigest() != file.sha256:
+        raise ValueError("wrong hash")
+    return partial.rename(directory / file.name)
+
+
+CURL = FetchWay("curl -o x && sync x", "not verified; synced", curl)
+RANKLOAD = FetchWay("rankload.dist_fetch", "verified, published, synced", in_python(rankload_fetch))
+TORCH_HUB = FetchWay("torch.hub.download_url_to_file", "verified; not synced", in_python(torch_hub))
+REQUESTS = FetchWay("requests loop with hashlib", "verified; not synced", in_python(requests_loop))
+ARIA2C = FetchWay("aria2c -x8 -s8", "not verified; not synced", aria2c())
+ARIA2C_1M = FetchWay("aria2c -x8 -s8 -k1M", "not verified; not synced", aria2c("-k1M"))
+SHA256 = "SHA-256 of bytes in memory"
+
+
+def fetch(file: CheckpointFile, limited_file: CheckpointFile, rounds: int, scratch: Path) -> None:
+    """Print both tables: at full speed, and from an origin that limits each connection."""
+    with nginx(file.path.parent) as server:
+        print(f"\nfetch, {file.size / 1e9:.2f} GB, nginx on loopback, medians of {rounds} interleaved rounds")
+        ways = [CURL, RANKLOAD, TORCH_HUB, REQUESTS]
+        seconds = _compare(ways, server.url(file.name), file, rounds, scratch)
+        seconds[SHA256] = _sha256_seconds(file, rounds)
+        _print_rows(ways, seconds, file)
+        _print_row(SHA256, "no verified way is faster on one core", seconds[SHA256], file)
+        _print_bound(Bound(RANKLOAD.name, SHA256), seconds)
+        _print_bound(Bound(RANKLOAD.name, CURL.name, at_most=1.2), seconds)
+        _print_bound(Bound(RANKLOAD.name, TORCH_HUB.name, at_most=0.6), seconds)
+    with nginx(limited_file.path.parent, behaviours.rate(LIMITED_BYTES_PER_SECOND)) as server:
+        limit = f"{LIMITED_BYTES_PER_SECOND / 1e6:.0f} MB/s per connection"
+        print(f"\nfetch, {limited_file.size / 1e9:.2f} GB, nginx limited to {limit}, medians of {rounds}")
+        ways = [CURL, RANKLOAD, ARIA2C, ARIA2C_1M]
+        seconds = _compare(ways, server.url(limited_file.name), limited_file, rounds, scratch)
+        _print_rows(ways, seconds, limited_file)
+        for way in (ARIA2C, ARIA2C_1M):
+            _print_bound(Bound(way.name, RANKLOAD.name, at_least=0.95), seconds)
+
+
+def _compare(
+    ways: Sequence[FetchWay], url: str, file: CheckpointFile, rounds: int, scratch: Path
+) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+    for _ in range(rounds):
+        for way in ways:
+            with tempfile.TemporaryDirectory(dir=scratch) as directory:
+                os.sync()  # or this way would wait for what the one before it has written
+                seconds[way.name].append(way.seconds(url, Path(directory), file))
+                fetched = Path(directory) / file.name
+                if fetched.stat().st_size != file.size:
+                    raise RuntimeError(f"{way.name} fetched {fetched.stat().st_size} of {file.size} bytes")
+    return seconds
+
+
+def _sha256_seconds(file: CheckpointFile, rounds: int) -> list[float]:
+    content = file.path.read_bytes()
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        hashlib.sha256(content)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _print_rows(ways: Sequence[FetchWay], seconds: dict[str, list[float]], file: CheckpointFile) -> None:
+    for way in ways:
+        _print_row(way.name, way.note, seconds[way.name], file)
+
+
+def _print_row(name: str, note: str, values: list[float], file: CheckpointFile) -> None:
+    spread = f"({min(values):.2f}-{max(values):.2f})"
+    median = statistics.median(values)
+    print(f"  {name:32} {median:6.2f} s {spread:15} {file.size / median / 1e6:6.0f} MB/s  {note}")
+
+
+def _print_bound(bound: Bound, seconds: dict[str, list[float]]) -> None:
+    """Print the median of the rounds' own ratios: what disturbs a round disturbs both of its ways."""
+    ratios = [above / below for above, below in zip(seconds[bound.above], seconds[bound.below], strict=True)]
+    spread = f"({min(ratios):.2f}-{max(ratios):.2f})"
+    verdict = bound.verdict(statistics.median(ratios))
+    print(f"  {bound.above} / {bound.below}: {statistics.median(ratios):.2f} {spread}{verdict}")
