@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from harness import environments, spawner
+from harness import environments, mounts, spawner
 from harness.origin import Origin
 
 IS_CI = os.environ.get("CI", "").lower() in {"1", "true"}
@@ -18,6 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in list(os.environ):
         if environments.is_stray(name):
             del os.environ[name]
+    mounts.isolate()  # before the first process starts, all of which are to see what a test mounts
 
 
 @pytest.fixture(autouse=True)

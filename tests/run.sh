@@ -14,8 +14,10 @@ run() {
 }
 
 # slurm*, munge, tini and iproute2 make the cluster of tests/cluster; nginx and curl serve and
-# measure the speed tests.
-packages=(slurmd slurmctld slurm-client munge tini iproute2 nginx-light curl shellcheck)
+# measure the speed tests; e2fsprogs and btrfs-progs make the small disks of tests/harness/disks.py.
+packages=(
+  slurmd slurmctld slurm-client munge tini iproute2 nginx-light curl e2fsprogs btrfs-progs shellcheck
+)
 
 install_packages() {
   command -v apt-get >/dev/null || return 0
