@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import checkpoints, environments, spawner
+from harness import checkpoints, environments, mounts, spawner
 from harness.checkpoints import CheckpointFile
 from harness.origin import Origin
 
@@ -22,6 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in list(os.environ):
         if environments.is_stray(name):
             del os.environ[name]
+    mounts.isolate()  # before the first process starts, all of which are to see what a test mounts
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,12 @@ run() {
 }
 
 # slurm*, munge, tini and iproute2 make the cluster of tests/cluster; nginx and squid are the servers
-# of tests/harness, nftables and iproute2 its networks; curl and aria2 are what tests and benchmarks compare with.
-packages=(slurmd slurmctld slurm-client munge tini iproute2 nftables nginx-light squid curl aria2 shellcheck)
+# of tests/harness, nftables and iproute2 its networks, e2fsprogs and btrfs-progs its small disks; curl and
+# aria2 are what tests and benchmarks compare with.
+packages=(
+  slurmd slurmctld slurm-client munge tini iproute2 nftables nginx-light squid curl aria2 e2fsprogs btrfs-progs
+  shellcheck
+)
 
 install_packages() {
   command -v apt-get >/dev/null || return 0

@@ -10,8 +10,11 @@
 - ``namespace``: a network of a test's own, with real host names, real ports and black holes.
 - ``certificates``: an authority of the test's own.
 - ``client``: the plainest HTTP client, to see what a server really sends.
+- ``fuse``: mounts with the vices of cluster filesystems.
+- ``disks``: full, limited and read-only real filesystems.
 - ``checkpoints``: small (and one big) real checkpoint files.
 - ``fault_report``: a table of the fault cases that a test run has shown (a pytest plugin).
 
 Every process is a child of one process, the zygote (``spawner``, ``zygote``), and dies with it.
+Every mount is in a mount namespace of the test process (``mounts``), and dies with it, too.
 """
