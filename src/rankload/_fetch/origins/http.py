@@ -22,7 +22,7 @@ from rankload._settings import Settings
 from rankload._version import __version__
 
 #: One read from the socket. The kernel seldom has more ready; a larger buffer is only allocated in vain.
-_READ_BYTES = 512 << 10
+_READ_BYTES = 1 << 20
 
 _MAX_REDIRECTS = 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
