@@ -179,6 +179,7 @@ class HttpOrigin:
             401: ": the origin wants credentials; pass headers= or use ~/.netrc",
             403: ": the origin refuses; is a token or a fresh signed URL needed?",
             404: ": no such file there; check the URL",
+            407: ": the proxy wants a user and a password; give them in http_proxy (http://user:password@host:port)",
             410: ": the file is gone for good",
             429: ": too many requests from this address; try again later, or prefetch into a shared directory",
         }.get(code, ": the origin's own trouble; try again later, or pass a mirror" if code >= 500 else "")
