@@ -140,6 +140,7 @@ class Receiver:
         return None
 
     def _front(self) -> Front:
+        self._partial.take_writers_back()  # streams of an earlier go may have been left behind
         front = Front(self._partial.descriptor)
         for begin, end in self._partial.spans:
             front.adopt(begin, end)

@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -17,9 +17,10 @@ from rankload._cache.layout import Entry
 from rankload._errors import CacheError, VerificationError
 from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.journal import Content, Journal, journal_path
-from rankload._fetch.partials.linux import allocate, start_writeback
+from rankload._fetch.partials.linux import allocate
 from rankload._fetch.partials.open_file import OpenFile
 from rankload._fetch.partials.owner import abandoned_path, own_path
+from rankload._fetch.partials.writer import PartialWriter
 from rankload._fetch.transfer.spans import Spans
 from rankload._settings import Settings
 
@@ -56,6 +57,7 @@ class Partial:
         self._entry, self._settings, self._sha256 = entry, settings, sha256
         self._journal: Journal | None = None
         self._keeper: _Keeper | None = None
+        self._writers: list[PartialWriter] = []
         self._size_bytes: int | None = None
         self._lock = threading.Lock()
         self._may_be_left, self._is_gone = may_be_left, False
@@ -82,6 +84,7 @@ class Partial:
 
     def clear(self) -> None:
         """Forget all bytes."""
+        self.take_writers_back()
         self._end_journal()
         journal_path(self.path).unlink(missing_ok=True)
         self.content, self.spans = None, Spans()
@@ -104,16 +107,21 @@ class Partial:
 
     def writer(self) -> PartialWriter:
         """Return a way in for one thread."""
-        return PartialWriter(self, self._file)
+        writer = PartialWriter(self._file, self.writing, self._note)
+        self._writers = [*(one for one in self._writers if not one.is_closed), writer]
+        return writer
 
-    def finished(self, begin: int, end: int) -> None:
-        """Note that a range is written, and let it go to disk."""
-        if begin < end:
-            with self._lock:
-                self.spans.add(begin, end)
-            if self._journal is not None:
-                self._journal.add(begin, end)
-            start_writeback(self.descriptor, begin, end - begin)
+    def take_writers_back(self) -> None:
+        """Let threads that were left behind write nothing any more. Waits for a write that is under way."""
+        for writer in self._writers:
+            with suppress(CacheError):
+                writer.close()
+
+    def _note(self, begin: int, end: int) -> None:
+        with self._lock:
+            self.spans.add(begin, end)
+        if (journal := self._journal) is not None:
+            journal.add(begin, end)
 
     # Its end
 
@@ -153,6 +161,7 @@ class Partial:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._end_journal()
+        self.take_writers_back()  # what is left for others is theirs
         self._file.close()
         if not self._is_gone and self._is_worth_keeping(error):
             self._abandon()
@@ -189,28 +198,6 @@ class Partial:
             # some FUSE filesystems do not tell: 0 of 0 bytes are free
             if disk.free < needed_bytes and disk.total:
                 raise no_space_error(self.path, size_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-
-
-class PartialWriter:
-    """One thread's way into a partial file."""
-
-    def __init__(self, partial: Partial, file: OpenFile) -> None:
-        self._partial = partial
-        self._lent = ExitStack()
-        self._descriptor = self._lent.enter_context(file.lent())
-
-    def write(self, piece: bytes, offset: int) -> None:
-        """Write a piece at an offset."""
-        view = memoryview(piece)
-        with self._partial.writing():
-            while view:  # pwrite(2) may take less than it is given, on a nearly full disk for one
-                count = os.pwrite(self._descriptor, view, offset)
-                view, offset = view[count:], offset + count
-
-    def close(self) -> None:
-        """Give the descriptor back."""
-        with self._partial.writing():
-            self._lent.close()
 
 
 class _Keeper:
