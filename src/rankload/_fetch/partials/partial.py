@@ -117,6 +117,8 @@ class Partial:
         with self.writing():
             if os.fstat(self.descriptor).st_size != size_bytes:
                 os.ftruncate(self.descriptor, size_bytes)  # adopted from, or promised as, something longer
+            if self._keeper is not None:
+                self._keeper.finish()
             os.fsync(self.descriptor)
             descriptor, self.descriptor = self.descriptor, -1
             os.close(descriptor)
@@ -181,12 +183,14 @@ class Partial:
             self._journal = None
 
     def _check_space(self, size_bytes: int) -> None:
-        with suppress(FileNotFoundError):
+        try:
             disk = shutil.disk_usage(self.path.parent)
             needed_bytes = size_bytes - os.fstat(self.descriptor).st_blocks * 512
-            # some FUSE filesystems do not tell: 0 of 0 bytes are free
-            if disk.free < needed_bytes and disk.total:
-                raise no_space_error(self.path, size_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        except OSError:  # the directory is gone, or the filesystem does not tell
+            return
+        # some FUSE filesystems do not tell, either: 0 of 0 bytes are free
+        if disk.free < needed_bytes and disk.total:
+            raise no_space_error(self.path, size_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
 class PartialWriter:
@@ -219,6 +223,7 @@ class _Keeper:
 
     def __init__(self, descriptor: int, journal: Journal, interval_seconds: float) -> None:
         self._descriptor, self._journal, self._interval_seconds = os.dup(descriptor), journal, interval_seconds
+        self._error: OSError | None = None
         self._stop_requested = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rankload-keeper", daemon=True)
         self._thread.start()
@@ -227,23 +232,41 @@ class _Keeper:
         """Ask it to end. Not waited for: a sync may take long, and then does no harm."""
         self._stop_requested.set()
 
+    def finish(self) -> None:
+        """Wait for its end.
+
+        Raises:
+            OSError: it was told that bytes are lost. The kernel says so once to all who share an open file: the next
+                fsync would succeed.
+        """
+        self.stop()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
     def _run(self) -> None:
         try:
-            while not self._stop_requested.wait(self._interval_seconds):
-                count = self._journal.count
-                os.fdatasync(self._descriptor)
-                self._journal.synced(count)
-        except OSError:  # whoever writes or syncs next hears of it
-            return
-        finally:
-            os.close(self._descriptor)
+            with _closing(self._descriptor):
+                while not self._stop_requested.wait(self._interval_seconds):
+                    count = self._journal.count
+                    os.fdatasync(self._descriptor)
+                    self._journal.synced(count)
+        except OSError as error:
+            self._error = error
+
+
+@contextmanager
+def _closing(descriptor: int) -> Iterator[None]:
+    """Close it at the end; that may fail, where a network filesystem has not written everything before."""
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync_directory(directory: Path) -> None:
     # some network filesystems cannot sync a directory; the rename is atomic all the same
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
+        with _closing(descriptor):
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
