@@ -192,12 +192,14 @@ class Partial:
             self._journal = None
 
     def _check_space(self, size_bytes: int) -> None:
-        with suppress(FileNotFoundError):
+        try:
             disk = shutil.disk_usage(self.path.parent)
             needed_bytes = size_bytes - os.fstat(self.descriptor).st_blocks * 512
-            # some FUSE filesystems do not tell: 0 of 0 bytes are free
-            if disk.free < needed_bytes and disk.total:
-                raise no_space_error(self.path, size_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        except OSError:  # the directory is gone, or the filesystem does not tell
+            return
+        # some FUSE filesystems do not tell, either: 0 of 0 bytes are free
+        if disk.free < needed_bytes and disk.total:
+            raise no_space_error(self.path, size_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
 class _Keeper:
