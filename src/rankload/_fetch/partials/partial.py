@@ -14,7 +14,7 @@ from types import TracebackType
 from rankload._cache.access import share_file
 from rankload._cache.failures import no_space_error, writing
 from rankload._cache.layout import Entry
-from rankload._errors import CacheError, VerificationError
+from rankload._errors import CacheError, RankloadError, VerificationError
 from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.journal import Content, Journal, journal_path
 from rankload._fetch.partials.linux import allocate
@@ -172,7 +172,8 @@ class Partial:
 
     def _is_worth_keeping(self, error: BaseException | None) -> bool:
         """Not what is wrong, nor what fills a disk or could not be written for another reason, nor next to nothing."""
-        is_bad = isinstance(error, (VerificationError, CacheError))
+        is_ours = isinstance(error, RankloadError) and error.rank is None  # what another rank has failed with is not
+        is_bad = is_ours and isinstance(error, (VerificationError, CacheError))
         has_enough = self.spans.total_bytes >= self._settings.chunk_bytes
         return not is_bad and has_enough and journal_path(self.path).exists()
 
