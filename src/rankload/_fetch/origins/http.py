@@ -15,6 +15,7 @@ from rankload._cache.layout import redact
 from rankload._errors import ContentChangedError, FetchError, HTTPStatusError
 from rankload._fetch.origins.answers import claim_of, content_length_of, content_range_of, retry_after_of, version_of
 from rankload._fetch.origins.credentials import Headers, headers_for
+from rankload._fetch.origins.logs import without_queries
 from rankload._fetch.origins.origin import Claim, UnusableRange, Version
 from rankload._fetch.origins.translation import translating
 from rankload._settings import Settings
@@ -125,7 +126,7 @@ class HttpOrigin:
         auth = _as_given if "authorization" in map(str.lower, sent) else None
         stall_seconds = min(self._settings.stall_seconds, self._settings.progress_seconds)
         deadlines = (self._settings.connect_seconds, stall_seconds)
-        with translating(self.shown):
+        with translating(self.shown), without_queries():
             response = self._session.get(
                 url, headers=sent, auth=auth, stream=True, timeout=deadlines, allow_redirects=False
             )
