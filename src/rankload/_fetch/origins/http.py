@@ -27,6 +27,10 @@ _READ_BYTES = 512 << 10
 _MAX_REDIRECTS = 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
+#: With these a body is the file, or a range of it. 202 is not among them: "come back later", say servers that pack an
+#: archive first; nor is a redirect that does not say where.
+_SUCCESSES = frozenset({200, 203, 206})
+
 #: What a signed URL answers when it has expired, depending on who signed it.
 _EXPIRED = frozenset({401, 403, 404, 410})
 
@@ -77,7 +81,7 @@ class HttpOrigin:
                 if begin:
                     raise ContentChangedError(f"{self.shown}: the file ends before byte {begin} now", url=self.shown)
                 response = self._ask(stack, {})  # an empty file has no first byte
-            if response.status_code >= 400:
+            if response.status_code not in _SUCCESSES:
                 raise self._status_error(response)
             yield self._body_of(response, begin, end, version)
 
@@ -95,7 +99,7 @@ class HttpOrigin:
         for _ in range(_MAX_REDIRECTS + 1):
             response = self._send(stack, target.url, range_headers)
             if response.status_code not in _REDIRECTS or "Location" not in response.headers:
-                if response.status_code < 400:
+                if response.status_code in _SUCCESSES:
                     self._target = target
                 return response
             response.close()
@@ -167,8 +171,9 @@ class HttpOrigin:
     def _checked_range(self, response: requests.Response, begin: int, end: int | None) -> tuple[int, int, int | None]:
         found = content_range_of(response.headers)
         if end is None or found is None or found[0] != begin or found[1] > end:
+            asked = f"bytes {begin}-{end - 1}" if end is not None else "the whole file"
             raise UnusableRange(
-                f"{self.shown}: asked for bytes {begin}-{end}, got Content-Range "
+                f"{self.shown}: asked for {asked}, got status 206 and Content-Range "
                 f"{response.headers.get('Content-Range', '(none)')[:80]!r}"
             )
         return found
@@ -176,6 +181,7 @@ class HttpOrigin:
     def _status_error(self, response: requests.Response) -> HTTPStatusError:
         code = response.status_code
         advice = {
+            202: ": the origin has yet to prepare the file; try again later",
             401: ": the origin wants credentials; pass headers= or use ~/.netrc",
             403: ": the origin refuses; is a token or a fresh signed URL needed?",
             404: ": no such file there; check the URL",
