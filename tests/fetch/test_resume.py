@@ -154,6 +154,12 @@ def test_bytes_of_one_url_serve_another_with_the_same_digest(origin, cache, big_
     assert fetched_anew(origin, url, cache, big_content, sha256=sha256) == len(big_content) - there
 
 
+def test_fresh_signature_goes_on_with_what_the_old_one_has_fetched(origin, cache, big_content, broken_off):
+    there = left_bytes(cache)
+    signed = f"{broken_off}?X-Amz-Signature=fresh&X-Amz-Date=2"
+    assert fetched_anew(origin, signed, cache, big_content) == len(big_content) - there
+
+
 def test_bytes_of_one_url_do_not_serve_another_without_a_digest(origin, cache, big_content, broken_off):
     url = origin.add("elsewhere/file.bin", big_content)
     assert fetched_anew(origin, url, cache, big_content) == len(big_content)
