@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import urllib.error
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 import rankload
 from harness.checkpoints import digest_of
 from harness.fetch_calls import errors_of, expect, fetch, files_in, load, ranges_asked
+from harness.nginx import nginx
+from harness.nginx_behaviours import gzip_always, gzip_if_accepted, password
 from harness.ports import reserved_port
 from harness.ranks import run_ranks
 from harness.replies import Reply
@@ -31,12 +34,19 @@ def test_error_status_that_no_second_try_mends(origin, cache, status, advice):
 
 @pytest.mark.parametrize(
     ("status", "advice"),
-    [(429, "too many requests"), (500, "try again later"), (503, "mirror"), (408, ""), (425, "")],
+    [
+        (429, "too many requests"),
+        (500, "try again later"),
+        (503, "mirror"),
+        (408, ""),
+        (425, ""),
+        (202, "has yet to prepare"),
+    ],
 )
 def test_error_status_that_stays(origin, cache, monkeypatch, status, advice):
     """Tried again as often as the settings say, and then an error on every rank."""
     monkeypatch.setenv("RANKLOAD_RETRIES", "2")
-    url = origin.add("model.pth", b"", Reply(status=status))
+    url = origin.add("model.pth", b"", Reply(status=status, ranges="ignored"))
     errors = errors_of(load, url + "?sig=SECRET", cache)
     expect(errors, rankload.HTTPStatusError, url, f"HTTP Error {status}", advice)
     assert {(error.code, error.rank) for error in errors} == {(status, 0)}
@@ -158,6 +168,60 @@ def test_html_page_instead_of_the_file(origin, cache):
     texts = (url, "expected a checkpoint", "<!DOCTYPE html>", "Sign in")
     expect(errors_of(load, url, cache), rankload.NotACheckpointError, *texts)
     assert files_in(cache) == []
+
+
+@pytest.mark.parametrize("status", [204, 300, 302, 304])
+def test_answer_that_has_no_file(origin, cache, status):
+    """A redirect that does not say where, for one: its body is a web page at best."""
+    url = origin.add("file.bin", b"", Reply(status=status, body=b"not the file"))
+    expect(errors_of(fetch, url, cache), rankload.HTTPStatusError, url, f"HTTP Error {status}")
+    assert origin.request_count() == 1
+    assert files_in(cache) == []
+
+
+def test_file_that_is_not_ready_yet(origin, cache, checkpoint):
+    """Some servers pack an archive when it is first asked for, and answer 202 meanwhile."""
+    url = origin.add("model.pth", checkpoint.path, Reply(status=202, body=b""), Reply())
+    results = run_ranks(load, 2, args=(url, cache))
+    assert {result.value for result in results} == {digest_of(checkpoint.content)}
+
+
+def test_partial_answer_to_a_request_for_everything(origin, cache, big_content):
+    """206 and no Content-Range, asked for a range or not: what part it is cannot be known."""
+    url = origin.add("file.bin", big_content, status=206, ranges="ignored")
+    expect(errors_of(fetch, url, cache), rankload.FetchError, url, "asked for the whole file", "Content-Range '(none)'")
+    assert ranges_asked(origin)[2:] == [None]
+    assert files_in(cache) == []
+
+
+@pytest.mark.fault(13)
+@pytest.mark.parametrize("is_asked_for", [True, False])
+def test_nginx_compresses(tmp_path, cache, checkpoint, is_asked_for):
+    """Only whoever accepts gzip gets it, from a well-behaved server; from the other one everybody does."""
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/model.pth").write_bytes(checkpoint.path.read_bytes())
+    (tmp_path / "root/model.pth.gz").write_bytes(gzip.compress(checkpoint.path.read_bytes()))
+    with nginx(tmp_path / "root", gzip_if_accepted() if is_asked_for else gzip_always()) as server:
+        url = server.url("model.pth")
+        if is_asked_for:
+            assert rankload.dist_fetch(url, cache, sha256=checkpoint.sha256).stat().st_size == checkpoint.size
+        else:
+            expect(errors_of(load, url, cache), rankload.FetchError, url, "Content-Encoding gzip")
+            assert files_in(cache) == []
+
+
+@pytest.mark.fault(11)
+def test_nginx_wants_a_password(tmp_path, cache, monkeypatch):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/file.bin").write_bytes(b"content")
+    with nginx(tmp_path / "root", password("user", "SECRET")) as server:
+        url = server.url("file.bin")
+        expect(errors_of(fetch, url, cache), rankload.HTTPStatusError, url, "HTTP Error 401", "~/.netrc")
+        errors = errors_of(fetch, url.replace("//", "//user:SECRET-AND-WRONG@"), cache)
+        expect(errors, rankload.HTTPStatusError, url, "HTTP Error 401")
+        assert "SECRET" not in str(errors)
+        assert len(server.wait_for_accesses(2)) == 2  # not tried again
+        assert rankload.dist_fetch(url.replace("//", "//user:SECRET@"), cache).read_bytes() == b"content"
 
 
 @pytest.mark.fault(13)

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 import rankload
-from harness.fetch_calls import errors_of, expect, fetch, files_in, ranges_asked, whole_log
+from harness.fetch_calls import errors_of, expect, fetch, files_in, ranges_asked
 from harness.nginx import nginx
 from harness.nginx_behaviours import no_ranges
 from harness.ranks import run_ranks, start_ranks
@@ -291,10 +291,3 @@ def test_empty_file_has_no_first_byte(origin, cache):
     with pytest.raises(rankload.NotACheckpointError, match="an empty file"):
         rankload.dist_fetch(url, cache)
     assert ranges_asked(origin) == [f"bytes=0-{CHUNK - 1}", None]
-
-
-def test_starting_over_is_logged(origin, cache, big_content, caplog):
-    url = origin.add("file.bin", big_content, Reply(), Reply(ranges="refused"), Reply())
-    with whole_log(caplog):
-        rankload.dist_fetch(url, cache)
-    assert f"{url}: starting over: {url}: the file ends before byte {CHUNK} now" in caplog.text

@@ -119,8 +119,8 @@ class Work:
     def enter(self, stream: object) -> bool:
         """Let a stream begin, if there is something to do for it."""
         with self.changed:
-            has_room = len(self._active) < (1 if self.is_whole or self.version is None else self.target_streams)
-            if has_room and self._missing() is not None:
+            limit = 1 if self.is_whole or self.version is None else self.target_streams
+            if len(self._active) < limit and self._missing() is not None:
                 self._active.add(stream)
                 return True
             return False
@@ -211,9 +211,11 @@ class Work:
         """Count an answer to a range request that makes no sense.
 
         Raises:
-            Restart: it is the second one.
+            FetchError, Restart: no range was asked for; it is the second one.
         """
         with self.changed:
+            if self.is_whole:
+                raise FetchError(str(error), url=self.origin.shown)
             self._unusable_ranges += 1
             if self._unusable_ranges > 1:
                 raise Restart(FetchError(str(error), url=self.origin.shown), is_whole=True)
