@@ -67,15 +67,17 @@ def test_full_disk_is_seen_at_the_write_where_the_length_is_not_known(origin, tm
 def test_room_for_the_whole_file_is_taken_before_it_comes(origin, tmp_path, big_content):
     """Whoever fills the disk meanwhile gets the error, not the download that was there first."""
     url = origin.add(NAME, big_content, hold_at=MIB)
-    with disks.tmpfs(tmp_path / "cache", size_bytes=10 * MIB) as cache:
-        with start_ranks(fetch_and_mark, 1, env="none", args=(url, cache)) as group:
-            origin.wait_until_held(NAME)
-            [partial] = cache.glob("*.partial")
-            wait_until(lambda: partial.stat().st_blocks * 512 >= len(big_content), 10, "room is taken")
-            with pytest.raises(OSError, match="No space left"):
-                fill(cache / "other")
-            origin.release(NAME)
-            assert group.wait()[0].value == big_content
+    with (
+        disks.tmpfs(tmp_path / "cache", size_bytes=10 * MIB) as cache,
+        start_ranks(fetch_and_mark, 1, env="none", args=(url, cache)) as group,
+    ):
+        origin.wait_until_held(NAME)
+        [partial] = cache.glob("*.partial")
+        wait_until(lambda: partial.stat().st_blocks * 512 >= len(big_content), 10, "room is taken")
+        with pytest.raises(OSError, match="No space left"):
+            fill(cache / "other")
+        origin.release(NAME)
+        assert group.wait()[0].value == big_content
 
 
 @pytest.mark.fault(22)
