@@ -104,7 +104,8 @@ def _candidates(entry: Entry, url_keys: frozenset[str], sha256: str | None) -> l
 
 
 def _is_silent(entries: Entries, now: float, settings: Settings) -> bool:
-    return now - entries.modified_at > settings.lease_seconds + settings.lease_heartbeat_seconds
+    # no longer than the lease: who has taken over a dead owner's lease has watched it for just so long
+    return now - entries.modified_at > settings.lease_seconds
 
 
 def _rename(candidate: _Candidate, partial: Partial) -> None:
