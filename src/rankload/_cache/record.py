@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from rankload._cache.access import make_own_directory, share_file
+from rankload._cache.access import make_own_directory, open_plain, share_file
 from rankload._types import Source
 
 _logger = logging.getLogger("rankload")
@@ -53,8 +53,7 @@ class Record:
 def read_record(path: Path) -> Record | None:
     """Read a record; None where there is none, or one that is unreadable or of another version."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with os.fdopen(descriptor, encoding="utf-8") as file:
+        with os.fdopen(open_plain(path), encoding="utf-8") as file:
             found = json.load(file)
         return _checked(Record(**{field.name: found[field.name] for field in fields(Record)}))
     except FileNotFoundError:
