@@ -11,8 +11,8 @@ from pathlib import Path
 from stat import S_ISREG
 
 from rankload._cache.layout import Entry
-from rankload._fetch.partials.journal import Entries, journal_path, read_journal
-from rankload._fetch.partials.owner import Owner, owner_of, partials_of
+from rankload._fetch.partials.journal import Entries, journal_path, partial_path_of, read_journal
+from rankload._fetch.partials.owner import Owner, owner_of, partials_of, siblings_of
 from rankload._fetch.partials.partial import Partial
 from rankload._settings import Settings
 
@@ -77,6 +77,19 @@ def remove_dead_partials(entry: Entry, settings: Settings, now: float) -> None:
                 path.unlink()
                 journal_path(path).unlink(missing_ok=True)
                 _logger.info("removed %s: its owner is dead", path)
+    _remove_orphan_journals(entry, settings, now)
+
+
+def _remove_orphan_journals(entry: Entry, settings: Settings, now: float) -> None:
+    """Remove what a process has left that was killed between two renames: a journal whose partial file has moved on."""
+    for path in siblings_of(entry):
+        partial_path = partial_path_of(path)
+        if partial_path is None or (owner := owner_of(partial_path)) is None:
+            continue
+        with suppress(OSError):
+            is_silent = now - path.lstat().st_mtime > settings.lease_seconds
+            if not os.path.lexists(partial_path) and (owner.is_dead or (not owner.is_here and is_silent)):
+                path.unlink()
 
 
 def progress_of_partials(entry: Entry) -> tuple[object, ...]:
@@ -111,6 +124,8 @@ def _is_silent(entries: Entries, now: float, settings: Settings) -> bool:
 def _rename(candidate: _Candidate, partial: Partial) -> None:
     descriptor = _open(candidate.path, os.O_RDWR)
     try:
+        if os.fstat(descriptor).st_size < max(end for _, end in candidate.entries.spans):
+            raise OSError("it is shorter than its journal says")
         candidate.path.replace(partial.path)
     except OSError:
         os.close(descriptor)

@@ -26,6 +26,8 @@ from rankload._fetch.transfer.spans import Spans
 
 _FORMAT = 1
 
+_SUFFIX, _BEGINNING = ".journal", ".new"
+
 
 @dataclass(frozen=True)
 class Content:
@@ -61,7 +63,13 @@ class Entries:
 
 def journal_path(partial_path: Path) -> Path:
     """Return the path of a partial file's journal."""
-    return partial_path.with_name(partial_path.name + ".journal")
+    return partial_path.with_name(partial_path.name + _SUFFIX)
+
+
+def partial_path_of(path: Path) -> Path | None:
+    """Return the partial file's path for that of a journal, or of the beginning of one; None for any other file's."""
+    name = path.name.removesuffix(_BEGINNING)
+    return path.with_name(name.removesuffix(_SUFFIX)) if name.endswith(_SUFFIX) else None
 
 
 class Journal:
@@ -73,7 +81,7 @@ class Journal:
         self._lock = threading.Lock()  # the n in "the first n ranges" must be the order of the lines
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         beginning = self._path.with_name(
-            self._path.name + ".new"
+            self._path.name + _BEGINNING
         )  # the one that was adopted holds until it is complete
         with suppress(OSError):
             self._descriptor = os.open(beginning, flags, 0o666)
@@ -89,7 +97,8 @@ class Journal:
         """Note that the first ranges, so many, are on disk; and that this process lives."""
         self._append({"synced": count})
         with self._lock, suppress(OSError):
-            os.fdatasync(self._descriptor)
+            if self._descriptor >= 0:  # or it could not be made, or is closed
+                os.fdatasync(self._descriptor)
 
     @property
     def count(self) -> int:
@@ -147,6 +156,7 @@ def _events(lines: list[bytes]) -> tuple[list[tuple[int, int]], int]:
 
 def _checked(content: Content) -> Content:
     texts = (content.etag, content.last_modified, content.sha256)
-    if type(content.size_bytes) is not int or not all(text is None or isinstance(text, str) for text in texts):
+    has_key = type(content.size_bytes) is int and isinstance(content.url_key, str)
+    if not has_key or not all(text is None or isinstance(text, str) for text in texts):
         raise TypeError("no journal of ours")
     return content
