@@ -223,3 +223,20 @@ def fill(path: Path) -> None:
     with path.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1 << 16))
+
+
+@pytest.mark.fault(24)
+@needs_mounts
+def test_no_inode_for_the_journal_of_a_download_that_takes_long(origin, tmp_path, big_content, small_steps):
+    """Its keeper has nothing to write to, and says nothing."""
+    url = origin.add(NAME, big_content, hold_at=MIB // 2)
+    with disks.tmpfs(tmp_path / "cache", size_bytes=32 * MIB, inodes=4) as cache:
+        with start_ranks(fetch_and_mark, 1, env="none", args=(url, cache)) as group:
+            origin.wait_until_held(NAME)
+            lease = cache / ".rankload" / f"{NAME}.lease"
+            for _ in range(3):  # its heartbeat is the keeper's
+                before = lease.stat().st_mtime_ns
+                wait_until(lambda before=before: lease.stat().st_mtime_ns != before, 10, "the lease is refreshed")
+            origin.release(NAME)
+            [result] = group.wait()
+        assert result.value == big_content and "Traceback" not in result.stderr

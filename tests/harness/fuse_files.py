@@ -52,7 +52,7 @@ class Files:
         else:
             os.chown(descriptor, request.uid, request.gid)
         number, node = self._nodes.find_open(descriptor)
-        self._names.see(parent, name, node.key)
+        self._names.see(parent, name)
         return self._names.entry(number, node) + self._opened(node, descriptor)
 
     def _opened(self, node: Node, descriptor: int) -> bytes:
