@@ -48,7 +48,7 @@ class Stream(threading.Thread):
         """Fetch a range, in several tries perhaps."""
         while span.begin != span.end and not self._work.is_stopped:
             self._wait(self._work.hold_seconds())
-            began_at = span.begin
+            began_at, asked_at = span.begin, time.monotonic()
             try:
                 self._try(span, writer)
                 continue
@@ -58,7 +58,7 @@ class Stream(threading.Thread):
             except FetchError as error:
                 if self._work.is_stopped:
                     return
-                pause = self._work.pause_after(self, error, has_moved=span.begin > began_at)
+                pause = self._work.pause_after(self, error, asked_at=asked_at, has_moved=span.begin > began_at)
             if pause is None:
                 self._work.give_back(span)
                 return
