@@ -210,7 +210,8 @@ class Work:
             is_new = asked_at >= self._failed_at
             if is_new:
                 self._failed_at = time.monotonic()
-                if not self.is_whole and self.done_bytes - self._bytes_at_failure >= _PROGRESS_BYTES:
+                has_progress = self.done_bytes - self._bytes_at_failure >= _PROGRESS_BYTES
+                if has_progress and not self.is_whole and not error.fields.get("is_too_slow"):
                     self._retries.succeeded()
                 self._bytes_at_failure = self.done_bytes
             pause = self._retries.pause_after(error, is_new=is_new)
