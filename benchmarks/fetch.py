@@ -34,7 +34,7 @@ class FetchWay:
 
     Attributes:
         note: What it does beside the download.
-        seconds: Of the file (URL, directory, file name, SHA-256).
+        seconds: What getting the file at a URL into a directory took.
     """
 
     name: str
@@ -65,7 +65,9 @@ def curl(url: str, directory: Path, file: CheckpointFile) -> float:
     started = time.perf_counter()
     subprocess.run(["curl", "-sfo", directory / file.name, url], check=True)
     subprocess.run(["sync", directory / file.name], check=True)
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    _check(directory, file)
+    return seconds
 
 
 def aria2c(*options: str) -> Callable[[str, Path, CheckpointFile], float]:
@@ -75,9 +77,19 @@ def aria2c(*options: str) -> Callable[[str, Path, CheckpointFile], float]:
         command = ["aria2c", "--no-conf", "-q", "-x8", "-s8", "--file-allocation=falloc", *options]
         started = time.perf_counter()
         subprocess.run([*command, "-d", directory, "-o", file.name, url], check=True)
-        return time.perf_counter() - started
+        taken = time.perf_counter() - started
+        _check(directory, file)
+        return taken
 
     return seconds
+
+
+def sha256_in_memory(url: str, directory: Path, file: CheckpointFile) -> float:
+    """The hash alone, of bytes that are there."""
+    content = file.path.read_bytes()
+    started = time.perf_counter()
+    hashlib.sha256(content)
+    return time.perf_counter() - started
 
 
 def in_python(fetch: Callable[[str, Path, CheckpointFile], object]) -> Callable[[str, Path, CheckpointFile], float]:
@@ -85,6 +97,7 @@ def in_python(fetch: Callable[[str, Path, CheckpointFile], object]) -> Callable[
 
     def seconds(url: str, directory: Path, file: CheckpointFile) -> float:
         [result] = run_ranks(_timed, 1, 600, env="none", args=(fetch, url, directory, file))
+        _check(directory, file)
         return float(result.value)
 
     return seconds
@@ -136,19 +149,17 @@ TORCH_HUB = FetchWay("torch.hub.download_url_to_file", "verified; not synced", i
 REQUESTS = FetchWay("requests loop with hashlib", "verified; not synced", in_python(requests_loop))
 ARIA2C = FetchWay("aria2c -x8 -s8", "not verified; not synced", aria2c())
 ARIA2C_1M = FetchWay("aria2c -x8 -s8 -k1M", "not verified; not synced", aria2c("-k1M"))
-SHA256 = "SHA-256 of bytes in memory"
+SHA256 = FetchWay("SHA-256 of bytes in memory", "the floor of what verifies on one core", sha256_in_memory)
 
 
 def fetch(file: CheckpointFile, limited_file: CheckpointFile, rounds: int, scratch: Path) -> None:
     """Print both tables: at full speed, and from an origin that limits each connection."""
     with nginx(file.path.parent) as server:
         print(f"\nfetch, {file.size / 1e9:.2f} GB, nginx on loopback, medians of {rounds} interleaved rounds")
-        ways = [CURL, RANKLOAD, TORCH_HUB, REQUESTS]
+        ways = [CURL, RANKLOAD, TORCH_HUB, REQUESTS, SHA256]
         seconds = _compare(ways, server.url(file.name), file, rounds, scratch)
-        seconds[SHA256] = _sha256_seconds(file, rounds)
         _print_rows(ways, seconds, file)
-        _print_row(SHA256, "no verified way is faster on one core", seconds[SHA256], file)
-        _print_bound(Bound(RANKLOAD.name, SHA256), seconds)
+        _print_bound(Bound(RANKLOAD.name, SHA256.name), seconds)
         _print_bound(Bound(RANKLOAD.name, CURL.name, at_most=1.2), seconds)
         _print_bound(Bound(RANKLOAD.name, TORCH_HUB.name, at_most=0.6), seconds)
     with nginx(limited_file.path.parent, behaviours.rate(LIMITED_BYTES_PER_SECOND)) as server:
@@ -170,31 +181,21 @@ def _compare(
             with tempfile.TemporaryDirectory(dir=scratch) as directory:
                 os.sync()  # or this way would wait for what the one before it has written
                 seconds[way.name].append(way.seconds(url, Path(directory), file))
-                fetched = Path(directory) / file.name
-                if fetched.stat().st_size != file.size:
-                    raise RuntimeError(f"{way.name} fetched {fetched.stat().st_size} of {file.size} bytes")
     return seconds
 
 
-def _sha256_seconds(file: CheckpointFile, rounds: int) -> list[float]:
-    content = file.path.read_bytes()
-    seconds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        hashlib.sha256(content)
-        seconds.append(time.perf_counter() - started)
-    return seconds
+def _check(directory: Path, file: CheckpointFile) -> None:
+    size = (directory / file.name).stat().st_size
+    if size != file.size:
+        raise RuntimeError(f"{size} of {file.size} bytes of {file.name} were fetched")
 
 
 def _print_rows(ways: Sequence[FetchWay], seconds: dict[str, list[float]], file: CheckpointFile) -> None:
     for way in ways:
-        _print_row(way.name, way.note, seconds[way.name], file)
-
-
-def _print_row(name: str, note: str, values: list[float], file: CheckpointFile) -> None:
-    spread = f"({min(values):.2f}-{max(values):.2f})"
-    median = statistics.median(values)
-    print(f"  {name:32} {median:6.2f} s {spread:15} {file.size / median / 1e6:6.0f} MB/s  {note}")
+        values = seconds[way.name]
+        spread = f"({min(values):.2f}-{max(values):.2f})"
+        median = statistics.median(values)
+        print(f"  {way.name:32} {median:6.2f} s {spread:15} {file.size / median / 1e6:6.0f} MB/s  {way.note}")
 
 
 def _print_bound(bound: Bound, seconds: dict[str, list[float]]) -> None:

@@ -57,8 +57,9 @@ def dist_load_state_dict_from_url(
     The first seven arguments are torch.hub.load_state_dict_from_url's.
 
     Args:
-        url: URL (http, https, file), a plain path, or several mirrors in order of preference. Local files are used in
-            place, never copied.
+        url: URL (http, https, file, or a scheme of fsspec's such as s3, gs and hf), a plain path, or several mirrors
+            in order of preference: where one breaks off, the next goes on, if a digest tells that it has the same
+            file. Local files are used in place, never copied.
         model_dir: cache directory; default ``torch.hub.get_dir()/checkpoints``. ``~`` is expanded. May differ between
             nodes.
         map_location: as in torch.load, and also with per-rank templates, ``"{device}"`` or ``"cuda:{local_rank}"``, as
@@ -71,15 +72,18 @@ def dist_load_state_dict_from_url(
         weights_only: as in torch.load. False lets the file run code: only for sources you trust.
         sha256: the full digest, 64 hex digits.
         headers: extra request headers, e.g. ``{"Authorization": "Bearer …"}``, for the first URL's host; mirrors on
-            other hosts do not get them. Never logged or recorded.
+            other hosts, and hosts that it redirects to, do not get them. Never logged or recorded. GH_TOKEN,
+            GITHUB_TOKEN and HF_TOKEN are sent to their own hosts without being asked for.
         timeout: deadline in seconds on *no progress* (no byte, no new phase); default 120. Never a limit on the
             total time.
         scope: who shares one download: ``"job"`` (a directory shared by all nodes), ``"node"``, ``"process"``, or
             ``"auto"``, which finds out.
         delivery: ``"read"``: every rank maps the file. ``"auto"`` chooses.
         group: the process group whose ranks make this call.
-        offline: never open a socket; what is not cached is an error. Default: ``RANKLOAD_OFFLINE``.
-        verify: hash a cached file ``"once"`` (again only when it was touched), ``"always"``, or ``"never"``.
+        offline: never open a socket to an origin; what is not cached is an error. Default: ``RANKLOAD_OFFLINE``; for
+            hf URLs ``HF_HUB_OFFLINE`` and ``TRANSFORMERS_OFFLINE``, too.
+        verify: hash a cached file ``"once"`` (again only when it was touched), ``"always"``, or ``"never"``;
+            ``"sidecar"``: as once, and the file ``<url>.sha256`` at the origin must vouch for it.
         mmap: map the file, so that the ranks of a host share one copy; default: wherever the format allows. False
             gives each rank a private copy.
         adapt: applied to what was loaded, e.g. ``lambda checkpoint: checkpoint["state_dict"]``.

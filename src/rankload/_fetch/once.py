@@ -13,7 +13,7 @@ from rankload._errors import CacheError
 from rankload._fetch.leader import fetch
 from rankload._job.domains import Domain, find_domain
 from rankload._settings import Settings
-from rankload._types import Channel, FetchedFile, FetchRequest
+from rankload._types import Channel, FetchedFile, FetchRequest, Progress, Report
 
 
 def fetch_once(request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile:
@@ -51,11 +51,11 @@ def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
 def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile:
     fetched = channel.wait_for(f"fetched/{domain.key}", from_rank=domain.leader)
     path = request.directory / fetched["path"]  # an absolute path stays as it is
-    _await_visible(path, fetched["size_bytes"], domain.leader, settings)
+    _await_visible(path, fetched["size_bytes"], domain.leader, channel.report, settings)
     return FetchedFile(path, fetched["size_bytes"], fetched["sha256"], fetched["source"])
 
 
-def _await_visible(path: Path, size_bytes: int, leader: int, settings: Settings) -> None:
+def _await_visible(path: Path, size_bytes: int, leader: int, report: Report, settings: Settings) -> None:
     """Wait until this node sees the file that the leader published on another.
 
     Linux NFS clients keep absent names and old sizes for up to 60 s; opening a file revalidates them sooner than
@@ -70,6 +70,7 @@ def _await_visible(path: Path, size_bytes: int, leader: int, settings: Settings)
                 "directory shared between these nodes? Pass scope='node', or a model_dir that is the same everywhere",
                 path=str(path),
             )
+        report(Progress("waiting"))  # raises what another rank has failed with
         time.sleep(delay)
         delay = min(delay * 1.5, 1.0)
 
@@ -78,6 +79,8 @@ def _size_when_opened(path: Path) -> int | None:
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size
+    except PermissionError as error:  # it is there, and will not be ours to read by waiting
+        raise CacheError(f"cannot read {path}: {error.strerror}", path=str(path), errno=error.errno) from error
     except OSError:
         with suppress(OSError):
             list(path.parent.iterdir())

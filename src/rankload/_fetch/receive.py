@@ -77,6 +77,9 @@ class Receiver:
             FetchError: the last URL's.
             CacheError: the bytes cannot be written.
         """
+        if self._there is not None and not self._has_digest:  # only where the bytes came from can they be gone on with
+            came_from, _ = self._there
+            urls = tuple(sorted(urls, key=lambda url: url_key(url) != came_from))
         with ProgressBar(Path(self._request.file_name).name, is_wanted=self._request.progress) as bar:
             for url in urls:
                 with closing(origin_for(url, self._request.headers_for(url), self._settings)) as origin:
@@ -113,10 +116,14 @@ class Receiver:
                 front.abort()
                 self._partial.clear()
                 self._pause(restart.pause_seconds)
+            except FetchError:
+                if work.is_whole:
+                    self._there = None
+                elif work.version is not None:
+                    self._there = (key, work.version)
+                raise
             finally:
                 front.abort()
-                if work.version is not None:
-                    self._there = None if work.is_whole else (key, work.version)
 
     def _known_at(self, key: str) -> Version | None:
         """Say of what version the bytes are that are there, in terms of the origin that is asked next."""
@@ -133,6 +140,7 @@ class Receiver:
         return None
 
     def _front(self) -> Front:
+        self._partial.take_writers_back()  # streams of an earlier go may have been left behind
         front = Front(self._partial.descriptor)
         for begin, end in self._partial.spans:
             front.adopt(begin, end)

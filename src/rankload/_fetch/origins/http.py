@@ -15,14 +15,14 @@ from rankload._cache.layout import redact
 from rankload._errors import ContentChangedError, FetchError, HTTPStatusError
 from rankload._fetch.origins.answers import claim_of, content_length_of, content_range_of, retry_after_of, version_of
 from rankload._fetch.origins.credentials import Headers, headers_for
-from rankload._fetch.origins.logs import without_queries
+from rankload._fetch.origins.discretion import discreet
 from rankload._fetch.origins.origin import Claim, UnusableRange, Version
 from rankload._fetch.origins.translation import translating
 from rankload._settings import Settings
 from rankload._version import __version__
 
 #: One read from the socket. The kernel seldom has more ready; a larger buffer is only allocated in vain.
-_READ_BYTES = 512 << 10
+_READ_BYTES = 1 << 20
 
 _MAX_REDIRECTS = 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -130,7 +130,7 @@ class HttpOrigin:
         auth = _as_given if "authorization" in map(str.lower, sent) else None
         stall_seconds = min(self._settings.stall_seconds, self._settings.progress_seconds)
         deadlines = (self._settings.connect_seconds, stall_seconds)
-        with translating(self.shown), without_queries():
+        with translating(self.shown), discreet():
             response = self._session.get(
                 url, headers=sent, auth=auth, stream=True, timeout=deadlines, allow_redirects=False
             )

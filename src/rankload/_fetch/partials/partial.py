@@ -14,11 +14,13 @@ from types import TracebackType
 from rankload._cache.access import share_file
 from rankload._cache.failures import no_space_error, writing
 from rankload._cache.layout import Entry
-from rankload._errors import CacheError, VerificationError
+from rankload._errors import CacheError, RankloadError, VerificationError
 from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.journal import Content, Journal, journal_path
-from rankload._fetch.partials.linux import allocate, start_writeback
+from rankload._fetch.partials.linux import allocate
+from rankload._fetch.partials.open_file import OpenFile
 from rankload._fetch.partials.owner import abandoned_path, own_path
+from rankload._fetch.partials.writer import PartialWriter
 from rankload._fetch.transfer.spans import Spans
 from rankload._settings import Settings
 
@@ -41,7 +43,6 @@ class Partial:
 
     Attributes:
         path: where it is.
-        descriptor: open for reading and writing.
         url_key: of the URL that bytes come from, for the journal.
         content: what the bytes that were adopted are the beginning of; None when there are none.
         spans: the bytes that are there.
@@ -56,13 +57,19 @@ class Partial:
         self._entry, self._settings, self._sha256 = entry, settings, sha256
         self._journal: Journal | None = None
         self._keeper: _Keeper | None = None
+        self._writers: list[PartialWriter] = []
         self._size_bytes: int | None = None
         self._lock = threading.Lock()
         self._may_be_left, self._is_gone = may_be_left, False
         with self.writing():
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self.descriptor = os.open(self.path, flags, 0o666)  # the umask decides, as for any file
+            self._file = OpenFile(os.open(self.path, flags, 0o666))  # the umask decides, as for any file
             share_file(self.descriptor, self.path.parent)
+
+    @property
+    def descriptor(self) -> int:
+        """Open for reading and writing; -1 when it is closed."""
+        return self._file.descriptor
 
     def writing(self) -> AbstractContextManager[None]:
         """Translate the failures of a write to this file."""
@@ -71,12 +78,13 @@ class Partial:
     def adopt(self, descriptor: int, content: Content, spans: Spans) -> None:
         """Go on with bytes that are there: of this file, or of another that has taken its name."""
         if descriptor != self.descriptor:
-            os.close(self.descriptor)
-            self.descriptor = descriptor
+            self._file.close()
+            self._file = OpenFile(descriptor)
         self.content, self.spans = content, spans
 
     def clear(self) -> None:
         """Forget all bytes."""
+        self.take_writers_back()
         self._end_journal()
         journal_path(self.path).unlink(missing_ok=True)
         self.content, self.spans = None, Spans()
@@ -95,31 +103,35 @@ class Partial:
             if is_resumable and self._may_be_left and self._journal is None:
                 content = Content(self.url_key, version.size_bytes, version.etag, version.last_modified, self._sha256)
                 self._journal = Journal(self.path, content, self.spans)
-                self._keeper = _Keeper(self.descriptor, self._journal, self._settings.lease_heartbeat_seconds)
+                self._keeper = _Keeper(self._file, self._journal, self._settings.lease_heartbeat_seconds)
 
     def writer(self) -> PartialWriter:
         """Return a way in for one thread."""
-        return PartialWriter(self)
+        writer = PartialWriter(self._file, self.writing, self._note)
+        self._writers = [*(one for one in self._writers if not one.is_closed), writer]
+        return writer
 
-    def finished(self, begin: int, end: int) -> None:
-        """Note that a range is written, and let it go to disk."""
-        if begin < end:
-            with self._lock:
-                self.spans.add(begin, end)
-            if self._journal is not None:
-                self._journal.add(begin, end)
-            start_writeback(self.descriptor, begin, end - begin)
+    def take_writers_back(self) -> None:
+        """Let threads that were left behind write nothing any more. Waits for a write that is under way."""
+        for writer in self._writers:
+            with suppress(CacheError):
+                writer.close()
+
+    def _note(self, begin: int, end: int) -> None:
+        with self._lock:
+            self.spans.add(begin, end)
+        if (journal := self._journal) is not None:
+            journal.add(begin, end)
 
     # Its end
 
     def finish(self, size_bytes: int) -> os.stat_result:
         """Force the bytes to disk and close the file; return its status. NFS reports a full disk or quota only here."""
+        self._end_journal()
         with self.writing():
             if os.fstat(self.descriptor).st_size != size_bytes:
                 os.ftruncate(self.descriptor, size_bytes)  # adopted from, or promised as, something longer
-            os.fsync(self.descriptor)
-            descriptor, self.descriptor = self.descriptor, -1
-            os.close(descriptor)
+            self._file.sync_and_close(self._settings.progress_seconds)
             return self.path.stat()  # by name, after the close: only then an NFS server has set the final mtime
 
     def publish(self) -> None:
@@ -149,9 +161,8 @@ class Partial:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._end_journal()
-        if self.descriptor >= 0:
-            with suppress(OSError):
-                os.close(self.descriptor)
+        self.take_writers_back()  # what is left for others is theirs
+        self._file.close()
         if not self._is_gone and self._is_worth_keeping(error):
             self._abandon()
         with suppress(OSError):
@@ -160,10 +171,11 @@ class Partial:
                 self.path.unlink()
 
     def _is_worth_keeping(self, error: BaseException | None) -> bool:
-        is_bad = isinstance(error, VerificationError)
-        is_full = isinstance(error, CacheError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        has_journal = journal_path(self.path).exists()
-        return has_journal and not (is_bad or is_full) and self.spans.total_bytes >= self._settings.chunk_bytes
+        """Not what is wrong, nor what fills a disk or could not be written for another reason, nor next to nothing."""
+        is_ours = isinstance(error, RankloadError) and error.rank is None  # what another rank has failed with is not
+        is_bad = is_ours and isinstance(error, (VerificationError, CacheError))
+        has_enough = self.spans.total_bytes >= self._settings.chunk_bytes
+        return not is_bad and has_enough and journal_path(self.path).exists()
 
     def _abandon(self) -> None:
         path = abandoned_path(self._entry)
@@ -181,62 +193,36 @@ class Partial:
             self._journal = None
 
     def _check_space(self, size_bytes: int) -> None:
-        with suppress(FileNotFoundError):
+        try:
             disk = shutil.disk_usage(self.path.parent)
             needed_bytes = size_bytes - os.fstat(self.descriptor).st_blocks * 512
-            # some FUSE filesystems do not tell: 0 of 0 bytes are free
-            if disk.free < needed_bytes and disk.total:
-                raise no_space_error(self.path, size_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-
-
-class PartialWriter:
-    """One thread's way into a partial file.
-
-    With a descriptor of its own: a thread that was left behind in a connection attempt must not write to whatever has
-    got the number of a descriptor that was closed meanwhile.
-    """
-
-    def __init__(self, partial: Partial) -> None:
-        self._partial = partial
-        self._descriptor = os.dup(partial.descriptor)
-
-    def write(self, piece: bytes, offset: int) -> None:
-        """Write a piece at an offset."""
-        view = memoryview(piece)
-        with self._partial.writing():
-            while view:  # pwrite(2) may take less than it is given, on a nearly full disk for one
-                count = os.pwrite(self._descriptor, view, offset)
-                view, offset = view[count:], offset + count
-
-    def close(self) -> None:
-        """Let go of it. NFS reports a full disk when any descriptor is closed."""
-        with self._partial.writing():
-            os.close(self._descriptor)
+        except OSError:  # the directory is gone, or the filesystem does not tell
+            return
+        # some FUSE filesystems do not tell, either: 0 of 0 bytes are free
+        if disk.free < needed_bytes and disk.total:
+            raise no_space_error(self.path, size_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
 class _Keeper:
     """Tells in the journal, again and again, what is on disk by now, and that this process lives."""
 
-    def __init__(self, descriptor: int, journal: Journal, interval_seconds: float) -> None:
-        self._descriptor, self._journal, self._interval_seconds = os.dup(descriptor), journal, interval_seconds
+    def __init__(self, file: OpenFile, journal: Journal, interval_seconds: float) -> None:
+        self._file, self._journal, self._interval_seconds = file, journal, interval_seconds
         self._stop_requested = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rankload-keeper", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask it to end. Not waited for: a sync may take long, and then does no harm."""
+        """Ask it to end. Not waited for: a sync may take long."""
         self._stop_requested.set()
 
     def _run(self) -> None:
-        try:
+        # a failure is kept by the file, for the one who finishes it
+        with suppress(OSError), self._file.lent() as descriptor:
             while not self._stop_requested.wait(self._interval_seconds):
                 count = self._journal.count
-                os.fdatasync(self._descriptor)
+                os.fdatasync(descriptor)
                 self._journal.synced(count)
-        except OSError:  # whoever writes or syncs next hears of it
-            return
-        finally:
-            os.close(self._descriptor)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -7,7 +7,8 @@ import time
 
 from rankload._errors import FetchError, FetchTimeoutError, TruncatedError
 from rankload._fetch.origins.origin import Body, UnusableRange
-from rankload._fetch.transfer.work import Span, Work, Writer
+from rankload._fetch.transfer.target import Writer
+from rankload._fetch.transfer.work import Span, Work
 
 
 class Stream(threading.Thread):
@@ -98,11 +99,11 @@ class Stream(threading.Thread):
                 work.accept(span.begin, piece)
                 span.begin += len(piece)
                 if span.begin - noted >= work.settings.chunk_bytes:
-                    work.target.finished(noted, span.begin)
+                    writer.finished(noted, span.begin)
                     noted = span.begin
                 too_slow.check(span.begin - first)
         finally:
-            work.target.finished(noted, span.begin)
+            writer.finished(noted, span.begin)
         if end is not None and span.begin < end and not work.is_stopped:
             raise TruncatedError(
                 f"{shown}: the body has {span.begin - body.begin} bytes, but {end - body.begin} were promised",

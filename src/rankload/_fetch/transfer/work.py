@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
-from typing import Protocol
 
 from rankload._errors import ContentChangedError, FetchError
 from rankload._fetch.origins.origin import Body, Origin, UnusableRange, Version
 from rankload._fetch.transfer.front import Front
 from rankload._fetch.transfer.retry import Retries
 from rankload._fetch.transfer.spans import Spans
+from rankload._fetch.transfer.target import Target
 from rankload._settings import Settings
 
 #: A stream asks for about so much at a time, in seconds of its own rate, so that a distant origin's answer is not
@@ -36,37 +36,6 @@ class Restart(Exception):
     def __init__(self, error: FetchError | None, *, is_whole: bool, pause_seconds: float = 0.0) -> None:
         super().__init__(str(error))
         self.error, self.is_whole, self.pause_seconds = error, is_whole, pause_seconds
-
-
-class Target(Protocol):
-    """Where the bytes go."""
-
-    def make_room(self, version: Version, *, is_resumable: bool) -> None:
-        """Prepare for what comes; called before the first byte is written.
-
-        Raises:
-            CacheError: there is no room.
-        """
-
-    def writer(self) -> Writer:
-        """Return a way in, for one thread."""
-
-    def finished(self, begin: int, end: int) -> None:
-        """Note that a range has been written."""
-
-
-class Writer(Protocol):
-    """One thread's way into the target; close it when done."""
-
-    def write(self, piece: bytes, offset: int) -> None:
-        """Write a piece at an offset.
-
-        Raises:
-            CacheError: the disk is full, or broken.
-        """
-
-    def close(self) -> None:
-        """Let go of it."""
 
 
 @dataclass
