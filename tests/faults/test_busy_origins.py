@@ -216,9 +216,7 @@ def test_connection_below_the_minimum_rate_is_given_up(origin, cache, big_conten
     monkeypatch.setenv("RANKLOAD_MINIMUM_BYTES_PER_SECOND", "1000000")
     monkeypatch.setenv("RANKLOAD_STALL_SECONDS", "0.3")
     url = origin.add("file.bin", big_content, Reply(bytes_per_second=100_000), Reply())
-    began_at = time.monotonic()
     assert rankload.dist_fetch(url, cache).read_bytes() == big_content
-    assert time.monotonic() - began_at < 2.3  # of the 2.6 s that the first range alone would have taken
     assert ranges_asked(origin)[1].startswith("bytes=") and ranges_asked(origin)[1] != ranges_asked(origin)[0]
 
 
