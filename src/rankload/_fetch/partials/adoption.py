@@ -11,7 +11,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from rankload._cache.layout import Entry
-from rankload._fetch.partials.journal import Entries, journal_path, read_journal
+from rankload._fetch.partials.journal import Entries, journal_path, journals_of, read_journal
 from rankload._fetch.partials.owner import Owner, owner_of, partials_of
 from rankload._fetch.partials.partial import Partial
 from rankload._settings import Settings
@@ -77,6 +77,18 @@ def remove_dead_partials(entry: Entry, settings: Settings, now: float) -> None:
                 path.unlink()
                 journal_path(path).unlink(missing_ok=True)
                 _logger.info("removed %s: its owner is dead", path)
+    _remove_orphaned_journals(entry, now)
+
+
+def _remove_orphaned_journals(entry: Entry, now: float) -> None:
+    """Remove journals whose owner was killed between two renames: of the partial file, then of its journal."""
+    for path, partial_path in journals_of(entry):
+        with suppress(OSError):
+            owner = owner_of(partial_path)
+            is_old = now - path.lstat().st_mtime > _FOREIGN_MAX_AGE_SECONDS
+            is_over = owner is not None and (owner.is_dead or (not owner.is_here and is_old))
+            if is_over and (path != journal_path(partial_path) or not partial_path.exists()):
+                path.unlink()
 
 
 def progress_of_partials(entry: Entry) -> tuple[object, ...]:

@@ -20,11 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from rankload._cache.access import share_file
+from rankload._cache.layout import Entry
 from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.owner import boot_id
 from rankload._fetch.transfer.spans import Spans
 
 _FORMAT = 1
+
+_JOURNAL = ".journal"
+
+#: Behind that while the first lines are written.
+_BEGUN = ".new"
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,21 @@ class Entries:
 
 def journal_path(partial_path: Path) -> Path:
     """Return the path of a partial file's journal."""
-    return partial_path.with_name(partial_path.name + ".journal")
+    return partial_path.with_name(partial_path.name + _JOURNAL)
+
+
+def journals_of(entry: Entry) -> list[tuple[Path, Path]]:
+    """List an entry's journals, those that were only begun too, each with the path of its partial file."""
+    try:
+        siblings = list(entry.path.parent.iterdir())
+    except OSError:
+        return []
+    partial_names = [(path, path.name.removesuffix(_BEGUN).removesuffix(_JOURNAL)) for path in siblings]
+    return [
+        (path, path.with_name(name))
+        for path, name in partial_names
+        if name != path.name and name.startswith(entry.partial_stem + ".")
+    ]
 
 
 class Journal:
@@ -72,9 +92,8 @@ class Journal:
         self._path, self._descriptor, self._count = journal_path(partial_path), -1, 0
         self._lock = threading.Lock()  # the n in "the first n ranges" must be the order of the lines
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        beginning = self._path.with_name(
-            self._path.name + ".new"
-        )  # the one that was adopted holds until it is complete
+        # the one that was adopted holds until this one is complete
+        beginning = self._path.with_name(self._path.name + _BEGUN)
         with suppress(OSError):
             self._descriptor = os.open(beginning, flags, 0o666)
             share_file(self._descriptor, self._path.parent)
