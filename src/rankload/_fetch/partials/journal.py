@@ -80,9 +80,8 @@ class Journal:
         self._path, self._descriptor, self._count = journal_path(partial_path), -1, 0
         self._lock = threading.Lock()  # the n in "the first n ranges" must be the order of the lines
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        beginning = self._path.with_name(
-            self._path.name + _BEGINNING
-        )  # the one that was adopted holds until it is complete
+        # the one that was adopted holds until this one is complete
+        beginning = self._path.with_name(self._path.name + _BEGINNING)
         with suppress(OSError):
             self._descriptor = os.open(beginning, flags, 0o666)
             share_file(self._descriptor, self._path.parent)
