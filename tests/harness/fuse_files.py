@@ -164,6 +164,8 @@ class Files:
 
     def setlkw(self, request: Request) -> bytes | None:
         file = self._file(request.args[0])
+        if self._vices.locks == "hang":
+            return self.locks.hang(request)
         return self.locks.perform(request, file.node.path, file.descriptor)
 
     getlk = setlk = setlkw

@@ -39,3 +39,38 @@ def test_offline_that_cannot_be():
 
 def test_lease_may_miss_two_heartbeats():
     assert Settings(lease_seconds=30).lease_heartbeat_seconds * 3 == 30
+
+
+WHOLE = {field.name for field in fields(Settings) if field.type == "int"}
+MAY_BE_ZERO = {"retries", "minimum_bytes_per_second"}
+
+
+def test_whole_numbers_are_those_that_count_things():
+    assert sorted(WHOLE) == ["chunk_bytes", "minimum_bytes_per_second", "retries", "streams"]
+
+
+@pytest.mark.parametrize("name", sorted(WHOLE))
+def test_every_whole_number_can_be_set(name):
+    settings = Settings.from_environment({variable(name): " 7 "})
+    assert getattr(settings, name) == 7 and type(getattr(settings, name)) is int
+
+
+@pytest.mark.parametrize("name", sorted(WHOLE))
+def test_zero_where_it_makes_sense(name):
+    if name in MAY_BE_ZERO:
+        assert getattr(Settings.from_environment({variable(name): "0"}), name) == 0
+    else:
+        with pytest.raises(ArgumentError, match=f"{variable(name)}='0': expected a whole number, at least 1"):
+            Settings.from_environment({variable(name): "0"})
+
+
+@pytest.mark.parametrize("text", ["-1", "1.5", "1e3", "many", "", "0x10", "1_000", "8 MiB", "½"])
+def test_whole_number_that_cannot_be(text):
+    with pytest.raises(ArgumentError) as caught:
+        Settings.from_environment({"RANKLOAD_CHUNK_BYTES": text})
+    assert f"RANKLOAD_CHUNK_BYTES={text!r}: expected a whole number, at least 1" in str(caught.value)
+
+
+def test_the_first_wrong_variable_is_named_whatever_else_is_set():
+    with pytest.raises(ArgumentError, match="RANKLOAD_STREAMS"):
+        Settings.from_environment({"RANKLOAD_RETRIES": "3", "RANKLOAD_STREAMS": "no", "HOME": "/"})

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from rankload._errors import CacheError, RankloadError
+
+T = TypeVar("T")
+
+#: Before a file is opened again whose handle is stale.
+_REOPEN_PAUSES_SECONDS = (0.0, 0.05, 0.2, 0.5, 1.0)
 
 
 @contextmanager
@@ -31,6 +38,22 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise CacheError(f"cannot read {path}: {_words(error)}", path=str(path), errno=error.errno) from error
+
+
+def reopening(read: Callable[[], T]) -> T:
+    """Call a function that opens and reads a file; once more, again and again, where the answer is ESTALE.
+
+    A network filesystem says so of a file that was replaced on another host since this one looked up its name. The
+    next look brings the new one.
+    """
+    for pause_seconds in _REOPEN_PAUSES_SECONDS:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        time.sleep(pause_seconds)
+    return read()
 
 
 def no_space_error(path: Path, needed_bytes: int | None, error: OSError) -> CacheError:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
 import requests
+from requests.adapters import HTTPAdapter
 
 from rankload._cache.layout import redact
 from rankload._errors import ContentChangedError, FetchError, HTTPStatusError
 from rankload._fetch.origins.answers import claim_of, content_length_of, content_range_of, retry_after_of, version_of
 from rankload._fetch.origins.credentials import Headers, headers_for
-from rankload._fetch.origins.discretion import discreet
+from rankload._fetch.origins.logs import without_queries
 from rankload._fetch.origins.origin import Claim, UnusableRange, Version
 from rankload._fetch.origins.translation import translating
 from rankload._settings import Settings
@@ -49,7 +49,9 @@ class _Target:
 
 
 class HttpOrigin:
-    """A file at an http or https URL. Threads may share it: each has a connection of its own, which is kept alive.
+    """A file at an http or https URL. Threads may share it: each request has a connection to itself.
+
+    Connections are kept alive for the next request, whoever makes it: threads come and go as the pace changes.
 
     Proxies, CA bundles and netrc are taken from the environment, as requests does. Bodies come as stored
     (``Accept-Encoding: identity``): digests are of the file's bytes.
@@ -63,41 +65,46 @@ class HttpOrigin:
     def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
         self.url, self.shown = url, redact(url)
         self._headers, self._settings = headers, settings
-        self._of_thread = threading.local()
         self._sessions: list[requests.Session] = []
+        self._idle_sessions: list[requests.Session] = []
         self._target = _Target(url)
 
     def close(self) -> None:
         """Close all connections that are not in use."""
         for session in self._sessions:
+            _close_connections(session)
             session.close()
 
     @contextlib.contextmanager
     def open(self, begin: int, end: int | None, version: Version | None) -> Iterator[HttpBody]:
         """See `Origin`. Once redirects have been followed, where they led is asked directly, until it refuses."""
-        with contextlib.ExitStack() as stack:
-            response = self._ask(stack, _range_headers(begin, end, version))
+        with self._session() as session, contextlib.ExitStack() as stack:
+            response = self._ask(stack, session, _range_headers(begin, end, version))
             if response.status_code == 416 and end is not None:
                 if begin:
                     raise ContentChangedError(f"{self.shown}: the file ends before byte {begin} now", url=self.shown)
-                response = self._ask(stack, {})  # an empty file has no first byte
+                response = self._ask(stack, session, {})  # an empty file has no first byte
             if response.status_code not in _SUCCESSES:
                 raise self._status_error(response)
             yield self._body_of(response, begin, end, version)
 
-    def _ask(self, stack: contextlib.ExitStack, range_headers: dict[str, str]) -> requests.Response:
+    def _ask(
+        self, stack: contextlib.ExitStack, session: requests.Session, range_headers: dict[str, str]
+    ) -> requests.Response:
         was_redirected = self._target.url != self.url
-        response = self._follow(stack, range_headers)
+        response = self._follow(stack, session, range_headers)
         if was_redirected and response.status_code in _EXPIRED:
             self._target = _Target(self.url)
-            response = self._follow(stack, range_headers)
+            response = self._follow(stack, session, range_headers)
         return response
 
-    def _follow(self, stack: contextlib.ExitStack, range_headers: dict[str, str]) -> requests.Response:
+    def _follow(
+        self, stack: contextlib.ExitStack, session: requests.Session, range_headers: dict[str, str]
+    ) -> requests.Response:
         """Send a request, follow redirects, and remember where they led."""
         target = self._target
         for _ in range(_MAX_REDIRECTS + 1):
-            response = self._send(stack, target.url, range_headers)
+            response = self._send(stack, session, target.url, range_headers)
             if response.status_code not in _REDIRECTS or "Location" not in response.headers:
                 if response.status_code in _SUCCESSES:
                     self._target = target
@@ -123,25 +130,31 @@ class HttpOrigin:
             )
         return target
 
-    def _send(self, stack: contextlib.ExitStack, url: str, range_headers: dict[str, str]) -> requests.Response:
+    def _send(
+        self, stack: contextlib.ExitStack, session: requests.Session, url: str, range_headers: dict[str, str]
+    ) -> requests.Response:
         own = {"User-Agent": f"rankload/{__version__}", "Accept-Encoding": "identity", **range_headers}
         sent = {**own, **dict(headers_for(url, self.url, self._headers))}
         # or requests would prefer ~/.netrc to a header that is given
         auth = _as_given if "authorization" in map(str.lower, sent) else None
         stall_seconds = min(self._settings.stall_seconds, self._settings.progress_seconds)
         deadlines = (self._settings.connect_seconds, stall_seconds)
-        with translating(self.shown), discreet():
-            response = self._session.get(
-                url, headers=sent, auth=auth, stream=True, timeout=deadlines, allow_redirects=False
-            )
+        with translating(self.shown), without_queries():
+            response = session.get(url, headers=sent, auth=auth, stream=True, timeout=deadlines, allow_redirects=False)
         return stack.enter_context(response)
 
-    @property
-    def _session(self) -> requests.Session:
-        if not hasattr(self._of_thread, "session"):
-            self._of_thread.session = requests.Session()
-            self._sessions.append(self._of_thread.session)
-        return self._of_thread.session  # type: ignore[no-any-return]
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[requests.Session]:
+        """Lend a session, one of the last used that are idle: its connection is the most likely to be alive."""
+        try:
+            session = self._idle_sessions.pop()
+        except IndexError:
+            session = requests.Session()
+            self._sessions.append(session)
+        try:
+            yield session
+        finally:
+            self._idle_sessions.append(session)
 
     def _body_of(self, response: requests.Response, begin: int, end: int | None, version: Version | None) -> HttpBody:
         encoding = response.headers.get("Content-Encoding", "identity")
@@ -224,6 +237,17 @@ class HttpBody:
         """See `Body`."""
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # the body has ended already
             self._shut_down()
+
+
+def _close_connections(session: requests.Session) -> None:
+    """Close a session's idle connections now. Its own close() leaves that to the garbage collector (urllib3 2.x): they
+    would stay open as long as somebody holds an error, whose traceback leads to them.
+    """
+    adapters = [adapter for adapter in session.adapters.values() if isinstance(adapter, HTTPAdapter)]
+    for manager in [one for adapter in adapters for one in (adapter.poolmanager, *adapter.proxy_manager.values())]:
+        for key in manager.pools.keys():  # noqa: SIM118 - it is no dict, and cannot be iterated over
+            if (pool := manager.pools.get(key)) is not None:
+                pool.close()
 
 
 def _range_headers(begin: int, end: int | None, version: Version | None) -> dict[str, str]:

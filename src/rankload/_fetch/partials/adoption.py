@@ -104,7 +104,8 @@ def _candidates(entry: Entry, url_keys: frozenset[str], sha256: str | None) -> l
 
 
 def _is_silent(entries: Entries, now: float, settings: Settings) -> bool:
-    return now - entries.modified_at > settings.lease_seconds + settings.lease_heartbeat_seconds
+    # no longer than the lease: who has taken over a dead owner's lease has watched it for just so long
+    return now - entries.modified_at > settings.lease_seconds
 
 
 def _rename(candidate: _Candidate, partial: Partial) -> None:
@@ -145,7 +146,7 @@ def _copy_some(source: int, target: int, offset: int, count: int) -> int:
 
 def _open(path: Path, flags: int) -> int:
     """Open a file that we may go on with: a plain one of this user's, that nobody can reach by another name."""
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     status = os.fstat(descriptor)
     if not S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1:
         os.close(descriptor)

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rankload._cache.access import share_file
+from rankload._cache.access import open_plain, share_file
 from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.owner import boot_id
 from rankload._fetch.transfer.spans import Spans
@@ -112,9 +112,8 @@ class Journal:
 def read_journal(partial_path: Path) -> Entries | None:
     """Read the journal of a dead process's partial file; None where there is none that can be used."""
     try:
-        descriptor = os.open(journal_path(partial_path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            modified_at = os.fstat(descriptor).st_mtime
+        with os.fdopen(open_plain(journal_path(partial_path)), "rb") as file:
+            modified_at = os.fstat(file.fileno()).st_mtime
             lines = file.read().splitlines(keepends=True)
         head = json.loads(lines[0])
         if head.pop("journal") != _FORMAT:
@@ -122,7 +121,7 @@ def read_journal(partial_path: Path) -> Entries | None:
         is_same_boot = head.pop("boot") == boot_id() != ""
         content = _checked(Content(**head))
         ranges, synced = _events(lines[1:])
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
     kept = ranges if is_same_boot else ranges[:synced]
     spans = Spans((begin, end) for begin, end in kept if 0 <= begin < end <= content.size_bytes)
@@ -134,12 +133,12 @@ def _events(lines: list[bytes]) -> tuple[list[tuple[int, int]], int]:
     for line in lines:
         try:
             event = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         match event:
             case [int(begin), int(end)]:
                 ranges.append((begin, end))
-            case {"synced": int(count)}:
+            case {"synced": int(count)} if count >= 0:
                 synced = count
             case _:
                 break

@@ -152,7 +152,7 @@ class Partial:
             yield
         except CacheError as error:
             is_lost = not self._is_gone and not self.path.exists() and self.path.parent.is_dir()
-            if error.errno == errno.ENOENT and is_lost:
+            if error.errno in (errno.ENOENT, errno.ESTALE) and is_lost:
                 raise SupersededError(str(self.path)) from None
             raise
 

@@ -18,6 +18,8 @@ _READ_BYTES = 1 << 20
 
 _REPORT_SECONDS = 0.1
 
+_ABORT_SECONDS = 0.3
+
 
 class Front:
     """Knows which bytes are there, and hashes them in order. hashlib releases the GIL: the transfer goes on meanwhile.
@@ -83,11 +85,11 @@ class Front:
         return self._digest.hexdigest()
 
     def abort(self) -> None:
-        """End the thread without a digest."""
+        """End the thread without a digest. One that a broken disk does not let go is left behind: it only reads."""
         with self._changed:
             self._is_aborted = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(_ABORT_SECONDS)
 
     def _run(self) -> None:
         buffer = memoryview(bytearray(_READ_BYTES))

@@ -16,6 +16,9 @@ _PERMANENT_CODES = frozenset({501, 505})
 
 _LONGEST_PAUSE_SECONDS = 60.0
 
+#: Far beyond the longest pause; a float ends at 1024.
+_MOST_DOUBLINGS = 64
+
 
 def is_temporary(error: FetchError) -> bool:
     """Tell whether the same request may succeed later."""
@@ -41,19 +44,24 @@ class Retries:
         """Bytes came: the next failure is the first one again."""
         self._failures = 0
 
-    def pause_after(self, error: FetchError) -> float:
+    def pause_after(self, error: FetchError, *, is_new: bool = True) -> float:
         """Return how long to wait before the next try, in seconds.
 
         Exponential with jitter, so that the nodes of a job do not come back together; ``Retry-After`` where the origin
         gave one, at most ``retry_after_seconds``.
 
+        Args:
+            error: how it failed.
+            is_new: False for one that came along with another, and does not count.
+
         Raises:
             FetchError: the one given, if another try is in vain or there were enough.
         """
-        self._failures += 1
+        self._failures += is_new
         if not is_temporary(error) or self._failures > self._settings.retries:
             raise error
-        pause: float = self._settings.backoff_seconds * 2 ** (self._failures - 1) * random.uniform(0.5, 1.0)  # noqa: S311
+        doublings = min(self._failures - 1, _MOST_DOUBLINGS)
+        pause: float = self._settings.backoff_seconds * 2**doublings * random.uniform(0.5, 1.0)  # noqa: S311
         asked = error.fields.get("retry_after_seconds")
         if asked is None:
             return min(pause, _LONGEST_PAUSE_SECONDS)

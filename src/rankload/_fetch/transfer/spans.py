@@ -57,7 +57,8 @@ class Spans:
         return begin, end
 
     def _replace(self, first: int, last: int, ranges: list[tuple[int, int]]) -> None:
-        self.total_bytes -= sum(self._ends[first:last]) - sum(self._begins[first:last])
-        self.total_bytes += sum(end - begin for begin, end in ranges)
+        removed = sum(self._ends[first:last]) - sum(self._begins[first:last])
+        # in one step: other threads look at it, and a number that falls for a moment looks like a rate
+        self.total_bytes += sum(end - begin for begin, end in ranges) - removed
         self._begins[first:last] = [begin for begin, _ in ranges]
         self._ends[first:last] = [end for _, end in ranges]

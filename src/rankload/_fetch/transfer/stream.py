@@ -30,8 +30,8 @@ class Stream(threading.Thread):
         try:
             writer = self._work.target.writer()
             try:
-                while (span := self._work.take(self, self._bytes_per_second)) is not None and self._fetch(span, writer):
-                    pass
+                while (span := self._work.take(self, self._bytes_per_second)) is not None:
+                    self._fetch(span, writer)
             finally:
                 writer.close()
         except Exception as error:
@@ -44,11 +44,11 @@ class Stream(threading.Thread):
         if (body := self._body) is not None:
             body.break_off()
 
-    def _fetch(self, span: Span, writer: Writer) -> bool:
-        """Fetch a range, in several tries perhaps; return whether this stream is to go on."""
+    def _fetch(self, span: Span, writer: Writer) -> None:
+        """Fetch a range, in several tries perhaps."""
         while span.begin != span.end and not self._work.is_stopped:
             self._wait(self._work.hold_seconds())
-            began_at = span.begin
+            began_at, asked_at = span.begin, time.monotonic()
             try:
                 self._try(span, writer)
                 continue
@@ -57,13 +57,12 @@ class Stream(threading.Thread):
                 pause: float | None = 0.0
             except FetchError as error:
                 if self._work.is_stopped:
-                    return False
-                pause = self._work.pause_after(self, error, has_moved=span.begin > began_at)
+                    return
+                pause = self._work.pause_after(self, error, asked_at=asked_at, has_moved=span.begin > began_at)
             if pause is None:
                 self._work.give_back(span)
-                return False
+                return
             self._wait(pause)
-        return True
 
     def _try(self, span: Span, writer: Writer) -> None:
         """Ask once, and advance the span as far as the answer goes.
@@ -135,5 +134,6 @@ class _TooSlow:
             raise FetchTimeoutError(
                 f"{self._shown}: {rate:.0f} bytes/s, less than minimum_bytes_per_second={self._minimum}",
                 url=self._shown,
+                is_too_slow=True,
             )
         self._began_at, self._bytes = time.monotonic(), done_bytes

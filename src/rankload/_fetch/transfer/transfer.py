@@ -71,9 +71,15 @@ class Transfer:
         self._pace.observe(now, work.done_bytes - self._bytes_before, work.active_streams)
         work.target_streams = self._pace.target
         self._streams = [stream for stream in self._streams if stream.is_alive()]
-        while work.enter(stream := Stream(work)):
+        while work.refusals == self._refusals and work.enter(stream := Stream(work)):
             self._streams.append(stream)
-            stream.start()
+            try:
+                stream.start()
+            except RuntimeError:  # this user, or this container, may start no more threads
+                work.leave(stream)
+                if not work.active_streams:
+                    raise
+                break
 
     def _is_waiting(self) -> bool:
         waits = [stream.is_waiting for stream in self._streams if stream.is_alive()]
@@ -86,10 +92,11 @@ class Transfer:
 
     def _stop(self) -> None:
         self._work.stop()
-        for stream in self._streams:
+        streams = [stream for stream in self._streams if stream.is_alive()]  # one may not have been started
+        for stream in streams:
             stream.break_off()
         deadline = time.monotonic() + _JOIN_SECONDS
-        for stream in self._streams:
+        for stream in streams:
             stream.join(max(0.0, deadline - time.monotonic()))
 
 

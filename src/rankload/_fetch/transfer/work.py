@@ -89,8 +89,8 @@ class Work:
         self._taken = Spans(front.covered)
         self._active: set[object] = set()
         self._has_ended = False
-        self._unusable_ranges = 0
-        self._hold_until = 0.0
+        self._unusable_ranges, self._bytes_at_unusable_range = 0, front.done_bytes
+        self._hold_until = self._failed_at = 0.0
         self._bytes_at_failure = front.done_bytes
         if known is not None and front.done_bytes == known.size_bytes:
             self.version = known  # nothing is missing
@@ -135,7 +135,8 @@ class Work:
         """Give a stream its next range, of a length that suits its rate; None: it is not needed any more."""
         with self.changed:
             missing = self._missing()
-            if missing is None or self.is_stopped or self.failure is not None:
+            is_over = self.is_stopped or self.failure is not None
+            if missing is None or is_over or stream not in self._active:  # turned away: its place is gone
                 return None
             if len(self._active) > self.target_streams:
                 self._active.discard(stream)
@@ -182,8 +183,15 @@ class Work:
             if span.end is not None and not self.is_whole:
                 self._taken.remove(span.begin, span.end)
 
-    def pause_after(self, stream: object, error: FetchError, *, has_moved: bool) -> float | None:
+    def pause_after(self, stream: object, error: FetchError, *, asked_at: float, has_moved: bool) -> float | None:
         """Decide what a stream does about a failure: go on after so many seconds, or (None) leave it to the others.
+
+        Args:
+            stream: the one that has failed.
+            error: how.
+            asked_at: when it had sent its request. All that were under way when one failed are one failure: a switch
+                that is restarted breaks every connection.
+            has_moved: whether bytes came before.
 
         Raises:
             FetchError: the one given; the transfer has failed.
@@ -199,10 +207,14 @@ class Work:
                 self.refusals += 1
                 self._active.discard(stream)
                 return None
-            if not self.is_whole and self.done_bytes - self._bytes_at_failure >= _PROGRESS_BYTES:
-                self._retries.succeeded()
-            self._bytes_at_failure = self.done_bytes
-            pause = self._retries.pause_after(error)
+            is_new = asked_at >= self._failed_at
+            if is_new:
+                self._failed_at = time.monotonic()
+                has_progress = self.done_bytes - self._bytes_at_failure >= _PROGRESS_BYTES
+                if has_progress and not self.is_whole and not error.fields.get("is_too_slow"):
+                    self._retries.succeeded()
+                self._bytes_at_failure = self.done_bytes
+            pause = self._retries.pause_after(error, is_new=is_new)
             if self.is_whole:
                 raise Restart(error, is_whole=True, pause_seconds=pause)
             return pause
@@ -211,11 +223,14 @@ class Work:
         """Count an answer to a range request that makes no sense.
 
         Raises:
-            FetchError, Restart: no range was asked for; it is the second one.
+            FetchError, Restart: no range was asked for; it is the second one, with next to nothing in between.
         """
         with self.changed:
             if self.is_whole:
                 raise FetchError(str(error), url=self.origin.shown)
+            if self.done_bytes - self._bytes_at_unusable_range >= _PROGRESS_BYTES:
+                self._unusable_ranges = 0  # one bad server of many, or a bad moment: no reason to drop all that came
+            self._bytes_at_unusable_range = self.done_bytes
             self._unusable_ranges += 1
             if self._unusable_ranges > 1:
                 raise Restart(FetchError(str(error), url=self.origin.shown), is_whole=True)

@@ -1,0 +1,175 @@
+"""The hash behind the transfer: whatever the order, it is hashlib's."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import random
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import content_of, threads_named
+
+from rankload._errors import CacheError
+from rankload._fetch.transfer import front as module
+from rankload._fetch.transfer.front import Front
+
+CONTENT = content_of(300_000)
+
+
+def ignore(done_bytes: int) -> None:
+    pass
+
+
+@pytest.fixture
+def descriptor(tmp_path):
+    number = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    yield number
+    os.close(number)
+    assert threads_named("rankload-digest") == []
+
+
+def write_and_offer(front: Front, descriptor: int, begin: int, end: int) -> None:
+    os.pwrite(descriptor, CONTENT[begin:end], begin)
+    front.offer(begin, CONTENT[begin:end])
+
+
+@pytest.mark.parametrize("memory_bytes", [64 << 20, 20_000, 0])
+@pytest.mark.parametrize("seed", range(4))
+def test_pieces_in_any_order(descriptor, monkeypatch, memory_bytes, seed):
+    """Also more of them than may wait in memory: these are read back."""
+    monkeypatch.setattr(module, "_MEMORY_BYTES", memory_bytes)
+    monkeypatch.setattr(module, "_READ_BYTES", 7000)
+    source = random.Random(seed)
+    cuts = sorted({0, len(CONTENT), *(source.randrange(len(CONTENT)) for _ in range(100))})
+    pieces = list(itertools.pairwise(cuts))
+    source.shuffle(pieces)
+    front = Front(descriptor)
+    for begin, end in pieces:
+        write_and_offer(front, descriptor, begin, end)
+    assert front.done_bytes == len(CONTENT)
+    assert front.finish(ignore) == hashlib.sha256(CONTENT).hexdigest()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(12)), st.sets(st.integers(0, 11)))
+def test_pieces_beside_what_was_there(tmp_path_factory, order, adopted):
+    path = tmp_path_factory.mktemp("front") / "file"
+    path.write_bytes(CONTENT[:12_000])
+    number = os.open(path, os.O_RDWR)
+    try:
+        front = Front(number)
+        for index in order:
+            begin, end = index * 1000, index * 1000 + 1000
+            if index in adopted:
+                front.adopt(begin, end)
+            else:
+                write_and_offer(front, number, begin, end)
+        assert front.finish(ignore) == hashlib.sha256(CONTENT[:12_000]).hexdigest()
+    finally:
+        os.close(number)
+
+
+def test_many_threads_offer(descriptor):
+    front = Front(descriptor)
+    barrier = threading.Barrier(8)
+
+    def offer_every_eighth(first):
+        barrier.wait()
+        for index in range(first, 300, 8):
+            write_and_offer(front, descriptor, index * 1000, index * 1000 + 1000)
+
+    threads = [threading.Thread(target=offer_every_eighth, args=(first,)) for first in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert front.finish(ignore) == hashlib.sha256(CONTENT).hexdigest()
+
+
+def test_of_nothing(descriptor):
+    assert Front(descriptor).finish(ignore) == hashlib.sha256().hexdigest()
+
+
+def test_memory_that_waits_is_bounded(descriptor, monkeypatch):
+    monkeypatch.setattr(module, "_MEMORY_BYTES", 10_000)
+    front = Front(descriptor)
+    for begin in range(1000, len(CONTENT), 1000):  # all but the first
+        write_and_offer(front, descriptor, begin, begin + 1000)
+        assert sum(map(len, front._pieces.values())) == front._memory_bytes <= 10_000
+    write_and_offer(front, descriptor, 0, 1000)
+    assert front.finish(ignore) == hashlib.sha256(CONTENT).hexdigest()
+    assert (front._pieces, front._memory_bytes) == ({}, 0)
+
+
+def test_it_tells_how_far_it_is(descriptor, monkeypatch):
+    monkeypatch.setattr(module, "_READ_BYTES", 100_000)
+    reads, told = [], []
+    goes_on = threading.Event()
+    preadv = os.preadv
+
+    def slow(*arguments):
+        goes_on.wait(30)
+        reads.append(1)
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    os.pwrite(descriptor, CONTENT, 0)
+    front = Front(descriptor)
+    front.adopt(0, len(CONTENT))
+
+    def on_bytes(done_bytes):
+        told.append(done_bytes)
+        goes_on.set()
+
+    assert front.finish(on_bytes) == hashlib.sha256(CONTENT).hexdigest()
+    assert told[0] == 0 and told == sorted(told) and len(reads) == 3
+
+
+def test_what_on_bytes_raises_comes_through_and_the_thread_can_be_ended(descriptor, monkeypatch):
+    goes_on = threading.Event()
+    monkeypatch.setattr(os, "preadv", lambda *_: goes_on.wait(30) and 0)
+    front = Front(descriptor)
+    front.adopt(0, 1000)
+
+    def on_bytes(done_bytes):
+        raise CacheError("another rank's")
+
+    with pytest.raises(CacheError, match="another rank's"):
+        front.finish(on_bytes)
+    front.abort()  # does not wait for a disk that does not answer
+    [thread] = threads_named("rankload-digest")
+    goes_on.set()
+    thread.join(30)
+
+
+def test_abort_at_any_time(descriptor):
+    front = Front(descriptor)
+    write_and_offer(front, descriptor, 1000, 2000)
+    front.abort()
+    front.abort()
+    front.offer(0, CONTENT[:1000])
+    assert threads_named("rankload-digest") == []
+
+
+def test_file_that_cannot_be_read_back(descriptor, monkeypatch):
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    front = Front(descriptor)
+    front.adopt(0, 1000)
+    with pytest.raises(CacheError, match="read back what was downloaded") as caught:
+        front.finish(ignore)
+    assert caught.value.errno == 5
+
+
+def test_file_that_is_shorter_than_what_was_written(descriptor):
+    os.pwrite(descriptor, CONTENT[:500], 0)
+    front = Front(descriptor)
+    front.adopt(0, 1000)
+    with pytest.raises(CacheError, match="the file ends at 500"):
+        front.finish(ignore)

@@ -1,0 +1,277 @@
+"""Who fetches which bytes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import SETTINGS, ScriptedBody, ScriptedOrigin, broken, content_of, new_work
+
+from rankload._errors import ContentChangedError, FetchError, HTTPStatusError, TruncatedError
+from rankload._fetch.origins.origin import Body, UnusableRange, Version
+from rankload._fetch.transfer.spans import Spans
+from rankload._fetch.transfer.work import Restart, Work
+
+CHUNK = SETTINGS.chunk_bytes
+
+
+class CountingFront:
+    """A front that does not hash."""
+
+    def __init__(self, *ranges: tuple[int, int]) -> None:
+        self.covered = Spans(ranges)
+
+    @property
+    def done_bytes(self) -> int:
+        return self.covered.total_bytes
+
+    def offer(self, offset: int, piece: bytes) -> None:
+        self.covered.add(offset, offset + len(piece))
+
+
+class Nowhere:
+    """A target that only remembers what it was asked for."""
+
+    rooms: tuple[tuple[Version, bool], ...] = ()
+
+    def make_room(self, version: Version, *, is_resumable: bool) -> None:
+        self.rooms = (*self.rooms, (version, is_resumable))
+
+
+def work_over(size_bytes: int = 100_000, *there: tuple[int, int], **arguments: object) -> Work:
+    origin = ScriptedOrigin(content_of(size_bytes))
+    return new_work(origin, Nowhere(), CountingFront(*there), **arguments)
+
+
+def body(work: Work, begin: int, end: int | None, **fields: object) -> Body:
+    """What the origin answers; the fields are of its version."""
+    content = work.origin.content  # type: ignore[attr-defined]
+    version = replace(Version(len(content), '"1"'), **fields)
+    if end is None:
+        return ScriptedBody(content, version, 0, len(content), True)
+    return ScriptedBody(content, version, begin, min(end, len(content)))
+
+
+def begun(size_bytes: int = 100_000, streams: int = 1, **arguments: object) -> tuple[Work, list[str]]:
+    """A work whose version is known, with streams at work that have taken nothing yet but the first chunk."""
+    work = work_over(size_bytes, **arguments)
+    names = [f"stream {number}" for number in range(streams)]
+    assert work.enter(names[0])
+    span = work.take(names[0], 0)
+    work.admit(body(work, span.begin, span.end))
+    work.target_streams = streams
+    assert all(work.enter(name) for name in names[1:])
+    return work, names
+
+
+def test_one_stream_until_the_origin_has_answered():
+    work = work_over()
+    work.target_streams = 4
+    assert work.enter("a") and not work.enter("b")
+    span = work.take("a", 0)
+    assert (span.begin, span.end) == (0, CHUNK)
+    work.admit(body(work, 0, CHUNK))
+    assert work.version.size_bytes == 100_000
+    assert work.enter("b") and work.enter("c") and work.enter("d") and not work.enter("e")
+
+
+@given(st.integers(1, 60_000), st.integers(1, 16), st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_every_byte_is_given_to_exactly_one(size_bytes, streams, seed):
+    source = random.Random(seed)
+    work, names = begun(size_bytes, 1)
+    work.target_streams = streams
+    names += [f"more {number}" for number in range(streams - 1)]
+    given_out = [range(min(CHUNK, size_bytes))]
+    active = [names[0], *(name for name in names[1:] if work.enter(name))]
+    while active:
+        name = source.choice(active)
+        span = work.take(name, source.choice([0, 1e3, 1e5, 1e9]))
+        if span is None:
+            active.remove(name)
+            continue
+        assert span.begin < span.end <= size_bytes and span.end - span.begin <= 8 * CHUNK
+        given_out.append(range(span.begin, span.end))
+        if source.random() < 0.3:  # it breaks in the middle
+            broken_at = source.randrange(span.begin, span.end)
+            given_out[-1] = range(span.begin, broken_at)
+            span.begin = broken_at
+            work.give_back(span)
+    offsets = [offset for one in given_out for offset in one]
+    assert sorted(offsets) == list(range(size_bytes))
+
+
+def test_a_fast_stream_asks_for_more_and_the_last_portions_are_small():
+    work, [name] = begun(100 * CHUNK)
+    lengths = []
+    while (span := work.take(name, 100 * CHUNK)) is not None:
+        lengths.append((span.end - span.begin) // CHUNK)
+    assert lengths[0] == 8 and lengths[-1] == 1 and lengths == sorted(lengths, reverse=True)
+
+
+def test_a_stream_too_many_leaves_and_its_place_is_free():
+    work, [first, second] = begun(streams=2)
+    work.target_streams = 1
+    assert work.take(second, 0) is None
+    assert work.active_streams == 1
+    assert work.take(first, 0) is not None
+    assert work.take(second, 0) is None, "it has left"
+
+
+def test_nothing_is_given_out_after_the_end():
+    work, [name] = begun()
+    work.fail(broken())
+    assert work.take(name, 0) is None
+    work, [name] = begun()
+    work.stop()
+    assert work.take(name, 0) is None
+    with pytest.raises(Restart):
+        work.admit(body(work, 0, CHUNK))
+
+
+def test_the_first_failure_counts_and_none_after_the_end():
+    work, _ = begun()
+    first, second = broken("first"), broken("second")
+    work.fail(first)
+    work.fail(second)
+    assert work.failure is first
+    work, _ = begun()
+    work.stop()
+    work.fail(first)
+    assert work.failure is None
+
+
+def test_complete_when_all_has_come():
+    work, _ = begun(1000)
+    work.accept(0, b"x" * 999)
+    assert not work.is_complete()
+    work.accept(999, b"x")
+    assert work.is_complete()
+
+
+def test_all_was_there():
+    known = Version(1000, '"1"')
+    work = work_over(1000, (0, 1000), known=known)
+    assert work.is_complete() and not work.enter("a")
+    assert not work_over(1000, (0, 999), known=known).is_complete()
+
+
+def test_what_was_there_is_not_asked_for():
+    work = work_over(20_000, (0, 5000), (7000, 12_000), known=Version(20_000, '"1"'))
+    assert work.expected == Version(20_000, '"1"')
+    assert work.enter("a")
+    span = work.take("a", 0)
+    assert (span.begin, span.end) == (5000, 7000)
+    work.admit(body(work, 5000, 7000))
+    span = work.take("a", 0)
+    assert (span.begin, span.end) == (12_000, 16_000)
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_digest", "is_split"),
+    [
+        ({}, False, True),
+        ({"etag": None, "last_modified": "a date"}, False, True),
+        ({"etag": None}, False, False),
+        ({"etag": None}, True, True),
+        ({"size_bytes": None}, True, False),
+    ],
+)
+def test_ranges_only_where_a_change_would_show(fields, has_digest, is_split):
+    work = work_over(has_digest=has_digest)
+    work.enter("a")
+    work.take("a", 0)
+    if is_split:
+        work.admit(body(work, 0, CHUNK, **fields))
+        assert [is_resumable for _, is_resumable in work.target.rooms] == [True]
+    else:
+        with pytest.raises(Restart) as caught:
+            work.admit(body(work, 0, CHUNK, **fields))
+        assert caught.value.is_whole and caught.value.error is None and work.target.rooms == ()
+
+
+def test_a_file_of_one_chunk_needs_no_validator():
+    work = work_over(1000)
+    work.enter("a")
+    work.take("a", 0)
+    work.admit(body(work, 0, CHUNK, etag=None))
+    assert [is_resumable for _, is_resumable in work.target.rooms] == [False]
+
+
+def test_an_origin_that_sends_everything_has_one_stream_and_an_end_of_its_own():
+    work = work_over(50_000)
+    work.enter("a")
+    work.take("a", 0)
+    work.admit(body(work, 0, None))
+    work.target_streams = 8
+    assert work.is_whole and not work.enter("b")
+    work.accept(0, bytes(50_000))
+    assert not work.is_complete()
+    work.ended()
+    assert work.is_complete()
+
+
+def test_whole_failures_start_over_after_a_pause_and_no_more_often_than_others():
+    work, [name] = begun(is_whole=True)
+    for _ in range(SETTINGS.retries):
+        with pytest.raises(Restart) as caught:
+            work.pause_after(name, TruncatedError("cut"), asked_at=9e99, has_moved=True)
+        assert caught.value.is_whole and caught.value.pause_seconds > 0
+    with pytest.raises(TruncatedError):
+        work.pause_after(name, TruncatedError("cut"), asked_at=9e99, has_moved=True)
+
+
+def test_a_changed_file_starts_over():
+    work, [name] = begun()
+    with pytest.raises(Restart) as caught:
+        work.pause_after(name, ContentChangedError("changed"), asked_at=0, has_moved=False)
+    assert isinstance(caught.value.error, ContentChangedError) and not caught.value.is_whole
+
+
+def test_of_several_streams_that_get_nothing_all_but_the_last_leave():
+    work, names = begun(streams=3)
+    assert work.pause_after(names[2], broken(), asked_at=0, has_moved=False) is None
+    assert work.pause_after(names[0], broken(), asked_at=0, has_moved=False) is None
+    assert (work.active_streams, work.refusals) == (1, 2)
+    assert work.pause_after(names[1], broken(), asked_at=9e99, has_moved=False) > 0
+
+
+def test_the_last_ones_failures_count_until_there_are_enough():
+    work, [name] = begun()
+    for _ in range(SETTINGS.retries):
+        work.pause_after(name, broken(), asked_at=9e99, has_moved=False)
+    with pytest.raises(FetchError):
+        work.pause_after(name, broken(), asked_at=9e99, has_moved=False)
+
+
+def test_an_origin_that_cuts_every_connection_is_borne_with_as_long_as_bytes_come():
+    work, [name] = begun(10_000_000)
+    for number in range(50):
+        work.accept(number * (64 << 10), bytes(64 << 10))
+        assert work.pause_after(name, TruncatedError("cut"), asked_at=9e99, has_moved=True) > 0
+
+
+def test_retry_after_holds_for_all_streams():
+    work, names = begun(streams=2)
+    busy = HTTPStatusError("busy", code=429, retry_after_seconds=20.0)
+    assert work.hold_seconds() == 0
+    assert work.pause_after(names[1], busy, asked_at=0, has_moved=False) is None
+    assert 19 < work.hold_seconds() <= 20
+
+
+def test_two_nonsensical_ranges_and_no_more_are_asked_for():
+    work, _ = begun()
+    work.count_unusable_range(UnusableRange("nonsense"))
+    with pytest.raises(Restart) as caught:
+        work.count_unusable_range(UnusableRange("nonsense"))
+    assert caught.value.is_whole
+
+
+def test_a_nonsensical_range_now_and_then_is_borne_with():
+    work, _ = begun(10_000_000)
+    for number in range(50):
+        work.count_unusable_range(UnusableRange("nonsense"))
+        work.accept(number * (64 << 10), bytes(64 << 10))
