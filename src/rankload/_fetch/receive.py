@@ -104,6 +104,7 @@ class Receiver:
                 is_whole=is_whole, has_digest=self._has_digest, retries=retries, settings=self._settings,
             )  # fmt: skip
             try:
+                front.start()
                 Transfer(work, self._checked_report, bar.show, self._attempt).run()
                 return self._received(origin, work, front)
             except Restart as restart:

@@ -13,11 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import content_of, threads_named
 
+from harness.waiting import wait_until
 from rankload._errors import CacheError
 from rankload._fetch.transfer import front as module
 from rankload._fetch.transfer.front import Front
 
 CONTENT = content_of(300_000)
+
+
+def started(descriptor: int) -> Front:
+    front = Front(descriptor)
+    front.start()
+    return front
 
 
 def ignore(done_bytes: int) -> None:
@@ -47,7 +54,7 @@ def test_pieces_in_any_order(descriptor, monkeypatch, memory_bytes, seed):
     cuts = sorted({0, len(CONTENT), *(source.randrange(len(CONTENT)) for _ in range(100))})
     pieces = list(itertools.pairwise(cuts))
     source.shuffle(pieces)
-    front = Front(descriptor)
+    front = started(descriptor)
     for begin, end in pieces:
         write_and_offer(front, descriptor, begin, end)
     assert front.done_bytes == len(CONTENT)
@@ -61,7 +68,7 @@ def test_pieces_beside_what_was_there(tmp_path_factory, order, adopted):
     path.write_bytes(CONTENT[:12_000])
     number = os.open(path, os.O_RDWR)
     try:
-        front = Front(number)
+        front = started(number)
         for index in order:
             begin, end = index * 1000, index * 1000 + 1000
             if index in adopted:
@@ -74,7 +81,7 @@ def test_pieces_beside_what_was_there(tmp_path_factory, order, adopted):
 
 
 def test_many_threads_offer(descriptor):
-    front = Front(descriptor)
+    front = started(descriptor)
     barrier = threading.Barrier(8)
 
     def offer_every_eighth(first):
@@ -91,12 +98,12 @@ def test_many_threads_offer(descriptor):
 
 
 def test_of_nothing(descriptor):
-    assert Front(descriptor).finish(ignore) == hashlib.sha256().hexdigest()
+    assert started(descriptor).finish(ignore) == hashlib.sha256().hexdigest()
 
 
 def test_memory_that_waits_is_bounded(descriptor, monkeypatch):
     monkeypatch.setattr(module, "_MEMORY_BYTES", 10_000)
-    front = Front(descriptor)
+    front = started(descriptor)
     for begin in range(1000, len(CONTENT), 1000):  # all but the first
         write_and_offer(front, descriptor, begin, begin + 1000)
         assert sum(map(len, front._pieces.values())) == front._memory_bytes <= 10_000
@@ -118,7 +125,7 @@ def test_it_tells_how_far_it_is(descriptor, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", slow)
     os.pwrite(descriptor, CONTENT, 0)
-    front = Front(descriptor)
+    front = started(descriptor)
     front.adopt(0, len(CONTENT))
 
     def on_bytes(done_bytes):
@@ -132,7 +139,7 @@ def test_it_tells_how_far_it_is(descriptor, monkeypatch):
 def test_what_on_bytes_raises_comes_through_and_the_thread_can_be_ended(descriptor, monkeypatch):
     goes_on = threading.Event()
     monkeypatch.setattr(os, "preadv", lambda *_: goes_on.wait(30) and 0)
-    front = Front(descriptor)
+    front = started(descriptor)
     front.adopt(0, 1000)
 
     def on_bytes(done_bytes):
@@ -147,7 +154,7 @@ def test_what_on_bytes_raises_comes_through_and_the_thread_can_be_ended(descript
 
 
 def test_abort_at_any_time(descriptor):
-    front = Front(descriptor)
+    front = started(descriptor)
     write_and_offer(front, descriptor, 1000, 2000)
     front.abort()
     front.abort()
@@ -155,12 +162,36 @@ def test_abort_at_any_time(descriptor):
     assert threads_named("rankload-digest") == []
 
 
+def test_abort_of_what_was_never_started(descriptor):
+    front = Front(descriptor)
+    front.adopt(0, 10)
+    front.abort()
+
+
+def test_an_interrupt_while_it_starts(descriptor, monkeypatch):
+    """The thread is there, but start() has not come back: it ends all the same."""
+
+    class Interrupted(BaseException):
+        pass
+
+    def wait(self, timeout=None):
+        raise Interrupted
+
+    front = Front(descriptor)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Event, "wait", wait)
+        with pytest.raises(Interrupted):
+            front.start()
+    front.abort()
+    wait_until(lambda: not threads_named("rankload-digest"), 10, "the thread ends")
+
+
 def test_file_that_cannot_be_read_back(descriptor, monkeypatch):
     def broken(*_):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", broken)
-    front = Front(descriptor)
+    front = started(descriptor)
     front.adopt(0, 1000)
     with pytest.raises(CacheError, match="read back what was downloaded") as caught:
         front.finish(ignore)
@@ -169,7 +200,7 @@ def test_file_that_cannot_be_read_back(descriptor, monkeypatch):
 
 def test_file_that_is_shorter_than_what_was_written(descriptor):
     os.pwrite(descriptor, CONTENT[:500], 0)
-    front = Front(descriptor)
+    front = started(descriptor)
     front.adopt(0, 1000)
     with pytest.raises(CacheError, match="the file ends at 500"):
         front.finish(ignore)

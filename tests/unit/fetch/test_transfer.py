@@ -32,6 +32,7 @@ def partial(tmp_path):
 @pytest.fixture
 def front(partial):
     one = Front(partial.descriptor)
+    one.start()
     yield one
     one.abort()
 
@@ -104,6 +105,7 @@ def test_what_a_stream_left_behind_brings_is_not_written_any_more(partial):
             raise FetchError("another rank's")
 
     front = Front(partial.descriptor)
+    front.start()
     with suppress(FetchError):
         run(new_work(ScriptedOrigin(old, before_read), partial, front), report)
     front.abort()
@@ -111,6 +113,7 @@ def test_what_a_stream_left_behind_brings_is_not_written_any_more(partial):
 
     partial.clear()
     front = Front(partial.descriptor)
+    front.start()
     run(new_work(ScriptedOrigin(new, etag='"2"'), partial, front))
     spans = list(partial.spans)
     goes_on.set()
@@ -155,6 +158,7 @@ def test_a_small_file_waits_for_no_tick(partial, front):
         began_at = time.monotonic()
         partial.clear()
         one = Front(partial.descriptor)
+        one.start()
         run(new_work(ScriptedOrigin(content_of(3000)), partial, one))
         one.finish(lambda done: None)
         fastest = min(fastest, time.monotonic() - began_at)

@@ -42,6 +42,9 @@ class Front:
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="rankload-digest", daemon=True)
+
+    def start(self) -> None:
+        """Begin. Whatever happens then, also a signal in here: `finish` or `abort` it."""
         self._thread.start()
 
     @property
@@ -89,7 +92,8 @@ class Front:
         with self._changed:
             self._is_aborted = True
             self._changed.notify()
-        self._thread.join(_ABORT_SECONDS)
+        if self._thread.is_alive():  # a signal may have come before it was
+            self._thread.join(_ABORT_SECONDS)
 
     def _run(self) -> None:
         buffer = memoryview(bytearray(_READ_BYTES))
