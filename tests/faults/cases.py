@@ -83,8 +83,8 @@ ALL_CASES = (
         "file-changed-at-origin",
         ORIGIN,
         "The file at the origin changes between two runs, or between two ranges of one download: its ETag is another.",
-        "The change is noticed (later requests carry If-Range, and what every answer says is compared) and the download "
-        "starts over. The file is never put together from two versions.",
+        "The change is noticed (later requests carry If-Range, and what every answer says is compared), and the "
+        "download starts over. The file is never put together from two versions.",
     ),
     Case(
         7,
