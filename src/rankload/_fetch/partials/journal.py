@@ -108,7 +108,8 @@ class Journal:
         """Note that the first ranges, so many, are on disk; and that this process lives."""
         self._append({"synced": count})
         with self._lock, suppress(OSError):
-            os.fdatasync(self._descriptor)
+            if self._descriptor >= 0:  # or it is a ValueError
+                os.fdatasync(self._descriptor)
 
     @property
     def count(self) -> int:
