@@ -23,6 +23,9 @@ from rankload._settings import Settings
 
 _logger = logging.getLogger("rankload")
 
+#: What filelock raises where there can be no lease.
+_UNUSABLE = (OSError, LeaseSettingsMismatch, NotImplementedError)
+
 
 @contextmanager
 def hold_lease(
@@ -39,32 +42,45 @@ def hold_lease(
     Yields:
         Whether the lease is held.
     """
-    lease = _acquire(path, settings, progress_mark, on_wait)
+    lease = _lease(path, settings)
     try:
-        yield lease is not None
+        yield lease is not None and _acquire(lease, path, settings, progress_mark, on_wait)
     finally:
+        # also when a signal came in the middle of acquiring it: its heartbeat would keep everybody away for ever
         if lease is not None:
             with suppress(OSError):
-                lease.release()
+                lease.release(force=True)
 
 
-def _acquire(
-    path: Path, settings: Settings, progress_mark: Callable[[], object], on_wait: Callable[[], bool]
-) -> SoftFileLease | None:
+def _lease(path: Path, settings: Settings) -> SoftFileLease | None:
     try:
         make_own_directory(path.parent)
         if path.is_symlink():
             _warn(path, "it is a symbolic link")
-            return None
-        if _is_foreign(path):
+        elif _is_foreign(path):
             _warn(path, "it belongs to another user")
-            return None
-        lease = SoftFileLease(
-            path,
-            lease_duration=settings.lease_seconds,
-            heartbeat_interval=settings.lease_heartbeat_seconds,
-            thread_local=False,  # or the heartbeat and a signal handler's release would each see a lease of their own
-        )
+        else:
+            return SoftFileLease(
+                path,
+                lease_duration=settings.lease_seconds,
+                heartbeat_interval=settings.lease_heartbeat_seconds,
+                thread_local=False,  # or heartbeat and a signal handler's release would each see a lease of their own
+            )
+    except RankloadError:
+        raise
+    except _UNUSABLE as error:
+        _warn(path, f"{type(error).__name__}: {error}")
+    return None
+
+
+def _acquire(
+    lease: SoftFileLease,
+    path: Path,
+    settings: Settings,
+    progress_mark: Callable[[], object],
+    on_wait: Callable[[], bool],
+) -> bool:
+    try:
         patience = _Patience(progress_mark, settings.progress_seconds + settings.lease_seconds)
         lease.acquire(
             timeout=-1,
@@ -76,11 +92,11 @@ def _acquire(
     except Timeout:  # cancelled: not needed any more, or not worth waiting for
         if not on_wait():
             _warn(path, "its holder makes no progress, or is another user")
-        return None
-    except (OSError, LeaseSettingsMismatch, NotImplementedError) as error:
+        return False
+    except _UNUSABLE as error:
         _warn(path, f"{type(error).__name__}: {error}")
-        return None
-    return lease
+        return False
+    return True
 
 
 class _Patience:
