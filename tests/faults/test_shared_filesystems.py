@@ -163,7 +163,7 @@ def test_file_deleted_before_the_others_open_it(origin, cache, checkpoint, monke
     results = run_ranks(load_after_removal, ranks, args=(url, cache, 1))
     assert {result.value for result in results} == {str(cache / checkpoint.name)}
     assert (cache / checkpoint.name).read_bytes() == checkpoint.path.read_bytes()
-    assert "fetching it once more" in results[1].stderr
+    assert any("fetching it once more" in result.stderr for result in results)  # the others may find what one has
     assert origin.request_count() <= ranks  # each rank deletes it once
     assert left_in(cache) == []
 
