@@ -99,8 +99,12 @@ class FetchRequest:
         return self.sha256 or self.hash_prefix
 
     def headers_for(self, url: str) -> tuple[tuple[str, str], ...]:
-        """Give the caller's headers to the first URL's host alone: a token for one origin is no mirror's business."""
-        return self.headers if urlsplit(url).netloc == urlsplit(self.urls[0]).netloc else ()
+        """Give the caller's headers to the first URL's host alone: a token for one origin is no mirror's business.
+
+        Nor are they for the same host over another scheme: what goes over https is not to be sent in the clear.
+        """
+        parts, first = urlsplit(url), urlsplit(self.urls[0])
+        return self.headers if (parts.scheme, parts.netloc) == (first.scheme, first.netloc) else ()
 
 
 @dataclass(frozen=True)

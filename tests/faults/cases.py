@@ -83,8 +83,8 @@ ALL_CASES = (
         "file-changed-at-origin",
         ORIGIN,
         "The file at the origin changes between two runs, or between two ranges of one download: its ETag is another.",
-        "The change is noticed (every later request carries If-Range) and the download starts over. The file is never "
-        "put together from two versions.",
+        "The change is noticed (later requests carry If-Range, and what every answer says is compared), and the "
+        "download starts over. The file is never put together from two versions.",
     ),
     Case(
         7,
@@ -149,7 +149,8 @@ ALL_CASES = (
         "trickling",
         NETWORK,
         "The bytes come very slowly, but they come.",
-        "The download goes on, however long it takes: the deadline is on no progress, not on the total time.",
+        "The download goes on, however long it takes: the deadline is on no progress, not on the total time. With "
+        "RANKLOAD_MINIMUM_BYTES_PER_SECOND a connection that is too slow is replaced.",
     ),
     Case(
         16,
@@ -228,7 +229,8 @@ ALL_CASES = (
         "group-cache",
         DISKS,
         "You share a cache with your group, in a setgid directory, and your umask is 077.",
-        "If you ask for it, the group keeps its access to what you fetch.",
+        "A directory that is setgid and writable by its group (chmod g+ws) asks for it: the group keeps its access to "
+        "what you fetch. Elsewhere the umask decides.",
     ),
     Case(
         27,
@@ -242,7 +244,8 @@ ALL_CASES = (
         "planted-symlink",
         CACHED_FILES,
         "Where a partial file, a lease, a record or a cached file should be, somebody has put a symbolic link.",
-        "The link is refused, not followed.",
+        "The link is refused, not followed. Your own link (or root's) in the place of a cached file is read, but never "
+        "written through.",
     ),
     Case(
         29,

@@ -5,7 +5,7 @@
 - ``scripts``: plain subprocesses, and the real ``torchrun``.
 - ``origin``: an HTTP server that counts, lies, stalls and breaks on request.
 - ``nginx``: the real one, for speed and TLS; ``nginx_behaviours``: and how it can be made to misbehave.
-- ``s3``: moto's S3 server.
+- ``s3``: moto's S3 server; ``hf``: a Hugging Face Hub on an origin.
 - ``chaos``: a TCP proxy before any of them that is slow, cuts, resets or falls silent.
 - ``squid``: a real forward proxy.
 - ``namespace``: a network of a test's own, with real host names, real ports and black holes.

@@ -29,8 +29,8 @@ STRAY_NAMES = frozenset(
     name
     for lower in ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
     for name in (lower, lower.upper())
-) | {"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NETRC", "HF_HOME", "HF_ENDPOINT", "TRANSFORMERS_CACHE"}
-STRAY_PREFIXES = ("RANKLOAD_", "TORCH_")
+) | {"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "NETRC", "TRANSFORMERS_CACHE"}
+STRAY_PREFIXES = ("RANKLOAD_", "TORCH_", "HF_", "AWS_")
 
 
 def is_stray(name: str) -> bool:

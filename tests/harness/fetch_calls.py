@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoints import digest_of
+from harness.origin import Origin
 from harness.rank import mark
 from harness.ranks import RankResult, run_ranks
 
@@ -71,6 +72,11 @@ def left_in(directory: Path) -> list[str]:
     """Files that no cache should keep after its last call: partials, leases, temporary files, probes."""
     endings = (".partial", ".lease", ".tmp")
     return [name for name in files_in(directory) if name.endswith(endings) or "probe" in name]
+
+
+def ranges_asked(origin: Origin, name: str | None = None) -> list[str | None]:
+    """The Range header of each request so far; None where there was none."""
+    return [request.headers.get("range") for request in origin.requests(name)]
 
 
 @contextlib.contextmanager

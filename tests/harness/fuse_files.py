@@ -52,7 +52,7 @@ class Files:
         else:
             os.chown(descriptor, request.uid, request.gid)
         number, node = self._nodes.find_open(descriptor)
-        self._names.see(parent, name, node.key)
+        self._names.see(parent, name)
         return self._names.entry(number, node) + self._opened(node, descriptor)
 
     def _opened(self, node: Node, descriptor: int) -> bytes:
@@ -164,6 +164,8 @@ class Files:
 
     def setlkw(self, request: Request) -> bytes | None:
         file = self._file(request.args[0])
+        if self._vices.locks == "hang":
+            return self.locks.hang(request)
         return self.locks.perform(request, file.node.path, file.descriptor)
 
     getlk = setlk = setlkw

@@ -62,6 +62,10 @@ class Locks:
             self._blocked[request.unique] = (request, attempt)
             return None
 
+    def hang(self, request: Request) -> None:
+        """Lets GETLK, SETLK or SETLKW wait for ever."""
+        self._blocked[request.unique] = (request, _wait_on)
+
     def retry(self, connection: Connection) -> None:
         """Tries all blocked calls again, the oldest first."""
         for unique, (request, attempt) in list(self._blocked.items()):
@@ -84,6 +88,10 @@ class Locks:
         """Drops the fcntl locks of an owner, who has closed the file."""
         if (descriptor := self._owners.pop((node, owner), None)) is not None:
             os.close(descriptor)
+
+
+def _wait_on() -> bytes:
+    raise BlockingIOError
 
 
 def _flock(descriptor: int, kind: int) -> bytes:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 from harness import fuse_wire as wire
-from harness.fuse_nodes import Key, Node, Nodes, OpenDirectory, key_of
+from harness.fuse_nodes import Key, Node, Nodes, OpenDirectory
 from harness.fuse_vices import Vices
 from harness.fuse_wire import Request
 
@@ -20,7 +20,7 @@ class Names:
     def __init__(self, nodes: Nodes, vices: Vices) -> None:
         self._nodes = nodes
         self._vices = vices
-        self._seen: set[tuple[Key, bytes, Key]] = set()  # what the lag hides no longer
+        self._seen: set[tuple[Key, bytes]] = set()  # what the lag hides no longer
         self._numbers = itertools.count(1)
         self._directories: dict[int, OpenDirectory] = {}
 
@@ -39,22 +39,22 @@ class Names:
     def entry(self, number: int, node: Node) -> bytes:
         return wire.entry_reply(number, node.status(), self._vices.entry_seconds, self._vices.attribute_seconds)
 
-    def see(self, parent: Node, name: bytes, key: Key) -> None:
-        """Notes what was made through this mount, from which no lag hides it."""
-        self._seen.add((parent.key, name, key))
+    def see(self, parent: Node, name: bytes) -> None:
+        """Notes what was made through this mount: no lag hides it, nor the file that replaces it."""
+        self._seen.add((parent.key, name))
 
     def _made(self, request: Request, parent: Node, name: bytes) -> bytes:
         number, node = self._nodes.find(parent, name)
         status = node.status()
         if (status.st_uid, status.st_gid) != (request.uid, request.gid):
             os.chown(name, request.uid, request.gid, dir_fd=parent.descriptor, follow_symlinks=False)
-        self.see(parent, name, node.key)
+        self.see(parent, name)
         return self.entry(number, node)
 
     def _is_hidden(self, parent: Node, name: bytes, status: os.stat_result) -> bool:
         if not self._vices.lag_seconds:
             return False
-        sight = (parent.key, name, key_of(status))
+        sight = (parent.key, name)
         if time.time() - status.st_ctime >= self._vices.lag_seconds:
             self._seen.add(sight)
         return sight not in self._seen
@@ -77,13 +77,14 @@ class Names:
     def link(self, request: Request) -> bytes:
         parent, [name], source = self._nodes[request.node], request.names, self._nodes[request.args[0]]
         os.link(source.path, name, dst_dir_fd=parent.descriptor)
-        self.see(parent, name, source.key)
+        self.see(parent, name)
         return self.entry(*self._nodes.find_open(source.descriptor))
 
     def unlink(self, request: Request) -> bytes:
         parent, [name] = self._nodes[request.node], request.names
         self._nodes.note_removal(parent, name)
         os.unlink(name, dir_fd=parent.descriptor)
+        self._seen.discard((parent.key, name))
         return b""
 
     def rmdir(self, request: Request) -> bytes:
@@ -92,11 +93,10 @@ class Names:
 
     def rename(self, request: Request) -> bytes:
         parent, (old, new), new_parent = self._nodes[request.node], request.names, self._nodes[request.args[0]]
-        # Before, since afterwards another mount may have replaced it already.
-        moved = key_of(os.lstat(old, dir_fd=parent.descriptor))
         self._nodes.note_removal(new_parent, new)
         os.rename(old, new, src_dir_fd=parent.descriptor, dst_dir_fd=new_parent.descriptor)
-        self.see(new_parent, new, moved)
+        self._seen.discard((parent.key, old))
+        self.see(new_parent, new)
         return b""
 
     def readlink(self, request: Request) -> bytes:

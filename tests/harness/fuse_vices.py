@@ -18,7 +18,7 @@ class Vices:
         locks: ``"pass"``: flock and fcntl locks are the backing files', and exclude across mounts (NFSv4, Lustre
             ``-o flock``). ``"local"``: each mount has its own and they silently exclude nobody else (Lustre
             ``-o localflock``, NFS ``nolock``). The name of an errno: all locks fail with it (``"ENOLCK"``: NFS without
-            lockd; ``"ENOSYS"``: Lustre without ``-o flock``).
+            lockd; ``"ENOSYS"``: Lustre without ``-o flock``). ``"hang"``: no lock call returns before a signal comes.
         attribute_seconds: How long size, times and mode of a file are believed without asking (NFS ``acregmin``).
             Asking for a name brings them, too, so that stat() of a name is only as old as ``entry_seconds`` allows.
         entry_seconds: The same for the names of files that exist (NFS ``lookupcache``).
@@ -69,6 +69,6 @@ class Vices:
             names["link"] = "EPERM"
         if not self.supports_fallocate:
             names["fallocate"] = "EOPNOTSUPP"
-        if self.locks not in ("pass", "local"):
+        if self.locks not in ("pass", "local", "hang"):
             names |= dict.fromkeys(("getlk", "setlk", "setlkw"), self.locks)
         return {Op[operation.upper()]: getattr(errno, name) for operation, name in names.items()}

@@ -24,7 +24,7 @@ def run_pytest(tmp_path, code, *words, **env):
 
 def test_nothing_of_the_caller_reaches_a_test(tmp_path):
     launchers = ["RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"]
-    others = ["HTTPS_PROXY", "http_proxy", "RANKLOAD_OFFLINE", "TORCH_HOME"]
+    others = ["HTTPS_PROXY", "http_proxy", "RANKLOAD_OFFLINE", "TORCH_HOME", "HF_TOKEN", "AWS_PROFILE"]
     code = """
 def test_it(tmp_path_factory):
     assert "stray" not in os.environ.values(), os.environ

@@ -70,6 +70,17 @@ def test_a_blocked_lock_comes_when_it_is_free_and_can_be_killed(tmp_path, kind):
             assert ranks.wait_for_end(1).value >= freed_at
 
 
+@pytest.mark.parametrize("kind", ["flock", "fcntl"])
+def test_a_lock_call_that_hangs_can_be_killed(tmp_path, kind):
+    with node_paths(tmp_path, locks="hang") as [path]:
+        (path / "lock").touch()
+        with start_ranks(take_lock, 1, env="none", args=(path / "lock", kind)) as ranks:
+            ranks.wait_for_mark("asks")
+            assert (path / "lock").exists() and ranks.is_alive(0)  # the mount itself answers
+            ranks.kill(0)
+            assert ranks.wait_for_end(0, 5).exitcode == -signal.SIGKILL
+
+
 def test_an_fcntl_lock_goes_with_any_close_of_its_process(tmp_path):
     with node_paths(tmp_path, 2) as (a, b), contextlib.ExitStack() as stack:
         first, third = opened(stack, a / "lock"), opened(stack, b / "lock")

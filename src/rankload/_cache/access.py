@@ -7,6 +7,7 @@ for any file.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from contextlib import suppress
@@ -29,6 +30,19 @@ def share_file(descriptor: int, directory: Path) -> None:
     if is_group_shared(directory):
         with suppress(OSError):  # not ours: then its owner has done it
             os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | 0o660)
+
+
+def open_plain(path: Path) -> int:
+    """Open a file of rankload's own for reading: no symbolic link, nor a pipe, which would wait for its writer.
+
+    Raises:
+        OSError: it is no plain file, or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return descriptor
 
 
 def make_own_directory(directory: Path) -> None:

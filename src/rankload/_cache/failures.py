@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from rankload._errors import CacheError, RankloadError
+
+T = TypeVar("T")
+
+#: Before a file is opened again whose handle is stale.
+_REOPEN_PAUSES_SECONDS = (0.0, 0.05, 0.2, 0.5, 1.0)
 
 
 @contextmanager
@@ -33,18 +40,39 @@ def reading(path: Path) -> Iterator[None]:
         raise CacheError(f"cannot read {path}: {_words(error)}", path=str(path), errno=error.errno) from error
 
 
+def reopening(read: Callable[[], T]) -> T:
+    """Call a function that opens and reads a file; once more, again and again, where the answer is ESTALE.
+
+    A network filesystem says so of a file that was replaced on another host since this one looked up its name. The
+    next look brings the new one.
+    """
+    for pause_seconds in _REOPEN_PAUSES_SECONDS:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        time.sleep(pause_seconds)
+    return read()
+
+
 def no_space_error(path: Path, needed_bytes: int | None, error: OSError) -> CacheError:
     """Return the error for a full disk or an exhausted quota, with the space that is needed and there is."""
-    free_bytes = _free_bytes(path.parent)
     need = f"{_size(needed_bytes)} needed, " if needed_bytes is not None else ""
     return CacheError(
-        f"cannot write {path}: {_words(error)}; {need}{_size(free_bytes)} free in {path.parent}; make room, or pass "
-        "model_dir= or set TORCH_HOME to another directory",
+        f"cannot write {path}: {_words(error)}; {_have(path.parent, need)}, or pass model_dir= or set TORCH_HOME to "
+        "another directory",
         path=str(path),
         errno=error.errno,
         needed_bytes=needed_bytes,
-        free_bytes=free_bytes,
+        free_bytes=_room(path.parent)[0],
     )
+
+
+def why_no_room(directory: Path, error: OSError) -> str:
+    """Return more words for a directory that cannot be made, if the disk is full; else none."""
+    parent = next((path for path in directory.parents if path.exists()), directory)
+    return f"; {_have(parent, '')}" if _is_full(error) else ""
 
 
 def _write_error(path: Path, error: OSError) -> CacheError:
@@ -69,9 +97,18 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
-def _free_bytes(directory: Path) -> int:
+def _have(directory: Path, need: str) -> str:
+    free_bytes, has_inodes = _room(directory)
+    if free_bytes and not has_inodes:
+        return f"no inode is left for another file in {directory}, though {_size(free_bytes)} are free; remove files"
+    return f"{need}{_size(free_bytes)} free in {directory}; make room"
+
+
+def _room(directory: Path) -> tuple[int, bool]:
+    """Return the bytes that are free, and whether another file can be made."""
     try:
         status = os.statvfs(directory)
     except OSError:
-        return 0
-    return status.f_bavail * status.f_frsize
+        return 0, True
+    # where inodes are made as they are needed (btrfs), none are counted at all
+    return status.f_bavail * status.f_frsize, bool(status.f_favail or not status.f_files)

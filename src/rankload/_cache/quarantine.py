@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from rankload._cache.access import make_own_directory
+from rankload._cache.access import make_own_directory, share_file
 from rankload._cache.layout import Entry
 
 
@@ -31,6 +31,10 @@ def quarantine(entry: Entry, reason: str, move_to: Callable[[Path], object]) -> 
     except OSError:
         return None
     note = {"reason": reason, "quarantined_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    note_path = path.with_name(path.name + ".json")
     with suppress(OSError):
-        path.with_name(path.name + ".json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        note_path.unlink(missing_ok=True)  # it may be another user's, or a link to anything
+        with note_path.open("x", encoding="utf-8") as file:
+            share_file(file.fileno(), path.parent)
+            file.write(json.dumps(note, indent=1) + "\n")
     return path

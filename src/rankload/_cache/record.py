@@ -10,7 +10,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from rankload._cache.access import make_own_directory, share_file
+from rankload._cache.access import make_own_directory, open_plain, share_file
+from rankload._cache.failures import reopening
 from rankload._types import Source
 
 _logger = logging.getLogger("rankload")
@@ -53,9 +54,7 @@ class Record:
 def read_record(path: Path) -> Record | None:
     """Read a record; None where there is none, or one that is unreadable or of another version."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with os.fdopen(descriptor, encoding="utf-8") as file:
-            found = json.load(file)
+        found = json.loads(reopening(lambda: _text_of(path)))
         return _checked(Record(**{field.name: found[field.name] for field in fields(Record)}))
     except FileNotFoundError:
         return None
@@ -78,6 +77,11 @@ def write_record(path: Path, record: Record) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()  # there only if something went wrong, be it a signal
+
+
+def _text_of(path: Path) -> str:
+    with os.fdopen(open_plain(path), encoding="utf-8") as file:
+        return file.read()
 
 
 def _checked(record: Record) -> Record:

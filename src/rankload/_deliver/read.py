@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from rankload._cache.failures import reopening
 from rankload._checkpoint import torch_zip
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import CHECKPOINT_FORMATS, Format, describe, sniff
@@ -58,12 +59,16 @@ def read_checkpoint(
     read = functools.partial(
         _read, map_location=map_location, mmap=mmap, weights_only=weights_only, arguments=torch_load_arguments
     )
-    with translated(path):
+
+    def read_any() -> Any:
         file_format = sniff(path)
         if file_format != "single_member_zip":
             return read(path, file_format)
         with _unpacked(path) as member_path:
             return read(member_path, sniff(member_path))
+
+    with translated(path):
+        return reopening(read_any)
 
 
 def _read(

@@ -9,7 +9,7 @@ from pathlib import Path
 from stat import S_ISLNK, S_ISREG
 
 from rankload._cache.access import make_own_directory
-from rankload._cache.failures import reading
+from rankload._cache.failures import reading, reopening
 from rankload._cache.layout import Entry, redact, url_key
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, read_record, write_record
@@ -75,15 +75,7 @@ def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFi
         CacheError: it cannot be read.
     """
     with reading(path):
-        status = path.stat()
-        if not S_ISREG(status.st_mode):  # opening a pipe would wait for its writer, for ever
-            raise CacheError(f"cannot read {path}: it is no regular file", path=str(path))
-        check_structure(path, must_be_checkpoint=request.must_be_checkpoint, origin=str(path))
-        sha256, claims = None, claims_of(request)
-        if claims:
-            sha256 = _hash(path, status.st_size, report)
-            check_digest(sha256, claims, str(path))
-    return FetchedFile(path, status.st_size, sha256, "local")
+        return reopening(lambda: _in_place(path, request, report))
 
 
 def file_version(entry: Entry) -> FileVersion | None:
@@ -111,6 +103,18 @@ def make_entry_directory(entry: Entry) -> None:
             ) from error
 
 
+def _in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFile:
+    status = path.stat()
+    if not S_ISREG(status.st_mode):  # opening a pipe would wait for its writer, for ever
+        raise CacheError(f"cannot read {path}: it is no regular file", path=str(path))
+    check_structure(path, must_be_checkpoint=request.must_be_checkpoint, origin=str(path))
+    sha256, claims = None, claims_of(request)
+    if claims:
+        sha256 = _hash(path, status.st_size, report)
+        check_digest(sha256, claims, str(path))
+    return FetchedFile(path, status.st_size, sha256, "local")
+
+
 def _version_of(status: os.stat_result | None) -> FileVersion | None:
     return None if status is None else (status.st_ino, status.st_mtime_ns)
 
@@ -121,7 +125,7 @@ def _inspect(entry: Entry) -> Cached:
         raise CacheError(f"{own_directory} is a symbolic link: refused; remove it", path=str(own_directory))
     with reading(entry.path):
         try:
-            link, status = entry.path.lstat(), entry.path.stat()
+            link, status = reopening(lambda: (entry.path.lstat(), entry.path.stat()))
         except FileNotFoundError:
             return Cached(None, None)
     if S_ISLNK(link.st_mode) and link.st_uid not in (0, os.geteuid()):
@@ -138,7 +142,7 @@ def _checked(entry: Entry, cached: Cached, request: FetchRequest, report: Report
     assert cached.status is not None
     status, record = cached.status, cached.record
     try:
-        sha256, vouched_by = _judge(entry.path, cached, request, report)
+        sha256, vouched_by = reopening(lambda: _judge(entry.path, cached, request, report))
     except _UnexpectedError as error:  # whole, but not what is asked for now: it stays until that is there
         _logger.warning("%s; fetching it again", error)
         return None

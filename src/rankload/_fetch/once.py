@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rankload._cache.directory import make_directory
@@ -13,7 +15,9 @@ from rankload._errors import CacheError
 from rankload._fetch.leader import fetch
 from rankload._job.domains import Domain, find_domain
 from rankload._settings import Settings
-from rankload._types import Channel, FetchedFile, FetchRequest
+from rankload._types import Channel, FetchedFile, FetchRequest, Progress, Report
+
+_logger = logging.getLogger("rankload")
 
 
 def fetch_once(request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile:
@@ -51,33 +55,56 @@ def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
 def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile:
     fetched = channel.wait_for(f"fetched/{domain.key}", from_rank=domain.leader)
     path = request.directory / fetched["path"]  # an absolute path stays as it is
-    _await_visible(path, fetched["size_bytes"], domain.leader, settings)
-    return FetchedFile(path, fetched["size_bytes"], fetched["sha256"], fetched["source"])
+    file = FetchedFile(path, fetched["size_bytes"], fetched["sha256"], fetched["source"])
+    found = _await_visible(file, channel.report, settings)
+    if found == file.size_bytes:
+        return file
+    seen = "does not exist" if found is None else f"has {found} bytes, not {file.size_bytes},"
+    error = CacheError(
+        f"rank {domain.leader} published {path}, but it {seen} here after {settings.visibility_seconds:g} s: is the "
+        "directory shared between these nodes? Pass scope='node', or a model_dir that is the same everywhere",
+        path=str(path),
+    )
+    # scope="job" is the caller's word that it is shared: a thousand nodes where it is not must not all ask the origin
+    if found is not None or file.source == "local" or request.scope == "job" or request.offline:
+        raise error
+    _logger.warning("%s has been removed since rank %d published it; fetching it once more", path, domain.leader)
+    return _fetch_again(file, request, channel, settings, error)
 
 
-def _await_visible(path: Path, size_bytes: int, leader: int, settings: Settings) -> None:
-    """Wait until this node sees the file that the leader published on another.
+def _fetch_again(
+    file: FetchedFile, request: FetchRequest, channel: Channel, settings: Settings, error: CacheError
+) -> FetchedFile:
+    """Fetch what the leader had, though somebody has deleted it: the very same bytes, or nothing.
+
+    Every rank that misses the file comes here by itself, as if it were another job: the lease makes it one download.
+    """
+    again = fetch(replace(request, sha256=file.sha256 or request.sha256), channel.report, settings)
+    if again.size_bytes != file.size_bytes:
+        raise error
+    return again
+
+
+def _await_visible(file: FetchedFile, report: Report, settings: Settings) -> int | None:
+    """Wait until this node sees the file that the leader published on another; return its size, None for no file.
 
     Linux NFS clients keep absent names and old sizes for up to 60 s; opening a file revalidates them sooner than
     stat(), and listing the directory drops absent names (nfs(5), "Data and metadata coherence").
     """
     deadline, delay = time.monotonic() + settings.visibility_seconds, 0.01
-    while (found := _size_when_opened(path)) != size_bytes:
-        if time.monotonic() > deadline:
-            seen = "does not exist" if found is None else f"has {found} bytes, not {size_bytes},"
-            raise CacheError(
-                f"rank {leader} published {path}, but it {seen} here after {settings.visibility_seconds:g} s: is the "
-                "directory shared between these nodes? Pass scope='node', or a model_dir that is the same everywhere",
-                path=str(path),
-            )
+    while (found := _size_when_opened(file.path)) != file.size_bytes and time.monotonic() < deadline:
+        report(Progress("waiting"))  # raises what another rank has failed with
         time.sleep(delay)
         delay = min(delay * 1.5, 1.0)
+    return found
 
 
 def _size_when_opened(path: Path) -> int | None:
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size
+    except PermissionError as error:  # it is there, and will not be ours to read by waiting
+        raise CacheError(f"cannot read {path}: {error.strerror}", path=str(path), errno=error.errno) from error
     except OSError:
         with suppress(OSError):
             list(path.parent.iterdir())

@@ -64,7 +64,7 @@ class RankChannel:
             self._store,
             self._key(f"status/{self.identity.rank}"),
             self.identity,
-            settings.heartbeat_seconds,
+            min(settings.heartbeat_seconds, settings.progress_seconds / 4),  # or it would seem not to move
             self._look_around,
             self._note_failure,
         )

@@ -117,15 +117,16 @@ def _leave_probe_file(channel: Channel, directory: Path) -> str | None:
     except OSError:  # a read-only cache serves each node's own hits
         return None
     channel.on_exit(lambda: path.unlink(missing_ok=True))
-    _remove_abandoned_probe_files(directory)
+    _remove_abandoned_probe_files(path)
     return path.name
 
 
-def _remove_abandoned_probe_files(directory: Path) -> None:
+def _remove_abandoned_probe_files(own: Path) -> None:
     """Remove what ranks that were killed have left. Empty files, so an hour of them harms nobody."""
     with suppress(OSError):
-        for path in directory.glob(f"{_PROBE_PREFIX}*"):
-            if time.time() - path.stat().st_mtime > _PROBE_MAX_AGE_SECONDS:
+        now = own.stat().st_mtime  # by the clock of the file server, as are the others' times
+        for path in own.parent.glob(f"{_PROBE_PREFIX}*"):
+            if now - path.stat().st_mtime > _PROBE_MAX_AGE_SECONDS:
                 path.unlink()
 
 

@@ -18,8 +18,11 @@ def origin_for(url: str, headers: Headers, settings: Settings) -> Origin:
         headers: extra request headers, meant for this URL; only HTTP has any.
         settings: deadlines.
     """
-    if urlsplit(url).scheme in ("http", "https"):
+    scheme = urlsplit(url).scheme
+    if scheme in ("http", "https"):
         return HttpOrigin(url, headers, settings)
-    from rankload._fetch.origins.filesystems import FilesystemOrigin  # fsspec takes a while to import
+    # fsspec takes a while to import
+    from rankload._fetch.origins.filesystems import FilesystemOrigin
+    from rankload._fetch.origins.hugging_face import HuggingFaceOrigin
 
-    return FilesystemOrigin(url)
+    return HuggingFaceOrigin(url, headers, settings) if scheme == "hf" else FilesystemOrigin(url)

@@ -1,10 +1,11 @@
-"""Ranges of a file on whatever fsspec reaches: s3, gs, hf, memory, …"""
+"""Ranges of a file on whatever fsspec reaches: s3, gs, memory, …"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ import fsspec
 
 from rankload._cache.layout import redact
 from rankload._errors import ContentChangedError, FetchError, NetworkError
-from rankload._fetch.origins.origin import Claim, Version
+from rankload._fetch.origins.origin import Version
 
 #: One read. Every one is a request of its own, so it should not be small.
 _READ_BYTES = 8 << 20
@@ -33,14 +34,14 @@ class FilesystemOrigin:
     @contextlib.contextmanager
     def open(self, begin: int, end: int | None, version: Version | None) -> Iterator[FilesystemBody]:
         """See `Origin`."""
-        with self._translating():
+        with translating_any(self.url, self.shown):
             filesystem, path = self._found
             found = _version_of(filesystem, path)
         if version is not None and not version.is_same_as(found):
             raise ContentChangedError(f"{self.shown}: the file has changed while it was fetched", url=self.shown)
         size_bytes = found.size_bytes
         if end is None or size_bytes is None or begin >= size_bytes:
-            with self._translating(), filesystem.open(path, "rb") as file:
+            with translating_any(self.url, self.shown), filesystem.open(path, "rb") as file:
                 yield FilesystemBody(found, 0, size_bytes, True, self, lambda _, count: file.read(count))
         else:
             read = functools.partial(_read_range, filesystem, path)
@@ -48,26 +49,33 @@ class FilesystemOrigin:
 
     @functools.cached_property
     def _found(self) -> tuple[Any, str]:
-        filesystem, path = fsspec.core.url_to_fs(self.url)
-        return filesystem, path
+        return filesystem_of(self.url)
 
-    @contextlib.contextmanager
-    def _translating(self) -> Iterator[None]:
-        """Translate whatever a filesystem raises; each has its own kinds of errors."""
-        try:
-            yield
-        except FetchError:
-            raise
-        except FileNotFoundError:
-            raise FetchError(f"{self.shown}: no such file there; check the URL", url=self.shown) from None
-        except PermissionError as error:
-            raise FetchError(f"{self.shown}: access denied: {error}", url=self.shown) from None
-        except (ImportError, ValueError) as error:
-            scheme = self.url.partition("://")[0]
-            advice = f"; pip install 'rankload[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
-            raise FetchError(f"{self.shown}: {error}{advice}", url=self.shown) from None
-        except Exception as error:
-            raise NetworkError(f"{self.shown}: {type(error).__name__}: {error}", url=self.shown) from None
+
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """Return fsspec's filesystem for a URL, and the path in it."""
+    filesystem, path = fsspec.core.url_to_fs(url)
+    return filesystem, path
+
+
+@contextlib.contextmanager
+def translating_any(url: str, shown: str) -> Iterator[None]:
+    """Translate whatever a filesystem raises; each has its own kinds of errors."""
+    try:
+        yield
+    except FetchError:
+        raise
+    except FileNotFoundError:
+        raise FetchError(f"{shown}: no such file there; check the URL", url=shown) from None
+    except PermissionError as error:
+        raise FetchError(f"{shown}: access denied: {error}", url=shown) from None
+    except (ImportError, ValueError) as error:
+        scheme = url.partition("://")[0]
+        advice = f"; pip install 'rankload[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
+        raise FetchError(f"{shown}: {error}{advice}", url=shown) from None
+    except Exception as error:
+        without_queries = re.sub(r"\?\S+", "?…", str(error))
+        raise NetworkError(f"{shown}: {type(error).__name__}: {without_queries}", url=shown) from None
 
 
 @dataclass
@@ -88,7 +96,7 @@ class FilesystemBody:
     def read(self) -> bytes:
         """See `Body`."""
         count = _READ_BYTES if self.end is None else min(_READ_BYTES, self.end - self._position)
-        with self._origin._translating():
+        with translating_any(self._origin.url, self._origin.shown):
             piece = self._read(self._position, count) if count > 0 else b""
         self._position += len(piece)
         return piece
@@ -110,12 +118,4 @@ def _version_of(filesystem: Any, path: str) -> Version:
     return Version(
         size_bytes=int(size) if size is not None else None,
         etag=str(found.get("ETag") or found.get("etag") or filesystem.ukey(path)),
-        claim=_claim_of(found),
     )
-
-
-def _claim_of(found: Mapping[str, Any]) -> Claim | None:
-    """Return the SHA-256 that the Hugging Face Hub tells of a file in its large-file storage."""
-    large = found.get("lfs")
-    digest = large.get("sha256") if isinstance(large, Mapping) else getattr(large, "sha256", None)
-    return Claim(digest, "hf-lfs") if isinstance(digest, str) and len(digest) == 64 else None

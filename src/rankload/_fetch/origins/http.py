@@ -15,17 +15,21 @@ from rankload._cache.layout import redact
 from rankload._errors import ContentChangedError, FetchError, HTTPStatusError
 from rankload._fetch.origins.answers import claim_of, content_length_of, content_range_of, retry_after_of, version_of
 from rankload._fetch.origins.credentials import Headers, headers_for
-from rankload._fetch.origins.discretion import discreet
+from rankload._fetch.origins.logs import without_queries
 from rankload._fetch.origins.origin import Claim, UnusableRange, Version
 from rankload._fetch.origins.translation import translating
 from rankload._settings import Settings
 from rankload._version import __version__
 
 #: One read from the socket. The kernel seldom has more ready; a larger buffer is only allocated in vain.
-_READ_BYTES = 512 << 10
+_READ_BYTES = 1 << 20
 
 _MAX_REDIRECTS = 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+#: With these a body is the file, or a range of it. 202 is not among them: "come back later", say servers that pack an
+#: archive first; nor is a redirect that does not say where.
+_SUCCESSES = frozenset({200, 203, 206})
 
 #: What a signed URL answers when it has expired, depending on who signed it.
 _EXPIRED = frozenset({401, 403, 404, 410})
@@ -80,7 +84,7 @@ class HttpOrigin:
                 if begin:
                     raise ContentChangedError(f"{self.shown}: the file ends before byte {begin} now", url=self.shown)
                 response = self._ask(stack, session, {})  # an empty file has no first byte
-            if response.status_code >= 400:
+            if response.status_code not in _SUCCESSES:
                 raise self._status_error(response)
             yield self._body_of(response, begin, end, version)
 
@@ -102,7 +106,7 @@ class HttpOrigin:
         for _ in range(_MAX_REDIRECTS + 1):
             response = self._send(stack, session, target.url, range_headers)
             if response.status_code not in _REDIRECTS or "Location" not in response.headers:
-                if response.status_code < 400:
+                if response.status_code in _SUCCESSES:
                     self._target = target
                 return response
             response.close()
@@ -135,7 +139,7 @@ class HttpOrigin:
         auth = _as_given if "authorization" in map(str.lower, sent) else None
         stall_seconds = min(self._settings.stall_seconds, self._settings.progress_seconds)
         deadlines = (self._settings.connect_seconds, stall_seconds)
-        with translating(self.shown), discreet():
+        with translating(self.shown), without_queries():
             response = session.get(url, headers=sent, auth=auth, stream=True, timeout=deadlines, allow_redirects=False)
         return stack.enter_context(response)
 
@@ -180,8 +184,9 @@ class HttpOrigin:
     def _checked_range(self, response: requests.Response, begin: int, end: int | None) -> tuple[int, int, int | None]:
         found = content_range_of(response.headers)
         if end is None or found is None or found[0] != begin or found[1] > end:
+            asked = f"bytes {begin}-{end - 1}" if end is not None else "the whole file"
             raise UnusableRange(
-                f"{self.shown}: asked for bytes {begin}-{end}, got Content-Range "
+                f"{self.shown}: asked for {asked}, got status 206 and Content-Range "
                 f"{response.headers.get('Content-Range', '(none)')[:80]!r}"
             )
         return found
@@ -189,9 +194,11 @@ class HttpOrigin:
     def _status_error(self, response: requests.Response) -> HTTPStatusError:
         code = response.status_code
         advice = {
+            202: ": the origin has yet to prepare the file; try again later",
             401: ": the origin wants credentials; pass headers= or use ~/.netrc",
             403: ": the origin refuses; is a token or a fresh signed URL needed?",
             404: ": no such file there; check the URL",
+            407: ": the proxy wants a user and a password; give them in http_proxy (http://user:password@host:port)",
             410: ": the file is gone for good",
             429: ": too many requests from this address; try again later, or prefetch into a shared directory",
         }.get(code, ": the origin's own trouble; try again later, or pass a mirror" if code >= 500 else "")

@@ -28,8 +28,12 @@ def translating(shown: str) -> Iterator[None]:
 
 
 def _translated(error: Exception, shown: str) -> FetchError:
-    if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
-        what = "no connection" if "Connect" in type(error).__name__ else "not a byte came"
+    innermost = _innermost(error)
+    is_proxys = isinstance(error, requests.exceptions.ProxyError)
+    if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)) or isinstance(innermost, TimeoutError):
+        what = "not a byte came"
+        if is_proxys or isinstance(error, requests.ConnectTimeout):
+            what = "no connection to the proxy" if is_proxys else "no connection"
         text = f"{shown}: {what} within the deadline; raise timeout= or pass a mirror"
         return FetchTimeoutError(text, url=shown)
     if isinstance(error, requests.exceptions.InvalidSchema):
@@ -38,8 +42,8 @@ def _translated(error: Exception, shown: str) -> FetchError:
         return FetchError(f"{shown}: not a URL that can be fetched, or it redirects to one", url=shown)
     if isinstance(error, urllib3.exceptions.ProtocolError) and "IncompleteRead" in str(error):
         return TruncatedError(f"{shown}: the body ended in the middle of a chunk", url=shown)
-    innermost = _innermost(error)
-    return NetworkError(f"{shown}: {_words(innermost)}", url=shown, is_permanent=_is_permanent(innermost))
+    who = "the proxy that the environment names: " if is_proxys else ""
+    return NetworkError(f"{shown}: {who}{_words(innermost)}", url=shown, is_permanent=_is_permanent(innermost))
 
 
 def _words(cause: BaseException) -> str:

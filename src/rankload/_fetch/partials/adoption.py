@@ -11,8 +11,8 @@ from pathlib import Path
 from stat import S_ISREG
 
 from rankload._cache.layout import Entry
-from rankload._fetch.partials.journal import Entries, journal_path, journals_of, read_journal
-from rankload._fetch.partials.owner import Owner, owner_of, partials_of
+from rankload._fetch.partials.journal import Entries, journal_path, partial_path_of, read_journal
+from rankload._fetch.partials.owner import Owner, owner_of, partials_of, siblings_of
 from rankload._fetch.partials.partial import Partial
 from rankload._settings import Settings
 
@@ -77,17 +77,18 @@ def remove_dead_partials(entry: Entry, settings: Settings, now: float) -> None:
                 path.unlink()
                 journal_path(path).unlink(missing_ok=True)
                 _logger.info("removed %s: its owner is dead", path)
-    _remove_orphaned_journals(entry, now)
+    _remove_orphan_journals(entry, settings, now)
 
 
-def _remove_orphaned_journals(entry: Entry, now: float) -> None:
-    """Remove journals whose owner was killed between two renames: of the partial file, then of its journal."""
-    for path, partial_path in journals_of(entry):
+def _remove_orphan_journals(entry: Entry, settings: Settings, now: float) -> None:
+    """Remove what a process has left that was killed between two renames: a journal whose partial file has moved on."""
+    for path in siblings_of(entry):
+        partial_path = partial_path_of(path)
+        if partial_path is None or (owner := owner_of(partial_path)) is None:
+            continue
         with suppress(OSError):
-            owner = owner_of(partial_path)
-            is_old = now - path.lstat().st_mtime > _FOREIGN_MAX_AGE_SECONDS
-            is_over = owner is not None and (owner.is_dead or (not owner.is_here and is_old))
-            if is_over and (path != journal_path(partial_path) or not partial_path.exists()):
+            is_silent = now - path.lstat().st_mtime > settings.lease_seconds
+            if not os.path.lexists(partial_path) and (owner.is_dead or (not owner.is_here and is_silent)):
                 path.unlink()
 
 
@@ -116,12 +117,15 @@ def _candidates(entry: Entry, url_keys: frozenset[str], sha256: str | None) -> l
 
 
 def _is_silent(entries: Entries, now: float, settings: Settings) -> bool:
-    return now - entries.modified_at > settings.lease_seconds + settings.lease_heartbeat_seconds
+    # no longer than the lease: who has taken over a dead owner's lease has watched it for just so long
+    return now - entries.modified_at > settings.lease_seconds
 
 
 def _rename(candidate: _Candidate, partial: Partial) -> None:
     descriptor = _open(candidate.path, os.O_RDWR)
     try:
+        if os.fstat(descriptor).st_size < max(end for _, end in candidate.entries.spans):
+            raise OSError("it is shorter than its journal says")
         candidate.path.replace(partial.path)
     except OSError:
         os.close(descriptor)
@@ -157,7 +161,7 @@ def _copy_some(source: int, target: int, offset: int, count: int) -> int:
 
 def _open(path: Path, flags: int) -> int:
     """Open a file that we may go on with: a plain one of this user's, that nobody can reach by another name."""
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     status = os.fstat(descriptor)
     if not S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1:
         os.close(descriptor)

@@ -19,18 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rankload._cache.access import share_file
-from rankload._cache.layout import Entry
+from rankload._cache.access import open_plain, share_file
 from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.owner import boot_id
 from rankload._fetch.transfer.spans import Spans
 
 _FORMAT = 1
 
-_JOURNAL = ".journal"
-
-#: Behind that while the first lines are written.
-_BEGUN = ".new"
+_SUFFIX, _BEGINNING = ".journal", ".new"
 
 
 @dataclass(frozen=True)
@@ -67,21 +63,13 @@ class Entries:
 
 def journal_path(partial_path: Path) -> Path:
     """Return the path of a partial file's journal."""
-    return partial_path.with_name(partial_path.name + _JOURNAL)
+    return partial_path.with_name(partial_path.name + _SUFFIX)
 
 
-def journals_of(entry: Entry) -> list[tuple[Path, Path]]:
-    """List an entry's journals, those that were only begun too, each with the path of its partial file."""
-    try:
-        siblings = list(entry.path.parent.iterdir())
-    except OSError:
-        return []
-    partial_names = [(path, path.name.removesuffix(_BEGUN).removesuffix(_JOURNAL)) for path in siblings]
-    return [
-        (path, path.with_name(name))
-        for path, name in partial_names
-        if name != path.name and name.startswith(entry.partial_stem + ".")
-    ]
+def partial_path_of(path: Path) -> Path | None:
+    """Return the partial file's path for that of a journal, or of the beginning of one; None for any other file's."""
+    name = path.name.removesuffix(_BEGINNING)
+    return path.with_name(name.removesuffix(_SUFFIX)) if name.endswith(_SUFFIX) else None
 
 
 class Journal:
@@ -93,7 +81,7 @@ class Journal:
         self._lock = threading.Lock()  # the n in "the first n ranges" must be the order of the lines
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         # the one that was adopted holds until this one is complete
-        beginning = self._path.with_name(self._path.name + _BEGUN)
+        beginning = self._path.with_name(self._path.name + _BEGINNING)
         with suppress(OSError):
             self._descriptor = os.open(beginning, flags, 0o666)
             share_file(self._descriptor, self._path.parent)
@@ -108,7 +96,7 @@ class Journal:
         """Note that the first ranges, so many, are on disk; and that this process lives."""
         self._append({"synced": count})
         with self._lock, suppress(OSError):
-            if self._descriptor >= 0:  # or it is a ValueError
+            if self._descriptor >= 0:  # or it could not be made, or is closed
                 os.fdatasync(self._descriptor)
 
     @property
@@ -132,9 +120,8 @@ class Journal:
 def read_journal(partial_path: Path) -> Entries | None:
     """Read the journal of a dead process's partial file; None where there is none that can be used."""
     try:
-        descriptor = os.open(journal_path(partial_path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            modified_at = os.fstat(descriptor).st_mtime
+        with os.fdopen(open_plain(journal_path(partial_path)), "rb") as file:
+            modified_at = os.fstat(file.fileno()).st_mtime
             lines = file.read().splitlines(keepends=True)
         head = json.loads(lines[0])
         if head.pop("journal") != _FORMAT:
@@ -142,7 +129,7 @@ def read_journal(partial_path: Path) -> Entries | None:
         is_same_boot = head.pop("boot") == boot_id() != ""
         content = _checked(Content(**head))
         ranges, synced = _events(lines[1:])
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
     kept = ranges if is_same_boot else ranges[:synced]
     spans = Spans((begin, end) for begin, end in kept if 0 <= begin < end <= content.size_bytes)
@@ -154,12 +141,12 @@ def _events(lines: list[bytes]) -> tuple[list[tuple[int, int]], int]:
     for line in lines:
         try:
             event = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         match event:
             case [int(begin), int(end)]:
                 ranges.append((begin, end))
-            case {"synced": int(count)}:
+            case {"synced": int(count)} if count >= 0:
                 synced = count
             case _:
                 break
@@ -168,6 +155,7 @@ def _events(lines: list[bytes]) -> tuple[list[tuple[int, int]], int]:
 
 def _checked(content: Content) -> Content:
     texts = (content.etag, content.last_modified, content.sha256)
-    if type(content.size_bytes) is not int or not all(text is None or isinstance(text, str) for text in texts):
+    has_key = type(content.size_bytes) is int and isinstance(content.url_key, str)
+    if not has_key or not all(text is None or isinstance(text, str) for text in texts):
         raise TypeError("no journal of ours")
     return content

@@ -60,12 +60,16 @@ def abandoned_path(entry: Entry) -> Path:
 
 def partials_of(entry: Entry) -> list[Path]:
     """List the partial files of an entry, whoever owns them."""
+    return [path for path in siblings_of(entry) if owner_of(path)]
+
+
+def siblings_of(entry: Entry) -> list[Path]:
+    """List the files whose names begin as those of an entry's partial files do."""
     try:
         siblings = list(entry.path.parent.iterdir())
     except OSError:
         return []
-    stem = entry.partial_stem + "."
-    return [path for path in siblings if path.name.startswith(stem) and owner_of(path)]
+    return [path for path in siblings if path.name.startswith(f"{entry.partial_stem}.")]
 
 
 def boot_id() -> str:

@@ -14,7 +14,7 @@ from types import TracebackType
 from rankload._cache.access import share_file
 from rankload._cache.failures import no_space_error, writing
 from rankload._cache.layout import Entry
-from rankload._errors import CacheError, VerificationError
+from rankload._errors import CacheError, RankloadError, VerificationError
 from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.journal import Content, Journal, journal_path
 from rankload._fetch.partials.linux import allocate
@@ -152,7 +152,7 @@ class Partial:
             yield
         except CacheError as error:
             is_lost = not self._is_gone and not self.path.exists() and self.path.parent.is_dir()
-            if error.errno == errno.ENOENT and is_lost:
+            if error.errno in (errno.ENOENT, errno.ESTALE) and is_lost:
                 raise SupersededError(str(self.path)) from None
             raise
 
@@ -172,7 +172,8 @@ class Partial:
 
     def _is_worth_keeping(self, error: BaseException | None) -> bool:
         """Not what is wrong, nor what fills a disk or could not be written for another reason, nor next to nothing."""
-        is_bad = isinstance(error, (VerificationError, CacheError))
+        is_ours = isinstance(error, RankloadError) and error.rank is None  # what another rank has failed with is not
+        is_bad = is_ours and isinstance(error, (VerificationError, CacheError))
         has_enough = self.spans.total_bytes >= self._settings.chunk_bytes
         return not is_bad and has_enough and journal_path(self.path).exists()
 
@@ -192,12 +193,14 @@ class Partial:
             self._journal = None
 
     def _check_space(self, size_bytes: int) -> None:
-        with suppress(FileNotFoundError):
+        try:
             disk = shutil.disk_usage(self.path.parent)
             needed_bytes = size_bytes - os.fstat(self.descriptor).st_blocks * 512
-            # some FUSE filesystems do not tell: 0 of 0 bytes are free
-            if disk.free < needed_bytes and disk.total:
-                raise no_space_error(self.path, size_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        except OSError:  # the directory is gone, or the filesystem does not tell
+            return
+        # some FUSE filesystems do not tell, either: 0 of 0 bytes are free
+        if disk.free < needed_bytes and disk.total:
+            raise no_space_error(self.path, size_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
 class _Keeper:

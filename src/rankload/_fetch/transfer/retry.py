@@ -7,8 +7,9 @@ import random
 from rankload._errors import FetchError, FetchTimeoutError, HTTPStatusError, NetworkError, TruncatedError
 from rankload._settings import Settings
 
-#: Beside all of 5xx: Request Timeout, Too Early, Too Many Requests (RFC 9110, RFC 8470, RFC 6585).
-_TEMPORARY_CODES = frozenset({408, 425, 429})
+#: Beside all of 5xx: Accepted (and not ready yet), Request Timeout, Too Early, Too Many Requests (RFC 9110, RFC 8470,
+#: RFC 6585).
+_TEMPORARY_CODES = frozenset({202, 408, 425, 429})
 
 #: Not Implemented, HTTP Version Not Supported: asking again changes nothing.
 _PERMANENT_CODES = frozenset({501, 505})

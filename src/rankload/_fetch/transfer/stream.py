@@ -134,5 +134,6 @@ class _TooSlow:
             raise FetchTimeoutError(
                 f"{self._shown}: {rate:.0f} bytes/s, less than minimum_bytes_per_second={self._minimum}",
                 url=self._shown,
+                is_too_slow=True,
             )
         self._began_at, self._bytes = time.monotonic(), done_bytes

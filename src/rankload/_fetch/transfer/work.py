@@ -119,8 +119,8 @@ class Work:
     def enter(self, stream: object) -> bool:
         """Let a stream begin, if there is something to do for it."""
         with self.changed:
-            has_room = len(self._active) < (1 if self.is_whole or self.version is None else self.target_streams)
-            if has_room and self._missing() is not None:
+            limit = 1 if self.is_whole or self.version is None else self.target_streams
+            if len(self._active) < limit and self._missing() is not None:
                 self._active.add(stream)
                 return True
             return False
@@ -210,7 +210,8 @@ class Work:
             is_new = asked_at >= self._failed_at
             if is_new:
                 self._failed_at = time.monotonic()
-                if not self.is_whole and self.done_bytes - self._bytes_at_failure >= _PROGRESS_BYTES:
+                has_progress = self.done_bytes - self._bytes_at_failure >= _PROGRESS_BYTES
+                if has_progress and not self.is_whole and not error.fields.get("is_too_slow"):
                     self._retries.succeeded()
                 self._bytes_at_failure = self.done_bytes
             pause = self._retries.pause_after(error, is_new=is_new)
@@ -222,9 +223,11 @@ class Work:
         """Count an answer to a range request that makes no sense.
 
         Raises:
-            Restart: it is the second one, with next to nothing in between.
+            FetchError, Restart: no range was asked for; it is the second one, with next to nothing in between.
         """
         with self.changed:
+            if self.is_whole:
+                raise FetchError(str(error), url=self.origin.shown)
             if self.done_bytes - self._bytes_at_unusable_range >= _PROGRESS_BYTES:
                 self._unusable_ranges = 0  # one bad server of many, or a bad moment: no reason to drop all that came
             self._bytes_at_unusable_range = self.done_bytes

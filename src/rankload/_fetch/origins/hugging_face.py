@@ -1,0 +1,40 @@
+"""A file on the Hugging Face Hub: its client says where, the bytes come over HTTP like any others.
+
+The client's own filesystem reads ranges, too, but asks the Hub anew for each; here redirects are remembered, validators
+checked, and the digest that the Hub gives is used.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager
+
+from rankload._cache.layout import redact
+from rankload._fetch.origins.credentials import Headers
+from rankload._fetch.origins.filesystems import filesystem_of, translating_any
+from rankload._fetch.origins.http import HttpBody, HttpOrigin
+from rankload._fetch.origins.origin import Version
+from rankload._settings import Settings
+
+
+class HuggingFaceOrigin:
+    """A file at ``hf://[datasets/|spaces/]owner/name[@revision]/path``."""
+
+    def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
+        self.url, self.shown = url, redact(url)
+        self._headers, self._settings = headers, settings
+
+    def open(self, begin: int, end: int | None, version: Version | None) -> AbstractContextManager[HttpBody]:
+        """See `Origin`."""
+        return self._http.open(begin, end, version)
+
+    def close(self) -> None:
+        """See `Origin`."""
+        if "_http" in self.__dict__:
+            self._http.close()
+
+    @functools.cached_property
+    def _http(self) -> HttpOrigin:
+        with translating_any(self.url, self.shown):
+            filesystem, path = filesystem_of(self.url)
+            return HttpOrigin(filesystem.url(path), self._headers, self._settings)
