@@ -170,3 +170,16 @@ def test_path_of_the_partial_file(partial_path):
     assert partial_path_of(journal.with_name(journal.name + ".new")) == partial_path
     assert partial_path_of(partial_path) is None
     assert partial_path_of(partial_path.with_name("x.new")) is None
+
+
+def test_a_keeper_that_comes_late_finds_it_closed(tmp_path):
+    """Its thread would end with a traceback on stderr."""
+    path = tmp_path / "file.partial"
+    journal = Journal(path, Content("key", 1000, '"1"', None, None))
+    journal.add(0, 10)
+    journal.close()
+    journal.close()
+    journal.add(10, 20)
+    journal.synced(2)
+    assert journal.count == 1
+    assert list(read_journal(path).spans) == [(0, 10)]

@@ -11,7 +11,10 @@ from collections.abc import Mapping
 
 from rankload._fetch.origins.origin import Claim, Version
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)", re.IGNORECASE)
+#: 18 digits hold an exabyte; Python refuses to read numbers of thousands of digits.
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE | re.ASCII)
+_LENGTH = re.compile(r"\d{1,18}", re.ASCII)
+
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 #: Members of a Repr-Digest (RFC 9530: ``sha-256=:<base64>:``) or Digest (RFC 3230: ``SHA-256=<base64>``) header.
@@ -47,13 +50,13 @@ def content_range_of(headers: Mapping[str, str]) -> tuple[int, int, int | None] 
 def content_length_of(headers: Mapping[str, str]) -> int | None:
     """Return Content-Length, None where it is missing or no number."""
     text = headers.get("Content-Length", "")
-    return int(text) if text.isdecimal() else None
+    return int(text) if _LENGTH.fullmatch(text) else None
 
 
 def retry_after_of(headers: Mapping[str, str]) -> float | None:
     """Return Retry-After in seconds from now, given as a number or a date (RFC 9110, 10.2.3)."""
     text = headers.get("Retry-After", "").strip()
-    if text.isdecimal():
+    if _LENGTH.fullmatch(text):
         return float(text)
     try:
         date = email.utils.parsedate_to_datetime(text)

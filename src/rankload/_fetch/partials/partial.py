@@ -129,8 +129,11 @@ class Partial:
         """Force the bytes to disk and close the file; return its status. NFS reports a full disk or quota only here."""
         self._end_journal()
         with self.writing():
-            if os.fstat(self.descriptor).st_size != size_bytes:
-                os.ftruncate(self.descriptor, size_bytes)  # adopted from, or promised as, something longer
+            found = os.fstat(self.descriptor).st_size
+            if found < size_bytes:
+                raise OSError(errno.EIO, f"{found} bytes are there of {size_bytes} that were written")
+            if found > size_bytes:  # adopted from, or promised as, something longer
+                os.ftruncate(self.descriptor, size_bytes)
             self._file.sync_and_close(self._settings.progress_seconds)
             return self.path.stat()  # by name, after the close: only then an NFS server has set the final mtime
 
