@@ -109,7 +109,7 @@ class _KnownPace(Pace):
         super().__init__(target)
         self.target = target
 
-    def observe(self, now: float, done_bytes: int, active: int) -> None:
+    def observe(self, now: float, done_bytes: int, active: int, hashing_seconds: float = 0.0) -> None:
         pass
 
 

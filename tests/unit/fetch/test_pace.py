@@ -19,13 +19,20 @@ def capped(per_stream: float, all_together: float) -> Link:
     return lambda now, streams: min(per_stream * streams, all_together)
 
 
-def simulate(link: Link, seconds: float, limit: int = 16, pace: Pace | None = None, begin: float = 0.0) -> list[int]:
+def simulate(
+    link: Link,
+    seconds: float,
+    limit: int = 16,
+    pace: Pace | None = None,
+    begin: float = 0.0,
+    hash_rate: float = float("inf"),
+) -> list[int]:
     """The target after every tick. Streams come at once, and leave half a second after they are not wanted."""
     pace = pace or Pace(limit)
     now, done, active, surplus_since = begin, 0.0, 0, None
     targets = []
     while now < begin + seconds:
-        pace.observe(now, int(done), active)
+        pace.observe(now, int(done), active, done / hash_rate)
         targets.append(pace.target)
         if active > pace.target:
             surplus_since = surplus_since if surplus_since is not None else now
@@ -45,6 +52,15 @@ def test_one_stream_that_fills_the_pipe_stays_nearly_alone():
     assert targets.count(1) / len(targets) > 0.85
     assert targets[-1] == 1 or targets[-20] == 1
     assert max(targets) == 4
+
+
+def test_hash_that_could_not_keep_up_with_twice_the_bytes_keeps_it_at_one():
+    assert set(simulate(capped(900 * MB, 4000 * MB), 60, hash_rate=1600 * MB)) == {1}
+
+
+def test_hash_that_has_time_left_does_not_keep_it_from_climbing():
+    targets = simulate(capped(100 * MB, 800 * MB), 60, hash_rate=1600 * MB)
+    assert targets[-1] == 8  # not 16: what 8 bring keeps half of the hash's time
 
 
 def test_connections_that_are_slow_one_by_one_lead_to_sixteen_soon():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable
 
 from rankload._errors import CacheError
@@ -29,10 +30,12 @@ class Front:
 
     Attributes:
         covered: the bytes that are there.
+        hashing_seconds: how long the hash has been at work so far.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.covered = Spans()
+        self.hashing_seconds = 0.0
         self._descriptor = descriptor
         self._pieces: dict[int, bytes] = {}
         self._memory_bytes = 0
@@ -99,8 +102,10 @@ class Front:
         buffer = memoryview(bytearray(_READ_BYTES))
         try:
             while (found := self._next(buffer)) is not None:
+                began_at = time.monotonic()
                 self._digest.update(found)
                 self._position += len(found)
+                self.hashing_seconds += time.monotonic() - began_at
         except OSError as error:
             self._error = CacheError(f"cannot read back what was downloaded: {error}", errno=error.errno)
         except Exception as error:

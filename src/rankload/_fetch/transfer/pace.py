@@ -14,6 +14,10 @@ _WINDOW_SECONDS = 0.4
 #: More streams must gain so much to stay: each costs the origin a connection and this host a thread.
 _GAIN = 1.15
 
+#: A step up means twice the streams at least. Where the hash is busy for more than half of the time, twice the bytes
+#: could not be hashed: its core is the pipe that is full, and streams would only take it from it.
+_MOST_HASH_LOAD = 0.5
+
 #: How long a choice holds before it is put to the test again: networks change.
 _HOLD_SECONDS = 20.0
 
@@ -32,21 +36,28 @@ class Pace:
         self.target = 1
         self._steps = [step for step in _STEPS if step < limit] + [limit]
         self._rates: dict[int, float] = {}
-        self._window: tuple[float, int] | None = None
+        self._window: tuple[float, int, float] | None = None
         self._hold_until = 0.0
 
-    def observe(self, now: float, done_bytes: int, active: int) -> None:
-        """Take a look: the clock in seconds, bytes received so far, and the number of streams that there are."""
+    def observe(self, now: float, done_bytes: int, active: int, hashing_seconds: float = 0.0) -> None:
+        """Take a look.
+
+        Args:
+            now: the clock, in seconds.
+            done_bytes: received so far.
+            active: number of streams that there are.
+            hashing_seconds: how long the hash has been at work so far.
+        """
         if self._window is None or active != self.target:  # streams come or go: nothing to measure
-            self._window = (now, done_bytes) if done_bytes else None
+            self._window = (now, done_bytes, hashing_seconds) if done_bytes else None
             return
-        began_at, bytes_then = self._window
+        began_at, bytes_then, hashing_then = self._window
         elapsed = now - began_at
         if elapsed < (_WINDOW_SECONDS if self._rates else _ALONE_SECONDS) or done_bytes == bytes_then:
             return
         self._rates[self.target] = (done_bytes - bytes_then) / elapsed
-        self._window = (now, done_bytes)
-        self._choose(now)
+        self._window = (now, done_bytes, hashing_seconds)
+        self._choose(now, (hashing_seconds - hashing_then) / elapsed)
 
     def back_off(self, now: float, active: int) -> None:
         """The origin has turned a stream away: use fewer for a while."""
@@ -55,12 +66,13 @@ class Pace:
         self._window = None
         self._hold_until = now + _HOLD_SECONDS
 
-    def _choose(self, now: float) -> None:
+    def _choose(self, now: float, hash_load: float) -> None:
         if now < self._hold_until:
             return
         best = max(self._rates.values())
         enough = min(step for step, rate in self._rates.items() if rate * _GAIN >= best)
-        if enough == self.target and enough < self._steps[-1] and self._is_climbing():
+        may_climb = enough < self._steps[-1] and self._is_untried_above() and hash_load < _MOST_HASH_LOAD
+        if enough == self.target and may_climb:
             self.target = next(step for step in self._steps if step > enough)
             self._rates.pop(self.target, None)
         elif enough == self.target:
@@ -70,6 +82,6 @@ class Pace:
             self.target = enough
             del self._rates[enough]  # measured before: once more, it may have been a burst
 
-    def _is_climbing(self) -> bool:
+    def _is_untried_above(self) -> bool:
         """Tell whether the next step up is still untried."""
         return not any(step > self.target for step in self._rates)

@@ -68,7 +68,8 @@ class Transfer:
         if work.refusals > self._refusals:
             self._refusals = work.refusals
             self._pace.back_off(now, work.active_streams + 1)
-        self._pace.observe(now, work.done_bytes - self._bytes_before, work.active_streams)
+        received_bytes = work.done_bytes - self._bytes_before
+        self._pace.observe(now, received_bytes, work.active_streams, work.hashing_seconds)
         work.target_streams = self._pace.target
         self._streams = [stream for stream in self._streams if stream.is_alive()]
         while work.refusals == self._refusals and work.enter(stream := Stream(work)):

@@ -106,6 +106,11 @@ class Work:
         return self._front.done_bytes
 
     @property
+    def hashing_seconds(self) -> float:
+        """How long the hash has been at work."""
+        return self._front.hashing_seconds
+
+    @property
     def active_streams(self) -> int:
         """Number of streams at work."""
         return len(self._active)
