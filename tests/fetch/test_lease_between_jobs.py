@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import rankload
 from harness.fetch_calls import fetch_and_mark, files_in, left_in
 from harness.rank import mark, mark_and_wait
 from harness.ranks import run_ranks, start_ranks, wait_until
@@ -240,3 +241,21 @@ def test_failure_of_another_rank_ends_the_wait(tmp_path):
 def assert_went_on(result, content, why):
     assert result.value == content
     assert "going on without the lease" in result.stderr and why in result.stderr, result.stderr
+
+
+def test_good_file_that_another_job_publishes_is_not_set_aside_for_the_damaged_one(origin, cache, big_content):
+    """What a job has found damaged may be another file by the time that it has the lease."""
+    url = origin.add(NAME, big_content)
+    path = rankload.dist_fetch(url, cache)
+    path.write_bytes(big_content[:-1])
+    with start_ranks(hold, 1, env="none", args=(str(lease_of(cache)),)) as holder:
+        assert holder.wait_for_mark("holds") == [True]
+        with start_job(url, cache) as job:
+            wait_until(lambda: "REPLACE" in job.stderr(0), 30, "the job has found the damage, and waits")
+            (cache / "other").write_bytes(big_content)
+            (cache / "other").rename(path)
+            assert job.wait(10)[0].value == big_content
+        holder.open_gate("holds")
+        holder.wait()
+    assert origin.request_count() == 1
+    assert files_in(cache) == [f".rankload/{NAME}.json", NAME]

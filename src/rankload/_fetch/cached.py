@@ -14,7 +14,7 @@ from rankload._cache.layout import Entry, redact, url_key
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, read_record, write_record
 from rankload._checkpoint.open import check_structure
-from rankload._errors import CacheError, DigestMismatchError, VerificationError
+from rankload._errors import CacheError, DigestMismatchError, RankloadError, VerificationError
 from rankload._fetch.digest import sha256_of_file
 from rankload._fetch.origins.origin import Claim
 from rankload._fetch.plan import Action, Cached, decide, known_digest
@@ -34,15 +34,17 @@ class Look:
         entry: the one that is the request's.
         version: of the file that was there, None for none: it changes when somebody publishes.
         file: that file, if it can be used.
+        damage: what is wrong with it, if that is known and it should be set aside.
     """
 
     entry: Entry
     version: FileVersion | None
-    file: FetchedFile | None
+    file: FetchedFile | None = None
+    damage: str | None = None
 
 
 def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
-    """Find the entry that is the request's, and whether its file can be used. What is bad is set aside.
+    """Find the entry that is the request's, and whether its file can be used. Changes nothing but records.
 
     Raises:
         CacheError: something else lies in the file's place, or it cannot be read.
@@ -55,16 +57,19 @@ def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
         _logger.warning("%s: %s; keeping %s at %s", entry.path, plan.reason, redact(request.urls[0]), separate.path)
         make_entry_directory(separate)
         return look_up(separate, request, report)
-    file, version = None, _version_of(cached.status)
+    version = _version_of(cached.status)
     if plan.action is Action.USE:
         assert cached.status is not None
         sha256 = cached.record.sha256 if cached.record else None
-        file = FetchedFile(entry.path, cached.status.st_size, sha256, "cache")
-    elif plan.action is Action.CHECK:
-        file = _checked(entry, cached, request, report)
-    elif plan.action is Action.REPLACE:
-        _set_aside(entry, plan.reason)
-    return Look(entry, version if file is not None else file_version(entry), file)
+        return Look(entry, version, FetchedFile(entry.path, cached.status.st_size, sha256, "cache"))
+    if plan.action is Action.REPLACE:
+        return Look(entry, version, damage=plan.reason)
+    if plan.action is Action.CHECK:
+        try:
+            return Look(entry, version, _checked(entry, cached, request, report))
+        except VerificationError as error:
+            return Look(entry, version, damage=error.message)
+    return Look(entry, version)
 
 
 def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFile:
@@ -84,6 +89,17 @@ def file_version(entry: Entry) -> FileVersion | None:
         return _version_of(entry.path.stat())
     except OSError:
         return None
+
+
+def set_damaged_file_aside(look: Look) -> None:
+    """Set the file aside that a look has found damaged.
+
+    Only under the lease and while it is still that file, or the good one that another job has published would go.
+    """
+    if look.damage is not None:
+        path = quarantine(look.entry, look.damage, look.entry.path.replace)
+        kept = f" (kept at {path})" if path else ""
+        _logger.warning("%s: %s%s; fetching it again", look.entry.path, look.damage, kept)
 
 
 def make_entry_directory(entry: Entry) -> None:
@@ -138,7 +154,11 @@ def _inspect(entry: Entry) -> Cached:
 
 
 def _checked(entry: Entry, cached: Cached, request: FetchRequest, report: Report) -> FetchedFile | None:
-    """Check a file that no record vouches for; adopt it, or set it aside and return None."""
+    """Check a file that no record vouches for, and adopt it; None if it is not what is asked for now.
+
+    Raises:
+        VerificationError: it is damaged.
+    """
     assert cached.status is not None
     status, record = cached.status, cached.record
     try:
@@ -146,10 +166,7 @@ def _checked(entry: Entry, cached: Cached, request: FetchRequest, report: Report
     except _UnexpectedError as error:  # whole, but not what is asked for now: it stays until that is there
         _logger.warning("%s; fetching it again", error)
         return None
-    except VerificationError as error:
-        _set_aside(entry, error.message)
-        return None
-    except CacheError:
+    except RankloadError:
         raise
     except OSError as error:  # removed since the look, or the disk cannot read it any more: a new copy helps
         _logger.warning("cannot read %s: %s; fetching it again", entry.path, error.strerror or error)
@@ -187,12 +204,6 @@ def _judge(path: Path, cached: Cached, request: FetchRequest, report: Report) ->
 
 class _UnexpectedError(VerificationError):
     """The file is not damaged, as far as anybody knows; it is not the one that is asked for."""
-
-
-def _set_aside(entry: Entry, reason: str) -> None:
-    path = quarantine(entry, reason, entry.path.replace)
-    kept = f" (kept at {path})" if path else ""
-    _logger.warning("%s: %s%s; fetching it again", entry.path, reason, kept)
 
 
 def _hash(path: Path, size_bytes: int, report: Report) -> str:

@@ -10,7 +10,7 @@ from rankload._cache.directory import make_directory
 from rankload._cache.layout import Entry, local_path_of
 from rankload._cache.lease import hold_lease
 from rankload._errors import FetchError
-from rankload._fetch.cached import Look, file_version, look_up, use_in_place
+from rankload._fetch.cached import Look, file_version, look_up, set_damaged_file_aside, use_in_place
 from rankload._fetch.download import download
 from rankload._fetch.offline import offline_error
 from rankload._fetch.origins.sidecar import fetch_sidecar
@@ -60,6 +60,7 @@ def _download_under_lease(look: Look, request: FetchRequest, report: Report, set
         suppress(SupersededError),
     ):
         if file_version(entry) == look.version:
+            set_damaged_file_aside(look)
             return download(request, entry, report, settings)
     return None
 
