@@ -68,14 +68,18 @@ def translating_any(url: str, shown: str) -> Iterator[None]:
     except FileNotFoundError:
         raise FetchError(f"{shown}: no such file there; check the URL", url=shown) from None
     except PermissionError as error:
-        raise FetchError(f"{shown}: access denied: {error}", url=shown) from None
+        raise FetchError(f"{shown}: access denied: {_without_secrets(error)}", url=shown) from None
     except (ImportError, ValueError) as error:
         scheme = url.partition("://")[0]
         advice = f"; pip install 'rankload[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
-        raise FetchError(f"{shown}: {error}{advice}", url=shown) from None
+        raise FetchError(f"{shown}: {_without_secrets(error)}{advice}", url=shown) from None
     except Exception as error:
-        without_queries = re.sub(r"\?\S+", "?…", str(error))
-        raise NetworkError(f"{shown}: {type(error).__name__}: {without_queries}", url=shown) from None
+        raise NetworkError(f"{shown}: {type(error).__name__}: {_without_secrets(error)}", url=shown) from None
+
+
+def _without_secrets(error: Exception) -> str:
+    """Return an error's text without queries and passwords of URLs that it may show."""
+    return re.sub(r"//[^/@\s]*@", "//", re.sub(r"\?\S+", "?…", str(error)))
 
 
 @dataclass
