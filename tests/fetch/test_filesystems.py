@@ -136,3 +136,14 @@ def test_offline_variables_of_hugging_face(cache, monkeypatch, variable):
 
 def fetch_bytes(rank, url, cache):
     return rankload.dist_fetch(url, cache).read_bytes()
+
+
+@pytest.mark.parametrize("kind", [PermissionError, ValueError, RuntimeError])
+def test_error_of_a_filesystem_shows_no_secret(memory, cache, monkeypatch, kind):
+    def refuse(self, path, **arguments):
+        raise kind("refused: https://user:SECRET@host/model.bin?sig=SECRET")
+
+    monkeypatch.setattr(type(memory), "info", refuse)
+    with pytest.raises(rankload.FetchError, match=r"refused: https://host/model\.bin") as caught:
+        rankload.dist_fetch("memory://models/model.bin", cache)
+    assert "SECRET" not in str(caught.value)
