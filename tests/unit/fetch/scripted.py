@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -46,6 +47,11 @@ class ScriptedBody:
         piece = self.content[self._position : min(self._position + PIECE_BYTES, self.end)]
         self._position += len(piece)
         return piece
+
+    can_splice = False
+
+    def splice(self, pipe: int, count: int) -> None:
+        """Cannot, as of all but plain HTTP."""
 
     def break_off(self) -> None:
         """Cannot, as of fsspec's filesystems."""
@@ -109,7 +115,7 @@ class _KnownPace(Pace):
         super().__init__(target)
         self.target = target
 
-    def observe(self, now: float, done_bytes: int, active: int, hashing_seconds: float = 0.0) -> None:
+    def observe(self, now: float, done_bytes: int, active: int, hash_bytes_per_second: float = math.inf) -> None:
         pass
 
 

@@ -32,7 +32,7 @@ def simulate(
     now, done, active, surplus_since = begin, 0.0, 0, None
     targets = []
     while now < begin + seconds:
-        pace.observe(now, int(done), active, done / hash_rate)
+        pace.observe(now, int(done), active, hash_rate)
         targets.append(pace.target)
         if active > pace.target:
             surplus_since = surplus_since if surplus_since is not None else now

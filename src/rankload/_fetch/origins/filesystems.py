@@ -92,6 +92,7 @@ class FilesystemBody:
     is_whole: bool
     _origin: FilesystemOrigin
     _read: Callable[[int, int], bytes]
+    can_splice = False
     _position: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,6 +105,10 @@ class FilesystemBody:
             piece = self._read(self._position, count) if count > 0 else b""
         self._position += len(piece)
         return piece
+
+    def splice(self, pipe: int, count: int) -> int | None:
+        """See `Body`."""
+        return None
 
     def break_off(self) -> None:
         """See `Body`. No filesystem can: the read ends when it ends, and nobody waits for it."""

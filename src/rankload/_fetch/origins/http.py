@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
@@ -17,6 +18,7 @@ from rankload._fetch.origins.answers import claim_of, content_length_of, content
 from rankload._fetch.origins.credentials import Headers, headers_for
 from rankload._fetch.origins.logs import without_queries
 from rankload._fetch.origins.origin import Claim, UnusableRange, Version
+from rankload._fetch.origins.splice import can_splice, splice_from
 from rankload._fetch.origins.translation import translating
 from rankload._settings import Settings
 from rankload._version import __version__
@@ -180,6 +182,7 @@ class HttpOrigin:
             self.shown,
             functools.partial(response.raw.read1, decode_content=False),
             response.raw.shutdown,
+            _plain_socket(response) if length is not None else None,
         )
 
     def _checked_range(self, response: requests.Response, begin: int, end: int | None) -> tuple[int, int, int | None]:
@@ -228,16 +231,42 @@ class HttpBody:
     _shown: str
     _read1: Callable[[int], bytes]
     _shut_down: Callable[[], None]
+    _socket: socket.socket | None
+    _is_buffer_empty: bool = False
+
+    @property
+    def can_splice(self) -> bool:
+        """See `Body`."""
+        return self._socket is not None
 
     def read(self) -> bytes:
         """See `Body`. A body in chunks that ends early is a TruncatedError."""
         with translating(self._shown):
-            return self._read1(_READ_BYTES)
+            piece = self._read1(_READ_BYTES)
+        self._is_buffer_empty = True  # what had come with the head is shorter than that, and is given out at once
+        return piece
+
+    def splice(self, pipe: int, count: int) -> int | None:
+        """See `Body`. After it `read` would begin in the wrong place."""
+        if self._socket is None or not self._is_buffer_empty:
+            return None
+        with translating(self._shown):
+            count_or_none = splice_from(self._socket, pipe, count)
+        if count_or_none is None:
+            self._socket = None
+        return count_or_none
 
     def break_off(self) -> None:
         """See `Body`."""
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # the body has ended already
             self._shut_down()
+
+
+def _plain_socket(response: requests.Response) -> socket.socket | None:
+    """Return the socket that the body comes out of as it is: no TLS, no proxy that wraps it, no chunks."""
+    found = getattr(response.raw.connection, "sock", None)
+    is_plain = type(found) is socket.socket and not response.raw.chunked
+    return found if is_plain and can_splice() else None
 
 
 def _close_connections(session: requests.Session) -> None:

@@ -1,4 +1,4 @@
-"""Two calls of Linux that Python does not have. Elsewhere, and on filesystems without them, they do nothing."""
+"""Calls of Linux that Python does not have. Elsewhere, and on filesystems without them, they do nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ _FALLOC_FL_KEEP_SIZE = 1
 
 #: Start writing the dirty pages of the range, and do not wait: sync_file_range(2).
 _SYNC_FILE_RANGE_WRITE = 2
+
+#: Filesystems on a disk of this machine, or in its memory: the f_type of statfs(2) on ext2 to 4, XFS, Btrfs and tmpfs.
+_LOCAL = frozenset({0xEF53, 0x58465342, 0x9123683E, 0x01021994})
 
 
 def allocate(descriptor: int, size_bytes: int) -> None:
@@ -38,7 +41,13 @@ def start_writeback(descriptor: int, offset: int, length: int) -> None:
         _sync_file_range(descriptor, offset, length, _SYNC_FILE_RANGE_WRITE)  # a failure costs only time
 
 
-def _find(name: str, *argument_types: type[ctypes._SimpleCData[int]]) -> ctypes._NamedFuncPointer | None:
+def is_on_local_disk(descriptor: int) -> bool:
+    """Tell whether a file is in a filesystem that is known to keep it on this machine."""
+    status = (ctypes.c_long * 32)()  # struct statfs has 120 bytes, of which f_type is the first long
+    return _fstatfs is not None and _fstatfs(descriptor, status) == 0 and status[0] in _LOCAL
+
+
+def _find(name: str, *argument_types: type[ctypes._CData]) -> ctypes._NamedFuncPointer | None:
     if not sys.platform.startswith("linux"):
         return None
     function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
@@ -51,3 +60,4 @@ def _find(name: str, *argument_types: type[ctypes._SimpleCData[int]]) -> ctypes.
 # off_t is 64 bits wide in these on every 64-bit Linux
 _fallocate = _find("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _sync_file_range = _find("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_fstatfs = _find("fstatfs", ctypes.c_int, ctypes.c_long * 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 import time
@@ -30,12 +31,11 @@ class Front:
 
     Attributes:
         covered: the bytes that are there.
-        hashing_seconds: how long the hash has been at work so far.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.covered = Spans()
-        self.hashing_seconds = 0.0
+        self._hashing_seconds = 0.0
         self._descriptor = descriptor
         self._pieces: dict[int, bytes] = {}
         self._memory_bytes = 0
@@ -54,6 +54,11 @@ class Front:
     def done_bytes(self) -> int:
         """Number of bytes that are there."""
         return self.covered.total_bytes
+
+    @property
+    def hash_bytes_per_second(self) -> float:
+        """Speed of the hash while it is at work."""
+        return self._position / self._hashing_seconds if self._hashing_seconds else math.inf
 
     def adopt(self, begin: int, end: int) -> None:
         """Take note of bytes that are in the file already: they are hashed like any others."""
@@ -105,7 +110,7 @@ class Front:
                 began_at = time.monotonic()
                 self._digest.update(found)
                 self._position += len(found)
-                self.hashing_seconds += time.monotonic() - began_at
+                self._hashing_seconds += time.monotonic() - began_at
         except OSError as error:
             self._error = CacheError(f"cannot read back what was downloaded: {error}", errno=error.errno)
         except Exception as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 #: The first stream runs alone for so long, unless it ends before: is one enough to fill the pipe?
 _ALONE_SECONDS = 0.1
 
@@ -14,7 +16,7 @@ _WINDOW_SECONDS = 0.4
 #: More streams must gain so much to stay: each costs the origin a connection and this host a thread.
 _GAIN = 1.15
 
-#: A step up means twice the streams at least. Where the hash is busy for more than half of the time, twice the bytes
+#: A step up means twice the streams at least. Where bytes come at more than half of the hash's own speed, twice as many
 #: could not be hashed: its core is the pipe that is full, and streams would only take it from it.
 _MOST_HASH_LOAD = 0.5
 
@@ -36,28 +38,28 @@ class Pace:
         self.target = 1
         self._steps = [step for step in _STEPS if step < limit] + [limit]
         self._rates: dict[int, float] = {}
-        self._window: tuple[float, int, float] | None = None
+        self._window: tuple[float, int] | None = None
         self._hold_until = 0.0
 
-    def observe(self, now: float, done_bytes: int, active: int, hashing_seconds: float = 0.0) -> None:
+    def observe(self, now: float, done_bytes: int, active: int, hash_bytes_per_second: float = math.inf) -> None:
         """Take a look.
 
         Args:
             now: the clock, in seconds.
             done_bytes: received so far.
             active: number of streams that there are.
-            hashing_seconds: how long the hash has been at work so far.
+            hash_bytes_per_second: the speed of the hash while it is at work.
         """
         if self._window is None or active != self.target:  # streams come or go: nothing to measure
-            self._window = (now, done_bytes, hashing_seconds) if done_bytes else None
+            self._window = (now, done_bytes) if done_bytes else None
             return
-        began_at, bytes_then, hashing_then = self._window
+        began_at, bytes_then = self._window
         elapsed = now - began_at
         if elapsed < (_WINDOW_SECONDS if self._rates else _ALONE_SECONDS) or done_bytes == bytes_then:
             return
-        self._rates[self.target] = (done_bytes - bytes_then) / elapsed
-        self._window = (now, done_bytes, hashing_seconds)
-        self._choose(now, (hashing_seconds - hashing_then) / elapsed)
+        rate = self._rates[self.target] = (done_bytes - bytes_then) / elapsed
+        self._window = (now, done_bytes)
+        self._choose(now, rate / hash_bytes_per_second)
 
     def back_off(self, now: float, active: int) -> None:
         """The origin has turned a stream away: use fewer for a while."""

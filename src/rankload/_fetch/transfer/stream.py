@@ -7,6 +7,7 @@ import time
 
 from rankload._errors import FetchError, FetchTimeoutError, TruncatedError
 from rankload._fetch.origins.origin import Body, UnusableRange
+from rankload._fetch.transfer.passage import Passage
 from rankload._fetch.transfer.target import Writer
 from rankload._fetch.transfer.work import Span, Work
 
@@ -91,16 +92,13 @@ class Stream(threading.Thread):
         first = noted = span.begin
         too_slow = _TooSlow(work.settings.minimum_bytes_per_second, work.settings.stall_seconds, shown)
         try:
-            while not work.is_stopped and (piece := body.read()):
-                if end is not None and span.begin + len(piece) > end:
-                    raise TruncatedError(f"{shown}: more bytes came than were promised", url=shown, expected=end)
-                writer.write(piece, span.begin)
-                work.accept(span.begin, piece)
-                span.begin += len(piece)
-                if span.begin - noted >= work.settings.chunk_bytes:
-                    writer.finished(noted, span.begin)
-                    noted = span.begin
-                too_slow.check(span.begin - first)
+            with Passage(body, first, end, writer, work) as passage:
+                while not work.is_stopped and (count := passage.move(span.begin)):
+                    span.begin += count
+                    if span.begin - noted >= work.settings.chunk_bytes:
+                        writer.finished(noted, span.begin)
+                        noted = span.begin
+                    too_slow.check(span.begin - first)
         finally:
             writer.finished(noted, span.begin)
         if end is not None and span.begin < end and not work.is_stopped:

@@ -69,7 +69,7 @@ class Transfer:
             self._refusals = work.refusals
             self._pace.back_off(now, work.active_streams + 1)
         received_bytes = work.done_bytes - self._bytes_before
-        self._pace.observe(now, received_bytes, work.active_streams, work.hashing_seconds)
+        self._pace.observe(now, received_bytes, work.active_streams, work.hash_bytes_per_second)
         work.target_streams = self._pace.target
         self._streams = [stream for stream in self._streams if stream.is_alive()]
         while work.refusals == self._refusals and work.enter(stream := Stream(work)):

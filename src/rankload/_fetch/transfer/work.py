@@ -106,9 +106,9 @@ class Work:
         return self._front.done_bytes
 
     @property
-    def hashing_seconds(self) -> float:
-        """How long the hash has been at work."""
-        return self._front.hashing_seconds
+    def hash_bytes_per_second(self) -> float:
+        """Speed of the hash while it is at work."""
+        return self._front.hash_bytes_per_second
 
     @property
     def active_streams(self) -> int:
@@ -175,6 +175,10 @@ class Work:
     def accept(self, offset: int, piece: bytes) -> None:
         """Take note of a piece that was written."""
         self._front.offer(offset, piece)
+
+    def accept_range(self, begin: int, end: int) -> None:
+        """Take note of a range that was written without a copy of it in memory."""
+        self._front.adopt(begin, end)
 
     def ended(self) -> None:
         """The body that has everything has ended."""
