@@ -291,3 +291,12 @@ def test_empty_file_has_no_first_byte(origin, cache):
     with pytest.raises(rankload.NotACheckpointError, match="an empty file"):
         rankload.dist_fetch(url, cache)
     assert ranges_asked(origin) == [f"bytes=0-{CHUNK - 1}", None]
+
+
+@pytest.mark.fault(1)
+def test_length_that_contradicts_an_earlier_answer_is_not_believed(origin, cache):
+    """A proxy that cuts the file says the length of what it sends; without a digest only the other answer tells."""
+    content = bytes(range(256)) * 1000
+    lies = Reply(ranges="no-content-range"), Reply(ranges="no-content-range"), Reply(content_length=10)
+    url = origin.add("file.bin", content, Reply(truncate_at=1000), *lies, Reply())
+    assert rankload.dist_fetch(url, cache).read_bytes() == content

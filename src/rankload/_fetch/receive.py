@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter, defaultdict
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from rankload._cache.layout import url_key
-from rankload._errors import FetchError
+from rankload._errors import FetchError, TruncatedError
 from rankload._fetch.origins.choice import origin_for
 from rankload._fetch.origins.origin import Origin, Version
 from rankload._fetch.partials.partial import Partial
@@ -69,6 +70,8 @@ class Receiver:
         #: URL key and version of the bytes that are there
         self._there = (content.url_key, content.version) if content else None
         self._others_error: Exception | None = None
+        #: how often which length was told of one version, by answers that came to nothing
+        self._lengths: dict[tuple[str | None, ...], Counter[int | None]] = defaultdict(Counter)
 
     def receive(self, urls: tuple[str, ...]) -> Received:
         """Fetch from the first URL that works; where one breaks off, go on at the next if it has the same file.
@@ -106,6 +109,7 @@ class Receiver:
             try:
                 front.start()
                 Transfer(work, self._checked_report, bar.show, self._attempt).run()
+                self._check_length(key, work)
                 return self._received(origin, work, front)
             except Restart as restart:
                 restarts += not restart.pause_seconds  # what has a pause is counted as a failure already
@@ -114,6 +118,8 @@ class Receiver:
                 _logger.info("%s: starting over: %s", origin.shown, restart.error or "ranges cannot be relied on there")
                 is_whole = is_whole or restart.is_whole or restarts >= _MAX_RESTARTS // 2
                 known = self._there = None
+                if work.version is not None and work.version.size_bytes is not None:
+                    self._lengths[_identity(key, work.version)][work.version.size_bytes] += 1
                 front.abort()
                 self._partial.clear()
                 self._pause(restart.pause_seconds)
@@ -125,6 +131,19 @@ class Receiver:
                 raise
             finally:
                 front.abort()
+
+    def _check_length(self, key: str, work: Work) -> None:
+        """Start over if this origin has told another length of the same version more often: so did a proxy that cut it.
+
+        Where there is a digest, that tells.
+        """
+        assert work.version is not None
+        told, lengths = work.version.size_bytes, self._lengths[_identity(key, work.version)]
+        others = [size_bytes for size_bytes in lengths if lengths[size_bytes] > lengths[told]]
+        if others and not (self._has_digest or work.version.claim):
+            shown = work.origin.shown
+            text = f"{shown}: it is {told} bytes long by one answer and {others[0]} by another, of the same version"
+            raise Restart(TruncatedError(text, url=shown, expected=others[0], got=told), is_whole=False)
 
     def _known_at(self, key: str) -> Version | None:
         """Say of what version the bytes are that are there, in terms of the origin that is asked next."""
@@ -154,7 +173,8 @@ class Receiver:
         def on_bytes(done_bytes: int) -> None:
             self._checked_report(Progress("hashing", done_bytes, size_bytes, self._attempt))
 
-        return Received(origin.url, work.version, size_bytes, front.finish(on_bytes), work.is_whole)
+        sha256 = front.finish(on_bytes, self._settings.progress_seconds)
+        return Received(origin.url, work.version, size_bytes, sha256, work.is_whole)
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -168,3 +188,8 @@ class Receiver:
         except Exception as error:  # what another rank failed with: no fault of this origin's, whatever it is
             self._others_error = error
             raise
+
+
+def _identity(key: str, version: Version) -> tuple[str | None, ...]:
+    """Return what stays the same as long as the content does."""
+    return key, version.etag, version.last_modified

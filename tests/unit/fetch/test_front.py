@@ -58,7 +58,7 @@ def test_pieces_in_any_order(descriptor, monkeypatch, memory_bytes, seed):
     for begin, end in pieces:
         write_and_offer(front, descriptor, begin, end)
     assert front.done_bytes == len(CONTENT)
-    assert front.finish(ignore) == hashlib.sha256(CONTENT).hexdigest()
+    assert front.finish(ignore, 30) == hashlib.sha256(CONTENT).hexdigest()
 
 
 @settings(max_examples=30, deadline=None)
@@ -75,7 +75,7 @@ def test_pieces_beside_what_was_there(tmp_path_factory, order, adopted):
                 front.adopt(begin, end)
             else:
                 write_and_offer(front, number, begin, end)
-        assert front.finish(ignore) == hashlib.sha256(CONTENT[:12_000]).hexdigest()
+        assert front.finish(ignore, 30) == hashlib.sha256(CONTENT[:12_000]).hexdigest()
     finally:
         os.close(number)
 
@@ -94,11 +94,11 @@ def test_many_threads_offer(descriptor):
         thread.start()
     for thread in threads:
         thread.join()
-    assert front.finish(ignore) == hashlib.sha256(CONTENT).hexdigest()
+    assert front.finish(ignore, 30) == hashlib.sha256(CONTENT).hexdigest()
 
 
 def test_of_nothing(descriptor):
-    assert started(descriptor).finish(ignore) == hashlib.sha256().hexdigest()
+    assert started(descriptor).finish(ignore, 30) == hashlib.sha256().hexdigest()
 
 
 def test_memory_that_waits_is_bounded(descriptor, monkeypatch):
@@ -108,7 +108,7 @@ def test_memory_that_waits_is_bounded(descriptor, monkeypatch):
         write_and_offer(front, descriptor, begin, begin + 1000)
         assert sum(map(len, front._pieces.values())) == front._memory_bytes <= 10_000
     write_and_offer(front, descriptor, 0, 1000)
-    assert front.finish(ignore) == hashlib.sha256(CONTENT).hexdigest()
+    assert front.finish(ignore, 30) == hashlib.sha256(CONTENT).hexdigest()
     assert (front._pieces, front._memory_bytes) == ({}, 0)
 
 
@@ -132,7 +132,7 @@ def test_it_tells_how_far_it_is(descriptor, monkeypatch):
         told.append(done_bytes)
         goes_on.set()
 
-    assert front.finish(on_bytes) == hashlib.sha256(CONTENT).hexdigest()
+    assert front.finish(on_bytes, 30) == hashlib.sha256(CONTENT).hexdigest()
     assert told[0] == 0 and told == sorted(told) and len(reads) == 3
 
 
@@ -146,7 +146,7 @@ def test_what_on_bytes_raises_comes_through_and_the_thread_can_be_ended(descript
         raise CacheError("another rank's")
 
     with pytest.raises(CacheError, match="another rank's"):
-        front.finish(on_bytes)
+        front.finish(on_bytes, 30)
     front.abort()  # does not wait for a disk that does not answer
     [thread] = threads_named("rankload-digest")
     goes_on.set()
@@ -194,7 +194,7 @@ def test_file_that_cannot_be_read_back(descriptor, monkeypatch):
     front = started(descriptor)
     front.adopt(0, 1000)
     with pytest.raises(CacheError, match="read back what was downloaded") as caught:
-        front.finish(ignore)
+        front.finish(ignore, 30)
     assert caught.value.errno == 5
 
 
@@ -203,4 +203,16 @@ def test_file_that_is_shorter_than_what_was_written(descriptor):
     front = started(descriptor)
     front.adopt(0, 1000)
     with pytest.raises(CacheError, match="the file ends at 500"):
-        front.finish(ignore)
+        front.finish(ignore, 30)
+
+
+def test_disk_that_never_answers_is_not_waited_for(descriptor, monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(os, "preadv", lambda *arguments: released.wait(60) and 0)
+    front = started(descriptor)
+    front.adopt(0, 1000)
+    with pytest.raises(CacheError, match=r"the disk has not answered for 0.2 s"):
+        front.finish(ignore, 0.2)
+    released.set()
+    front.abort()
+    wait_until(lambda: not threads_named("rankload-digest"), 30, "the thread ends")

@@ -75,21 +75,29 @@ class Front:
                 self._memory_bytes += len(piece)
             self._changed.notify()
 
-    def finish(self, on_bytes: Callable[[int], None]) -> str:
+    def finish(self, on_bytes: Callable[[int], None], timeout_seconds: float) -> str:
         """Hash what is left and return the hex digest of all bytes from 0 on that are there without a gap.
 
         Args:
             on_bytes: called again and again with the number of bytes hashed so far.
+            timeout_seconds: without a byte hashed.
 
         Raises:
-            CacheError: what was written cannot be read back.
+            CacheError: what was written cannot be read back, or not in time.
         """
         with self._changed:
             self._is_complete = True
             self._changed.notify()
         self._thread.join(_REPORT_SECONDS)
+        moved_at, position = time.monotonic(), self._position
         while self._thread.is_alive():
             on_bytes(self._position)
+            if self._position != position:
+                moved_at, position = time.monotonic(), self._position
+            elif time.monotonic() - moved_at > timeout_seconds:
+                raise CacheError(
+                    f"what was downloaded cannot be read back: the disk has not answered for {timeout_seconds:g} s"
+                )
             self._thread.join(_REPORT_SECONDS)
         if self._error is not None:
             raise self._error
