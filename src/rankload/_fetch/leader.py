@@ -41,6 +41,8 @@ def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedF
         entry = look.entry
         if request.offline:
             raise offline_error(entry, request)
+        # Before there is anything to see of it on disk: a leader that is killed now is known to have made the call.
+        report(Progress("connecting"))
         if request.verify == "sidecar" and request.sha256 is None:
             request = _with_sidecar(request, report, settings)
         elif (file := _download_under_lease(look, request, report, settings)) is not None:
