@@ -19,6 +19,8 @@ from rankload._version import __version__
 if TYPE_CHECKING:
     from rankload import hub, model_zoo
     from rankload._api import dist_fetch, dist_load_state_dict_from_url
+    from rankload._checkpoint.entry import TensorEntry
+    from rankload._deliver.checkpoint import Checkpoint
     from rankload._errors import (
         ArgumentError,
         ArgumentMismatchError,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
         UnsafePickleError,
         VerificationError,
     )
+    from rankload._open_checkpoint import open_checkpoint
 
 __all__ = [
     "ArgumentError",
@@ -52,6 +55,7 @@ __all__ = [
     "ArrivalTimeoutError",
     "CacheError",
     "CallCancelledError",
+    "Checkpoint",
     "ContentChangedError",
     "CoordinationError",
     "DeviceError",
@@ -68,6 +72,7 @@ __all__ = [
     "RankLostError",
     "RankloadError",
     "StoreLostError",
+    "TensorEntry",
     "TruncatedError",
     "UnsafePickleError",
     "VerificationError",
@@ -76,9 +81,16 @@ __all__ = [
     "dist_load_state_dict_from_url",
     "hub",
     "model_zoo",
+    "open_checkpoint",
 ]
 
-_CALLS = frozenset({"dist_fetch", "dist_load_state_dict_from_url"})
+_HOMES = {
+    "dist_fetch": "_api",
+    "dist_load_state_dict_from_url": "_api",
+    "open_checkpoint": "_open_checkpoint",
+    "Checkpoint": "_deliver.checkpoint",
+    "TensorEntry": "_checkpoint.entry",
+}
 _MODULES = frozenset({"hub", "model_zoo"})
 
 
@@ -86,7 +98,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"rankload.{name}")
     if name in __all__:
-        value = getattr(importlib.import_module("rankload._api" if name in _CALLS else "rankload._errors"), name)
+        value = getattr(importlib.import_module(f"rankload.{_HOMES.get(name, '_errors')}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'rankload' has no attribute {name!r}")

@@ -1,19 +1,23 @@
 """torch's format before 1.6: five pickles one after the other, then the storages.
 
-Magic number, protocol version, facts about the saving machine, the object, the storages' keys in file order;
-then per storage its number of elements (8 bytes) and its bytes. Nothing in the file says how long it is, and
-`torch.load` finds out late, so a truncated one is found here: by walking the pickles without building what
-they describe.
+Magic number, protocol version, facts about the saving machine, the object, the storages' keys in file order; then per
+storage its number of elements (8 bytes) and its bytes. Nothing in the file says how long it is, and `torch.load` finds
+out late, so a truncated one is found here: by reading the pickles without building what they describe.
 """
 
 from __future__ import annotations
 
-import mmap
-from types import MappingProxyType
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from rankload._checkpoint.broken import BrokenFileError
-from rankload._checkpoint.pickle_walk import GlobalName, NotUnderstoodError, PickleWalk
+from rankload._checkpoint.entry import ITEM_BYTES, StorageEntry
+from rankload._checkpoint.index import FileIndex
+from rankload._checkpoint.pickle_machine import PickleMachine
+from rankload._checkpoint.pickle_stack import GlobalName, NotUnderstoodError
+from rankload._checkpoint.source import Source, read_exactly
+from rankload._checkpoint.torch_objects import BUILDERS, storage_type_of
 
 #: ``pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)``, the first bytes of nearly every file.
 MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
@@ -21,17 +25,10 @@ _MAGIC_AS_TEXT = b"L119547037146038801333356L\n."  # the same in pickle protocol
 _PROTOCOL_VERSION = 1001
 _COUNT_BYTES = 8
 
-#: Bytes of one element, by the storage class's name.
-_ELEMENT_BYTES = MappingProxyType(
-    {
-        **dict.fromkeys(("UntypedStorage", "ByteStorage", "CharStorage", "BoolStorage"), 1),
-        **dict.fromkeys(("QUInt8Storage", "QInt8Storage", "QUInt4x2Storage", "QUInt2x4Storage"), 1),
-        **dict.fromkeys(("ShortStorage", "HalfStorage", "BFloat16Storage"), 2),
-        **dict.fromkeys(("IntStorage", "FloatStorage", "QInt32Storage"), 4),
-        **dict.fromkeys(("LongStorage", "DoubleStorage", "ComplexFloatStorage"), 8),
-        "ComplexDoubleStorage": 16,
-    }
-)
+#: How much is read at first; then four times as much, until all five pickles are in it.
+_FIRST_BYTES = 256 << 10
+
+_MOST_BYTES = 256 << 20
 
 
 def claims_to_be_legacy(head: bytes) -> bool:
@@ -41,7 +38,7 @@ def claims_to_be_legacy(head: bytes) -> bool:
     return MAGIC.startswith(head[: len(MAGIC)]) or (head[:1] == b"\x80" and MAGIC[2:] in head[:32])
 
 
-def check_length(descriptor: int, size_bytes: int) -> None:
+def check_length(source: Source) -> None:
     """Hold the file's size against what its pickles promise. A file that is not understood is left to torch.
 
     Bytes behind the end are allowed: torch.save can write several objects into one file, of which torch.load
@@ -50,39 +47,89 @@ def check_length(descriptor: int, size_bytes: int) -> None:
     Raises:
         BrokenFileError: the file is truncated.
     """
-    with mmap.mmap(descriptor, size_bytes, access=mmap.ACCESS_READ) as content:
+    with suppress(NotUnderstoodError):
+        read_legacy_index(source, "")
+
+
+def read_legacy_index(source: Source, file: str) -> FileIndex:
+    """Read the index.
+
+    Raises:
+        BrokenFileError, NotUnderstoodError: see there.
+    """
+    length = _FIRST_BYTES
+    while True:
+        length = min(length, source.size_bytes)
         try:
-            expected = _expected_bytes(content)
-        except NotUnderstoodError:
-            return
-    if expected > size_bytes:
-        raise BrokenFileError(f"truncated checkpoint of torch's legacy format ({size_bytes} of {expected} bytes)")
+            return _Pickles(read_exactly(source, length, 0), source.size_bytes, file).index()
+        except BrokenFileError:
+            if length == source.size_bytes or length >= _MOST_BYTES:
+                raise
+        length *= 4
 
 
-def _expected_bytes(content: mmap.mmap) -> int:
-    walk = PickleWalk(content)
-    walk.next_pickle()  # the magic number
-    if walk.next_pickle() != _PROTOCOL_VERSION:
-        raise NotUnderstoodError("another protocol version")
-    walk.next_pickle()  # the saving machine
-    walk.next_pickle()  # the object
-    sizes: dict[str, int] = {}
-    for persistent_id in walk.persistent_ids:
-        _add_storage(sizes, persistent_id)
-    keys = walk.next_pickle()
-    if type(keys) is not list or not all(type(key) is str and key in sizes for key in keys):
-        raise NotUnderstoodError("storage keys of another kind")
-    return walk.position + sum(_COUNT_BYTES + sizes[key] for key in keys)
+class _Pickles:
+    """The pickles in the first bytes of a file. They are read twice: where storages lie stands behind the tensors."""
 
+    def __init__(self, head: bytes, size_bytes: int, file: str) -> None:
+        self._head, self._size_bytes, self._file = head, size_bytes, file
+        self._storages: dict[str, StorageEntry] = {}
 
-def _add_storage(sizes: dict[str, int], persistent_id: Any) -> None:
-    match persistent_id:
-        case ("module", *_):
-            return
-        case ("storage", GlobalName() as storage_type, str(key), _, int(count), *_):
-            element_bytes = _ELEMENT_BYTES.get(storage_type.name)
-            if element_bytes is None or count < 0:
-                raise NotUnderstoodError(f"storage {key!r} of {storage_type}")
-            sizes.setdefault(key, count * element_bytes)  # as in torch, the first mention of a storage counts
-        case _:
-            raise NotUnderstoodError("a persistent id of another kind")
+    def index(self) -> FileIndex:
+        """Put together what they say."""
+        machine = PickleMachine(self._head, BUILDERS, self._first_mention)
+        machine.next_pickle()  # the magic number
+        if machine.next_pickle() != _PROTOCOL_VERSION:
+            raise NotUnderstoodError("another protocol version")
+        machine.next_pickle()  # the saving machine; whatever its byte order, elements are written the lowest byte first
+        begin = machine.position
+        machine.next_pickle()
+        keys = machine.next_pickle()
+        self._place(keys, machine.position)
+        again = PickleMachine(self._head, BUILDERS, self._placed)
+        again.position = begin
+        return FileIndex(again.next_pickle())
+
+    def _place(self, keys: Any, position: int) -> None:
+        if type(keys) is not list or not all(type(key) is str and key in self._storages for key in keys):
+            raise NotUnderstoodError("storage keys of another kind")
+        for key in keys:
+            position += _COUNT_BYTES
+            storage = self._storages[key] = replace(self._storages[key], offset=position)
+            position += storage.length
+        if position > self._size_bytes:
+            raise BrokenFileError(
+                f"truncated checkpoint of torch's legacy format ({self._size_bytes} of {position} bytes)"
+            )
+
+    def _first_mention(self, persistent_id: Any) -> Any:
+        match persistent_id:
+            case ("module", GlobalName() as module, *_):
+                return module
+            case ("storage", kind, str(key), str(location), int(count), view) if count >= 0:
+                dtype = storage_type_of(kind)
+                length = count * ITEM_BYTES[dtype]
+                # as in torch, the first mention of a storage counts
+                storage = self._storages.setdefault(key, StorageEntry(key, self._file, 0, length, dtype, location))
+                return self._view(storage, view)
+            case _:
+                raise NotUnderstoodError("a persistent id of another kind")
+
+    def _placed(self, persistent_id: Any) -> Any:
+        value = self._first_mention(persistent_id)
+        if isinstance(value, StorageEntry) and not value.offset:
+            raise BrokenFileError(f"damaged checkpoint (storage {value.key!r} is nowhere in it)")
+        return value
+
+    def _view(self, storage: StorageEntry, view: Any) -> StorageEntry:
+        """Return the part of a storage that is one of its own (torch 0.3 and before)."""
+        match view:
+            case None:
+                return storage
+            case (_, int(offset), int(count)) if offset >= 0 and count >= 0:
+                item_bytes = ITEM_BYTES[storage.dtype]
+                if (offset + count) * item_bytes > storage.length:
+                    raise BrokenFileError(f"damaged checkpoint (a view reaches beyond storage {storage.key!r})")
+                return replace(storage, offset=storage.offset + offset * item_bytes, length=count * item_bytes)
+            case _:
+                raise NotUnderstoodError("a view of a storage of another kind")

@@ -12,6 +12,7 @@ from typing import BinaryIO, Literal
 
 from rankload._checkpoint import legacy, legacy_tar, safetensors, torch_zip
 from rankload._checkpoint.broken import BrokenFileError
+from rankload._checkpoint.source import LocalSource
 from rankload._errors import NotACheckpointError
 
 Format = Literal[
@@ -111,15 +112,15 @@ class _Sniffed:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+        self._file, self._source = file, LocalSource(file.fileno())
         self._directory: torch_zip.Directory | None = None
         self._broken: BrokenFileError | None = None
-        self.size_bytes = os.fstat(file.fileno()).st_size
-        self.head = os.pread(file.fileno(), _HEAD_BYTES, 0)
+        self.size_bytes = self._source.size_bytes
+        self.head = self._source.read(_HEAD_BYTES, 0)
         self.format = _claimed_format(self.head)
         if self.format == "zip":
             try:
-                self._directory = torch_zip.read_directory(file.fileno(), self.size_bytes)
+                self._directory = torch_zip.read_directory(self._source)
                 self.format = self._directory.kind
             except BrokenFileError as error:
                 self._broken = error
@@ -147,11 +148,11 @@ class _Sniffed:
         match self.format:
             case "torch_zip" | "torchscript" | "single_member_zip" | "zip":
                 assert self._directory is not None
-                torch_zip.payload_offsets(self._file.fileno(), self._directory)
+                torch_zip.payload_offsets(self._source, self._directory)
             case "safetensors":
-                safetensors.read_header(self._file.fileno(), self.size_bytes)
+                safetensors.read_header(self._source)
             case "legacy":
-                legacy.check_length(self._file.fileno(), self.size_bytes)
+                legacy.check_length(self._source)
             case "legacy_tar":
                 legacy_tar.check_length(self._file, self.size_bytes)
 
@@ -161,7 +162,7 @@ class _Sniffed:
         if self.format != "single_member_zip" or self._directory is None:
             return None
         (member,) = self._directory.members
-        head = torch_zip.member_head(self._file.fileno(), self._directory, member, _HEAD_BYTES)
+        head = torch_zip.member_head(self._source, self._directory, member, _HEAD_BYTES)
         claimed = _claimed_format(head)
         if claimed in ("zip", "legacy", "safetensors", "tar"):
             return None

@@ -7,12 +7,12 @@ The format's own rules (huggingface/safetensors, README "Format"): the header be
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from rankload._checkpoint.broken import BrokenFileError
+from rankload._checkpoint.source import Source, read_exactly
 
 PREFIX_BYTES = 8
 LARGEST_HEADER_BYTES = 100_000_000
@@ -30,9 +30,35 @@ BITS = MappingProxyType(
     }
 )
 
+#: torch's names of the dtypes, by the format's words.
+TORCH_NAMES = MappingProxyType(
+    {
+        "BOOL": "bool",
+        "U8": "uint8",
+        "U16": "uint16",
+        "U32": "uint32",
+        "U64": "uint64",
+        "I8": "int8",
+        "I16": "int16",
+        "I32": "int32",
+        "I64": "int64",
+        "F4": "float4_e2m1fn_x2",
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E4M3FNUZ": "float8_e4m3fnuz",
+        "F8_E5M2": "float8_e5m2",
+        "F8_E5M2FNUZ": "float8_e5m2fnuz",
+        "F8_E8M0": "float8_e8m0fnu",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "F32": "float32",
+        "F64": "float64",
+        "C64": "complex64",
+    }
+)
+
 
 @dataclass(frozen=True, slots=True)
-class TensorEntry:
+class HeaderEntry:
     """One tensor of the file.
 
     Attributes:
@@ -49,12 +75,18 @@ class TensorEntry:
     begin: int
     end: int
 
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """Its sizes as torch counts them: of ``"F4"`` pairs."""
+        is_pairs = self.dtype == "F4" and self.shape
+        return (*self.shape[:-1], self.shape[-1] // 2) if is_pairs else self.shape
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
     """The tensors, in the order in which they lie in the file, and the free-form metadata."""
 
-    tensors: tuple[TensorEntry, ...]
+    tensors: tuple[HeaderEntry, ...]
     metadata: dict[str, str]
 
 
@@ -63,20 +95,21 @@ def claims_to_be_safetensors(head: bytes) -> bool:
     return head[6:9] == b"\0\0{"
 
 
-def read_header(descriptor: int, size_bytes: int) -> Header:
+def read_header(source: Source) -> Header:
     """Read the header of an open file and hold it against the file's size.
 
     Raises:
         BrokenFileError: the file is truncated, or the header contradicts itself, the format or the file.
     """
-    length = int.from_bytes(os.pread(descriptor, PREFIX_BYTES, 0), "little")
+    size_bytes = source.size_bytes
+    length = int.from_bytes(source.read(PREFIX_BYTES, 0), "little")
     # Before anything of that size is allocated.
     if length > LARGEST_HEADER_BYTES:
         raise BrokenFileError(f"safetensors file with a header of {length} bytes (100 MB is the format's limit)")
     first_byte = PREFIX_BYTES + length
     if first_byte > size_bytes:
         raise BrokenFileError(f"truncated safetensors file ({size_bytes} bytes, its header alone has {first_byte})")
-    fields = _parse(os.pread(descriptor, length, PREFIX_BYTES))
+    fields = _parse(read_exactly(source, length, PREFIX_BYTES))
     metadata = _metadata(fields.pop("__metadata__", None))
     tensors = sorted(
         (_entry(name, entry, first_byte) for name, entry in fields.items()),
@@ -113,7 +146,7 @@ def _metadata(fields: Any) -> dict[str, str]:
     return fields
 
 
-def _entry(name: str, fields: Any, first_byte: int) -> TensorEntry:
+def _entry(name: str, fields: Any, first_byte: int) -> HeaderEntry:
     try:
         dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
         # bool is an int, and 1.0 == 1: only true integers are sizes.
@@ -126,7 +159,7 @@ def _entry(name: str, fields: Any, first_byte: int) -> TensorEntry:
         raise BrokenFileError(f"safetensors file that puts {name!r} at bytes {begin} to {end}")
     if dtype in BITS and not _fits(shape, BITS[dtype], end - begin):
         raise BrokenFileError(f"safetensors file that gives {end - begin} bytes to {name!r}, {dtype} {shape}")
-    return TensorEntry(name, dtype, tuple(shape), first_byte + begin, first_byte + end)
+    return HeaderEntry(name, dtype, tuple(shape), first_byte + begin, first_byte + end)
 
 
 def _fits(shape: list[int], bits: int, length: int) -> bool:
@@ -140,7 +173,7 @@ def _fits(shape: list[int], bits: int, length: int) -> bool:
     return bits == 8 * length
 
 
-def _check_cover(tensors: list[TensorEntry], first_byte: int, size_bytes: int) -> None:
+def _check_cover(tensors: list[HeaderEntry], first_byte: int, size_bytes: int) -> None:
     expected = first_byte
     for tensor in tensors:
         if tensor.begin != expected:

@@ -10,7 +10,6 @@ Format: APPNOTE.TXT 6.3 (sections 4.3.7, 4.3.12, 4.3.14 to 4.3.16, 4.5.3).
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rankload._checkpoint.broken import BrokenFileError
+from rankload._checkpoint.source import Source, read_exactly
 
 ZipKind = Literal["torch_zip", "torchscript", "single_member_zip", "zip"]
 
@@ -33,10 +33,22 @@ _LONGEST_COMMENT = 0xFFFF
 _IN_EXTRA_FIELD = 0xFFFFFFFF
 _ZIP64_EXTRA = 0x0001
 _IS_UTF8 = 0x0800
+_HAS_DESCRIPTOR = 0x0008
 _STORED, _DEFLATED = 0, 8
 
 #: A directory of a million tensors has about 100 MB. More is a lie, and would be read into memory.
 _LARGEST_DIRECTORY_BYTES = 1 << 28
+
+#: The pickle of a checkpoint of a million tensors, likewise.
+_LARGEST_MEMBER_BYTES = 1 << 28
+
+#: torch.save's, for all payloads.
+_ALIGNMENT = 64
+
+_LONGEST_EXTRA = 0xFFFF
+
+#: With and without signature, with lengths of 4 and of 8 bytes.
+_DESCRIPTOR_BYTES = (12, 16, 20, 24)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,7 @@ class Member:
         stored_bytes: its length in the archive.
         size_bytes: its length unpacked.
         method: how it is compressed.
+        has_descriptor: its lengths stand behind its bytes once more.
     """
 
     name: str
@@ -58,6 +71,7 @@ class Member:
     stored_bytes: int
     size_bytes: int
     method: int
+    has_descriptor: bool
 
     @property
     def is_stored(self) -> bool:
@@ -90,23 +104,23 @@ class Directory:
         return "zip"
 
 
-def read_directory(descriptor: int, size_bytes: int) -> Directory:
+def read_directory(source: Source) -> Directory:
     """Read the central directory of an open file.
 
     Raises:
         BrokenFileError: there is none at the end of the file, or it does not fit the file.
     """
-    offset, length, count = _find_directory(descriptor, size_bytes)
+    offset, length, count = _find_directory(source)
     if length > _LARGEST_DIRECTORY_BYTES:
         raise BrokenFileError(f"zip archive with a directory of {length} bytes")
-    listing = _read(descriptor, length, offset)
+    listing = read_exactly(source, length, offset)
     members = tuple(_entries(listing, count))
     if len({member.name for member in members}) < count:
         raise BrokenFileError("zip archive that lists a name twice")
     return Directory(members, offset)
 
 
-def payload_offsets(descriptor: int, directory: Directory) -> dict[str, int]:
+def payload_offsets(source: Source, directory: Directory) -> dict[str, int]:
     """Return where each member's bytes begin in the file, by name; touches every local header.
 
     Raises:
@@ -115,28 +129,76 @@ def payload_offsets(descriptor: int, directory: Directory) -> dict[str, int]:
     offsets = {}
     free_from = 0
     for member in sorted(directory.members, key=lambda member: member.header_offset):
-        header = os.pread(descriptor, _LOCAL.size + len(member.raw_name), member.header_offset)
         # Holes that a crash or a broken parallel download left in the file show here.
-        if header[:4] != LOCAL_SIGNATURE or header[_LOCAL.size :] != member.raw_name:
-            raise BrokenFileError(f"damaged zip archive (no header of {member.name!r} at byte {member.header_offset})")
-        *_, name_length, extra_length = _LOCAL.unpack_from(header)
-        begin = member.header_offset + _LOCAL.size + name_length + extra_length
-        if member.header_offset < free_from or begin + member.stored_bytes > directory.offset:
+        begin = payload_offset(source, directory, member)
+        if member.header_offset < free_from:
             raise BrokenFileError(f"damaged zip archive ({member.name!r} overlaps what is next to it)")
         free_from = begin + member.stored_bytes
         offsets[member.name] = begin
     return offsets
 
 
-def member_head(descriptor: int, directory: Directory, member: Member, length: int) -> bytes:
+def likely_offsets(directory: Directory) -> dict[str, int]:
+    """Say where each member's bytes begin without a look at the local headers, as far as that follows from the listing.
+
+    torch.save leaves no gap between members and begins each at a multiple of 64 bytes (PyTorchStreamWriter, in
+    caffe2/serialize/inline_container.cc). Where both hold for one place, that is it.
+    """
+    offsets = {}
+    members = sorted(directory.members, key=lambda member: member.header_offset)
+    ends = [*(member.header_offset for member in members[1:]), directory.offset]
+    for member, end in zip(members, ends, strict=True):
+        least = member.header_offset + _LOCAL.size + len(member.raw_name)
+        descriptors = _DESCRIPTOR_BYTES if member.has_descriptor else (0,)
+        begins = [end - bytes_behind - member.stored_bytes for bytes_behind in descriptors]
+        fitting = [begin for begin in begins if begin % _ALIGNMENT == 0 and 0 <= begin - least <= _LONGEST_EXTRA]
+        if len(fitting) == 1:
+            offsets[member.name] = fitting[0]
+    return offsets
+
+
+def payload_offset(source: Source, directory: Directory, member: Member) -> int:
+    """Return where one member's bytes begin, as its local header says.
+
+    Raises:
+        BrokenFileError: it has none, or its bytes reach into the listing.
+    """
+    header = source.read(_LOCAL.size + len(member.raw_name), member.header_offset)
+    if header[:4] != LOCAL_SIGNATURE or header[_LOCAL.size :] != member.raw_name:
+        raise BrokenFileError(f"damaged zip archive (no header of {member.name!r} at byte {member.header_offset})")
+    *_, name_length, extra_length = _LOCAL.unpack_from(header)
+    begin = member.header_offset + _LOCAL.size + name_length + extra_length
+    if begin + member.stored_bytes > directory.offset:
+        raise BrokenFileError(f"damaged zip archive ({member.name!r} overlaps what is next to it)")
+    return int(begin)
+
+
+def member_content(source: Source, directory: Directory, member: Member) -> bytes:
+    """Return all bytes of a small member, unpacked.
+
+    Raises:
+        BrokenFileError: it is larger than anything that is read as a whole, or cannot be unpacked.
+    """
+    if max(member.stored_bytes, member.size_bytes) > _LARGEST_MEMBER_BYTES:
+        raise BrokenFileError(f"zip archive with {member.name!r} of {member.size_bytes} bytes")
+    packed = read_exactly(source, member.stored_bytes, payload_offset(source, directory, member))
+    content = packed if member.is_stored else _inflated(packed, member, member.size_bytes)
+    if len(content) != member.size_bytes:
+        raise BrokenFileError(f"damaged zip archive ({member.name!r} has another length than it says)")
+    return content
+
+
+def member_head(source: Source, directory: Directory, member: Member, length: int) -> bytes:
     """Return the first bytes of a member, unpacked; none if its compression is an unusual one.
 
     Raises:
         BrokenFileError: it cannot be unpacked.
     """
-    packed = os.pread(descriptor, min(length, member.stored_bytes), payload_offsets(descriptor, directory)[member.name])
-    if member.method == _STORED:
-        return packed
+    packed = source.read(min(length, member.stored_bytes), payload_offsets(source, directory)[member.name])
+    return packed if member.is_stored else _inflated(packed, member, length)
+
+
+def _inflated(packed: bytes, member: Member, length: int) -> bytes:
     if member.method != _DEFLATED:
         return b""
     try:
@@ -145,18 +207,18 @@ def member_head(descriptor: int, directory: Directory, member: Member, length: i
         raise BrokenFileError(f"damaged zip archive ({member.name!r}: {error})") from None
 
 
-def _find_directory(descriptor: int, size_bytes: int) -> tuple[int, int, int]:
+def _find_directory(source: Source) -> tuple[int, int, int]:
     """Return offset, length and number of entries of the central directory."""
-    end_offset, end = _find_end_record(descriptor, size_bytes)
+    end_offset, end = _find_end_record(source)
     _, disk, directory_disk, _, count, length, offset, _ = _END.unpack_from(end)
     listing_end = end_offset
     locator_offset = end_offset - _LOCATOR64.size
-    locator = os.pread(descriptor, _LOCATOR64.size, locator_offset) if locator_offset >= 0 else b""
+    locator = source.read(_LOCATOR64.size, locator_offset) if locator_offset >= 0 else b""
     if locator.startswith(b"PK\x06\x07"):
         _, _, listing_end, _ = _LOCATOR64.unpack(locator)
         if not 0 <= listing_end <= locator_offset - _END64.size:
             raise BrokenFileError("truncated zip archive (its zip64 end record lies elsewhere)")
-        record = _END64.unpack(_read(descriptor, _END64.size, listing_end))
+        record = _END64.unpack(read_exactly(source, _END64.size, listing_end))
         signature, rest_length, _, _, disk, directory_disk, _, count, length, offset = record
         if signature != b"PK\x06\x06" or listing_end + 12 + rest_length != locator_offset:
             raise BrokenFileError("truncated zip archive (its zip64 end record lies elsewhere)")
@@ -169,15 +231,15 @@ def _find_directory(descriptor: int, size_bytes: int) -> tuple[int, int, int]:
     return offset, length, count
 
 
-def _find_end_record(descriptor: int, size_bytes: int) -> tuple[int, bytes]:
+def _find_end_record(source: Source) -> tuple[int, bytes]:
     """Return offset and bytes of the end record; it has to reach exactly to the end of the file."""
-    tail_length = min(size_bytes, _END.size + _LONGEST_COMMENT)
-    tail = _read(descriptor, tail_length, size_bytes - tail_length)
+    tail_length = min(source.size_bytes, _END.size + _LONGEST_COMMENT)
+    tail = read_exactly(source, tail_length, source.size_bytes - tail_length)
     position = len(tail) - _END.size
     while (position := tail.rfind(END_SIGNATURE, 0, position + len(END_SIGNATURE))) >= 0:
         *_, comment_length = _END.unpack_from(tail, position)
         if position + _END.size + comment_length == len(tail):
-            return size_bytes - tail_length + position, tail[position:]
+            return source.size_bytes - tail_length + position, tail[position:]
         position -= 1
     raise BrokenFileError("truncated zip archive (no directory at its end)")
 
@@ -198,7 +260,7 @@ def _entries(listing: bytes, count: int) -> Iterator[Member]:
             extra = listing[begin_extra : begin_extra + extra_length]
             size, stored, header_offset = _widen(extra, size, stored, header_offset)
         name = raw_name.decode("utf-8" if flags & _IS_UTF8 else "cp437", errors="replace")
-        yield Member(name, raw_name, header_offset, stored, size, method)
+        yield Member(name, raw_name, header_offset, stored, size, method, bool(flags & _HAS_DESCRIPTOR))
         position = begin_extra + extra_length + comment_length
     if position != len(listing):
         raise BrokenFileError("damaged zip archive (its directory has another length than it says)")
@@ -219,10 +281,3 @@ def _widen(extra: bytes, *narrow: int) -> Iterator[int]:
             (value,) = struct.unpack_from("<Q", wide, taken)
             taken += 8
         yield value
-
-
-def _read(descriptor: int, length: int, offset: int) -> bytes:
-    chunk = os.pread(descriptor, length, offset)
-    if len(chunk) != length:
-        raise BrokenFileError(f"truncated file (no {length} bytes at byte {offset})")
-    return chunk

@@ -23,6 +23,7 @@ from rankload._cache.failures import reopening
 from rankload._checkpoint import torch_zip
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import CHECKPOINT_FORMATS, Format, describe, sniff
+from rankload._checkpoint.source import LocalSource
 from rankload._deliver.failures import translated
 from rankload._deliver.private_mapping import torch_maps_privately
 from rankload._deliver.safetensors import read_safetensors
@@ -98,8 +99,9 @@ def _is_mappable(path: Path, file_format: Format, *, explicitly: bool) -> bool:
         reason = f"the format {file_format} cannot be"
     else:
         with path.open("rb", buffering=0) as file:
-            directory = torch_zip.read_directory(file.fileno(), os.fstat(file.fileno()).st_size)
-            offsets = torch_zip.payload_offsets(file.fileno(), directory)
+            source = LocalSource(file.fileno())
+            directory = torch_zip.read_directory(source)
+            offsets = torch_zip.payload_offsets(source, directory)
         storages = [member for member in directory.members if member.name.startswith(f"{directory.root}/data/")]
         if all(member.is_stored and offsets[member.name] % _ALIGNMENT_BYTES == 0 for member in storages):
             return True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -12,37 +10,15 @@ from typing import Any, cast
 import torch
 from torch.serialization import default_restore_location
 
-from rankload._checkpoint.safetensors import Header, TensorEntry, read_header
+from rankload._checkpoint.entry import contiguous_stride
+from rankload._checkpoint.safetensors import TORCH_NAMES, Header, HeaderEntry, read_header
+from rankload._checkpoint.source import LocalSource
+from rankload._deliver.tensors import fill
 from rankload._errors import LoadError
 
 #: torch's dtypes by the format's words; those that this torch does not have are left out.
 _DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
-    {
-        word: getattr(torch, name)
-        for word, name in {
-            "BOOL": "bool",
-            "U8": "uint8",
-            "U16": "uint16",
-            "U32": "uint32",
-            "U64": "uint64",
-            "I8": "int8",
-            "I16": "int16",
-            "I32": "int32",
-            "I64": "int64",
-            "F4": "float4_e2m1fn_x2",
-            "F8_E4M3": "float8_e4m3fn",
-            "F8_E4M3FNUZ": "float8_e4m3fnuz",
-            "F8_E5M2": "float8_e5m2",
-            "F8_E5M2FNUZ": "float8_e5m2fnuz",
-            "F8_E8M0": "float8_e8m0fnu",
-            "F16": "float16",
-            "BF16": "bfloat16",
-            "F32": "float32",
-            "F64": "float64",
-            "C64": "complex64",
-        }.items()
-        if hasattr(torch, name)
-    }
+    {word: getattr(torch, name) for word, name in TORCH_NAMES.items() if hasattr(torch, name)}
 )
 
 _Place = Callable[[torch.UntypedStorage], torch.UntypedStorage]
@@ -62,14 +38,14 @@ def read_safetensors(path: Path, map_location: Any, *, mmap: bool) -> dict[str, 
         LoadError: this torch has no such dtype.
     """
     with path.open("rb", buffering=0) as file:
-        size_bytes = os.fstat(file.fileno()).st_size
-        header = read_header(file.fileno(), size_bytes)
+        source = LocalSource(file.fileno())
+        header = read_header(source)
         _check_dtypes(path, header)
         place = _placer(map_location)
         if mmap:
-            whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(path), False, size_bytes))
+            whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(path), False, source.size_bytes))
             return {entry.name: _tensor(entry, place(_view(whole, entry))) for entry in header.tensors}
-        return {entry.name: _tensor(entry, place(_copy(file.fileno(), entry))) for entry in header.tensors}
+        return {entry.name: _tensor(entry, place(_copy(source, entry))) for entry in header.tensors}
 
 
 def _check_dtypes(path: Path, header: Header) -> None:
@@ -96,38 +72,21 @@ def _placer(map_location: Any) -> _Place:
     return lambda storage: _to_location(storage, location)
 
 
-def _view(whole: torch.UntypedStorage, entry: TensorEntry) -> torch.UntypedStorage:
+def _view(whole: torch.UntypedStorage, entry: HeaderEntry) -> torch.UntypedStorage:
     view = whole[entry.begin : entry.end]
     # Headers of any length are legal; kernels may rely on whole elements at whole addresses.
     is_aligned = entry.begin % _DTYPES[entry.dtype].itemsize == 0
     return view if is_aligned else cast(torch.UntypedStorage, view.clone())
 
 
-def _copy(descriptor: int, entry: TensorEntry) -> torch.UntypedStorage:
-    length = entry.end - entry.begin
-    storage = torch.empty(length, dtype=torch.uint8).untyped_storage()
-    # Straight into the storage: neither a second copy in memory, nor numpy for a view of it.
-    rest = memoryview((ctypes.c_ubyte * length).from_address(storage.data_ptr())) if length else memoryview(b"")
-    while rest:
-        count = os.preadv(descriptor, [rest], entry.end - len(rest))
-        if count == 0:
-            raise LoadError(f"the file ended within tensor {entry.name!r}: it was truncated while being read")
-        rest = rest[count:]
+def _copy(source: LocalSource, entry: HeaderEntry) -> torch.UntypedStorage:
+    storage = torch.empty(entry.end - entry.begin, dtype=torch.uint8).untyped_storage()
+    if fill(storage, source, entry.begin) != storage.nbytes():
+        raise LoadError(f"the file ended within tensor {entry.name!r}: it was truncated while being read")
     return storage
 
 
-def _tensor(entry: TensorEntry, storage: torch.UntypedStorage) -> torch.Tensor:
-    dtype, shape = _DTYPES[entry.dtype], entry.shape
-    if entry.dtype == "F4" and shape:
-        shape = (*shape[:-1], shape[-1] // 2)  # torch counts pairs
-    empty = torch.empty(0, dtype=dtype, device=storage.device)
-    return empty.set_(storage, 0, shape, _contiguous_strides(shape))
-
-
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides: list[int] = []
-    stride = 1
-    for size in reversed(shape):
-        strides.append(stride)
-        stride *= max(size, 1)
-    return tuple(reversed(strides))
+def _tensor(entry: HeaderEntry, storage: torch.UntypedStorage) -> torch.Tensor:
+    shape = entry.torch_shape
+    empty = torch.empty(0, dtype=_DTYPES[entry.dtype], device=storage.device)
+    return empty.set_(storage, 0, shape, contiguous_stride(shape))

@@ -46,7 +46,7 @@ def make_request(
     Raises:
         ArgumentError: names the argument, its value, and what was expected.
     """
-    urls = _checked_urls(url)
+    urls = checked_urls(url)
     local_path = local_path_of(urls[0])
     name = checked_file_name(file_name) if file_name else local_path.name if local_path else file_name_of(urls[0])
     directory = Path(model_dir).expanduser().absolute() if model_dir is not None else default_directory()
@@ -57,7 +57,7 @@ def make_request(
         sha256=_checked_sha256(sha256),
         hash_prefix=_promised_prefix(local_path.name if local_path else name) if check_hash else None,
         must_be_checkpoint=must_be_checkpoint,
-        headers=_checked_headers(headers or {}),
+        headers=checked_headers(headers or {}),
         verify=_checked_choice("verify", verify, get_args(Verify)),
         scope=_checked_choice("scope", scope, get_args(Scope)),
         progress=progress,
@@ -87,7 +87,12 @@ def default_directory() -> Path:
     return checkpoints_directory(hub.get_dir() if hub is not None else None)
 
 
-def _checked_urls(url: Url) -> tuple[str, ...]:
+def checked_urls(url: Url) -> tuple[str, ...]:
+    """Return the URL and its mirrors, if they are such that can be fetched.
+
+    Raises:
+        ArgumentError: they are not.
+    """
     candidates = [url] if isinstance(url, (str, os.PathLike)) else list(url)
     urls = tuple(os.fspath(candidate) for candidate in candidates)
     if not urls or not all(urls):
@@ -131,7 +136,12 @@ def _without_secrets(url: str) -> str:
     return re.sub(r"//.*@", "//", url, flags=re.DOTALL).partition("?")[0]
 
 
-def _checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+def checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Return the headers, if they can be sent.
+
+    Raises:
+        ArgumentError: they cannot.
+    """
     for name, value in headers.items():
         # The HTTP library's own complaint would show the value, which is a secret.
         if not all(isinstance(text, str) and text.isascii() and text.isprintable() for text in (name, value)):

@@ -13,7 +13,6 @@ import torch
 from harness import checkpoints
 from rankload._checkpoint.legacy import MAGIC
 from rankload._checkpoint.open import check_structure
-from rankload._checkpoint.pickle_walk import GlobalName, NotUnderstoodError, PickleWalk
 from rankload._errors import NotACheckpointError
 
 
@@ -111,41 +110,3 @@ def test_a_length_beyond_the_file_allocates_nothing(tmp_path, opcode):
     path.write_bytes(HEAD + b"\x80\x05" + opcode + b"\xff\xff\xff\x7f\0\0\0\0")
     with pytest.raises(NotACheckpointError, match="truncated"):
         check(path)
-
-
-class Storage:
-    """Stands for a storage in the pickles of the next test."""
-
-
-class StoragePickler(pickle.Pickler):
-    def persistent_id(self, obj):
-        return ("storage", torch.FloatStorage, "140", "cpu", 70_000, None) if isinstance(obj, Storage) else None
-
-
-@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
-def test_persistent_ids_are_read_from_every_protocol(tmp_path, protocol):
-    everything = {
-        "numbers": [0, -1, 300, 70_000, 2**40, -(2**90), 1.5, True, None],
-        "texts": ["a", "ü" * 300, "x" * 70_000, b"", b"b" * 300, bytearray(b"c")],
-        "containers": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {1, 2}, frozenset({3}), {}],
-        "objects": [complex(1, 2), Path("a"), range(3), slice],
-        "storage": Storage(),
-    }
-    recursive = [everything]
-    recursive.append(recursive)
-    with (tmp_path / "file").open("wb") as file:
-        StoragePickler(file, protocol).dump(recursive)
-        StoragePickler(file, protocol).dump(["140", (1, 300)])
-    content = (tmp_path / "file").read_bytes()
-    walk = PickleWalk(content)
-    walk.next_pickle()
-    (persistent_id,) = walk.persistent_ids
-    assert persistent_id == ("storage", GlobalName("torch", "FloatStorage"), "140", "cpu", 70_000, None)
-    assert walk.next_pickle() == ["140", (1, 300)]
-    assert walk.position == len(content)
-
-
-@pytest.mark.parametrize("malformed", [b"\x80\x02\x85.", b"\x80\x02h\x05.", b"\x80\x02t.", b"\xff.", b"gx\n.", b"."])
-def test_a_malformed_pickle_is_not_understood(malformed):
-    with pytest.raises(NotUnderstoodError):
-        PickleWalk(malformed).next_pickle()

@@ -1,0 +1,324 @@
+"""What the operations of a pickle mean: a stack and a memo of plain values, and of notes of what is not built.
+
+Nothing is imported, and nothing called but what the caller lists. There is nothing that a file could execute, and
+nothing grows beyond the file: the standard unpickler with harmless stubs would not do, a crafted file makes it allocate
+(``LONG_BINPUT`` sizes its memo), recurse, and hash nested tuples for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rankload._checkpoint.pickle_text import float_of_bytes, value_of_line
+
+#: Longer texts (a weight saved as text, a dataset) become `Unbuilt`.
+_LONGEST_TEXT_BYTES = 1 << 24
+
+#: Longer integers would take quadratic time to show.
+_LONGEST_INTEGER_BYTES = 256
+
+_LONGEST_KEY = 16
+
+_SCALARS = (str, bytes, int, float, bool, type(None))
+
+
+class NotUnderstoodError(ValueError):
+    """The pickle is malformed, too long, or uses what this machine does not know. Not a verdict on the file."""
+
+
+class Content(Protocol):
+    """The file's bytes: a mapping, or bytes."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> Any: ...
+    def find(self, sub: bytes, start: int, /) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalName:
+    """A class or function that the pickle mentions; never imported."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(slots=True, eq=False)
+class Unbuilt:
+    """An object that was not built.
+
+    Attributes:
+        function: what would have been called: usually a class.
+        arguments: with what.
+        state: what it would have been given then; None where there is none.
+    """
+
+    function: GlobalName | None
+    arguments: tuple[Any, ...] = field(repr=False)
+    state: Any = field(default=None, repr=False)
+
+
+#: Makes a value of a call's arguments. It gets whatever the file says: it checks, and raises NotUnderstoodError.
+Builder = Callable[[tuple[Any, ...]], Any]
+
+
+class PickleStack:
+    """Carries out operations one by one; each gets the place of its argument in the content.
+
+    Args:
+        content: all bytes.
+        builders: what may be called, and by what that is replaced. Called with plain values.
+        load_persistent: gives the value of a persistent id, as for ``pickle.Unpickler``.
+    """
+
+    def __init__(
+        self, content: Content, builders: Mapping[GlobalName, Builder], load_persistent: Callable[[Any], Any]
+    ) -> None:
+        self._content, self._builders, self._load = content, builders, load_persistent
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin with another pickle."""
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+
+    @property
+    def top(self) -> Any:
+        """The uppermost value."""
+        return self._stack[-1]
+
+    def push(self, value: Any) -> None:
+        """Put a value on the stack."""
+        self._stack.append(value)
+
+    def unsigned(self, start: int, end: int) -> int:
+        """Return the integer that stands there."""
+        if end - start == 1:
+            byte: int = self._content[start]  # most integers are that short, and this is three times as quick
+            return byte
+        return int.from_bytes(self._content[start:end], "little")
+
+    def _bytes(self, start: int, end: int) -> bytes | None:
+        """Return an argument; None where it is too long to be kept."""
+        return bytes(self._content[start:end]) if end - start <= _LONGEST_TEXT_BYTES else None
+
+    # Values
+
+    def push_text(self, start: int, end: int) -> None:
+        """Text, in UTF-8."""
+        raw = self._bytes(start, end)
+        self._stack.append(_TOO_LONG if raw is None else raw.decode("utf-8", errors="replace"))
+
+    def push_bytes(self, start: int, end: int) -> None:
+        """Bytes."""
+        raw = self._bytes(start, end)
+        self._stack.append(_TOO_LONG if raw is None else raw)
+
+    def push_line(self, start: int, end: int) -> None:
+        """A value of protocol 0, as text up to the end of the line."""
+        operation = chr(self._content[start - 1])
+        raw = self._bytes(start, end - 1)
+        self._stack.append(_TOO_LONG if raw is None else value_of_line(operation, raw))
+
+    def push_unsigned(self, start: int, end: int) -> None:
+        """A short integer."""
+        self._stack.append(self.unsigned(start, end))
+
+    def push_signed(self, start: int, end: int) -> None:
+        """An integer."""
+        is_short = end - start <= _LONGEST_INTEGER_BYTES
+        self._stack.append(int.from_bytes(self._content[start:end], "little", signed=True) if is_short else _TOO_LONG)
+
+    def push_float(self, start: int, end: int) -> None:
+        """A float."""
+        self._stack.append(float_of_bytes(self._content[start:end]))
+
+    def push_global(self, start: int, end: int) -> None:
+        """The name of a class or function: two lines."""
+        raw = self._bytes(start, end) or b""
+        module, name = raw.decode("utf-8", errors="replace").split("\n")[:2]
+        self._stack.append(GlobalName(module, name))
+
+    def make_global(self, start: int, end: int) -> None:
+        """The same, from two texts on the stack."""
+        name, module = self._stack.pop(), self._stack.pop()
+        if not (type(module) is str and type(name) is str):
+            raise NotUnderstoodError("a malformed pickle")
+        self._stack.append(GlobalName(module, name))
+
+    def load_persistent(self, start: int, end: int) -> None:
+        """The value of the persistent id on the stack."""
+        self._stack.append(self._load(self._stack.pop()))
+
+    # The memo
+
+    def push_memo(self, start: int, end: int) -> None:
+        """What was kept."""
+        self._stack.append(self._memo[self.unsigned(start, end)])
+
+    def put_memo(self, start: int, end: int) -> None:
+        """Keep the uppermost value."""
+        self._memo[self.unsigned(start, end)] = self._stack[-1]
+
+    def push_memo_line(self, start: int, end: int) -> None:
+        """The same as push_memo, of protocol 0."""
+        self._stack.append(self._memo[self._line_number(start, end)])
+
+    def put_memo_line(self, start: int, end: int) -> None:
+        """The same as put_memo, of protocol 0."""
+        self._memo[self._line_number(start, end)] = self._stack[-1]
+
+    def _line_number(self, start: int, end: int) -> int:
+        digits = self._content[start : min(end, start + 20)].strip()
+        if not digits.isdigit():
+            raise NotUnderstoodError("a malformed pickle")
+        return int(digits)
+
+    def memoize(self, start: int, end: int) -> None:
+        """Keep the uppermost value under the next number."""
+        self._memo[len(self._memo)] = self._stack[-1]
+
+    # The stack
+
+    def mark(self, start: int, end: int) -> None:
+        """Remember how high the stack is."""
+        self._marks.append(len(self._stack))
+
+    def pop(self, start: int, end: int) -> None:
+        """Drop a value, or a mark."""
+        if self._marks and self._marks[-1] == len(self._stack):
+            self._marks.pop()
+        else:
+            self._stack.pop()
+
+    def pop_mark(self, start: int, end: int) -> None:
+        """Drop all values above the last mark."""
+        self._take_to_mark()
+
+    def duplicate(self, start: int, end: int) -> None:
+        """The uppermost value once more."""
+        self._stack.append(self._stack[-1])
+
+    def _take_to_mark(self) -> list[Any]:
+        begin = self._marks.pop()
+        items = self._stack[begin:]
+        del self._stack[begin:]
+        return items
+
+    # Containers
+
+    def make_tuple(self, start: int, end: int) -> None:
+        """A tuple of all values above the mark."""
+        self._stack.append(tuple(self._take_to_mark()))
+
+    def make_tuple_of_1(self, start: int, end: int) -> None:
+        """A tuple of one value."""
+        self._stack[-1:] = [(self._stack[-1],)]
+
+    def make_tuple_of_2(self, start: int, end: int) -> None:
+        """A tuple of two values."""
+        self._stack[-2:] = [tuple(self._stack[-2:])]
+
+    def make_tuple_of_3(self, start: int, end: int) -> None:
+        """A tuple of three values."""
+        self._stack[-3:] = [tuple(self._stack[-3:])]
+
+    def make_list(self, start: int, end: int) -> None:
+        """A list of all values above the mark."""
+        self._stack.append(self._take_to_mark())
+
+    def append(self, start: int, end: int) -> None:
+        """One more item."""
+        item = self._stack.pop()
+        self._extend([item])
+
+    def appends(self, start: int, end: int) -> None:
+        """More items: all above the mark."""
+        self._extend(self._take_to_mark())
+
+    def _extend(self, items: list[Any]) -> None:
+        if type(self._stack[-1]) is list:  # or something unbuilt, whose items nobody asks for
+            self._stack[-1].extend(items)
+
+    def make_dict(self, start: int, end: int) -> None:
+        """A dict of all values above the mark."""
+        items = self._take_to_mark()
+        self._stack.append({})
+        self._update(items)
+
+    def set_item(self, start: int, end: int) -> None:
+        """One more key and its value."""
+        value, key = self._stack.pop(), self._stack.pop()
+        self._update([key, value])
+
+    def set_items(self, start: int, end: int) -> None:
+        """More keys and values: all above the mark."""
+        self._update(self._take_to_mark())
+
+    def _update(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if len(items) % 2:
+            raise NotUnderstoodError("a malformed pickle")
+        if type(target) is dict:
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                target[checked_key(key)] = value
+
+    def make_frozen_set(self, start: int, end: int) -> None:
+        """A set, not built: its items may be slow to hash."""
+        self._stack.append(Unbuilt(GlobalName("builtins", "frozenset"), (self._take_to_mark(),)))
+
+    def add_items(self, start: int, end: int) -> None:
+        """More items of a set."""
+        items = self._take_to_mark()
+        self._stack[-1].arguments[0].extend(items)  # only what _push_set has pushed has such
+
+    # Objects
+
+    def reduce(self, start: int, end: int) -> None:
+        """Call a function, or note it."""
+        arguments, function = self._stack.pop(), self._stack.pop()
+        self._stack.append(self._call(function, arguments))
+
+    def new_object_with_keywords(self, start: int, end: int) -> None:
+        """Note an object that is made with keywords."""
+        keywords, arguments, function = self._stack.pop(), self._stack.pop(), self._stack.pop()
+        self._stack.append(Unbuilt(function if isinstance(function, GlobalName) else None, (arguments, keywords)))
+
+    def make_object(self, start: int, end: int) -> None:
+        """The same as reduce, of protocol 0."""
+        function, *arguments = self._take_to_mark()
+        self._stack.append(self._call(function, tuple(arguments)))
+
+    def make_instance(self, start: int, end: int) -> None:
+        """The same as reduce, of protocol 0, with the class's name as argument."""
+        arguments = tuple(self._take_to_mark())
+        self.push_global(start, end)
+        self._stack.append(self._call(self._stack.pop(), arguments))
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        if not isinstance(function, GlobalName) or type(arguments) is not tuple:
+            return Unbuilt(None, ())
+        builder = self._builders.get(function)
+        return Unbuilt(function, arguments) if builder is None else builder(arguments)
+
+    def build(self, start: int, end: int) -> None:
+        """Note the state of an object that is not built."""
+        state = self._stack.pop()
+        if isinstance(self._stack[-1], Unbuilt):  # of a dict or a tensor: attributes, which are no part of its content
+            self._stack[-1].state = state
+
+
+def checked_key(key: Any) -> Any:
+    """Return a dict's key, if hashing it is quick: tuples of tuples may hold each of their items a million times."""
+    parts = key if type(key) is tuple else (key,)
+    if len(parts) > _LONGEST_KEY or not all(type(part) in _SCALARS for part in parts):
+        raise NotUnderstoodError("a pickle with keys of an unusual kind")
+    return key
+
+
+_TOO_LONG = Unbuilt(None, ())

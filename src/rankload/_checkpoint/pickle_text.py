@@ -1,0 +1,38 @@
+"""Values that stand in a pickle as text: protocol 0, and floats."""
+
+from __future__ import annotations
+
+import codecs
+import struct
+
+#: More digits would take quadratic time.
+_MOST_DIGITS = 1000
+
+
+def value_of_line(operation: str, raw: bytes) -> object:
+    """Return the value of an ``I``, ``L``, ``F``, ``S`` or ``V`` line, without its end.
+
+    Raises:
+        TypeError: it is malformed.
+    """
+    try:
+        if operation == "V":
+            return raw.decode("raw-unicode-escape")
+        if operation == "S":
+            return codecs.escape_decode(raw.strip()[1:-1])[0].decode("utf-8", errors="replace")
+        text = raw.decode("ascii").strip()
+        if operation == "F":
+            return float(text)
+        if operation == "I" and text in ("00", "01"):
+            return text == "01"
+        if len(text) > _MOST_DIGITS:
+            raise TypeError("too many digits")
+        return int(text.removesuffix("L"))
+    except ValueError as error:
+        raise TypeError(str(error)) from None
+
+
+def float_of_bytes(raw: bytes) -> float:
+    """Return the value of a BINFLOAT: eight bytes, the highest first."""
+    (value,) = struct.unpack(">d", raw)
+    return float(value)

@@ -1,0 +1,41 @@
+"""Hugging Face's index of a checkpoint in several files: ``model.safetensors.index.json``.
+
+JSON: ``{"metadata": {...}, "weight_map": {tensor name: file name}}`` (huggingface_hub, "split_torch_state_dict").
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import PurePosixPath
+
+from rankload._checkpoint.broken import BrokenFileError
+from rankload._checkpoint.source import Source, read_exactly
+
+#: The index of a million tensors has about 100 MB.
+_LARGEST_BYTES = 1 << 28
+
+
+def claims_to_be_sharded(name: str, head: bytes) -> bool:
+    """Say whether a file of this name that begins so is such an index."""
+    return name.endswith(".index.json") and head.lstrip()[:1] == b"{"
+
+
+def read_weight_map(source: Source) -> dict[str, str]:
+    """Return the file of each tensor.
+
+    Raises:
+        BrokenFileError: it is no such index, or names a file that is not beside it.
+    """
+    if source.size_bytes > _LARGEST_BYTES:
+        raise BrokenFileError(f"index of a sharded checkpoint of {source.size_bytes} bytes")
+    try:
+        weight_map = json.loads(read_exactly(source, source.size_bytes, 0))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BrokenFileError("damaged index of a sharded checkpoint (no JSON with a weight_map)") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BrokenFileError("damaged index of a sharded checkpoint (its weight_map names no files)")
+    for name in set(weight_map.values()):
+        path = PurePosixPath(name)
+        if not name or path.is_absolute() or ".." in path.parts or "://" in name or "\\" in name or "\0" in name:
+            raise BrokenFileError(f"index of a sharded checkpoint with a part that is not beside it: {name[:80]!r}")
+    return weight_map

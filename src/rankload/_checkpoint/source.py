@@ -1,0 +1,47 @@
+"""Where the bytes of a checkpoint are: a local file, or, on a floor above, ranges at an origin."""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+from rankload._checkpoint.broken import BrokenFileError
+
+
+class Source(Protocol):
+    """Random access to the bytes of one file.
+
+    Attributes:
+        size_bytes: its length.
+    """
+
+    size_bytes: int
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Return so many bytes from an offset on; fewer only at the end of the file."""
+
+
+class LocalSource:
+    """An open file; the descriptor stays the caller's."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.size_bytes = os.fstat(descriptor).st_size
+
+    def read(self, length: int, offset: int) -> bytes:
+        """See `Source`. One read(2) gives 2 GiB at most."""
+        return os.pread(self.descriptor, length, offset)
+
+
+def read_exactly(source: Source, length: int, offset: int) -> bytes:
+    """Return so many bytes.
+
+    Raises:
+        BrokenFileError: the file does not have them; nothing of a size that is a lie is allocated.
+    """
+    if offset < 0 or offset + length > source.size_bytes:
+        raise BrokenFileError(f"truncated file (no {length} bytes at byte {offset})")
+    chunk = source.read(length, offset)
+    if len(chunk) != length:
+        raise BrokenFileError(f"truncated file (no {length} bytes at byte {offset})")
+    return chunk

@@ -1,0 +1,97 @@
+"""The index of a checkpoint of torch's zip format: its pickle, and where each storage's record lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rankload._checkpoint import torch_zip
+from rankload._checkpoint.broken import BrokenFileError
+from rankload._checkpoint.entry import ITEM_BYTES, StorageEntry
+from rankload._checkpoint.index import ByteOrder, FileIndex
+from rankload._checkpoint.pickle_machine import PickleMachine
+from rankload._checkpoint.pickle_stack import NotUnderstoodError
+from rankload._checkpoint.source import Source
+from rankload._checkpoint.torch_objects import BUILDERS, storage_type_of
+
+
+def read_zip_index(source: Source, file: str, *, is_remote: bool) -> FileIndex:
+    """Read the index.
+
+    Args:
+        source: the file.
+        file: its name, for the entries.
+        is_remote: a read costs a round trip: where payloads begin is inferred from the directory, and only the first
+            and the last are looked up.
+
+    Raises:
+        BrokenFileError, NotUnderstoodError: see there.
+    """
+    directory = torch_zip.read_directory(source)
+    if directory.kind != "torch_zip":
+        raise NotUnderstoodError(f"a zip archive of the kind {directory.kind}")
+    members = {member.name: member for member in directory.members}
+    records = _Records(source, directory, members, file, is_remote=is_remote)
+    machine = PickleMachine(
+        torch_zip.member_content(source, directory, members[f"{directory.root}/data.pkl"]), BUILDERS, records.storage
+    )
+    content = machine.next_pickle()
+    order = b"little"  # the default of writers before 2.1, which did not say
+    if (member := members.get(f"{directory.root}/byteorder")) is not None:
+        order = torch_zip.member_content(source, directory, member)
+    return FileIndex(content, _byte_order(order))
+
+
+class _Records:
+    """The storages of an archive, by their keys."""
+
+    def __init__(
+        self,
+        source: Source,
+        directory: torch_zip.Directory,
+        members: dict[str, torch_zip.Member],
+        file: str,
+        *,
+        is_remote: bool,
+    ) -> None:
+        self._source, self._directory, self._members, self._file = source, directory, members, file
+        self._storages: dict[str, StorageEntry] = {}
+        self._offsets = self._likely_offsets() if is_remote else torch_zip.payload_offsets(source, directory)
+
+    def storage(self, persistent_id: Any) -> StorageEntry:
+        """Return the storage that a pickle names."""
+        match persistent_id:
+            case ("storage", kind, str(key), str(location), int(count)) if count >= 0:
+                pass
+            case _:
+                raise NotUnderstoodError("a persistent id of another kind")
+        if (known := self._storages.get(key)) is not None:
+            return known
+        dtype = storage_type_of(kind)
+        name = f"{self._directory.root}/data/{key}"
+        member = self._members.get(name)
+        length = count * ITEM_BYTES[dtype]
+        if member is None or member.size_bytes < length:
+            has = "has none" if member is None else f"has {member.size_bytes}"
+            raise BrokenFileError(f"damaged checkpoint (storage {key!r} should have {length} bytes, and {has})")
+        if not member.is_stored:
+            raise NotUnderstoodError("an archive with compressed tensors")
+        entry = self._storages[key] = StorageEntry(key, self._file, self._offset(member), length, dtype, location)
+        return entry
+
+    def _offset(self, member: torch_zip.Member) -> int:
+        offset = self._offsets.get(member.name)
+        return torch_zip.payload_offset(self._source, self._directory, member) if offset is None else offset
+
+    def _likely_offsets(self) -> dict[str, int]:
+        offsets = torch_zip.likely_offsets(self._directory)
+        likely = [name for name in offsets if name.startswith(f"{self._directory.root}/data/")]
+        for name in likely[:1] + likely[-1:]:
+            if torch_zip.payload_offset(self._source, self._directory, self._members[name]) != offsets[name]:
+                return {}  # a writer with habits of its own
+        return offsets
+
+
+def _byte_order(text: bytes) -> ByteOrder:
+    if text not in (b"little", b"big"):
+        raise BrokenFileError(f"damaged checkpoint (byte order {text[:20]!r})")
+    return "little" if text == b"little" else "big"

@@ -1,0 +1,50 @@
+"""One tensor out of a file: from its entry to its elements."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+import torch
+
+from rankload._checkpoint.entry import TensorEntry
+from rankload._checkpoint.index import ByteOrder
+from rankload._checkpoint.source import LocalSource, Source
+from rankload._errors import LoadError
+
+
+def read_tensor(source: Source, entry: TensorEntry, byte_order: ByteOrder, shown: str) -> torch.Tensor:
+    """Read a tensor's bytes, and no others, into a new tensor on the CPU, with its saved shape and strides.
+
+    Raises:
+        LoadError: this torch does not have its dtype, or the file ended early.
+    """
+    dtype = getattr(torch, entry.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        what = f"tensor {entry.name!r} has the dtype {entry.dtype!r}"
+        text = f"{shown}: {what}, which torch {torch.__version__} does not have"
+        raise LoadError(text, tensor=entry.name, dtype=entry.dtype)
+    storage = torch.empty(entry.length, dtype=torch.uint8).untyped_storage()
+    if fill(storage, source, entry.offset) != entry.length:
+        raise LoadError(f"{shown}: the file ended within tensor {entry.name!r}: was it cut off since it was opened?")
+    if byte_order != sys.byteorder:
+        storage.byteswap(dtype)  # type: ignore[no-untyped-call]
+    tensor = torch.empty(0, dtype=dtype).set_(storage, 0, entry.shape, entry.stride)
+    return torch.nn.Parameter(tensor, entry.requires_grad) if entry.is_parameter else tensor
+
+
+def fill(storage: torch.UntypedStorage, source: Source, offset: int) -> int:
+    """Fill a storage in memory with the bytes from an offset on; return how many there were."""
+    length = storage.nbytes()
+    if not length:
+        return 0
+    # Straight into the storage: neither a second copy in memory, nor numpy for a view of it.
+    rest = memoryview((ctypes.c_ubyte * length).from_address(storage.data_ptr())).cast("B")
+    if not isinstance(source, LocalSource):
+        found = source.read(length, offset)
+        rest[: len(found)] = found
+        return len(found)
+    while rest and (count := os.preadv(source.descriptor, [rest], offset + length - len(rest))):
+        rest = rest[count:]
+    return length - len(rest)

@@ -1,0 +1,111 @@
+"""Ranges of a file at an origin, for those who need a few of its bytes: a checkpoint's index, one tensor."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rankload._errors import ContentChangedError, FetchError, TruncatedError
+from rankload._fetch.origins.choice import origin_for
+from rankload._fetch.origins.credentials import Headers
+from rankload._fetch.origins.origin import UnusableRange, Version
+from rankload._fetch.transfer.retry import Retries
+from rankload._settings import Settings
+
+#: Small reads get so much, and what is not needed now is kept: the next one is often close by.
+_LEAST_BYTES = 32 << 10
+
+#: Larger ones are not kept.
+_MOST_KEPT_BYTES = 4 << 20
+
+_FETCH_IT = "fetch it with dist_fetch, and open the file"
+
+
+class RemoteSource:
+    """See `rankload._checkpoint.source.Source`. Use as a context manager. Nothing is written to disk.
+
+    Args:
+        url: of the file.
+        headers: the caller's, for its server.
+        settings: deadlines, retries.
+
+    Attributes:
+        size_bytes: its length.
+
+    Raises:
+        FetchError: it cannot be asked, or its length is not known.
+    """
+
+    def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
+        self._settings, self._origin = settings, origin_for(url, headers, settings)
+        self.size_bytes = 0
+        self._version: Version | None = None
+        self._kept: dict[int, bytes] = {}
+        first = self._fetch(0, _LEAST_BYTES)
+        size_bytes = self._version.size_bytes if self._version is not None else None
+        if size_bytes is None:
+            raise FetchError(
+                f"{self._origin.shown}: the origin does not say how long the file is", url=self._origin.shown
+            )
+        self.size_bytes = size_bytes
+        self._kept[0] = first
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Return so many bytes from an offset on; fewer only at the end of the file.
+
+        Raises:
+            ContentChangedError: the file is another one than at the first read.
+            FetchError: the origin does not give them.
+        """
+        end = min(offset + length, self.size_bytes)
+        if offset >= end:
+            return b""
+        for begin, piece in self._kept.items():
+            if begin <= offset and end <= begin + len(piece):
+                return piece[offset - begin : end - begin]
+        piece = self._fetch(offset, min(max(end, offset + _LEAST_BYTES), self.size_bytes))
+        if len(piece) <= _MOST_KEPT_BYTES:
+            self._kept[offset] = piece
+        return piece[: end - offset]
+
+    def close(self) -> None:
+        """Close connections."""
+        self._origin.close()
+
+    def __enter__(self) -> RemoteSource:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def _fetch(self, begin: int, end: int) -> bytes:
+        retries = Retries(self._settings)
+        while True:
+            try:
+                return self._try(begin, end)
+            except ContentChangedError:
+                raise
+            except UnusableRange as error:
+                raise FetchError(
+                    f"{error}; fetch the file with dist_fetch and open that", url=self._origin.shown
+                ) from None
+            except FetchError as error:
+                time.sleep(retries.pause_after(error, is_new=True))
+
+    def _try(self, begin: int, end: int) -> bytes:
+        shown = self._origin.shown
+        pieces: list[bytes] = []
+        with self._origin.open(begin, end, self._version) as body:
+            if body.is_whole and begin:
+                raise UnusableRange(f"{shown}: the origin serves the file as a whole only")
+            wanted = end if body.version.size_bytes is None else min(end, body.version.size_bytes)
+            count = 0
+            while count < wanted - begin and (piece := body.read()):
+                pieces.append(piece)
+                count += len(piece)
+            self._version = self._version or body.version
+        if count < wanted - begin and body.version.size_bytes is not None:
+            raise TruncatedError(
+                f"{shown}: {count} of {wanted - begin} bytes came", url=shown, expected=wanted, got=count
+            )
+        return b"".join(pieces)[: end - begin]

@@ -1,0 +1,103 @@
+"""`open_checkpoint`: look into a checkpoint without loading it, and without downloading it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from rankload._cache.failures import reading
+from rankload._cache.layout import local_path_of, redact
+from rankload._checkpoint.broken import BrokenFileError
+from rankload._checkpoint.pickle_stack import NotUnderstoodError
+from rankload._checkpoint.read_index import read_index
+from rankload._checkpoint.source import LocalSource, Source
+from rankload._deliver.checkpoint import Checkpoint
+from rankload._errors import LoadError, OfflineError
+from rankload._fetch.offline import is_switched_off
+from rankload._fetch.remote import RemoteSource
+from rankload._fetch.request import checked_headers, checked_urls
+from rankload._settings import Settings
+
+
+def open_checkpoint(path_or_url: str | os.PathLike[str], *, headers: Mapping[str, str] | None = None) -> Checkpoint:
+    """Open a checkpoint to see what is in it, and to read single tensors. Not collective.
+
+    Of a remote one a few ranges are read, usually less than 1 MB in all, and nothing is cached; the bytes are not
+    verified against a digest. Nothing in the file is executed, whatever it holds.
+
+    Args:
+        path_or_url: a file, or a URL as for `dist_load_state_dict_from_url`, of torch.save's formats (zip since 1.6,
+            legacy before), safetensors, or Hugging Face's ``*.index.json`` of several files of them, which are opened
+            where it lies.
+        headers: extra request headers.
+
+    Raises:
+        LoadError: the file is broken, or of a format without an index (TorchScript, compressed, tar).
+        FetchError: the origin does not give the bytes. It must serve ranges.
+        CacheError: the file cannot be read.
+        OfflineError: RANKLOAD_OFFLINE is set, and it is no local file.
+    """
+    location = os.fspath(path_or_url)
+    path = local_path_of(location)
+    shown = redact(location) if path is None else str(path)
+    closing = ExitStack()
+    with ExitStack() as unless_opened:
+        unless_opened.callback(closing.close)
+        sources = _Sources(
+            _remote_opener(location, headers or {}) if path is None else _local_opener(path.parent), closing
+        )
+        name = urlsplit(location).path.rpartition("/")[2] if path is None else path.name
+        try:
+            index = read_index(sources(name), name, sources, is_remote=path is None)
+        except BrokenFileError as error:
+            raise LoadError(f"{shown}: {error}", path=shown) from None
+        except NotUnderstoodError as error:
+            text = f"{shown}: {error}: it has no index that can be read without loading it"
+            raise LoadError(text, path=shown) from None
+        unless_opened.pop_all()
+    return Checkpoint(index, sources, closing, shown)
+
+
+class _Sources:
+    """The files of a checkpoint, each opened once."""
+
+    def __init__(self, open_one: Callable[[str, ExitStack], Source], closing: ExitStack) -> None:
+        self._open_one, self._closing = open_one, closing
+        self._opened: dict[str, Source] = {}
+
+    def __call__(self, name: str) -> Source:
+        if name not in self._opened:
+            self._opened[name] = self._open_one(name, self._closing)
+        return self._opened[name]
+
+
+def _local_opener(directory: Path) -> Callable[[str, ExitStack], Source]:
+    def open_one(name: str, closing: ExitStack) -> Source:
+        path = directory / name
+        with reading(path):
+            return LocalSource(closing.enter_context(path.open("rb", buffering=0)).fileno())
+
+    return open_one
+
+
+def _remote_opener(url: str, headers: Mapping[str, str]) -> Callable[[str, ExitStack], Source]:
+    settings, checked = Settings.from_environment(), checked_headers(headers)
+    (url,) = checked_urls(url)
+    if settings.offline or is_switched_off(url):
+        raise OfflineError(f"{redact(url)}: offline, and this is no local file; fetch it first, and open the file")
+
+    def open_one(name: str, closing: ExitStack) -> Source:
+        is_first = name == urlsplit(url).path.rpartition("/")[2]
+        return closing.enter_context(RemoteSource(url if is_first else _beside(url, name), checked, settings))
+
+    return open_one
+
+
+def _beside(url: str, name: str) -> str:
+    """Return the URL of a file in the same folder; a query is meant for the first alone."""
+    parts = urlsplit(url)
+    folder = parts.path.rpartition("/")[0]
+    return urlunsplit(parts._replace(path=f"{folder}/{quote(name)}", query="", fragment=""))
