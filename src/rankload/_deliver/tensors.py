@@ -31,7 +31,8 @@ def read_tensor(source: Source, entry: TensorEntry, byte_order: ByteOrder, shown
     if byte_order != sys.byteorder:
         storage.byteswap(dtype)  # type: ignore[no-untyped-call]
     tensor = torch.empty(0, dtype=dtype).set_(storage, 0, entry.shape, entry.stride)
-    return torch.nn.Parameter(tensor, entry.requires_grad) if entry.is_parameter else tensor
+    requires_grad = entry.requires_grad and (dtype.is_floating_point or dtype.is_complex)  # others cannot
+    return torch.nn.Parameter(tensor, requires_grad) if entry.is_parameter else tensor.requires_grad_(requires_grad)
 
 
 def fill(storage: torch.UntypedStorage, source: Source, offset: int) -> int:

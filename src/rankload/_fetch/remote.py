@@ -40,6 +40,7 @@ class RemoteSource:
         self._settings, self._origin = settings, origin_for(url, headers, settings)
         self.size_bytes = 0
         self._version: Version | None = None
+        self._serves_whole = False
         self._kept: dict[int, bytes] = {}
         first = self._fetch(0, _LEAST_BYTES)
         size_bytes = self._version.size_bytes if self._version is not None else None
@@ -86,18 +87,17 @@ class RemoteSource:
             except ContentChangedError:
                 raise
             except UnusableRange as error:
-                raise FetchError(
-                    f"{error}; fetch the file with dist_fetch and open that", url=self._origin.shown
-                ) from None
+                raise FetchError(f"{error}; {_FETCH_IT}", url=self._origin.shown) from None
             except FetchError as error:
                 time.sleep(retries.pause_after(error, is_new=True))
 
     def _try(self, begin: int, end: int) -> bytes:
         shown = self._origin.shown
+        if self._serves_whole:
+            raise UnusableRange(f"{shown}: the origin serves the file as a whole only")
         pieces: list[bytes] = []
         with self._origin.open(begin, end, self._version) as body:
-            if body.is_whole and begin:
-                raise UnusableRange(f"{shown}: the origin serves the file as a whole only")
+            self._serves_whole = body.is_whole
             wanted = end if body.version.size_bytes is None else min(end, body.version.size_bytes)
             count = 0
             while count < wanted - begin and (piece := body.read()):

@@ -11,7 +11,7 @@ import pytest
 from rankload._cache.layout import Entry
 from rankload._fetch.partials import owner
 from rankload._fetch.partials.adoption import remove_dead_partials
-from rankload._fetch.partials.journal import journal_path
+from rankload._fetch.partials.journal import beginning_path, journal_path
 from rankload._fetch.partials.owner import abandoned_path, own_path
 from rankload._settings import Settings
 
@@ -66,3 +66,18 @@ def test_other_files_are_nobodys_business(entry):
     for name in names:
         (entry.path.parent / name).touch()
     assert sorted(left_after_cleaning(entry)) == sorted(names)
+
+
+@pytest.mark.parametrize("name_for", [of_a_dead_process, of_another_host, abandoned_path])
+def test_partial_file_whose_owner_was_killed_while_it_began_its_journal(entry, name_for):
+    path = name_for(entry)
+    path.touch()
+    beginning_path(path).touch()
+    assert left_after_cleaning(entry, time.time() + Settings().lease_seconds + 60) == []
+
+
+def test_partial_file_without_any_journal_on_another_host_is_left_for_a_day(entry):
+    path = of_another_host(entry)
+    path.touch()
+    assert left_after_cleaning(entry, time.time() + Settings().lease_seconds + 60) == [path.name]
+    assert left_after_cleaning(entry, time.time() + DAY + 60) == []

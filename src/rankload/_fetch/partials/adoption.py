@@ -11,7 +11,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from rankload._cache.layout import Entry
-from rankload._fetch.partials.journal import Entries, journal_path, partial_path_of, read_journal
+from rankload._fetch.partials.journal import Entries, beginning_path, journal_path, partial_path_of, read_journal
 from rankload._fetch.partials.owner import Owner, owner_of, partials_of, siblings_of
 from rankload._fetch.partials.partial import Partial
 from rankload._settings import Settings
@@ -71,11 +71,12 @@ def remove_dead_partials(entry: Entry, settings: Settings, now: float) -> None:
         with suppress(OSError):
             owner, entries = owner_of(path), read_journal(path)
             assert owner is not None
-            is_silent = entries is not None and _is_silent(entries, now, settings)
+            is_silent = _is_silent(entries, now, settings) if entries else _fell_silent_early(path, now, settings)
             is_old = now - path.lstat().st_mtime > _FOREIGN_MAX_AGE_SECONDS
             if owner.is_dead or (not owner.is_here and (is_silent or is_old)):
                 path.unlink()
                 journal_path(path).unlink(missing_ok=True)
+                beginning_path(path).unlink(missing_ok=True)
                 _logger.info("removed %s: its owner is dead", path)
     _remove_orphan_journals(entry, settings, now)
 
@@ -119,6 +120,14 @@ def _candidates(entry: Entry, url_keys: frozenset[str], sha256: str | None) -> l
 def _is_silent(entries: Entries, now: float, settings: Settings) -> bool:
     # no longer than the lease: who has taken over a dead owner's lease has watched it for just so long
     return now - entries.modified_at > settings.lease_seconds
+
+
+def _fell_silent_early(path: Path, now: float, settings: Settings) -> bool:
+    """Tell whether its owner was killed before its journal was complete: a living one would beat in it by now."""
+    try:
+        return now - beginning_path(path).lstat().st_mtime > settings.lease_seconds
+    except OSError:  # it keeps none
+        return False
 
 
 def _rename(candidate: _Candidate, partial: Partial) -> None:

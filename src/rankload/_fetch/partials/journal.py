@@ -66,6 +66,11 @@ def journal_path(partial_path: Path) -> Path:
     return partial_path.with_name(partial_path.name + _SUFFIX)
 
 
+def beginning_path(partial_path: Path) -> Path:
+    """Return the path of a partial file's journal until that is complete."""
+    return partial_path.with_name(partial_path.name + _SUFFIX + _BEGINNING)
+
+
 def partial_path_of(path: Path) -> Path | None:
     """Return the partial file's path for that of a journal, or of the beginning of one; None for any other file's."""
     name = path.name.removesuffix(_BEGINNING)
@@ -81,7 +86,7 @@ class Journal:
         self._lock = threading.Lock()  # the n in "the first n ranges" must be the order of the lines
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         # the one that was adopted holds until this one is complete
-        beginning = self._path.with_name(self._path.name + _BEGINNING)
+        beginning = beginning_path(partial_path)
         with suppress(OSError):
             self._descriptor = os.open(beginning, flags, 0o666)
             share_file(self._descriptor, self._path.parent)
