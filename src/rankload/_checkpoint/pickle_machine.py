@@ -47,7 +47,9 @@ class PickleMachine:
         try:
             self._run()
             return self._stack.top
-        except (IndexError, KeyError, TypeError, AttributeError):  # of a list here that holds something else
+        except (NotUnderstoodError, BrokenFileError):
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError):  # of a list here that holds something else
             raise NotUnderstoodError("a malformed pickle") from None
 
     def _run(self) -> None:
