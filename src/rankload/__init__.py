@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rankload._version import __version__
 
 if TYPE_CHECKING:
-    from rankload import hub, model_zoo
+    from rankload import adapt, hub, model_zoo
     from rankload._api import dist_fetch, dist_load_state_dict_from_url
     from rankload._checkpoint.entry import TensorEntry
     from rankload._deliver.checkpoint import Checkpoint
@@ -77,6 +77,7 @@ __all__ = [
     "UnsafePickleError",
     "VerificationError",
     "__version__",
+    "adapt",
     "dist_fetch",
     "dist_load_state_dict_from_url",
     "hub",
@@ -91,7 +92,7 @@ _HOMES = {
     "Checkpoint": "_deliver.checkpoint",
     "TensorEntry": "_checkpoint.entry",
 }
-_MODULES = frozenset({"hub", "model_zoo"})
+_MODULES = frozenset({"adapt", "hub", "model_zoo"})
 
 
 def __getattr__(name: str) -> Any:

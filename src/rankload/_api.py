@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from rankload._job.lone import LoneChannel
 from rankload._job.membership import open_channel, open_lone_channel
 from rankload._settings import Settings
 from rankload._types import Delivery, Identity, Progress, Scope, Verify
+from rankload.adapt import Adapter, as_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def dist_load_state_dict_from_url(
     offline: bool | None = None,
     verify: Verify = "once",
     mmap: bool | None = None,
-    adapt: Callable[[Any], Any] | None = None,
+    adapt: Adapter | Sequence[Adapter] | None = None,
 ) -> dict[str, Any]:
     """Load the checkpoint at a URL into every rank: downloaded once, verified, the same result or error everywhere.
 
@@ -86,7 +87,8 @@ def dist_load_state_dict_from_url(
             ``"sidecar"``: as once, and the file ``<url>.sha256`` at the origin must vouch for it.
         mmap: map the file, so that the ranks of a host share one copy; default: wherever the format allows. False
             gives each rank a private copy.
-        adapt: applied to what was loaded, e.g. ``lambda checkpoint: checkpoint["state_dict"]``.
+        adapt: applied to what was loaded: a function, or several in order, such as those of `rankload.adapt`:
+            ``[adapt.unwrap(), adapt.strip_prefix("module.")]``. May differ between ranks.
 
     Returns:
         What torch.load returns: usually ``dict[str, Tensor]``, shapes and dtypes as saved.
@@ -97,6 +99,7 @@ def dist_load_state_dict_from_url(
             (RuntimeErrors), RankLostError (a ConnectionError).
     """
     with _call(group, timeout) as (channel, settings):
+        adapter = as_adapter(adapt)
         request = make_request(
             url,
             model_dir,
@@ -114,7 +117,7 @@ def dist_load_state_dict_from_url(
         file = fetch_once(request, channel, settings)
         channel.report(Progress("loading", 0, file.size_bytes))
         state_dict = _read(file.path, map_location, channel.identity, group, weights_only, mmap)
-        return adapt(state_dict) if adapt is not None else state_dict  # type: ignore[no-any-return]
+        return adapter(state_dict)  # type: ignore[no-any-return]
 
 
 def dist_fetch(

@@ -9,7 +9,7 @@ from harness.scripts import run_script
 
 CALLS = {"dist_fetch", "dist_load_state_dict_from_url", "open_checkpoint"}
 CLASSES = {"Checkpoint", "TensorEntry"}
-MODULES = {"hub", "model_zoo"}
+MODULES = {"adapt", "hub", "model_zoo"}
 ERRORS = {
     "ArgumentError",
     "ArgumentMismatchError",

@@ -1,0 +1,212 @@
+"""From the names in a checkpoint to the names in a module: small functions that make functions.
+
+    from rankload import adapt, dist_load_state_dict_from_url
+
+    state_dict = dist_load_state_dict_from_url(url, adapt=[adapt.unwrap(), adapt.strip_prefix("module.")])
+    model.load_state_dict(adapt.match_shapes(model)(state_dict), strict=False)
+
+Each maps a dict to a new one and leaves the old one as it is; no tensor is copied but by `to_dtype`. They work on any
+dict of tensors, on the ``entries`` of an opened checkpoint (all but `to_dtype`), and on state dicts whose ``_metadata``
+has to follow the names. None is collective.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from rankload._errors import ArgumentError, LoadError
+
+Adapter = Callable[[Any], Any]
+
+_logger = logging.getLogger("rankload")
+
+#: Under which keys training scripts save the model: torch's tutorials, Lightning, timm, fairseq, detectron2.
+_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")
+
+_MOST_SHOWN = 20
+
+
+def compose(*adapters: Adapter) -> Adapter:
+    """Apply several, the first one first."""
+
+    def composed(checkpoint: Any) -> Any:
+        for adapter in adapters:
+            checkpoint = adapter(checkpoint)
+        return checkpoint
+
+    return composed
+
+
+def as_adapter(adapt: Adapter | Sequence[Adapter] | None) -> Adapter:
+    """Return what ``adapt=`` arguments mean: a function, several, or none.
+
+    Raises:
+        ArgumentError: something else.
+    """
+    adapters = [] if adapt is None else [adapt] if callable(adapt) else list(adapt)
+    if not all(map(callable, adapters)):
+        raise ArgumentError(f"adapt={adapt!r}: expected a function of the checkpoint, or a sequence of them")
+    return compose(*adapters)
+
+
+def unwrap(key: str = "auto") -> Adapter:
+    """Take the state dict out of a training checkpoint.
+
+    Args:
+        key: where it is: ``"state_dict"``, ``"model"``, ``"model_state"``, … ``"auto"`` looks under the usual ones, and
+            returns a checkpoint that has none of them, but tensors itself, as it is. Of the ``entries`` of an opened
+            checkpoint, where ``{"model": {"weight": …}}`` is ``"model.weight"``, name the key.
+
+    Raises (the function):
+        LoadError: there is none; the message tells the keys that there are.
+    """
+
+    def unwrapped(checkpoint: Any) -> Any:
+        if not isinstance(checkpoint, Mapping):
+            raise LoadError(f"unwrap({key!r}): the checkpoint is no dict but a {type(checkpoint).__name__}")
+        for candidate in _WRAPPERS if key == "auto" else (key,):
+            inner = checkpoint.get(candidate)
+            if isinstance(inner, Mapping):
+                return inner
+            if inner is not None and hasattr(inner, "state_dict"):  # a whole module was saved
+                return inner.state_dict()
+        if key == "auto" and any(map(_is_tensor, checkpoint.values())):
+            return checkpoint
+        if key != "auto" and (flat := _beneath(checkpoint, key)):
+            return flat
+        keys = ", ".join(repr(name) for name in list(checkpoint)[:_MOST_SHOWN])
+        raise LoadError(f"unwrap({key!r}): no state dict is there; the checkpoint has {keys or 'nothing'}")
+
+    return unwrapped
+
+
+def strip_prefix(*prefixes: str) -> Adapter:
+    """Take each of the prefixes, in this order, off the names that begin with it: ``"module."``, ``"_orig_mod."``."""
+
+    def stripped(name: str) -> str:
+        for prefix in prefixes:
+            name = name.removeprefix(prefix)
+        return name
+
+    return _renaming(stripped)
+
+
+def add_prefix(prefix: str) -> Adapter:
+    """Put a prefix before every name."""
+    return _renaming(lambda name: prefix + name)
+
+
+def rename(pattern: str, replacement: str) -> Adapter:
+    r"""Replace a regular expression in every name, as `re.sub` does: ``rename(r"^backbone\\.", "encoder.")``."""
+    compiled = _compiled(pattern)
+    return _renaming(lambda name: compiled.sub(replacement, name))
+
+
+def drop(*patterns: str) -> Adapter:
+    r"""Leave out the tensors in whose names one of the regular expressions is found: ``drop(r"^head\\.")``."""
+    compiled = [_compiled(pattern) for pattern in patterns]
+    return _filtering(lambda name, _: not any(pattern.search(name) for pattern in compiled))
+
+
+def keep(*patterns: str) -> Adapter:
+    """Leave out all tensors but those in whose names one of the regular expressions is found."""
+    compiled = [_compiled(pattern) for pattern in patterns]
+    return _filtering(lambda name, _: any(pattern.search(name) for pattern in compiled))
+
+
+def match_shapes(module: Any) -> Adapter:
+    """Leave out what has another shape than the module's tensor of that name, and log what that was.
+
+    Names that the module does not have stay: whether they matter is for ``strict`` to say.
+
+    Args:
+        module: an ``nn.Module``, or its state dict.
+    """
+
+    def matched(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        own = module if isinstance(module, Mapping) else module.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items() if _is_tensor(tensor)}
+        unfit = {
+            name: f"{name} {list(tensor.shape)}, not {list(shapes[name])}"
+            for name, tensor in state_dict.items()
+            if name in shapes and _is_tensor(tensor) and tuple(tensor.shape) != shapes[name]
+        }
+        if unfit:
+            more = f" and {len(unfit) - _MOST_SHOWN} more" if len(unfit) > _MOST_SHOWN else ""
+            _logger.warning("left out for their shapes: %s%s", "; ".join([*unfit.values()][:_MOST_SHOWN]), more)
+        return _kept(state_dict, (name for name in state_dict if name not in unfit))
+
+    return matched
+
+
+def to_dtype(dtype: Any) -> Adapter:
+    """Convert floating-point tensors to a ``torch.dtype``; integers, such as batch norm's counters, stay."""
+
+    def converted(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        pairs = ((name, value.to(dtype) if _is_floating(value) else value) for name, value in state_dict.items())
+        return _like(state_dict, pairs)
+
+    return converted
+
+
+def _renaming(new_name: Callable[[str], str]) -> Adapter:
+    def renamed(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        sources: dict[str, str] = {}
+        for name in state_dict:
+            if (other := sources.setdefault(new_name(name), name)) != name:
+                raise LoadError(f"{other!r} and {name!r} would both be named {new_name(name)!r}")
+        result = _like(state_dict, ((name, state_dict[source]) for name, source in sources.items()))
+        if (metadata := getattr(state_dict, "_metadata", None)) is not None:
+            # its keys are modules: prefixes of names, without the dot
+            pairs = ((new_name(f"{key}.").rstrip("."), version) for key, version in metadata.items())
+            result._metadata = _like(metadata, pairs)  # type: ignore[attr-defined]
+        return result
+
+    return renamed
+
+
+def _filtering(is_wanted: Callable[[str, Any], bool]) -> Adapter:
+    def filtered(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        return _kept(state_dict, (name for name, value in state_dict.items() if is_wanted(name, value)))
+
+    return filtered
+
+
+def _kept(state_dict: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
+    return _like(state_dict, ((name, state_dict[name]) for name in names))
+
+
+def _like(state_dict: Mapping[str, Any], pairs: Iterable[tuple[str, Any]]) -> Mapping[str, Any]:
+    """Make a dict that load_state_dict treats as the old one: with its ``_metadata``, if it has any."""
+    if not isinstance(state_dict, OrderedDict):
+        return dict(pairs)
+    result = OrderedDict(pairs)
+    if (metadata := getattr(state_dict, "_metadata", None)) is not None:
+        result._metadata = metadata  # type: ignore[attr-defined]
+    return result
+
+
+def _beneath(checkpoint: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return what an index has under a key: there, the keys of nested dicts are joined with dots."""
+    prefix = f"{key}."
+    names = [name for name in checkpoint if isinstance(name, str) and name.startswith(prefix)]
+    return {name.removeprefix(prefix): checkpoint[name] for name in names}
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _is_floating(value: Any) -> bool:
+    return _is_tensor(value) and hasattr(value, "is_floating_point") and bool(value.is_floating_point())
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ArgumentError(f"{pattern!r} is no regular expression: {error}") from None
