@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         UnsafePickleError,
         VerificationError,
     )
+    from rankload._load import load
     from rankload._open_checkpoint import open_checkpoint
 
 __all__ = [
@@ -81,6 +82,7 @@ __all__ = [
     "dist_fetch",
     "dist_load_state_dict_from_url",
     "hub",
+    "load",
     "model_zoo",
     "open_checkpoint",
 ]
@@ -88,6 +90,7 @@ __all__ = [
 _HOMES = {
     "dist_fetch": "_api",
     "dist_load_state_dict_from_url": "_api",
+    "load": "_load",
     "open_checkpoint": "_open_checkpoint",
     "Checkpoint": "_deliver.checkpoint",
     "TensorEntry": "_checkpoint.entry",

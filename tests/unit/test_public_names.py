@@ -7,7 +7,7 @@ import pytest
 import rankload
 from harness.scripts import run_script
 
-CALLS = {"dist_fetch", "dist_load_state_dict_from_url", "open_checkpoint"}
+CALLS = {"dist_fetch", "dist_load_state_dict_from_url", "load", "open_checkpoint"}
 CLASSES = {"Checkpoint", "TensorEntry"}
 MODULES = {"adapt", "hub", "model_zoo"}
 ERRORS = {

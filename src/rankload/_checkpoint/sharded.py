@@ -29,7 +29,7 @@ def read_weight_map(source: Source) -> dict[str, str]:
     if source.size_bytes > _LARGEST_BYTES:
         raise BrokenFileError(f"index of a sharded checkpoint of {source.size_bytes} bytes")
     try:
-        weight_map = json.loads(read_exactly(source, source.size_bytes, 0))["weight_map"]
+        weight_map = json.loads(read_exactly(source, source.size_bytes, 0).decode("utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BrokenFileError("damaged index of a sharded checkpoint (no JSON with a weight_map)") from None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

@@ -49,7 +49,7 @@ def _translate(error: Exception, path: Path) -> LoadError:
         return UnsafePickleError(f"{path}: weights_only=True refused the file: {_core(text)}. {_TRUST}", **facts)
     if isinstance(error, MemoryError):
         return LoadError(f"{path}: not enough memory to load {facts['size_bytes']} bytes ({text})", **facts)
-    what = f"{_describe(path)} of {facts['size_bytes']} bytes"
+    what = _describe(path) + ("" if facts["size_bytes"] is None else f" of {facts['size_bytes']} bytes")
     return LoadError(f"{path}: torch could not load {what}: {type(error).__name__}: {text}", **facts)
 
 
