@@ -38,6 +38,20 @@ def test_lists_and_reads_one_tensor(origin, path):
     assert checkpoint.size_bytes == 50 * 120_000 < path.stat().st_size
 
 
+def test_asking_for_a_name_reads_nothing(origin, path):
+    with rankload.open_checkpoint(origin.add("model.pth", path)) as checkpoint:
+        requests = origin.request_count()
+        assert "layer.20.weight" in checkpoint and "other" not in checkpoint and checkpoint.get("other") is None
+        assert origin.request_count() == requests
+
+
+def test_reading_everything_keeps_little_of_it(origin, path):
+    with rankload.open_checkpoint(origin.add("model.pth", path)) as checkpoint:
+        assert all(torch.equal(tensor, CONTENT[name]) for name, tensor in checkpoint.items())
+        kept = checkpoint._sources("model.pth")._kept
+        assert sum(map(len, kept.values())) <= 4 << 20
+
+
 def sparse(path, tensor_bytes, count):
     """A checkpoint of many gigabytes that takes no room on disk."""
     with torch.serialization.skip_data():

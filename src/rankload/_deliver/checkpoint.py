@@ -50,6 +50,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         entry = self.entries[name]
         return read_tensor(self._sources(entry.file), entry, self._index.byte_orders[entry.file], self.shown)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 

@@ -15,7 +15,7 @@ from rankload._settings import Settings
 #: Small reads get so much, and what is not needed now is kept: the next one is often close by.
 _LEAST_BYTES = 32 << 10
 
-#: Larger ones are not kept.
+#: Of all together. What comes later, tensors, is seldom asked for twice.
 _MOST_KEPT_BYTES = 4 << 20
 
 _FETCH_IT = "fetch it with dist_fetch, and open the file"
@@ -65,7 +65,7 @@ class RemoteSource:
             if begin <= offset and end <= begin + len(piece):
                 return piece[offset - begin : end - begin]
         piece = self._fetch(offset, min(max(end, offset + _LEAST_BYTES), self.size_bytes))
-        if len(piece) <= _MOST_KEPT_BYTES:
+        if sum(map(len, self._kept.values())) + len(piece) <= _MOST_KEPT_BYTES:
             self._kept[offset] = piece
         return piece[: end - offset]
 
