@@ -51,8 +51,8 @@ class OpenFile:
                 self._lent -= 1
                 self._changed.notify_all()
 
-    def sync_and_close(self, timeout_seconds: float) -> None:
-        """Wait until all that was lent is back, force the bytes to disk and close.
+    def settle(self, timeout_seconds: float) -> None:
+        """Wait until all that was lent is back.
 
         Raises:
             OSError: a write, sync or close has failed, in whatever thread.
@@ -62,6 +62,14 @@ class OpenFile:
                 raise TimeoutError(f"not everything was written within {timeout_seconds:g} s")
         if self._failure is not None:
             raise self._failure
+
+    def sync_and_close(self, timeout_seconds: float) -> None:
+        """Wait until all that was lent is back, force the bytes to disk and close.
+
+        Raises:
+            OSError: a write, sync or close has failed, in whatever thread.
+        """
+        self.settle(timeout_seconds)
         os.fsync(self.descriptor)
         descriptor, self.descriptor = self.descriptor, -1
         os.close(descriptor)

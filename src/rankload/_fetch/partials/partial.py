@@ -129,6 +129,7 @@ class Partial:
         """Force the bytes to disk and close the file; return its status. NFS reports a full disk or quota only here."""
         self._end_journal()
         with self.writing():
+            self._file.settle(self._settings.progress_seconds)  # a write that failed says more than the length it left
             found = os.fstat(self.descriptor).st_size
             if found < size_bytes:
                 raise OSError(errno.EIO, f"{found} bytes are there of {size_bytes} that were written")
