@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class BrokenFileError(ValueError):
     """The file contradicts its own format; the text says how. Never reaches a user: others make it theirs."""
+
+
+class CutOffError(BrokenFileError):
+    """What was to be read goes on behind the last byte that was given."""

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from rankload._checkpoint.broken import BrokenFileError
+from rankload._checkpoint.broken import BrokenFileError, CutOffError
 from rankload._checkpoint.entry import ITEM_BYTES, StorageEntry
 from rankload._checkpoint.index import FileIndex
 from rankload._checkpoint.pickle_machine import PickleMachine
@@ -62,9 +62,11 @@ def read_legacy_index(source: Source, file: str) -> FileIndex:
         length = min(length, source.size_bytes)
         try:
             return _Pickles(read_exactly(source, length, 0), source.size_bytes, file).index()
-        except BrokenFileError:
-            if length == source.size_bytes or length >= _MOST_BYTES:
+        except CutOffError:
+            if length == source.size_bytes:
                 raise
+            if length >= _MOST_BYTES:  # whole it may be, all the same
+                raise NotUnderstoodError("a legacy checkpoint with so much in it besides its tensors") from None
         length *= 4
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rankload._checkpoint.broken import BrokenFileError
+from rankload._checkpoint.broken import BrokenFileError, CutOffError
 from rankload._checkpoint.pickle_stack import Builder, Content, GlobalName, NotUnderstoodError, PickleStack, Unbuilt
 
 #: More than 50,000 tensors' worth. Bounds time (some seconds) and memory (as much as this many stack items).
@@ -40,7 +40,7 @@ class PickleMachine:
         """Read one pickle and return its value.
 
         Raises:
-            BrokenFileError: the content ends before the pickle does.
+            CutOffError: the content ends before the pickle does.
             NotUnderstoodError: see there.
         """
         self._stack.clear()
@@ -59,7 +59,7 @@ class PickleMachine:
         while self._operations < _MOST_OPERATIONS:
             self._operations += 1
             if position >= size_bytes:
-                raise BrokenFileError(_CUT_OFF)
+                raise CutOffError(_CUT_OFF)
             operation = _OPERATIONS[content[position]]
             start = position + 1
             if operation.argument_bytes >= 0:
@@ -67,7 +67,7 @@ class PickleMachine:
             else:
                 start, position = self._argument(operation.argument_bytes, start)
             if position > size_bytes:
-                raise BrokenFileError(_CUT_OFF)
+                raise CutOffError(_CUT_OFF)
             if operation.meaning is not None:
                 operation.meaning(self._stack, start, position)
             elif operation.is_last:
@@ -84,11 +84,11 @@ class PickleMachine:
             for _ in range(_LINES[code]):
                 end = self._content.find(b"\n", end) + 1
                 if end == 0:
-                    raise BrokenFileError(_CUT_OFF)
+                    raise CutOffError(_CUT_OFF)
             return start, end
         begin = start + _LENGTH_BYTES[code]
         if begin > len(self._content):
-            raise BrokenFileError(_CUT_OFF)
+            raise CutOffError(_CUT_OFF)
         return begin, begin + self._stack.unsigned(start, begin)
 
 

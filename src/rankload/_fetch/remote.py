@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from types import TracebackType
 
 from rankload._errors import ContentChangedError, FetchError, TruncatedError
@@ -42,14 +43,15 @@ class RemoteSource:
         self._version: Version | None = None
         self._serves_whole = False
         self._kept: dict[int, bytes] = {}
-        first = self._fetch(0, _LEAST_BYTES)
-        size_bytes = self._version.size_bytes if self._version is not None else None
-        if size_bytes is None:
-            raise FetchError(
-                f"{self._origin.shown}: the origin does not say how long the file is", url=self._origin.shown
-            )
-        self.size_bytes = size_bytes
-        self._kept[0] = first
+        with ExitStack() as unless_asked:
+            unless_asked.callback(self.close)
+            self._kept[0] = self._fetch(0, _LEAST_BYTES)
+            size_bytes = self._version.size_bytes if self._version is not None else None
+            if size_bytes is None:
+                shown = self._origin.shown
+                raise FetchError(f"{shown}: the origin does not say how long the file is; {_FETCH_IT}", url=shown)
+            self.size_bytes = size_bytes
+            unless_asked.pop_all()
 
     def read(self, length: int, offset: int) -> bytes:
         """Return so many bytes from an offset on; fewer only at the end of the file.
@@ -97,7 +99,6 @@ class RemoteSource:
             raise UnusableRange(f"{shown}: the origin serves the file as a whole only")
         pieces: list[bytes] = []
         with self._origin.open(begin, end, self._version) as body:
-            self._serves_whole = body.is_whole
             wanted = end if body.version.size_bytes is None else min(end, body.version.size_bytes)
             count = 0
             while count < wanted - begin and (piece := body.read()):
@@ -106,6 +107,7 @@ class RemoteSource:
             self._version = self._version or body.version
         if count < wanted - begin and body.version.size_bytes is not None:
             raise TruncatedError(
-                f"{shown}: {count} of {wanted - begin} bytes came", url=shown, expected=wanted, got=count
+                f"{shown}: {count} of {wanted - begin} bytes came", url=shown, expected=wanted - begin, got=count
             )
+        self._serves_whole = body.is_whole
         return b"".join(pieces)[: end - begin]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from harness import checkpoints
+from rankload._checkpoint import legacy
 from rankload._checkpoint.legacy import MAGIC
 from rankload._checkpoint.open import check_structure
 from rankload._errors import NotACheckpointError
@@ -110,3 +111,14 @@ def test_a_length_beyond_the_file_allocates_nothing(tmp_path, opcode):
     path.write_bytes(HEAD + b"\x80\x05" + opcode + b"\xff\xff\xff\x7f\0\0\0\0")
     with pytest.raises(NotACheckpointError, match="truncated"):
         check(path)
+
+
+def test_a_whole_file_with_more_besides_its_tensors_than_is_read_passes(tmp_path, monkeypatch):
+    """One that is cut off in its tensors is still found out."""
+    monkeypatch.setattr(legacy, "_FIRST_BYTES", 1024)
+    monkeypatch.setattr(legacy, "_MOST_BYTES", 16 << 10)
+    path = tmp_path / "model.pth"
+    torch.save({"note": "x" * 100_000, "w": torch.ones(5)}, path, _use_new_zipfile_serialization=False)
+    assert check(path) == "legacy"
+    torch.save({"w": torch.ones(100_000)}, path, _use_new_zipfile_serialization=False)
+    assert_length_is_known(path)
