@@ -11,7 +11,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from rankload._cache.failures import reading
 from rankload._cache.layout import local_path_of, redact
 from rankload._checkpoint.broken import BrokenFileError
-from rankload._checkpoint.pickle_stack import NotUnderstoodError
+from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.read_index import read_index
 from rankload._checkpoint.source import LocalSource, Source
 from rankload._deliver.checkpoint import Checkpoint

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from rankload._checkpoint.broken import BrokenFileError
-from rankload._checkpoint.pickle_stack import NotUnderstoodError
+from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.read_index import read_index
 from soak.runs import start
 

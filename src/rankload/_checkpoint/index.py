@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from rankload._checkpoint.entry import TensorEntry
-from rankload._checkpoint.pickle_stack import NotUnderstoodError
+from rankload._checkpoint.pickle_values import NotUnderstoodError
 
 ByteOrder = Literal["little", "big"]
 

@@ -15,7 +15,7 @@ from rankload._checkpoint.broken import BrokenFileError, CutOffError
 from rankload._checkpoint.entry import ITEM_BYTES, StorageEntry
 from rankload._checkpoint.index import FileIndex
 from rankload._checkpoint.pickle_machine import PickleMachine
-from rankload._checkpoint.pickle_stack import GlobalName, NotUnderstoodError
+from rankload._checkpoint.pickle_values import GlobalName, NotUnderstoodError
 from rankload._checkpoint.source import Source, read_exactly
 from rankload._checkpoint.torch_objects import BUILDERS, storage_type_of
 

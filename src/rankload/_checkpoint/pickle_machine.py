@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankload._checkpoint.broken import BrokenFileError, CutOffError
-from rankload._checkpoint.pickle_stack import Builder, Content, GlobalName, NotUnderstoodError, PickleStack, Unbuilt
+from rankload._checkpoint.pickle_stack import PickleStack
+from rankload._checkpoint.pickle_values import Builder, Content, GlobalName, NotUnderstoodError, Unbuilt
 
 #: More than 50,000 tensors' worth. Bounds time (some seconds) and memory (as much as this many stack items).
 _MOST_OPERATIONS = 4_000_000

@@ -8,62 +8,16 @@ nothing grows beyond the file: the standard unpickler with harmless stubs would 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from rankload._checkpoint.pickle_text import float_of_bytes, value_of_line
+from rankload._checkpoint.pickle_values import Builder, Content, GlobalName, NotUnderstoodError, Unbuilt, checked_key
 
 #: Longer texts (a weight saved as text, a dataset) become `Unbuilt`.
 _LONGEST_TEXT_BYTES = 1 << 24
 
 #: Longer integers would take quadratic time to show.
 _LONGEST_INTEGER_BYTES = 256
-
-_LONGEST_KEY = 16
-
-_SCALARS = (str, bytes, int, float, bool, type(None))
-
-
-class NotUnderstoodError(ValueError):
-    """The pickle is malformed, too long, or uses what this machine does not know. Not a verdict on the file."""
-
-
-class Content(Protocol):
-    """The file's bytes: a mapping, or bytes."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: Any, /) -> Any: ...
-    def find(self, sub: bytes, start: int, /) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class GlobalName:
-    """A class or function that the pickle mentions; never imported."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(slots=True, eq=False)
-class Unbuilt:
-    """An object that was not built.
-
-    Attributes:
-        function: what would have been called: usually a class.
-        arguments: with what.
-        state: what it would have been given then; None where there is none.
-    """
-
-    function: GlobalName | None
-    arguments: tuple[Any, ...] = field(repr=False)
-    state: Any = field(default=None, repr=False)
-
-
-#: Makes a value of a call's arguments. It gets whatever the file says: it checks, and raises NotUnderstoodError.
-Builder = Callable[[tuple[Any, ...]], Any]
 
 
 class PickleStack:
@@ -311,14 +265,6 @@ class PickleStack:
         state = self._stack.pop()
         if isinstance(self._stack[-1], Unbuilt):  # of a dict or a tensor: attributes, which are no part of its content
             self._stack[-1].state = state
-
-
-def checked_key(key: Any) -> Any:
-    """Return a dict's key, if hashing it is quick: tuples of tuples may hold each of their items a million times."""
-    parts = key if type(key) is tuple else (key,)
-    if len(parts) > _LONGEST_KEY or not all(type(part) in _SCALARS for part in parts):
-        raise NotUnderstoodError("a pickle with keys of an unusual kind")
-    return key
 
 
 _TOO_LONG = Unbuilt(None, ())

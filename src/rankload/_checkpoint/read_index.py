@@ -10,7 +10,7 @@ from rankload._checkpoint import legacy, safetensors, torch_zip
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.entry import StorageEntry, TensorEntry, contiguous_stride
 from rankload._checkpoint.index import Index, flatten
-from rankload._checkpoint.pickle_stack import NotUnderstoodError
+from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.sharded import claims_to_be_sharded, read_weight_map
 from rankload._checkpoint.source import Source
 from rankload._checkpoint.zip_index import read_zip_index

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rankload._checkpoint.entry import ITEM_BYTES, StorageEntry, TensorEntry, checked
-from rankload._checkpoint.pickle_stack import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key
+from rankload._checkpoint.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key
 
 #: torch's names of dtypes, by the name of the storage class that a persistent id tells.
 STORAGE_DTYPES: Mapping[str, str] = MappingProxyType(

@@ -9,7 +9,7 @@ from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.entry import ITEM_BYTES, StorageEntry
 from rankload._checkpoint.index import ByteOrder, FileIndex
 from rankload._checkpoint.pickle_machine import PickleMachine
-from rankload._checkpoint.pickle_stack import NotUnderstoodError
+from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.source import Source
 from rankload._checkpoint.torch_objects import BUILDERS, storage_type_of
 

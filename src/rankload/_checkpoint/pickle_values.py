@@ -1,0 +1,61 @@
+"""What comes out of a pickle that is read without trust: plain values, names, and notes of what was not built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+_LONGEST_KEY = 16
+
+_SCALARS = (str, bytes, int, float, bool, type(None))
+
+
+class NotUnderstoodError(ValueError):
+    """The pickle is malformed, too long, or uses what this machine does not know. Not a verdict on the file."""
+
+
+class Content(Protocol):
+    """The file's bytes: a mapping, or bytes."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> Any: ...
+    def find(self, sub: bytes, start: int, /) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalName:
+    """A class or function that the pickle mentions; never imported."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(slots=True, eq=False)
+class Unbuilt:
+    """An object that was not built.
+
+    Attributes:
+        function: what would have been called: usually a class.
+        arguments: with what.
+        state: what it would have been given then; None where there is none.
+    """
+
+    function: GlobalName | None
+    arguments: tuple[Any, ...] = field(repr=False)
+    state: Any = field(default=None, repr=False)
+
+
+#: Makes a value of a call's arguments. It gets whatever the file says: it checks, and raises NotUnderstoodError.
+Builder = Callable[[tuple[Any, ...]], Any]
+
+
+def checked_key(key: Any) -> Any:
+    """Return a dict's key, if hashing it is quick: tuples of tuples may hold each of their items a million times."""
+    parts = key if type(key) is tuple else (key,)
+    if len(parts) > _LONGEST_KEY or not all(type(part) in _SCALARS for part in parts):
+        raise NotUnderstoodError("a pickle with keys of an unusual kind")
+    return key
