@@ -88,7 +88,7 @@ def _remove_orphan_journals(entry: Entry, settings: Settings, now: float) -> Non
         if partial_path is None or (owner := owner_of(partial_path)) is None:
             continue
         with suppress(OSError):
-            is_silent = now - path.lstat().st_mtime > settings.lease_seconds
+            is_silent = now - path.lstat().st_mtime > _silence_seconds(settings)
             if not os.path.lexists(partial_path) and (owner.is_dead or (not owner.is_here and is_silent)):
                 path.unlink()
 
@@ -118,14 +118,22 @@ def _candidates(entry: Entry, url_keys: frozenset[str], sha256: str | None) -> l
 
 
 def _is_silent(entries: Entries, now: float, settings: Settings) -> bool:
-    # no longer than the lease: who has taken over a dead owner's lease has watched it for just so long
-    return now - entries.modified_at > settings.lease_seconds
+    return now - entries.modified_at > _silence_seconds(settings)
+
+
+def _silence_seconds(settings: Settings) -> float:
+    """Return how long a dead owner has been silent in its journal when its lease is taken over.
+
+    Both are beaten in at the same intervals, but not at the same moments: the journal's last beat may be later than the
+    lease's by almost one of them.
+    """
+    return settings.lease_seconds - settings.lease_heartbeat_seconds
 
 
 def _fell_silent_early(path: Path, now: float, settings: Settings) -> bool:
     """Tell whether its owner was killed before its journal was complete: a living one would beat in it by now."""
     try:
-        return now - beginning_path(path).lstat().st_mtime > settings.lease_seconds
+        return now - beginning_path(path).lstat().st_mtime > _silence_seconds(settings)
     except OSError:  # it keeps none
         return False
 
