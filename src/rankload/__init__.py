@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rankload._api import dist_fetch, dist_load_state_dict_from_url
     from rankload._checkpoint.entry import TensorEntry
     from rankload._deliver.checkpoint import Checkpoint
+    from rankload._deliver.report import LoadReport
     from rankload._errors import (
         ArgumentError,
         ArgumentMismatchError,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from rankload._load import load
+    from rankload._load_into import dist_load_into
     from rankload._open_checkpoint import open_checkpoint
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "FetchTimeoutError",
     "HTTPStatusError",
     "LoadError",
+    "LoadReport",
     "NetworkError",
     "NotACheckpointError",
     "OfflineError",
@@ -80,6 +83,7 @@ __all__ = [
     "__version__",
     "adapt",
     "dist_fetch",
+    "dist_load_into",
     "dist_load_state_dict_from_url",
     "hub",
     "load",
@@ -90,9 +94,11 @@ __all__ = [
 _HOMES = {
     "dist_fetch": "_api",
     "dist_load_state_dict_from_url": "_api",
+    "dist_load_into": "_load_into",
     "load": "_load",
     "open_checkpoint": "_open_checkpoint",
     "Checkpoint": "_deliver.checkpoint",
+    "LoadReport": "_deliver.report",
     "TensorEntry": "_checkpoint.entry",
 }
 _MODULES = frozenset({"adapt", "hub", "model_zoo"})

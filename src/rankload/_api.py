@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankload._call import collective_call
 from rankload._errors import ArgumentError
 from rankload._fetch.once import fetch_once
 from rankload._fetch.request import Url, agreed_arguments, make_request
-from rankload._job.channel import RankChannel
 from rankload._job.environment import identity_from_environment
-from rankload._job.lone import LoneChannel
-from rankload._job.membership import open_channel, open_lone_channel
+from rankload._job.membership import open_lone_channel
 from rankload._settings import Settings
 from rankload._types import Delivery, Identity, Progress, Scope, Verify
 from rankload.adapt import Adapter, as_adapter
@@ -98,7 +94,7 @@ def dist_load_state_dict_from_url(
             `rankload._errors`; the usual ones are FetchError (an OSError), VerificationError and LoadError
             (RuntimeErrors), RankLostError (a ConnectionError).
     """
-    with _call(group, timeout) as (channel, settings):
+    with collective_call(group, timeout) as (channel, settings):
         adapter = as_adapter(adapt)
         request = make_request(
             url,
@@ -113,7 +109,7 @@ def dist_load_state_dict_from_url(
             offline=settings.offline if offline is None else offline,
             must_be_checkpoint=True,
         )
-        channel.agree({**agreed_arguments(request, "load"), "delivery": _checked_delivery(delivery)})
+        channel.agree({**agreed_arguments(request, "load"), "delivery": checked_delivery(delivery)})
         file = fetch_once(request, channel, settings)
         channel.report(Progress("loading", 0, file.size_bytes))
         state_dict = _read(file.path, map_location, channel.identity, group, weights_only, mmap)
@@ -140,7 +136,7 @@ def dist_fetch(
     **Collective**, with the arguments and errors of `dist_load_state_dict_from_url`. In a single process it does not
     import torch: the way to prefetch on a login node. Files that are no checkpoints are welcome too.
     """
-    with _call(group, timeout) as (channel, settings):
+    with collective_call(group, timeout) as (channel, settings):
         request = make_request(
             url,
             model_dir,
@@ -222,30 +218,8 @@ def _read(
     return read_checkpoint(path, target, weights_only=weights_only, mmap=mmap)
 
 
-@contextmanager
-def _call(group: ProcessGroup | None, timeout: float | None) -> Iterator[tuple[LoneChannel | RankChannel, Settings]]:
-    """Open the channel. What is wrong with the settings is raised within, where the other ranks hear of it."""
-    problem = None
-    try:
-        settings = _settings(timeout)
-    except ArgumentError as error:
-        settings, problem = Settings(), error
-    with open_channel(group, settings) as channel:
-        if problem is not None:
-            raise problem
-        yield channel, settings
-
-
-def _settings(timeout: float | None) -> Settings:
-    settings = Settings.from_environment()
-    if timeout is None:
-        return settings
-    if not isinstance(timeout, (int, float)) or not 0 < timeout <= threading.TIMEOUT_MAX:
-        raise ArgumentError(f"timeout={timeout!r}: expected a positive number of seconds")
-    return replace(settings, progress_seconds=timeout)
-
-
-def _checked_delivery(delivery: Delivery) -> Delivery:
+def checked_delivery(delivery: Delivery) -> Delivery:
+    """Return it if this version knows it."""
     if delivery not in ("auto", "read"):
         raise ArgumentError(f"delivery={delivery!r}: this version knows 'auto' and 'read'")
     return delivery

@@ -38,7 +38,7 @@ def compose(*adapters: Adapter) -> Adapter:
             checkpoint = adapter(checkpoint)
         return checkpoint
 
-    return composed
+    return _naming(composed) if all(map(looks_at_names_only, adapters)) else composed
 
 
 def as_adapter(adapt: Adapter | Sequence[Adapter] | None) -> Adapter:
@@ -51,6 +51,19 @@ def as_adapter(adapt: Adapter | Sequence[Adapter] | None) -> Adapter:
     if not all(map(callable, adapters)):
         raise ArgumentError(f"adapt={adapt!r}: expected a function of the checkpoint, or a sequence of them")
     return compose(*adapters)
+
+
+def looks_at_names_only(adapter: Adapter) -> bool:
+    """Say whether an adapter works on the entries of an index as on tensors, so that it costs no reading.
+
+    Those of this module do, but `to_dtype`; a function of the caller's may do anything with the tensors.
+    """
+    return getattr(adapter, "looks_at_names_only", False)
+
+
+def _naming(adapter: Adapter) -> Adapter:
+    adapter.looks_at_names_only = True  # type: ignore[attr-defined]
+    return adapter
 
 
 def unwrap(key: str = "auto") -> Adapter:
@@ -81,7 +94,7 @@ def unwrap(key: str = "auto") -> Adapter:
         keys = ", ".join(repr(name) for name in list(checkpoint)[:_MOST_SHOWN])
         raise LoadError(f"unwrap({key!r}): no state dict is there; the checkpoint has {keys or 'nothing'}")
 
-    return unwrapped
+    return _naming(unwrapped)
 
 
 def strip_prefix(*prefixes: str) -> Adapter:
@@ -140,7 +153,7 @@ def match_shapes(module: Any) -> Adapter:
             _logger.warning("left out for their shapes: %s%s", "; ".join([*unfit.values()][:_MOST_SHOWN]), more)
         return _kept(state_dict, (name for name in state_dict if name not in unfit))
 
-    return matched
+    return _naming(matched)
 
 
 def to_dtype(dtype: Any) -> Adapter:
@@ -166,14 +179,14 @@ def _renaming(new_name: Callable[[str], str]) -> Adapter:
             result._metadata = _like(metadata, pairs)  # type: ignore[attr-defined]
         return result
 
-    return renamed
+    return _naming(renamed)
 
 
 def _filtering(is_wanted: Callable[[str, Any], bool]) -> Adapter:
     def filtered(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         return _kept(state_dict, (name for name, value in state_dict.items() if is_wanted(name, value)))
 
-    return filtered
+    return _naming(filtered)
 
 
 def _kept(state_dict: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:

@@ -7,8 +7,8 @@ import pytest
 import rankload
 from harness.scripts import run_script
 
-CALLS = {"dist_fetch", "dist_load_state_dict_from_url", "load", "open_checkpoint"}
-CLASSES = {"Checkpoint", "TensorEntry"}
+CALLS = {"dist_fetch", "dist_load_into", "dist_load_state_dict_from_url", "load", "open_checkpoint"}
+CLASSES = {"Checkpoint", "LoadReport", "TensorEntry"}
 MODULES = {"adapt", "hub", "model_zoo"}
 ERRORS = {
     "ArgumentError",

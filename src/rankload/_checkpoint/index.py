@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -16,6 +16,8 @@ ByteOrder = Literal["little", "big"]
 #: Bounds the walk through content whose parts are in it many times over.
 _MOST_VALUES = 2_000_000
 _DEEPEST = 100
+
+_CONTAINERS = (dict, OrderedDict, list, tuple)
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class Index:
             `Unbuilt`, which names it.
         byte_orders: of the elements, by file.
         metadata: the free-form texts of safetensors files.
+        content: as saved, nested as it is, with entries in the place of tensors.
     """
 
     tensors: Mapping[str, TensorEntry]
     remainder: Mapping[str, Any]
     byte_orders: Mapping[str, ByteOrder]
     metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    content: Any = None
 
 
 def flatten(index: FileIndex, file: str) -> Index:
@@ -67,7 +71,12 @@ def flatten(index: FileIndex, file: str) -> Index:
             tensors[name] = value.named(name)
         else:
             remainder[name] = value
-    return Index(MappingProxyType(tensors), MappingProxyType(remainder), MappingProxyType({file: index.byte_order}))
+    return Index(
+        MappingProxyType(tensors),
+        MappingProxyType(remainder),
+        MappingProxyType({file: index.byte_order}),
+        content=index.content,
+    )
 
 
 def _leaves(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -77,11 +86,11 @@ def _leaves(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     while rest:
         path, value = rest.pop()
         count += 1
-        if type(value) in (dict, list, tuple):
+        if type(value) in _CONTAINERS:
             count += len(value)
         if count > _MOST_VALUES or len(path) > _DEEPEST:
             raise NotUnderstoodError("content that is nested too deeply")
-        if type(value) is dict and (value or not path):
+        if isinstance(value, dict) and (value or not path):
             rest.extend(((*path, str(key)), item) for key, item in reversed(value.items()))
         elif type(value) in (list, tuple) and any(isinstance(item, (TensorEntry, dict, list, tuple)) for item in value):
             rest.extend(((*path, str(number)), item) for number, item in reversed(list(enumerate(value))))

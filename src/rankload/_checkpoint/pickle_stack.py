@@ -7,6 +7,7 @@ nothing grows beyond the file: the standard unpickler with harmless stubs would 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -218,7 +219,7 @@ class PickleStack:
         target = self._stack[-1]
         if len(items) % 2:
             raise NotUnderstoodError("a malformed pickle")
-        if type(target) is dict:
+        if type(target) in (dict, OrderedDict):
             for key, value in zip(items[::2], items[1::2], strict=True):
                 target[checked_key(key)] = value
 
@@ -261,10 +262,16 @@ class PickleStack:
         return Unbuilt(function, arguments) if builder is None else builder(arguments)
 
     def build(self, start: int, end: int) -> None:
-        """Note the state of an object that is not built."""
+        """Note the state of an object that is not built, and the module versions of a state dict.
+
+        Other attributes of dicts and tensors are no part of their content.
+        """
         state = self._stack.pop()
-        if isinstance(self._stack[-1], Unbuilt):  # of a dict or a tensor: attributes, which are no part of its content
-            self._stack[-1].state = state
+        target = self._stack[-1]
+        if isinstance(target, Unbuilt):
+            target.state = state
+        elif type(target) is OrderedDict and type(state) is dict and isinstance(state.get("_metadata"), dict):
+            target._metadata = state["_metadata"]  # type: ignore[attr-defined]  # as nn.Module.state_dict sets it
 
 
 _TOO_LONG = Unbuilt(None, ())

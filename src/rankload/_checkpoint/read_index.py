@@ -65,6 +65,7 @@ def _sharded(weight_map: dict[str, str], open_part: OpenPart, *, is_remote: bool
         _merged(part.remainder for part in parts.values()),
         _merged(part.byte_orders for part in parts.values()),
         _merged(part.metadata for part in parts.values()),
+        content=dict(tensors),
     )
 
 
@@ -84,4 +85,5 @@ def _of_header(header: safetensors.Header, file: str) -> Index:
         MappingProxyType({}),
         MappingProxyType({file: "little"}),
         MappingProxyType(header.metadata),
+        content=dict(tensors),
     )

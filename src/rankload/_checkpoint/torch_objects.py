@@ -6,6 +6,7 @@ arguments come from the file, and are believed nothing.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -96,13 +97,19 @@ def _subclass(arguments: tuple[Any, ...]) -> Any:
 
 
 def _dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
-    if arguments and type(arguments[0]) is dict:
+    if arguments and isinstance(arguments[0], dict):
         found: dict[Any, Any] = arguments[0]
         return found
     pairs = arguments[0] if arguments and type(arguments[0]) is list else []
     found = {checked_key(key): value for key, value in pairs}
     pairs.clear()  # or a short pickle could have it copied a million times
     return found
+
+
+def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    found = _dict(arguments)
+    # One that is made of another dict stays that one: see `_dict`.
+    return found if arguments and found is arguments[0] else OrderedDict(found)
 
 
 def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -144,7 +151,7 @@ BUILDERS: Mapping[GlobalName, Builder] = MappingProxyType(
         _SUBCLASS: _subclass,
         GlobalName("torch", "Size"): _size,
         GlobalName("torch", "device"): _device,
-        GlobalName("collections", "OrderedDict"): _dict,
+        GlobalName("collections", "OrderedDict"): _ordered_dict,
         GlobalName("collections", "defaultdict"): lambda arguments: _dict(arguments[1:]),
         GlobalName("collections", "Counter"): _dict,
         GlobalName("_codecs", "encode"): _encoded,

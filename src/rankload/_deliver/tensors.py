@@ -20,11 +20,7 @@ def read_tensor(source: Source, entry: TensorEntry, byte_order: ByteOrder, shown
     Raises:
         LoadError: this torch does not have its dtype, or the file ended early.
     """
-    dtype = getattr(torch, entry.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        what = f"tensor {entry.name!r} has the dtype {entry.dtype!r}"
-        text = f"{shown}: {what}, which torch {torch.__version__} does not have"
-        raise LoadError(text, tensor=entry.name, dtype=entry.dtype)
+    dtype = torch_dtype(entry, shown)
     storage = torch.empty(entry.length, dtype=torch.uint8).untyped_storage()
     if fill(storage, source, entry.offset) != entry.length:
         raise LoadError(f"{shown}: the file ended within tensor {entry.name!r}: was it cut off since it was opened?")
@@ -35,13 +31,31 @@ def read_tensor(source: Source, entry: TensorEntry, byte_order: ByteOrder, shown
     return torch.nn.Parameter(tensor, requires_grad) if entry.is_parameter else tensor.requires_grad_(requires_grad)
 
 
+def torch_dtype(entry: TensorEntry, shown: str) -> torch.dtype:
+    """Return a tensor's dtype.
+
+    Raises:
+        LoadError: this torch does not have it.
+    """
+    dtype = getattr(torch, entry.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        what = f"tensor {entry.name!r} has the dtype {entry.dtype!r}"
+        text = f"{shown}: {what}, which torch {torch.__version__} does not have"
+        raise LoadError(text, tensor=entry.name, dtype=entry.dtype)
+    return dtype
+
+
 def fill(storage: torch.UntypedStorage, source: Source, offset: int) -> int:
     """Fill a storage in memory with the bytes from an offset on; return how many there were."""
-    length = storage.nbytes()
+    return fill_memory(storage.data_ptr(), storage.nbytes(), source, offset)
+
+
+def fill_memory(address: int, length: int, source: Source, offset: int) -> int:
+    """Fill memory with the bytes from an offset on; return how many there were."""
     if not length:
         return 0
-    # Straight into the storage: neither a second copy in memory, nor numpy for a view of it.
-    rest = memoryview((ctypes.c_ubyte * length).from_address(storage.data_ptr())).cast("B")
+    # Straight into its place: neither a second copy in memory, nor numpy for a view of it.
+    rest = memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
     if not isinstance(source, LocalSource):
         found = source.read(length, offset)
         rest[: len(found)] = found

@@ -115,6 +115,17 @@ class RankChannel:
         assert text is not None
         return json.loads(text)  # type: ignore[no-any-return]
 
+    def meet(self, key: str) -> None:
+        """Wait until every rank has come here: none goes on if one fails before.
+
+        Raises:
+            RankloadError: what another rank has failed with.
+        """
+        if self._store.add(self._key(f"met/{key}")) == self.identity.world_size:
+            self.post(f"met/{key}/all", {})
+            return
+        self._wait_until(lambda: self.has(f"met/{key}/all"), self._watched, Progress("waiting"))
+
     def has(self, key: str) -> bool:
         """Tell whether a value was posted, without waiting."""
         return self._store.peek(self._key(key)) is not None

@@ -32,6 +32,9 @@ class LoneChannel:
         """Unreachable: a single process leads every domain."""
         raise AssertionError("a single process waits for nobody")
 
+    def meet(self, key: str) -> None:
+        """Nobody else is to come."""
+
     def has(self, key: str) -> bool:
         """Nobody posts."""
         return False

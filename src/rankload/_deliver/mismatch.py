@@ -1,0 +1,64 @@
+"""Tell a reader what does not fit between a checkpoint and a module, and what would help. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_MOST_SHOWN = 20
+
+
+def describe_mismatch(
+    missing: Sequence[str], unexpected: Sequence[str], unfit: Sequence[str], content: Mapping[str, Any]
+) -> str:
+    """Return the message.
+
+    Args:
+        missing: names that only the module has.
+        unexpected: names that only the checkpoint has.
+        unfit: sentences on tensors that both have, and that do not fit.
+        content: the checkpoint's, after ``adapt``, for the advice.
+    """
+    lines = [
+        _listed("do not fit", unfit),
+        _listed("missing in the checkpoint", missing),
+        _listed("not in the module", unexpected),
+        _advice(missing, unexpected, content),
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _listed(what: str, items: Sequence[str]) -> str:
+    if not items:
+        return ""
+    shown = [f"    {item}" for item in items[:_MOST_SHOWN]]
+    if len(items) > _MOST_SHOWN:
+        shown.append(f"    and {len(items) - _MOST_SHOWN} more")
+    return "\n".join([f"  {len(items)} {what}:", *shown])
+
+
+def _advice(missing: Sequence[str], unexpected: Sequence[str], content: Mapping[str, Any]) -> str:
+    for wrapper, inner in content.items():
+        if isinstance(inner, Mapping) and any(name in inner for name in missing):
+            return f"  The checkpoint has some of these names under {wrapper!r}: pass adapt=adapt.unwrap({wrapper!r})"
+    if prefix := _common_prefix(missing, unexpected):
+        return f"  Did you mean adapt=adapt.strip_prefix({prefix!r})?"
+    if prefix := _common_prefix(unexpected, missing):
+        return f"  Did you mean adapt=adapt.add_prefix({prefix!r})?"
+    return ""
+
+
+def _common_prefix(short: Sequence[str], long: Sequence[str]) -> str:
+    """Return what most often stands before one of the short names to make a long one; none if that is seldom."""
+    wanted = set(short)
+    found: Counter[str] = Counter()
+    for name in long:
+        parts = name.split(".")
+        for count in range(1, len(parts)):
+            if ".".join(parts[count:]) in wanted:
+                found[".".join(parts[:count]) + "."] += 1
+    if not found:
+        return ""
+    prefix, times = found.most_common(1)[0]
+    return prefix if 2 * times > min(len(short), len(long)) else ""

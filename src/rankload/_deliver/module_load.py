@@ -1,0 +1,173 @@
+"""From an opened checkpoint into a module: decide what goes where, then move the bytes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankload._deliver.mismatch import describe_mismatch
+from rankload._deliver.places import Place, bare, non_persistent_meta_buffers, own_part, places
+from rankload._deliver.replace import Replacer
+from rankload._deliver.saved import Assignment
+from rankload._errors import LoadError
+from rankload.adapt import strip_prefix
+
+_logger = logging.getLogger("rankload")
+
+#: Called with the bytes that are done.
+ReportBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class ModuleLoad:
+    """A load that fits, and of which nothing has been done yet.
+
+    Attributes:
+        module: without its wrappers.
+        assignments: one for each tensor of the module that the checkpoint has.
+        missing_keys, unexpected_keys: as ``load_state_dict`` returns them.
+    """
+
+    module: nn.Module
+    assignments: Sequence[Assignment]
+    missing_keys: Sequence[str]
+    unexpected_keys: Sequence[str]
+
+
+def plan_load(
+    module: nn.Module,
+    content: Mapping[str, Any],
+    assignments: Sequence[Assignment],
+    *,
+    strict: bool,
+    assign: bool | None,
+    shown: str,
+) -> ModuleLoad:
+    """Find out which tensor goes where, and whether everything fits. Writes nothing, but for extra state.
+
+    Args:
+        module: wrapped or not.
+        content: the checkpoint's after ``adapt``, with `SavedTensor`s that note in ``assignments`` where they go.
+        assignments: still empty.
+        strict: every name must be on both sides.
+        assign: the caller's; with True tensors keep the checkpoint's dtype, whatever the module's was.
+        shown: where the checkpoint is, for messages.
+
+    Raises:
+        LoadError: it does not fit; the message lists what, and what would help.
+    """
+    module, prefix = bare(module)
+    content = _without_wrapper(content, prefix)
+    missing, unexpected, unfit = _ask_torch(module, content)
+    own = places(module)
+    names = {id(place.tensor): place.name for place in reversed(own)}
+    for step in assignments:
+        if problem := _problem(step, keeps_dtype=assign is not True):
+            unfit.append(f"{names.get(id(step.target), 'a tensor')}: {problem}")
+    missing = _truly_missing(missing, own, assignments)
+    if unfit or (strict and (missing or unexpected)):
+        text = describe_mismatch(missing, unexpected, unfit, content)
+        raise LoadError(
+            f"{shown} does not fit the {type(module).__name__}:\n{text}",
+            missing_count=len(missing),
+            unexpected_count=len(unexpected),
+            unfit_count=len(unfit),
+        )
+    return ModuleLoad(module, _without_repetitions(assignments), missing, unexpected)
+
+
+def carry_out(
+    load: ModuleLoad,
+    device: Callable[[], torch.device],
+    report: ReportBytes,
+    *,
+    assign: bool | None,
+    may_share: bool,
+) -> int:
+    """Move the bytes; return how many were read.
+
+    Tensors on the meta device are replaced, each by one on this rank's device, or, on the CPU, by a view of the mapped
+    file, if its dtype is the module's; tied ones stay tied.
+
+    Args:
+        load: the plan.
+        device: gives the device for what is on the meta device now.
+        report: called before each tensor.
+        assign: replace all tensors so, with the checkpoint's dtype, as ``load_state_dict(assign=True)`` does.
+        may_share: whether what is replaced may be views of the mapped file.
+    """
+    replacer = Replacer(load.module, device, takes_saved_dtype=bool(assign), may_share=may_share)
+    bytes_read = 0
+    with torch.no_grad():
+        for step in load.assignments:
+            report(bytes_read)
+            if step.target.is_meta or assign:
+                bytes_read += replacer.replace(step)
+            else:
+                bytes_read += step.saved.read_into(*own_part(step.target))
+        replacer.finish()
+    _check_materialised(load)
+    return bytes_read
+
+
+def left_on_meta(load: ModuleLoad) -> list[str]:
+    """Return the buffers that the script has to compute, and say so in the log."""
+    names = non_persistent_meta_buffers(load.module)
+    if names:
+        _logger.warning("still on the meta device, for no checkpoint holds them: %s", ", ".join(names))
+    return names
+
+
+def _ask_torch(module: nn.Module, content: Mapping[str, Any]) -> tuple[list[str], list[str], list[str]]:
+    """Return the missing keys, the unexpected ones, and torch's sentences on those that do not fit."""
+    try:
+        keys = module.load_state_dict(content, strict=False)
+    except RuntimeError as error:  # of shapes: then it does not tell the keys
+        own = {place.name for place in places(module)}
+        unfit = str(error).split("\n\t")[1:] or [str(error)]
+        return [name for name in own if name not in content], [name for name in content if name not in own], unfit
+    return list(keys.missing_keys), list(keys.unexpected_keys), []
+
+
+def _without_wrapper(content: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    """Let a wrapped module take what was saved from a wrapped one: ``ddp.state_dict()`` into ``ddp``."""
+    if not prefix or not content or not all(name.startswith(prefix) for name in content):
+        return content
+    return strip_prefix(prefix)(content)  # type: ignore[no-any-return]
+
+
+def _truly_missing(missing: Sequence[str], own: Sequence[Place], assignments: Sequence[Assignment]) -> list[str]:
+    """Leave out names of tensors that come under another of their names: files often hold tied tensors once."""
+    found = {id(step.target) for step in assignments}
+    tied = {place.name for place in own if id(place.tensor) in found}
+    return [name for name in missing if name not in tied]
+
+
+def _without_repetitions(assignments: Sequence[Assignment]) -> list[Assignment]:
+    """Keep the last for each tensor, as if they were made in order."""
+    return list({id(step.target): step for step in assignments}.values())
+
+
+def _problem(step: Assignment, *, keeps_dtype: bool) -> str:
+    target, saved = step.target, step.saved
+    if keeps_dtype and not torch.can_cast(saved.dtype, target.dtype):
+        return f"{saved.dtype} in the checkpoint cannot be converted to the module's {target.dtype}"
+    try:
+        own_part(target)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _check_materialised(load: ModuleLoad) -> None:
+    missing = set(load.missing_keys)
+    if names := [place.name for place in places(load.module) if place.tensor.is_meta and place.name not in missing]:
+        raise LoadError(
+            f"{', '.join(names[:20])}: computed by a hook of the module, and lost, for it is on the meta device; "
+            "call module.to_empty() before"
+        )

@@ -1,0 +1,133 @@
+"""Where the tensors of a module are, which part of each is this rank's, and how another takes its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankload._deliver.boxes import Box, whole
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """One name of a parameter or persistent buffer.
+
+    Attributes:
+        name: as in ``state_dict()``.
+        owner: the module that has it.
+        leaf: its name there.
+        tensor: what is there now.
+    """
+
+    name: str
+    owner: nn.Module
+    leaf: str
+    tensor: torch.Tensor
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Put another tensor there: a Parameter for a Parameter."""
+        if self.leaf in self.owner._parameters:
+            self.owner._parameters[self.leaf] = tensor  # type: ignore[assignment]
+        else:
+            self.owner._buffers[self.leaf] = tensor
+
+
+def bare(module: nn.Module) -> tuple[nn.Module, str]:
+    """Take the wrappers off a module whose state dict has the wrapped one's names behind a prefix.
+
+    Returns:
+        The module within DistributedDataParallel, DataParallel or torch.compile, and the prefix.
+    """
+    prefix = ""
+    while True:
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            module, prefix = module.module, f"{prefix}module."
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module, prefix = inner, f"{prefix}_orig_mod."
+        else:
+            return module, prefix
+
+
+def places(module: nn.Module) -> list[Place]:
+    """Return every name of the module's parameters and persistent buffers; tied ones have several."""
+    return list(_places(module, is_persistent=True))
+
+
+def non_persistent_meta_buffers(module: nn.Module) -> list[str]:
+    """Return the names of buffers on the meta device that no state dict has."""
+    return [place.name for place in _places(module, is_persistent=False) if place.tensor.is_meta]
+
+
+def _places(module: nn.Module, *, is_persistent: bool) -> Iterator[Place]:
+    for path, owner in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        tensors = [] if not is_persistent else list(owner._parameters.items())
+        tensors += [
+            (leaf, buffer)
+            for leaf, buffer in owner._buffers.items()
+            if (leaf not in owner._non_persistent_buffers_set) == is_persistent
+        ]
+        yield from (Place(prefix + leaf, owner, leaf, tensor) for leaf, tensor in tensors if tensor is not None)
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Return the device that the module's tensors are on, those on meta apart; None where there are none or several."""
+    devices = {place.tensor.device for place in places(module) if not place.tensor.is_meta}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
+    """Return the local tensor that a rank has of one, and which part it is.
+
+    Raises:
+        ValueError: its parts are sums of which this rank has a summand (``Partial``), or do not follow its placements.
+    """
+    if not is_distributed(tensor):
+        return tensor.detach(), whole(tuple(tensor.shape))
+    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # as torch's own checkpoints do
+
+    distributed: Any = tensor
+    if any(isinstance(placement, Partial) for placement in distributed.placements):
+        raise ValueError("it has a Partial placement, of which no part can be read")
+    local = distributed._local_tensor.detach()
+    if local.numel() == 0:
+        return local, Box((0,) * tensor.ndim, tuple(local.shape) if local.ndim == tensor.ndim else (0,) * tensor.ndim)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, distributed.device_mesh, distributed.placements)
+    if tuple(shape) != tuple(local.shape):
+        raise ValueError(f"its local part has the shape {list(local.shape)}, not {list(shape)} as its placements say")
+    return local, Box(tuple(offset), tuple(shape))
+
+
+def empty_copy(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor for the same part, not initialised: of a sharded one on its mesh's kind of device."""
+    if not is_distributed(tensor):
+        return torch.empty_like(tensor, device=device, dtype=dtype, requires_grad=False)
+    from torch.distributed.tensor import DTensor
+
+    distributed: Any = tensor
+    mesh = distributed.device_mesh
+    local = torch.empty_like(
+        distributed._local_tensor,
+        device=device if device.type == mesh.device_type else mesh.device_type,
+        dtype=dtype,
+        requires_grad=False,
+    )
+    return DTensor.from_local(
+        local, mesh, distributed.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def is_distributed(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor."""
+    # without importing torch.distributed.tensor, which takes long, where nothing has done so
+    return type(tensor) is not torch.Tensor and hasattr(tensor, "_local_tensor") and hasattr(tensor, "placements")
+
+
+def as_parameter_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Make a Parameter of a tensor if the other one is one."""
+    return nn.Parameter(tensor, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else tensor

@@ -1,0 +1,59 @@
+"""What a load into a module reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+class _Keys(NamedTuple):
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class LoadReport(_Keys):
+    """The result of `dist_load_into`: what ``load_state_dict`` returns, and what the load took on this rank.
+
+    It unpacks into ``missing_keys, unexpected_keys``.
+
+    Attributes:
+        missing_keys: names that the module has and the checkpoint lacks; only with ``strict=False``.
+        unexpected_keys: names that the checkpoint has and the module lacks; only with ``strict=False``.
+        path: the verified file on this node.
+        bytes_read: bytes of tensors that this rank read or mapped.
+        seconds: of the whole call.
+        phases: seconds by phase: ``fetch``, ``check``, ``fill``.
+        delivery: how the tensors came: ``"read"``.
+        left_on_meta: buffers that no checkpoint holds (``persistent=False``) and that are still on the meta device: the
+            script has to compute them.
+    """
+
+    path: Path
+    bytes_read: int
+    seconds: float
+    phases: Mapping[str, float]
+    delivery: str
+    left_on_meta: Sequence[str]
+
+    @classmethod
+    def make(
+        cls,
+        keys: tuple[Sequence[str], Sequence[str]],
+        path: Path,
+        bytes_read: int,
+        phases: Mapping[str, float],
+        left_on_meta: Sequence[str],
+    ) -> LoadReport:
+        """Put a report together; the phases, in seconds, are those of the whole call."""
+        report = cls(list(keys[0]), list(keys[1]))
+        report.path, report.bytes_read, report.delivery = path, bytes_read, "read"
+        report.phases, report.seconds = MappingProxyType(dict(phases)), sum(phases.values())
+        report.left_on_meta = tuple(left_on_meta)
+        return report
+
+    def __repr__(self) -> str:
+        fit = f"missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys}"
+        keys = fit if self.missing_keys or self.unexpected_keys else "all keys matched"
+        return f"<LoadReport {keys}, {self.bytes_read} bytes in {self.seconds:.3f} s>"

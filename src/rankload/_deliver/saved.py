@@ -1,0 +1,171 @@
+"""Tensors of a checkpoint that are not read yet, for load_state_dict to say where they belong.
+
+A `SavedTensor` stands in a state dict where a tensor would be. nn.Module.load_state_dict compares its shape, and copies
+it into the parameter; that copy is only noted, as an `Assignment`. Names, hooks, module versions and extra state are
+left to torch, which knows them; the bytes are moved afterwards, when all ranks have found that everything fits.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from rankload._checkpoint.entry import TensorEntry
+from rankload._checkpoint.index import ByteOrder
+from rankload._deliver.boxes import Box, runs
+from rankload._deliver.files import CheckpointFiles
+from rankload._deliver.tensors import fill_memory, read_tensor, torch_dtype
+from rankload._errors import LoadError
+
+#: Shorter runs are copied from the mapped file: a system call each would cost more than it moves.
+_SHORTEST_RUN_BYTES = 4096
+
+#: As torch aligns records; no element is aligned to more (complex128: 8).
+_ALIGNMENT_BYTES = 8
+
+_MODULE_LOAD: Any = torch.Tensor.module_load
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assignment:
+    """One step of a load.
+
+    Attributes:
+        target: a module's parameter or buffer.
+        saved: what it is to hold.
+    """
+
+    target: torch.Tensor
+    saved: SavedTensor
+
+
+class SavedTensor:
+    """Stands for a tensor of a checkpoint; every copy of it into a real tensor is noted, not made.
+
+    Whatever else is done with it (hooks that convert old checkpoints may compute) is done with the tensor itself, which
+    is read then.
+
+    Attributes:
+        shape: sizes.
+        dtype: as saved.
+        is_meta: True, so that load_state_dict does not warn of meta parameters: they are taken care of later.
+    """
+
+    is_meta = True
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, assignments: list[Assignment]) -> None:
+        self.shape, self.dtype, self._assignments = shape, dtype, assignments
+
+    def view(self) -> torch.Tensor:
+        """Return all of it on the CPU: a view of the mapped file where that is possible. Not to be written to."""
+        raise NotImplementedError
+
+    def read_into(self, destination: torch.Tensor, box: Box) -> int:
+        """Fill a tensor, of any device, with one part; return the bytes that were read for it."""
+        if box.element_count == 0:
+            return 0
+        part = self.view()
+        for dimension, (start, size) in enumerate(zip(box.offset, box.shape, strict=True)):
+            part = part.narrow(dimension, start, size)
+        destination.copy_(part)
+        return box.element_count * self.dtype.itemsize
+
+    def __getitem__(self, index: Any) -> SavedTensor:
+        return TensorInMemory(self.view()[index], self._assignments)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.view(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        """Note a copy into another tensor; carry out anything else."""
+        target = arguments[0] if arguments else None
+        if len(arguments) > 1 and isinstance(saved := arguments[1], cls) and isinstance(target, torch.Tensor):
+            if function is torch.Tensor.copy_:
+                saved._assignments.append(Assignment(target, saved))
+                return target
+            if function is _MODULE_LOAD:  # torch.__future__.set_swap_module_params_on_conversion
+                saved._assignments.append(Assignment(target, saved))
+                return target.detach()
+        arguments, keywords = tree_map_only(SavedTensor, SavedTensor.view, (arguments, keywords or {}))
+        return function(*arguments, **keywords)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(self.view(), name)(*others)
+
+
+# Python looks for operators in the class, and finds no `__getattr__` there.
+for _name in (
+    *(f"__{name}__" for name in ("neg", "abs", "pow", "eq", "ne", "lt", "le", "gt", "ge", "len", "iter", "bool")),
+    *(f"__{side}{name}__" for side in ("", "r") for name in ("add", "sub", "mul", "truediv", "matmul")),
+):
+    setattr(SavedTensor, _name, _operator(_name))
+
+
+class TensorInFile(SavedTensor):
+    """One that is still in its file.
+
+    Raises (the constructor):
+        LoadError: this torch does not have its dtype.
+    """
+
+    def __init__(
+        self,
+        entry: TensorEntry,
+        files: CheckpointFiles,
+        byte_order: ByteOrder,
+        assignments: list[Assignment],
+        shown: str,
+    ) -> None:
+        super().__init__(torch.Size(entry.shape), torch_dtype(entry, shown), assignments)
+        self._entry, self._files, self._byte_order, self._shown = entry, files, byte_order, shown
+        self._is_native = byte_order == sys.byteorder
+
+    def view(self) -> torch.Tensor:
+        """See `SavedTensor.view`."""
+        entry = self._entry
+        if not self._is_native or entry.offset % min(entry.item_bytes, _ALIGNMENT_BYTES) or not entry.length:
+            return read_tensor(self._files.source(entry.file), entry, self._byte_order, self._shown).detach()
+        storage: Any = self._files.mapping(entry.file)[entry.offset : entry.offset + entry.length]
+        return torch.empty(0, dtype=self.dtype).set_(storage, 0, entry.shape, entry.stride)
+
+    def read_into(self, destination: torch.Tensor, box: Box) -> int:
+        """See `SavedTensor.read_into`; straight from the file into the destination, where both have the same layout."""
+        entry, item_bytes = self._entry, self.dtype.itemsize
+        is_alike = self._is_native and entry.is_contiguous and destination.dtype == self.dtype
+        if is_alike and destination.device.type == "cpu" and destination.is_contiguous():
+            parts = runs(entry.shape, box)
+            if parts.length == box.element_count or parts.length * item_bytes >= _SHORTEST_RUN_BYTES:
+                position = destination.data_ptr()
+                for start in parts.starts:
+                    self._read(position, entry.offset + start * item_bytes, parts.length * item_bytes)
+                    position += parts.length * item_bytes
+                return box.element_count * item_bytes
+        return super().read_into(destination, box)
+
+    def _read(self, address: int, offset: int, length: int) -> None:
+        if fill_memory(address, length, self._files.source(self._entry.file), offset) != length:
+            what = f"the file ended within tensor {self._entry.name!r}"
+            raise LoadError(f"{self._shown}: {what}: was it cut off since it was opened?")
+
+
+class TensorInMemory(SavedTensor):
+    """One that an adapter, or torch.load, has made already."""
+
+    def __init__(self, tensor: torch.Tensor, assignments: list[Assignment]) -> None:
+        super().__init__(tensor.shape, tensor.dtype, assignments)
+        self._tensor = tensor.detach()
+
+    def view(self) -> torch.Tensor:
+        """See `SavedTensor.view`."""
+        return self._tensor

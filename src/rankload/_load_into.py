@@ -1,0 +1,134 @@
+"""`dist_load_into`: a checkpoint from a URL into the parameters and buffers of a module, on every rank."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from rankload._api import checked_delivery
+from rankload._call import collective_call
+from rankload._deliver.content import stand_ins
+from rankload._deliver.module_load import carry_out, left_on_meta, plan_load
+from rankload._deliver.places import bare, device_of, places
+from rankload._deliver.report import LoadReport
+from rankload._errors import ArgumentError
+from rankload._fetch.once import fetch_once
+from rankload._fetch.request import Url, agreed_arguments, make_request
+from rankload._job.devices import own_device
+from rankload._types import Delivery, Progress, Scope, Verify
+from rankload.adapt import Adapter, as_adapter
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed import ProcessGroup
+
+
+def dist_load_into(
+    module: nn.Module,
+    source: Url,
+    model_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    check_hash: bool = False,
+    file_name: str | None = None,
+    weights_only: bool = True,
+    *,
+    strict: bool = True,
+    assign: bool | None = None,
+    sha256: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+    scope: Scope = "auto",
+    delivery: Delivery = "auto",
+    group: ProcessGroup | None = None,
+    offline: bool | None = None,
+    verify: Verify = "once",
+    mmap: bool | None = None,
+    adapt: Adapter | Sequence[Adapter] | None = None,
+) -> LoadReport:
+    """Load the checkpoint at a URL into a module on every rank: each reads the bytes of its own parameters, no others.
+
+    **Collective** over the ranks of ``group``, else of the default process group, else of the launcher's job, as
+    `dist_load_state_dict_from_url` is. Nothing is written before all ranks have found that everything fits: if one
+    finds that it does not, all raise. (Extra state and what a module's own hooks compute is set while that is found.)
+
+    The module may be plain, wrapped in DistributedDataParallel or by torch.compile (the names are then those of the
+    module within), sharded by ``fully_shard`` (FSDP2), or tensor-parallel, on any mesh. Its hooks, ``_version`` and
+    extra state work as in ``load_state_dict``. Tensors are converted to the dtypes and devices of the module's. What is
+    on the meta device is materialised on the device of the rest of the module, else on this rank's own; on the CPU as
+    views of the mapped file, of which the ranks of a host share one copy. Tied parameters stay tied, and it is enough
+    if the file has them under one of their names.
+
+    Args:
+        module: where to; the same on all ranks, but for how it is sharded.
+        source: as ``url`` of `dist_load_state_dict_from_url`.
+        model_dir, progress, check_hash, file_name, sha256, headers, timeout, scope, group, offline, verify: see there.
+        weights_only: for files that have no index, which torch.load reads; all others cannot run code.
+        strict: raise if names are missing or unexpected. Shapes must fit in any case.
+        assign: replace the module's tensors instead of writing into them, with the checkpoint's dtypes, as
+            ``load_state_dict(assign=True)`` does: on the CPU without a copy. Make the optimizer afterwards.
+            None replaces only what is on the meta device.
+        delivery: ``"read"``: every rank reads the file. ``"auto"`` chooses.
+        mmap: False makes private copies of what would be views of the mapped file.
+        adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt`, but ``to_dtype``, are applied
+            to the index, before a byte is read; your own get the tensors, mapped.
+
+    Returns:
+        A `LoadReport`, which unpacks into ``missing_keys, unexpected_keys``.
+
+    Raises:
+        LoadError: the checkpoint does not fit; the message lists what, and what may help.
+        RankloadError: whatever went wrong, on every rank the same.
+    """
+    phases: dict[str, float] = {}
+    with collective_call(group, timeout) as (channel, settings), ExitStack() as closing:
+        adapter = as_adapter(adapt)
+        request = make_request(
+            source,
+            model_dir,
+            check_hash=check_hash,
+            file_name=file_name,
+            progress=progress,
+            sha256=sha256,
+            headers=headers,
+            scope=scope,
+            verify=verify,
+            offline=settings.offline if offline is None else offline,
+            must_be_checkpoint=True,
+        )
+        channel.agree({**agreed_arguments(request, "load_into"), "delivery": checked_delivery(delivery)})
+        with _timed(phases, "fetch"):
+            file = fetch_once(request, channel, settings)
+        channel.report(Progress("loading", 0, file.size_bytes))
+        with _timed(phases, "check"):
+            inner, _ = bare(_checked_module(module))
+            wanted = {place.name for place in places(inner)}
+            content, assignments = stand_ins(file.path, adapter, wanted, closing, weights_only=weights_only, mmap=mmap)
+            load = plan_load(module, content, assignments, strict=strict, assign=assign, shown=str(file.path))
+            channel.meet("checked")
+        with _timed(phases, "fill"):
+            bytes_read = carry_out(
+                load,
+                functools.cache(lambda: device_of(inner) or own_device(channel.identity, group)),
+                lambda done: channel.report(Progress("loading", done, file.size_bytes)),
+                assign=assign,
+                may_share=mmap is not False,
+            )
+        keys = (load.missing_keys, load.unexpected_keys)
+        return LoadReport.make(keys, file.path, bytes_read, phases, left_on_meta(load))
+
+
+def _checked_module(module: nn.Module) -> nn.Module:
+    if not hasattr(module, "load_state_dict") or not hasattr(module, "named_modules"):
+        raise ArgumentError(f"dist_load_into({type(module).__name__}, …): expected a torch.nn.Module")
+    return module
+
+
+@contextmanager
+def _timed(phases: dict[str, float], phase: str) -> Iterator[None]:
+    began_at = time.perf_counter()
+    yield
+    phases[phase] = time.perf_counter() - began_at

@@ -1,0 +1,46 @@
+"""Which elements of a contiguous tensor a part of it is made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankload._deliver.boxes import Box, runs, whole
+
+
+@st.composite
+def shapes_and_boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], Box]:
+    shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
+    offset = tuple(draw(st.integers(0, size)) for size in shape)
+    return shape, Box(offset, tuple(draw(st.integers(0, size - at)) for size, at in zip(shape, offset, strict=True)))
+
+
+@given(shapes_and_boxes())
+def test_runs_are_the_elements_of_the_box_in_their_order(shape_and_box: tuple[tuple[int, ...], Box]) -> None:
+    shape, box = shape_and_box
+    part = tensor = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    for dimension, (start, size) in enumerate(zip(box.offset, box.shape, strict=True)):
+        part = part.narrow(dimension, start, size)
+    found = runs(shape, box)
+    assert [
+        tensor.flatten()[start + i] for start in found.starts for i in range(found.length)
+    ] == part.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("shape", "box", "length", "starts"),
+    [
+        ((6, 4), whole((6, 4)), 24, [0]),
+        ((6, 4), Box((2, 0), (2, 4)), 8, [8]),  # rows
+        ((6, 4), Box((0, 2), (6, 2)), 2, [2, 6, 10, 14, 18, 22]),  # columns
+        ((2, 3, 4), Box((1, 1, 0), (1, 2, 4)), 8, [16]),  # rows of one matrix
+        ((2, 3, 4), Box((0, 1, 0), (2, 2, 4)), 8, [4, 16]),
+        ((), whole(()), 1, [0]),
+        ((3, 0), whole((3, 0)), 0, []),
+    ],
+)
+def test_runs_are_as_long_as_can_be(shape: tuple[int, ...], box: Box, length: int, starts: list[int]) -> None:
+    found = runs(shape, box)
+    assert (found.length, list(found.starts)) == (length, starts)
