@@ -7,12 +7,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankload._api import checked_delivery
 from rankload._call import collective_call
-from rankload._deliver.content import stand_ins
+from rankload._deliver.content import open_content
 from rankload._deliver.module_load import carry_out, left_on_meta, plan_load
+from rankload._deliver.optimizer_load import carry_out_optimizer_load, plan_optimizer_load
 from rankload._deliver.places import bare, device_of, places
 from rankload._deliver.report import LoadReport
 from rankload._errors import ArgumentError
@@ -20,15 +21,16 @@ from rankload._fetch.once import fetch_once
 from rankload._fetch.request import Url, agreed_arguments, make_request
 from rankload._job.devices import own_device
 from rankload._types import Delivery, Progress, Scope, Verify
-from rankload.adapt import Adapter, as_adapter
+from rankload.adapt import Adapter, as_adapter, unwrap
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
 
 
 def dist_load_into(
-    module: nn.Module,
+    module: nn.Module | tuple[nn.Module, Optimizer],
     source: Url,
     model_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -63,7 +65,11 @@ def dist_load_into(
     if the file has them under one of their names.
 
     Args:
-        module: where to; the same on all ranks, but for how it is sharded.
+        module: where to; the same on all ranks, but for how it is sharded. ``(module, optimizer)`` loads both from a
+            training checkpoint such as ``{"model": model.state_dict(), "optimizer": optimizer.state_dict()}``, by
+            whichever of the usual names it has them, the optimizer's state by numbers or, as
+            ``torch.distributed.checkpoint.state_dict`` gives it, by names; of sharded parameters each rank reads its
+            part of the state.
         source: as ``url`` of `dist_load_state_dict_from_url`.
         model_dir, progress, check_hash, file_name, sha256, headers, timeout, scope, group, offline, verify: see there.
         weights_only: for files that have no index, which torch.load reads; all others cannot run code.
@@ -74,7 +80,8 @@ def dist_load_into(
         delivery: ``"read"``: every rank reads the file. ``"auto"`` chooses.
         mmap: False makes private copies of what would be views of the mapped file.
         adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt`, but ``to_dtype``, are applied
-            to the index, before a byte is read; your own get the tensors, mapped.
+            to the index, before a byte is read; your own get the tensors, mapped. With an optimizer they are applied
+            to the whole checkpoint, and give the module's part; default: ``adapt.unwrap()``.
 
     Returns:
         A `LoadReport`, which unpacks into ``missing_keys, unexpected_keys``.
@@ -85,7 +92,8 @@ def dist_load_into(
     """
     phases: dict[str, float] = {}
     with collective_call(group, timeout) as (channel, settings), ExitStack() as closing:
-        adapter = as_adapter(adapt)
+        target, optimizer = _checked_targets(module, assign)
+        adapter = as_adapter(unwrap() if optimizer is not None and adapt is None else adapt)
         request = make_request(
             source,
             model_dir,
@@ -104,10 +112,18 @@ def dist_load_into(
             file = fetch_once(request, channel, settings)
         channel.report(Progress("loading", 0, file.size_bytes))
         with _timed(phases, "check"):
-            inner, _ = bare(_checked_module(module))
-            wanted = {place.name for place in places(inner)}
-            content, assignments = stand_ins(file.path, adapter, wanted, closing, weights_only=weights_only, mmap=mmap)
-            load = plan_load(module, content, assignments, strict=strict, assign=assign, shown=str(file.path))
+            inner, _ = bare(target)
+            content = open_content(
+                file.path,
+                adapter,
+                {place.name for place in places(inner)},
+                closing,
+                weights_only=weights_only,
+                mmap=mmap,
+            )
+            load = plan_load(target, content, strict=strict, assign=assign, shown=str(file.path))
+            if optimizer is not None:
+                optimizer_load = plan_optimizer_load(optimizer, content.whole, target, str(file.path))
             channel.meet("checked")
         with _timed(phases, "fill"):
             bytes_read = carry_out(
@@ -117,14 +133,29 @@ def dist_load_into(
                 assign=assign,
                 may_share=mmap is not False,
             )
+            if optimizer is not None:
+                bytes_read += carry_out_optimizer_load(
+                    optimizer_load,
+                    lambda done: channel.report(Progress("loading", bytes_read + done, file.size_bytes)),
+                    may_share=mmap is not False,
+                )
         keys = (load.missing_keys, load.unexpected_keys)
         return LoadReport.make(keys, file.path, bytes_read, phases, left_on_meta(load))
 
 
-def _checked_module(module: nn.Module) -> nn.Module:
-    if not hasattr(module, "load_state_dict") or not hasattr(module, "named_modules"):
-        raise ArgumentError(f"dist_load_into({type(module).__name__}, …): expected a torch.nn.Module")
-    return module
+def _checked_targets(module: Any, assign: bool | None) -> tuple[nn.Module, Optimizer | None]:
+    target, *optimizers = module if isinstance(module, (tuple, list)) and module else (module,)
+    is_module = hasattr(target, "load_state_dict") and hasattr(target, "named_modules")
+    are_optimizers = all(hasattr(optimizer, "param_groups") for optimizer in optimizers)
+    if not is_module or not are_optimizers or len(optimizers) > 1:
+        given = ", ".join(type(part).__name__ for part in (target, *optimizers))
+        raise ArgumentError(f"dist_load_into({given}, …): expected a torch.nn.Module, or (module, optimizer)")
+    if optimizers and (assign or any(place.tensor.is_meta for place in places(target))):
+        raise ArgumentError(
+            "dist_load_into((module, optimizer), …): parameters on the meta device, and all with assign=True, are "
+            "replaced, and the optimizer would keep the old ones; materialise the module first (module.to_empty)"
+        )
+    return target, optimizers[0] if optimizers else None
 
 
 @contextmanager

@@ -217,6 +217,51 @@ def test_loading_again_after_training_steps(origin: Origin, url: str, cache_dir:
         assert result.value == pytest.approx([expected] * 3)
 
 
+def _steps(module: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[float]:
+    losses = []
+    for _ in range(count):
+        loss = module(torch.arange(8).reshape(2, 4)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _go_on_training(rank: int, path: Path) -> tuple[list[float], bool]:
+    """Takes a training checkpoint into FSDP and AdamW, and goes on; tells whether the state is sharded."""
+    from torch.distributed.tensor import DTensor
+
+    from rankload import dist_load_into
+
+    dist.init_process_group("gloo")
+    torch.manual_seed(5)
+    module = _fully_sharded(Net())
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    dist_load_into((module, optimizer), path)
+    states = [state["exp_avg"] for state in optimizer.state.values()]
+    losses = _steps(module, optimizer, 2)
+    dist.barrier()
+    dist.destroy_process_group()
+    return losses, all(isinstance(state, DTensor) for state in states)
+
+
+@pytest.mark.parametrize("is_by_name", [False, True])
+def test_a_training_checkpoint_into_fsdp_and_its_optimizer(tmp_path: Path, is_by_name: bool) -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    torch.manual_seed(3)
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    _steps(net, optimizer, 2)
+    state = get_optimizer_state_dict(net, optimizer) if is_by_name else optimizer.state_dict()
+    torch.save({"model": net.state_dict(), "optimizer": state}, path := tmp_path / "training.pth")
+    expected = _steps(net, optimizer, 2)
+    for result in run_ranks(_go_on_training, 3, args=(path,)):
+        losses, is_sharded = result.value
+        assert losses == pytest.approx(expected, rel=1e-4) and is_sharded
+
+
 def _load_where_one_differs(rank: int, url: str, model_dir: str) -> tuple[str, bool]:
     """Loads into a module that is another one on rank 2; returns the error, and whether anything was written."""
     from rankload import LoadError, dist_load_into

@@ -6,13 +6,13 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rankload._checkpoint.entry import TensorEntry
-from rankload._checkpoint.index import Index
 from rankload._checkpoint.pickle_values import NotUnderstoodError, Unbuilt
 from rankload._checkpoint.read_index import read_index
 from rankload._deliver.failures import translated
@@ -28,7 +28,22 @@ _logger = logging.getLogger(__name__)
 _EXTRA_STATE = "_extra_state"
 
 
-def stand_ins(
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds, with stand-ins in the place of all tensors.
+
+    Attributes:
+        whole: as saved.
+        of_module: the state dict for the module: what the adapter has made of the whole.
+        assignments: where the stand-ins note where they go.
+    """
+
+    whole: Any
+    of_module: OrderedDict[str, Any]
+    assignments: list[Assignment]
+
+
+def open_content(
     path: Path,
     adapter: Adapter,
     wanted: Collection[str],
@@ -36,7 +51,7 @@ def stand_ins(
     *,
     weights_only: bool,
     mmap: bool | None,
-) -> tuple[OrderedDict[str, Any], list[Assignment]]:
+) -> Content:
     """Open a checkpoint for a module.
 
     Its index is read, and nothing else, where that will do. Where the format has no index, where the adapter may want
@@ -50,32 +65,23 @@ def stand_ins(
         weights_only: for torch.load.
         mmap: for torch.load.
 
-    Returns:
-        The content, and the list in which its stand-ins note where they go.
-
     Raises:
         LoadError: the file is broken, or holds no state dict.
     """
     assignments: list[Assignment] = []
-    content = _indexed(path, adapter, wanted, closing, assignments)
-    if content is None:
-        loaded = adapter(read_checkpoint(path, "cpu", weights_only=weights_only, mmap=mmap))
-        content = _replaced(
-            _checked(loaded, path),
-            lambda value: TensorInMemory(value, assignments) if isinstance(value, torch.Tensor) else value,
-        )
-    for name, value in content.items():
-        if name.endswith(_EXTRA_STATE) and isinstance(value, SavedTensor):
-            content[name] = value.view()  # whatever set_extra_state expects, it is no stand-in
-    return content, assignments
+    indexed = _indexed(path, closing, assignments) if looks_at_names_only(adapter) else None
+    if indexed is not None:
+        found = adapter(indexed)
+        if not (unbuilt := _unbuilt(found, wanted)):
+            return Content(indexed, _state_dict(found, path, assignments), assignments)
+        _logger.debug("%s is loaded by torch.load, for its objects: %s", path, unbuilt)
+    loaded = read_checkpoint(path, "cpu", weights_only=weights_only, mmap=mmap)
+    found = adapter(loaded)
+    return Content(_replaced(loaded, _in_memory(assignments)), _state_dict(found, path, assignments), assignments)
 
 
-def _indexed(
-    path: Path, adapter: Adapter, wanted: Collection[str], closing: ExitStack, assignments: list[Assignment]
-) -> OrderedDict[str, Any] | None:
-    """Return the content with stand-ins for what the index says, or None where the index will not do."""
-    if not looks_at_names_only(adapter):
-        return None
+def _indexed(path: Path, closing: ExitStack, assignments: list[Assignment]) -> Any:
+    """Return the content with stand-ins for what the index says, or None where there is no index."""
     files = CheckpointFiles(path.parent, closing)
     with translated(path):
         try:
@@ -83,41 +89,62 @@ def _indexed(
         except NotUnderstoodError as error:
             _logger.debug("%s is loaded by torch.load: %s", path, error)
             return None
-    found = adapter(index.content)
-    if not isinstance(found, Mapping) and _holds_unbuilt(found):
-        return None
-    content = _checked(found, path)
-    unbuilt = [name for name, value in content.items() if _is_wanted(name, wanted) and _holds_unbuilt(value)]
-    if unbuilt:
-        _logger.debug("%s is loaded by torch.load, for its objects: %s", path, unbuilt)
-        return None
-    return _replaced(content, lambda value: _stand_in(value, index, files, assignments, path))
+
+    def stand_in(value: Any) -> Any:
+        if not isinstance(value, TensorEntry):
+            return value
+        return TensorInFile(value, files, index.byte_orders[value.file], assignments, str(path))
+
+    return _replaced(index.content, stand_in)
 
 
-def _stand_in(value: Any, index: Index, files: CheckpointFiles, assignments: list[Assignment], path: Path) -> Any:
-    if not isinstance(value, TensorEntry):
-        return value
-    return TensorInFile(value, files, index.byte_orders[value.file], assignments, str(path))
+def _in_memory(assignments: list[Assignment]) -> Callable[[Any], Any]:
+    return lambda value: TensorInMemory(value, assignments) if isinstance(value, torch.Tensor) else value
 
 
-def _replaced(content: Mapping[str, Any], stand_in: Callable[[Any], Any]) -> OrderedDict[str, Any]:
-    """Return a state dict of other values, with its module versions."""
-    result = OrderedDict((name, stand_in(value)) for name, value in content.items())
-    if (metadata := getattr(content, "_metadata", None)) is not None:
-        result._metadata = metadata  # type: ignore[attr-defined]
-    return result
+def _state_dict(found: Any, path: Path, assignments: list[Assignment]) -> OrderedDict[str, Any]:
+    """Return what the adapter has made, as load_state_dict is to have it.
 
-
-def _checked(content: Any, path: Path) -> Mapping[str, Any]:
-    if not isinstance(content, Mapping):
-        raise LoadError(f"{path}: holds no state dict, but a {type(content).__name__}", path=str(path))
-    if strange := [key for key in content if not isinstance(key, str)]:
+    Raises:
+        LoadError: it is no state dict.
+    """
+    if not isinstance(found, Mapping):
+        raise LoadError(f"{path}: holds no state dict, but a {type(found).__name__}", path=str(path))
+    if strange := [key for key in found if not isinstance(key, str)]:
         raise LoadError(f"{path}: holds no state dict, for it has the key {strange[0]!r}", path=str(path))
+    content: OrderedDict[str, Any] = _replaced(
+        OrderedDict(found), _in_memory(assignments), getattr(found, "_metadata", None)
+    )
+    for name, value in content.items():
+        if name.endswith(_EXTRA_STATE):
+            # whatever set_extra_state expects, it is no stand-in
+            content[name] = _replaced(value, lambda part: part.view() if isinstance(part, SavedTensor) else part)
     return content
 
 
-def _is_wanted(name: str, wanted: Collection[str]) -> bool:
-    return name in wanted or name.endswith(_EXTRA_STATE)
+def _replaced(content: Any, stand_in: Callable[[Any], Any], metadata: Any = None) -> Any:
+    """Return nested content with other leaves; state dicts keep their module versions."""
+    if type(content) is OrderedDict:
+        result = OrderedDict((name, _replaced(value, stand_in)) for name, value in content.items())
+        if (metadata := getattr(content, "_metadata", metadata)) is not None:
+            result._metadata = metadata  # type: ignore[attr-defined]
+        return result
+    if type(content) is dict:
+        return {name: _replaced(value, stand_in) for name, value in content.items()}
+    if type(content) in (list, tuple):
+        return type(content)(_replaced(value, stand_in) for value in content)
+    return stand_in(content)
+
+
+def _unbuilt(found: Any, wanted: Collection[str]) -> list[str]:
+    """Return the names of what is needed, and was not built."""
+    if not isinstance(found, Mapping):
+        return ["all"] if _holds_unbuilt(found) else []
+    return [
+        name
+        for name, value in found.items()
+        if (name in wanted or str(name).endswith(_EXTRA_STATE)) and _holds_unbuilt(value)
+    ]
 
 
 def _holds_unbuilt(value: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankload._deliver.content import Content
 from rankload._deliver.mismatch import describe_mismatch
 from rankload._deliver.places import Place, bare, non_persistent_meta_buffers, own_part, places
 from rankload._deliver.replace import Replacer
@@ -41,8 +42,7 @@ class ModuleLoad:
 
 def plan_load(
     module: nn.Module,
-    content: Mapping[str, Any],
-    assignments: Sequence[Assignment],
+    content: Content,
     *,
     strict: bool,
     assign: bool | None,
@@ -52,8 +52,7 @@ def plan_load(
 
     Args:
         module: wrapped or not.
-        content: the checkpoint's after ``adapt``, with `SavedTensor`s that note in ``assignments`` where they go.
-        assignments: still empty.
+        content: the checkpoint's.
         strict: every name must be on both sides.
         assign: the caller's; with True tensors keep the checkpoint's dtype, whatever the module's was.
         shown: where the checkpoint is, for messages.
@@ -62,8 +61,8 @@ def plan_load(
         LoadError: it does not fit; the message lists what, and what would help.
     """
     module, prefix = bare(module)
-    content = _without_wrapper(content, prefix)
-    missing, unexpected, unfit = _ask_torch(module, content)
+    state_dict, assignments = _without_wrapper(content.of_module, prefix), content.assignments
+    missing, unexpected, unfit = _ask_torch(module, state_dict)
     own = places(module)
     names = {id(place.tensor): place.name for place in reversed(own)}
     for step in assignments:
@@ -71,7 +70,7 @@ def plan_load(
             unfit.append(f"{names.get(id(step.target), 'a tensor')}: {problem}")
     missing = _truly_missing(missing, own, assignments)
     if unfit or (strict and (missing or unexpected)):
-        text = describe_mismatch(missing, unexpected, unfit, content)
+        text = describe_mismatch(missing, unexpected, unfit, state_dict)
         raise LoadError(
             f"{shown} does not fit the {type(module).__name__}:\n{text}",
             missing_count=len(missing),

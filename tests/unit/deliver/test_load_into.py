@@ -301,6 +301,82 @@ def test_functions_of_ones_own_get_tensors(tmp_path: Path) -> None:
     assert_equal(linear, {"weight": torch.full((2, 3), 2.0), "bias": torch.full((2,), 2.0)})
 
 
+# --- with an optimizer ------------------------------------------------------------------------------------------------
+
+
+def stepped(
+    module: nn.Module, kind: Any = torch.optim.AdamW, steps: int = 2, **arguments: Any
+) -> torch.optim.Optimizer:
+    """Trains a little, so that there is state."""
+    head = [parameter for name, parameter in module.named_parameters() if name.startswith("head")]
+    rest = [parameter for name, parameter in module.named_parameters() if not name.startswith("head")]
+    optimizer = kind([{"params": head, "lr": 0.5}, {"params": rest}], lr=0.1, **arguments)
+    for _ in range(steps):
+        step(module, optimizer)
+    return optimizer
+
+
+def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    sum(parameter.square().sum() for parameter in module.parameters()).backward()
+    optimizer.step()
+
+
+def assert_same_state(optimizer: torch.optim.Optimizer, expected: torch.optim.Optimizer) -> None:
+    own, other = optimizer.state_dict(), expected.state_dict()
+    assert own["param_groups"] == other["param_groups"] and own["state"].keys() == other["state"].keys()
+    for number, values in own["state"].items():
+        assert values.keys() == other["state"][number].keys()
+        for key, value in values.items():
+            torch.testing.assert_close(value, other["state"][number][key], rtol=0, atol=0, msg=f"{number} {key}")
+
+
+@pytest.mark.parametrize(("kind", "arguments"), [(torch.optim.AdamW, {}), (torch.optim.SGD, {"momentum": 0.9})])
+@pytest.mark.parametrize("names", [("model", "optimizer"), ("state_dict", "optimizer_states")])
+@pytest.mark.parametrize("mmap", [None, False])
+def test_module_and_optimizer_go_on_where_they_were(
+    tmp_path: Path, kind: Any, arguments: dict[str, Any], names: tuple[str, str], mmap: bool | None
+) -> None:
+    source = Net()
+    source_optimizer = stepped(source, kind, **arguments)
+    saved_optimizer = source_optimizer.state_dict()
+    content = {names[0]: source.state_dict(), names[1]: [saved_optimizer] if names[1][-1] == "s" else saved_optimizer}
+    path = saved(tmp_path, {**content, "epoch": 3})
+    net = Net()
+    optimizer = stepped(net, kind, steps=1, **arguments)
+    report = dist_load_into((net, optimizer), path, mmap=mmap)
+    assert_equal(net, source)
+    assert_same_state(optimizer, source_optimizer)
+    assert report.bytes_read > 2 * sum(parameter.nbytes for parameter in net.parameters()) or kind is torch.optim.SGD
+    for module, its_optimizer in ((source, source_optimizer), (net, optimizer)):
+        step(module, its_optimizer)
+    assert_equal(net, source)
+
+
+def test_optimizers_saved_by_name(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    source, net = Net(), Net()
+    source_optimizer, optimizer = stepped(source), stepped(net, steps=0)
+    content = {"model": source.state_dict(), "optim": get_optimizer_state_dict(source, source_optimizer)}
+    dist_load_into((net, optimizer), saved(tmp_path, content))
+    assert_same_state(optimizer, source_optimizer)
+
+
+def test_optimizers_that_do_not_fit(tmp_path: Path) -> None:
+    source, net = Net(), Net()
+    optimizer = torch.optim.AdamW(net.parameters())
+    path = saved(tmp_path, {"model": source.state_dict(), "optimizer": stepped(source).state_dict()})
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(LoadError, match=r"parameter groups of \[2, 4\] parameters, the optimizer's have \[6\]"):
+        dist_load_into((net, optimizer), path)
+    with pytest.raises(LoadError, match="no optimizer's state dict"):
+        dist_load_into((net, optimizer), saved(tmp_path, {"model": source.state_dict()}))
+    assert_equal(net, before)
+    with pytest.raises(ArgumentError, match="replaced"):
+        dist_load_into((net, optimizer), path, assign=True)
+
+
 # --- what does not fit ------------------------------------------------------------------------------------------------
 
 

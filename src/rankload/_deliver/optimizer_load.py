@@ -1,0 +1,140 @@
+"""An optimizer's state out of a training checkpoint, each rank its own part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankload._deliver.mismatch import describe_mismatch
+from rankload._deliver.module_load import ReportBytes
+from rankload._deliver.places import bare, empty_copy, is_distributed, own_part
+from rankload._deliver.saved import SavedTensor
+from rankload._errors import LoadError
+
+#: Under which keys training scripts save the optimizer: torch's tutorials, timm, fairseq, Lightning (a list).
+_KEYS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "optimizer_states")
+
+
+@dataclass(frozen=True)
+class OptimizerLoad:
+    """A load that fits, and of which nothing has been done yet.
+
+    Attributes:
+        optimizer: where to.
+        groups: the saved ``param_groups``, with the optimizer's own numbers of parameters.
+        state: by these numbers; stand-ins in the place of tensors.
+        parameters: the optimizer's, by number.
+    """
+
+    optimizer: torch.optim.Optimizer
+    groups: Sequence[Mapping[str, Any]]
+    state: Mapping[int, Mapping[str, Any]]
+    parameters: Sequence[torch.Tensor]
+
+
+def plan_optimizer_load(optimizer: torch.optim.Optimizer, whole: Any, module: nn.Module, shown: str) -> OptimizerLoad:
+    """Find out which state belongs to which parameter, and whether it fits. Writes nothing.
+
+    Args:
+        optimizer: of the module's parameters.
+        whole: the checkpoint's content, with stand-ins.
+        module: gives the names, for states that are saved by name.
+        shown: where the checkpoint is, for messages.
+
+    Raises:
+        LoadError: there is no optimizer's state dict, or it is of other parameters.
+    """
+    saved = _state_dict_in(whole, shown)
+    own_groups = optimizer.param_groups
+    numbers = _numbers(saved["param_groups"], own_groups, module, shown)
+    parameters = [parameter for group in own_groups for parameter in group["params"]]
+    state = {numbers[key]: values for key, values in saved["state"].items() if key in numbers}
+    unfit = [problem for number, values in state.items() for problem in _problems(number, parameters[number], values)]
+    if unfit:
+        raise LoadError(f"{shown} does not fit the {type(optimizer).__name__}:\n{describe_mismatch([], [], unfit, {})}")
+    first = 0
+    groups = []
+    for group, own in zip(saved["param_groups"], own_groups, strict=True):
+        groups.append({**group, "params": list(range(first, first + len(own["params"])))})
+        first += len(own["params"])
+    return OptimizerLoad(optimizer, groups, state, parameters)
+
+
+def carry_out_optimizer_load(load: OptimizerLoad, report: ReportBytes, *, may_share: bool) -> int:
+    """Read the state and give it to the optimizer; return the bytes that were read.
+
+    Args:
+        load: the plan.
+        report: called before each parameter.
+        may_share: on the CPU a state may be a view of the mapped file.
+    """
+    bytes_read, state = 0, {}
+    with torch.no_grad():
+        for number, values in load.state.items():
+            report(bytes_read)
+            state[number], count = _materialised(values, load.parameters[number], may_share=may_share)
+            bytes_read += count
+        load.optimizer.load_state_dict({"state": state, "param_groups": list(load.groups)})
+    return bytes_read
+
+
+def _state_dict_in(whole: Any, shown: str) -> Mapping[str, Any]:
+    for key in _KEYS if isinstance(whole, Mapping) else ():
+        found = whole.get(key)
+        if isinstance(found, (list, tuple)) and len(found) == 1:
+            found = found[0]
+        if isinstance(found, Mapping) and {"state", "param_groups"} <= found.keys():
+            return found
+    keys = ", ".join(map(repr, whole)) if isinstance(whole, Mapping) else f"a {type(whole).__name__}"
+    raise LoadError(f"{shown}: no optimizer's state dict under any of {', '.join(_KEYS)}; it has {keys[:1000]}")
+
+
+def _numbers(
+    saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]], module: nn.Module, shown: str
+) -> dict[Any, int]:
+    """Map the saved keys, numbers or names, to the numbers of the optimizer's parameters."""
+    sizes, own_sizes = ([len(group["params"]) for group in groups] for groups in (saved, own))
+    if sizes != own_sizes:
+        what = f"parameter groups of {sizes} parameters, the optimizer's have {own_sizes}"
+        raise LoadError(f"{shown} does not fit the optimizer: it has {what}")
+    keys = [key for group in saved for key in group["params"]]
+    if not any(isinstance(key, str) for key in keys):
+        return {key: number for number, key in enumerate(keys)}
+    names = {id(parameter): name for name, parameter in bare(module)[0].named_parameters()}
+    own_names = [names.get(id(parameter), "") for group in own for parameter in group["params"]]
+    if missing := [name for name in own_names if name not in keys]:
+        unexpected = [key for key in keys if key not in own_names]
+        raise LoadError(f"{shown} does not fit the optimizer:\n{describe_mismatch(missing, unexpected, [], {})}")
+    return {name: number for number, name in enumerate(own_names)}
+
+
+def _problems(number: int, parameter: torch.Tensor, values: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} of parameter {number} has the shape {list(value.shape)}, the parameter {list(parameter.shape)}"
+        for key, value in values.items()
+        if isinstance(value, SavedTensor) and is_distributed(parameter) and value.shape.numel() > 1
+        if value.shape != parameter.shape  # how it would be cut into parts, nobody can say
+    ]
+
+
+def _materialised(values: Mapping[str, Any], parameter: torch.Tensor, *, may_share: bool) -> tuple[dict[str, Any], int]:
+    result, bytes_read = {}, 0
+    for key, value in values.items():
+        if isinstance(value, SavedTensor):
+            tensor, count = _read(value, parameter, may_share=may_share)
+            result[key], bytes_read = tensor, bytes_read + count
+        else:
+            result[key] = value
+    return result, bytes_read
+
+
+def _read(saved: SavedTensor, parameter: torch.Tensor, *, may_share: bool) -> tuple[torch.Tensor, int]:
+    if is_distributed(parameter) and saved.shape == parameter.shape and saved.shape:
+        tensor = empty_copy(parameter, own_part(parameter)[0].device, saved.dtype)
+        return tensor, saved.read_into(*own_part(tensor))
+    view = saved.view()
+    return view if may_share and view.dim() else view.clone(), view.nbytes
