@@ -4,6 +4,7 @@ cold: the file comes from nginx on loopback, into an empty cache directory; the 
 warm: the file lies in the cache; memory is what all ranks hold (summed PSS) after touching
 every page, above what they held before the call.
 fetch: one process, no ranks, without loading; see ``benchmarks.fetch``.
+modules: into modules, replicated, on meta and sharded; see ``benchmarks.modules``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.fetch import CURL, LIMITED_SIZE_BYTES, fetch
+from benchmarks.modules import modules
 from benchmarks.ways import WAYS, Way, timed
 from harness.checkpoints import CheckpointFile, write_big
 from harness.nginx import Nginx, nginx
@@ -74,10 +76,11 @@ def _run(way: Way, url: str, world_size: int, model_dir: str) -> tuple[float, fl
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("case", nargs="?", choices=["cold", "warm", "fetch", "all"], default="all")
+    parser.add_argument("case", nargs="?", choices=["cold", "warm", "fetch", "modules", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--size-mb", type=int, default=1000)
+    parser.add_argument("--layers", type=int, default=9, help="of the transformer for modules; 9 are 1.19 GB")
     parser.add_argument("--directory", type=Path, help="a disk for files and caches (default: the temporary directory)")
     return parser.parse_args()
 
@@ -86,6 +89,10 @@ if __name__ == "__main__":
     arguments = _parse_arguments()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         root = Path(directory)
+        if arguments.case in ("modules", "all"):
+            modules(arguments.layers, arguments.ranks, arguments.rounds, root)
+        if arguments.case == "modules":
+            raise SystemExit
         checkpoint = write_big(root, arguments.size_mb * 1_000_000)
         with nginx(root) as server:
             for case in (cold, warm):

@@ -19,6 +19,7 @@ from pathlib import Path
 import requests
 import torch
 
+from benchmarks.bounds import Bound
 from harness import nginx_behaviours as behaviours
 from harness.checkpoints import CheckpointFile
 from harness.nginx import nginx
@@ -40,24 +41,6 @@ class FetchWay:
     name: str
     note: str
     seconds: Callable[[str, Path, CheckpointFile], float]
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A ratio of two ways, and what is promised of it."""
-
-    above: str
-    below: str
-    at_most: float | None = None
-    at_least: float | None = None
-
-    def verdict(self, ratio: float) -> str:
-        """In words; empty where nothing is promised."""
-        if self.at_most is not None:
-            return f", must be <= {self.at_most}: {'kept' if ratio <= self.at_most else 'NOT KEPT'}"
-        if self.at_least is not None:
-            return f", must be >= {self.at_least}: {'kept' if ratio >= self.at_least else 'NOT KEPT'}"
-        return ""
 
 
 def curl(url: str, directory: Path, file: CheckpointFile) -> float:
