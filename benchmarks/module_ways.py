@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.transformer import Transformer
 from harness.rank import mark_and_wait
 
-Case = Literal["module", "meta", "fsdp"]
+Case = Literal["state_dict", "module", "meta", "fsdp"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ModuleWay:
     """One way.
 
     Attributes:
-        load: into a module, from files.
+        load: into a module, from files; for ``state_dict`` what it returns is the result, and the module is empty.
         cases: those that it can do.
         needs: modules that it imports, before the clock starts; without one of them it is left out.
     """
@@ -70,7 +70,14 @@ class Measured:
 
 def load_in_rank(rank: int, way: ModuleWay, case: Case, layers: int, files: Files) -> Measured:
     """Make the module, load once, and check one element of each tensor."""
-    for name in (*way.needs, "rankload._load_into", "torch.distributed.tensor", "torch.distributed.fsdp"):
+    for name in (
+        *way.needs,
+        "rankload._api",
+        "rankload._deliver.read",
+        "rankload._load_into",
+        "torch.distributed.tensor",
+        "torch.distributed.fsdp",
+    ):
         importlib.import_module(name)
     torch.set_num_threads(1)  # as torchrun does
     dist.init_process_group("gloo")
@@ -79,10 +86,11 @@ def load_in_rank(rank: int, way: ModuleWay, case: Case, layers: int, files: File
     mark_and_wait("ready", timeout_seconds=300)
     before, read_before = _peak_bytes(reset=True), _read_bytes()
     started = time.perf_counter()
-    way.load(module, files)
+    result = way.load(module, files)
     seconds = time.perf_counter() - started
     growth, read = _peak_bytes() - before, _read_bytes() - read_before
-    own = [getattr(tensor, "_local_tensor", tensor).detach() for tensor in module.parameters()]
+    tensors = result.values() if case == "state_dict" else module.parameters()
+    own = [getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors]
     touched = sum(int(tensor.view(torch.uint8).view(-1)[::512].sum()) for tensor in own if tensor.numel())
     assert touched, f"{way.name} has loaded nothing"
     mark_and_wait("touched", timeout_seconds=300)
@@ -92,6 +100,8 @@ def load_in_rank(rank: int, way: ModuleWay, case: Case, layers: int, files: File
 
 
 def _module(case: Case, layers: int) -> nn.Module:
+    if case == "state_dict":
+        return nn.Module()
     module: nn.Module = Transformer(layers, "meta" if case == "meta" else "cpu")
     if case == "fsdp":
         from torch.distributed.fsdp import fully_shard
@@ -114,6 +124,26 @@ def _read_bytes() -> int:
 
 
 # --- the ways ---------------------------------------------------------------------------------------------------------
+
+
+def _state_dict(module: nn.Module, files: Files) -> Any:
+    from rankload import dist_load_state_dict_from_url
+
+    return dist_load_state_dict_from_url(files.zip)
+
+
+def _hub_state_dict(module: nn.Module, files: Files) -> Any:
+    return torch.hub.load_state_dict_from_url("https://host/" + files.zip.name, str(files.zip.parent), progress=False)
+
+
+def _mapped_state_dict(module: nn.Module, files: Files) -> Any:
+    return torch.load(files.zip, mmap=True, weights_only=True)
+
+
+def _safetensors_state_dict(module: nn.Module, files: Files) -> Any:
+    from safetensors.torch import load_file
+
+    return load_file(files.safetensors)
 
 
 def _rankload(module: nn.Module, files: Files) -> None:
@@ -172,12 +202,19 @@ def _mmengine(module: nn.Module, files: Files) -> None:
 _DCP = ("torch.distributed.checkpoint.state_dict",)
 _BOTH: frozenset[Case] = frozenset({"module", "meta"})
 
+_STATE_DICT: frozenset[Case] = frozenset({"state_dict"})
+
 RANKLOAD = "rankload"
+HUB = "torch.hub.load_state_dict_from_url"
 TORCH_LOAD = "load_state_dict(torch.load(…))"
 MAPPED = "load_state_dict(torch.load(mmap=True))"
 DCP = "DCP, broadcast_from_rank0"
 
 MODULE_WAYS = (
+    ModuleWay(RANKLOAD, _state_dict, _STATE_DICT),
+    ModuleWay(HUB, _hub_state_dict, _STATE_DICT),
+    ModuleWay("torch.load(mmap=True)", _mapped_state_dict, _STATE_DICT),
+    ModuleWay("safetensors load_file", _safetensors_state_dict, _STATE_DICT, ("safetensors.torch",)),
     ModuleWay(RANKLOAD, _rankload, frozenset({"module", "meta", "fsdp"})),
     ModuleWay("rankload, safetensors", _rankload_safetensors, frozenset({"module", "meta", "fsdp"})),
     ModuleWay(MAPPED, _torch_load_mapped, _BOTH),

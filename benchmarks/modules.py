@@ -1,9 +1,10 @@
 """A transformer's weights, warm in the page cache, into the module of every rank: the ways that people use, in one run.
 
 Each way runs in ranks of its own, new processes, and loads once: what it imports is imported before, and the module's
-memory is touched before. ``module``: every rank has all parameters. ``meta``: the module was made on the meta device.
-``fsdp``: ``fully_shard`` over all ranks. Seconds are the slowest rank's; memory is what all ranks hold together
-afterwards (PSS, above what they held before), and the largest growth of one rank's resident memory on the way.
+memory is touched before. ``state_dict``: nothing but the dict, mapped where the way does so. ``module``: every rank has
+all parameters. ``meta``: the module was made on the meta device. ``fsdp``: ``fully_shard`` over all ranks. Seconds are
+the slowest rank's; memory is what all ranks hold together after touching it (PSS, above what they held before), and
+the largest growth of one rank's resident memory on the way.
 """
 
 from __future__ import annotations
@@ -16,12 +17,24 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.bounds import Bound
-from benchmarks.module_ways import DCP, MAPPED, MODULE_WAYS, RANKLOAD, TORCH_LOAD, Case, Files, Measured, load_in_rank
+from benchmarks.module_ways import (
+    DCP,
+    HUB,
+    MAPPED,
+    MODULE_WAYS,
+    RANKLOAD,
+    TORCH_LOAD,
+    Case,
+    Files,
+    Measured,
+    load_in_rank,
+)
 from benchmarks.module_ways import ModuleWay as Way
 from benchmarks.transformer import Transformer
 from harness.ranks import start_ranks
 
 _BOUNDS: dict[Case, tuple[Bound, ...]] = {
+    "state_dict": (Bound(HUB, RANKLOAD, at_least=50),),
     "module": (
         Bound(TORCH_LOAD, RANKLOAD, at_least=6),
         Bound(DCP, RANKLOAD, at_least=8),
@@ -31,7 +44,7 @@ _BOUNDS: dict[Case, tuple[Bound, ...]] = {
     "fsdp": (Bound(DCP, RANKLOAD, at_least=8),),
 }
 
-_CASES: tuple[Case, ...] = ("module", "meta", "fsdp")
+_CASES: tuple[Case, ...] = ("state_dict", "module", "meta", "fsdp")
 
 
 def modules(layers: int, world_size: int, rounds: int, scratch: Path) -> None:
