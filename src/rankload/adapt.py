@@ -47,7 +47,8 @@ def as_adapter(adapt: Adapter | Sequence[Adapter] | None) -> Adapter:
     Raises:
         ArgumentError: something else.
     """
-    adapters = [] if adapt is None else [adapt] if callable(adapt) else list(adapt)
+    given = [] if adapt is None else [adapt] if callable(adapt) else adapt
+    adapters = list(given) if isinstance(given, Iterable) else [given]
     if not all(map(callable, adapters)):
         raise ArgumentError(f"adapt={adapt!r}: expected a function of the checkpoint, or a sequence of them")
     return compose(*adapters)
@@ -173,7 +174,8 @@ def _renaming(new_name: Callable[[str], str]) -> Adapter:
             if (other := sources.setdefault(new_name(name), name)) != name:
                 raise LoadError(f"{other!r} and {name!r} would both be named {new_name(name)!r}")
         result = _like(state_dict, ((name, state_dict[source]) for name, source in sources.items()))
-        if (metadata := getattr(state_dict, "_metadata", None)) is not None:
+        metadata = getattr(state_dict, "_metadata", None)
+        if metadata is not None and isinstance(result, OrderedDict):  # a plain dict has no attributes
             # its keys are modules: prefixes of names, without the dot
             pairs = ((new_name(f"{key}.").rstrip("."), version) for key, version in metadata.items())
             result._metadata = _like(metadata, pairs)  # type: ignore[attr-defined]

@@ -141,3 +141,18 @@ def test_argument_of_another_kind(tmp_path, state_dict):
     torch.save(state_dict, tmp_path / "file")
     with pytest.raises(rankload.ArgumentError, match="expected a function"):
         rankload.dist_load_state_dict_from_url(str(tmp_path / "file"), adapt=["module."])
+
+
+class Described(dict[str, object]):
+    """A dict with the attribute that nn.Module.state_dict sets on its own."""
+
+    _metadata = {"": {"version": 1}}  # noqa: RUF012 - as torch has it
+
+
+def test_a_dict_of_another_class_with_metadata_becomes_a_plain_one() -> None:
+    assert adapt.strip_prefix("module.")(Described({"module.weight": 1})) == {"weight": 1}
+
+
+def test_adapt_of_another_kind_is_an_argument_error() -> None:
+    with pytest.raises(rankload.ArgumentError, match="adapt=5: expected a function"):
+        adapt.as_adapter(5)  # type: ignore[arg-type]

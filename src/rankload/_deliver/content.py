@@ -71,8 +71,14 @@ def open_content(
     assignments: list[Assignment] = []
     indexed = _indexed(path, closing, assignments) if looks_at_names_only(adapter) else None
     if indexed is not None:
-        found = adapter(indexed)
-        if not (unbuilt := _unbuilt(found, wanted)):
+        try:
+            found = adapter(indexed)
+        except LoadError:
+            if weights_only:
+                raise
+            found = None  # what it looks for may be in an object that only torch.load builds
+        unbuilt = _unbuilt(found, wanted)
+        if found is not None and not unbuilt:
             return Content(indexed, _state_dict(found, path, assignments), assignments)
         _logger.debug("%s is loaded by torch.load, for its objects: %s", path, unbuilt)
     loaded = read_checkpoint(path, "cpu", weights_only=weights_only, mmap=mmap)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
+from rankload._cache.failures import reading
 from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import ByteOrder
 from rankload._deliver.boxes import Box, runs
@@ -74,6 +76,9 @@ class SavedTensor:
             part = part.narrow(dimension, start, size)
         destination.copy_(part)
         return box.element_count * self.dtype.itemsize
+
+    def __deepcopy__(self, memo: Any) -> SavedTensor:
+        return self  # a copy would note where it goes in a list that nobody reads
 
     def __getitem__(self, index: Any) -> SavedTensor:
         return TensorInMemory(self.view()[index], self._assignments)
@@ -154,7 +159,10 @@ class TensorInFile(SavedTensor):
         return super().read_into(destination, box)
 
     def _read(self, address: int, offset: int, length: int) -> None:
-        if fill_memory(address, length, self._files.source(self._entry.file), offset) != length:
+        source = self._files.source(self._entry.file)
+        with reading(Path(self._shown)):
+            found = fill_memory(address, length, source, offset)
+        if found != length:
             what = f"the file ended within tensor {self._entry.name!r}"
             raise LoadError(f"{self._shown}: {what}: was it cut off since it was opened?")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 from collections import OrderedDict
@@ -246,6 +247,19 @@ def test_module_versions_and_hooks_that_compute(tmp_path: Path, version: int) ->
     assert_equal(module, {"0.weight": weight if version == 2 else -weight, "0.bias": bias})
 
 
+def test_hooks_that_copy_the_state_dict(tmp_path: Path) -> None:
+    source, net = trained(Net()), Net()
+
+    def rewrite(state_dict: dict[str, Any], *_: Any) -> None:
+        copied = copy.deepcopy(state_dict)
+        state_dict.clear()
+        state_dict.update(copied)
+
+    net._register_load_state_dict_pre_hook(rewrite)
+    dist_load_into(net, saved(tmp_path, source.state_dict()))
+    assert_equal(net, source)
+
+
 def test_weight_norm_takes_checkpoints_of_its_older_form(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -292,6 +306,15 @@ def test_adapters_work_on_the_index(tmp_path: Path) -> None:
     report = dist_load_into(net, path, adapt=steps)  # Path is what weights_only=True would refuse
     assert_equal(net, source)
     assert report.bytes_read == sum(tensor.nbytes for tensor in source.state_dict().values())
+
+
+def test_a_whole_module_that_was_saved(tmp_path: Path) -> None:
+    source, net = trained(Net()), Net()
+    path = saved(tmp_path, {"model": source, "epoch": 3})
+    with pytest.raises(LoadError, match="no state dict is there"):
+        dist_load_into(net, path, adapt=adapt.unwrap())
+    dist_load_into(net, path, adapt=adapt.unwrap(), weights_only=False)
+    assert_equal(net, source)
 
 
 def test_functions_of_ones_own_get_tensors(tmp_path: Path) -> None:
