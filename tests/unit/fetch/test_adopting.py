@@ -84,7 +84,7 @@ def test_content_must_be_the_same(entry, facts, url_keys, sha256, fits):
 
 
 def test_silent_file_of_another_host_is_copied(entry):
-    path = leave(foreign_path(entry), [(0, 300), (500, 600)], seconds_ago=31)
+    path = leave(foreign_path(entry), [(0, 300), (500, 600)], seconds_ago=21)
     spans, found, counts = adopted(entry)
     assert spans == [(0, 300), (500, 600)] and found == [OURS[:300], OURS[500:600]]
     assert counts == [300, 400]
@@ -92,13 +92,13 @@ def test_silent_file_of_another_host_is_copied(entry):
 
 
 def test_only_synced_bytes_of_another_boot_are_copied(entry, monkeypatch):
-    leave(foreign_path(entry), [(0, 300), (500, 600)], synced=1, seconds_ago=31)
+    leave(foreign_path(entry), [(0, 300), (500, 600)], synced=1, seconds_ago=21)
     monkeypatch.setattr(journal, "boot_id", lambda: "another boot")
     assert adopted(entry)[0] == [(0, 300)]
 
 
 def test_file_of_another_host_that_is_written_to_is_left_alone(entry):
-    path = leave(foreign_path(entry), [(0, 300)], seconds_ago=29)
+    path = leave(foreign_path(entry), [(0, 300)], seconds_ago=19)
     assert adopted(entry)[0] == []
     remove_dead_partials(entry, SETTINGS, time.time())
     assert path.exists()
@@ -109,19 +109,19 @@ def test_file_that_is_copied_without_the_kernels_help(entry, monkeypatch):
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    leave(foreign_path(entry), [(0, 300), (500, 600)], seconds_ago=31)
+    leave(foreign_path(entry), [(0, 300), (500, 600)], seconds_ago=21)
     assert adopted(entry)[1] == [OURS[:300], OURS[500:600]]
 
 
 @pytest.mark.parametrize("place", [abandoned_path, foreign_path])
 def test_file_that_is_shorter_than_its_journal_says(entry, place):
-    leave(place(entry), [(0, 300), (500, 600)], content=OURS[:550], seconds_ago=31)
+    leave(place(entry), [(0, 300), (500, 600)], content=OURS[:550], seconds_ago=21)
     assert adopted(entry)[0] == []
 
 
 @pytest.mark.parametrize("place", [abandoned_path, foreign_path])
 def test_next_best_is_taken_where_the_best_cannot_be(entry, place, tmp_path):
-    bad = leave(place(entry), [(0, 900)], seconds_ago=31)
+    bad = leave(place(entry), [(0, 900)], seconds_ago=21)
     bad.unlink()
     bad.symlink_to(tmp_path / "victim")
     leave(abandoned_path(entry), [(0, 100)])
@@ -152,7 +152,7 @@ def test_file_without_a_journal_is_not_taken_but_removed(entry):
 
 def test_journal_without_a_partial_file_is_removed(entry):
     """Its process was killed between two renames, or right after it had published."""
-    paths = [leave(place(entry), [(0, 300)], seconds_ago=31) for place in (abandoned_path, foreign_path)]
+    paths = [leave(place(entry), [(0, 300)], seconds_ago=21) for place in (abandoned_path, foreign_path)]
     for path in paths:
         path.unlink()
     beginning = journal_path(abandoned_path(entry))
@@ -163,7 +163,7 @@ def test_journal_without_a_partial_file_is_removed(entry):
 
 def test_journal_of_a_living_owner_is_kept(entry):
     """Another host may be about to make its partial file's name known here."""
-    path = leave(foreign_path(entry), [(0, 300)], seconds_ago=29)
+    path = leave(foreign_path(entry), [(0, 300)], seconds_ago=19)
     path.unlink()
     with Partial(entry, SETTINGS) as partial:
         Journal(partial.path, Content("key", SIZE, None, None, None)).close()
