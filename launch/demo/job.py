@@ -12,7 +12,7 @@ from pathlib import Path
 from demo.outcome import JobFailed, RankReport
 
 _LAUNCH_DIR = Path(__file__).resolve().parent.parent
-_LOG_TAIL_LINES = 30
+_LOG_TAIL_LINES = 100
 
 # torchrun gives its ranks 30 s to end after a SIGTERM before it kills them itself.
 _STOP_SECONDS = 40
