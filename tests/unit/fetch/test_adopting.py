@@ -193,3 +193,13 @@ def test_directory_that_cannot_be_listed(entry, monkeypatch):
     monkeypatch.setattr(adoption, "partials_of", lambda entry: [foreign_path(entry)])  # gone since the listing
     assert adopted(entry)[0] == [] and progress_of_partials(entry) == ()
     remove_dead_partials(entry, SETTINGS, time.time())
+
+
+@pytest.mark.parametrize(("seconds_ago", "content", "is_kept"), [(19, b"", True), (21, b"", False), (21, b"x", True)])
+def test_empty_file_of_another_host_without_a_journal(entry, seconds_ago, content, is_kept):
+    """Its owner was killed before the origin had answered."""
+    path = foreign_path(entry)
+    path.write_bytes(content)
+    os.utime(path, (time.time() - seconds_ago,) * 2)
+    remove_dead_partials(entry, SETTINGS, time.time())
+    assert path.exists() == is_kept

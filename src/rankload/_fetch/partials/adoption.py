@@ -131,11 +131,14 @@ def _silence_seconds(settings: Settings) -> float:
 
 
 def _fell_silent_early(path: Path, now: float, settings: Settings) -> bool:
-    """Tell whether its owner was killed before its journal was complete: a living one would beat in it by now."""
-    try:
+    """Tell whether its owner was killed before its journal was complete: a living one would beat in it by now.
+
+    Or before it had begun one, with its file still empty. Should that owner live, it loses its file and starts again.
+    """
+    with suppress(OSError):
         return now - beginning_path(path).lstat().st_mtime > _silence_seconds(settings)
-    except OSError:  # it keeps none
-        return False
+    status = path.lstat()
+    return status.st_size == 0 and now - status.st_mtime > _silence_seconds(settings)
 
 
 def _rename(candidate: _Candidate, partial: Partial) -> None:
