@@ -52,6 +52,8 @@ def modules(layers: int, world_size: int, rounds: int, scratch: Path) -> None:
     files = _write(scratch, layers)
     for case in _CASES:
         ways = [way for way in MODULE_WAYS if case in way.cases and way.is_installed]
+        if missing := [way.name for way in MODULE_WAYS if case in way.cases and not way.is_installed]:
+            print(f"\n{case}: left out, for they are not installed: {', '.join(missing)}")
         results: dict[str, list[tuple[list[Measured], int]]] = defaultdict(list)
         for _ in range(rounds):
             for way in ways:

@@ -103,7 +103,7 @@ def train():
     print(report, end="", flush=True)
     if rank == 0:
         save_atomically(model.module.state_dict(), arguments.output)
-    # Nobody leaves before all is saved. A rank that leaves right after its last step can also hang or abort: torch's
+    # Nobody leaves before all is saved. A rank that leaves right after its last step can also hang in its exit: torch's
     # gloo threads may not have let go of the last gradients, and for that they need the GIL (torch 2.13).
     dist.barrier()
     dist.destroy_process_group()

@@ -181,7 +181,7 @@ def _run() -> None:
         path.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
         raise
     path.write_text(report.to_json())
-    dist.barrier()  # see train.py: a rank that leaves right after a DDP step can abort
+    dist.barrier()  # see train.py: a rank that leaves right after a DDP step can hang
     dist.destroy_process_group()
 
 

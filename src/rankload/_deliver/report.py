@@ -23,8 +23,7 @@ class LoadReport(_Keys):
         unexpected_keys: names that the checkpoint has and the module lacks; only with ``strict=False``.
         path: the verified file on this node.
         bytes_read: bytes of tensors that this rank read or mapped.
-        seconds: of the whole call.
-        phases: seconds by phase: ``fetch``, ``check``, ``fill``.
+        phases: seconds by phase: ``fetch``, ``check``, which ends when all ranks have checked, and ``fill``.
         delivery: how the tensors came: ``"read"``.
         left_on_meta: buffers that no checkpoint holds (``persistent=False``) and that are still on the meta device: the
             script has to compute them.
@@ -32,7 +31,6 @@ class LoadReport(_Keys):
 
     path: Path
     bytes_read: int
-    seconds: float
     phases: Mapping[str, float]
     delivery: str
     left_on_meta: Sequence[str]
@@ -46,12 +44,17 @@ class LoadReport(_Keys):
         phases: Mapping[str, float],
         left_on_meta: Sequence[str],
     ) -> LoadReport:
-        """Put a report together; the phases, in seconds, are those of the whole call."""
+        """Put a report together."""
         report = cls(list(keys[0]), list(keys[1]))
         report.path, report.bytes_read, report.delivery = path, bytes_read, "read"
-        report.phases, report.seconds = MappingProxyType(dict(phases)), sum(phases.values())
+        report.phases = MappingProxyType(dict(phases))
         report.left_on_meta = tuple(left_on_meta)
         return report
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all phases; the wait for the verdict is not in them."""
+        return sum(self.phases.values())
 
     def __repr__(self) -> str:
         fit = f"missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys}"

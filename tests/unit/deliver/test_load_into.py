@@ -86,7 +86,7 @@ def test_report_is_what_load_state_dict_returns(tmp_path: Path) -> None:
     assert isinstance(report, LoadReport) and (missing, unexpected) == tuple(expected)
     assert report.missing_keys == ["tail.weight", "tail.bias"] and report.unexpected_keys[-2:] == ["extra", "epoch"]
     assert report.path == path and report.delivery == "read"
-    assert report.phases.keys() == {"fetch", "check", "fill"} and report.seconds >= sum(report.phases.values()) > 0
+    assert report.phases.keys() == {"fetch", "check", "fill"} and min(report.phases.values()) > 0
     assert "tail.weight" in repr(report)
 
 
