@@ -34,7 +34,8 @@ def test_lists_and_reads_one_tensor(origin, path):
         listed, requests = origin.bytes_sent(), origin.request_count()
         assert listed < 300_000 and requests <= 6
         assert torch.equal(checkpoint["layer.49.weight"], CONTENT["layer.49.weight"])
-        assert origin.bytes_sent() - listed <= 120_000 and origin.request_count() == requests + 1
+        # None where it lies in a block that was read for the list: torch.save orders a legacy file by address.
+        assert origin.bytes_sent() - listed <= 120_000 and origin.request_count() <= requests + 1
     assert checkpoint.size_bytes == 50 * 120_000 < path.stat().st_size
 
 

@@ -76,8 +76,8 @@ def test_partial_file_whose_owner_was_killed_while_it_began_its_journal(entry, n
     assert left_after_cleaning(entry, time.time() + Settings().lease_seconds + 60) == []
 
 
-def test_partial_file_without_any_journal_on_another_host_is_left_for_a_day(entry):
+def test_written_partial_file_without_any_journal_on_another_host_is_left_for_a_day(entry):
     path = of_another_host(entry)
-    path.touch()
+    path.write_bytes(b"x")
     assert left_after_cleaning(entry, time.time() + Settings().lease_seconds + 60) == [path.name]
     assert left_after_cleaning(entry, time.time() + DAY + 60) == []
