@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankload._call import collective_call
 from rankload._errors import ArgumentError
-from rankload._fetch.once import fetch_once
+from rankload._fetch.once import fetch_at, fetch_once
 from rankload._fetch.request import Url, agreed_arguments, make_request
+from rankload._job.channel import RankChannel
 from rankload._job.environment import identity_from_environment
+from rankload._job.lone import LoneChannel
 from rankload._job.membership import open_lone_channel
 from rankload._settings import Settings
-from rankload._types import Delivery, Identity, Progress, Scope, Verify
+from rankload._types import Delivery, FetchRequest, Identity, Progress, Scope, Verify
 from rankload.adapt import Adapter, as_adapter
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ def dist_load_state_dict_from_url(
     timeout: float | None = None,
     scope: Scope = "auto",
     delivery: Delivery = "auto",
+    src: int | None = None,
     group: ProcessGroup | None = None,
     offline: bool | None = None,
     verify: Verify = "once",
@@ -75,7 +79,11 @@ def dist_load_state_dict_from_url(
             total time.
         scope: who shares one download: ``"job"`` (a directory shared by all nodes), ``"node"``, ``"process"``, or
             ``"auto"``, which finds out.
-        delivery: ``"read"``: every rank maps the file. ``"auto"`` chooses.
+        delivery: ``"read"``: every rank maps the file. ``"broadcast"``: one rank fetches it, and it travels on from
+            node to node, over TCP in a chain, into memory that the ranks of a node share; nothing is cached on the
+            other nodes, and no directory need be shared. ``"auto"`` is ``"read"``.
+        src: the rank that fetches and sends with ``"broadcast"``, a global one as in torch.distributed.broadcast;
+            default: the first of the group.
         group: the process group whose ranks make this call.
         offline: never open a socket to an origin; what is not cached is an error. Default: ``RANKLOAD_OFFLINE``; for
             hf URLs ``HF_HUB_OFFLINE`` and ``TRANSFORMERS_OFFLINE``, too.
@@ -109,10 +117,13 @@ def dist_load_state_dict_from_url(
             offline=settings.offline if offline is None else offline,
             must_be_checkpoint=True,
         )
-        channel.agree({**agreed_arguments(request, "load"), "delivery": checked_delivery(delivery)})
-        file = fetch_once(request, channel, settings)
-        channel.report(Progress("loading", 0, file.size_bytes))
-        state_dict = _read(file.path, map_location, channel.identity, group, weights_only, mmap)
+        chosen, source = agree_on_delivery(channel, agreed_arguments(request, "load"), delivery, src, group)
+        path = fetch_for(chosen, request, channel, settings, source)
+        with ExitStack() as closing:
+            if chosen == "broadcast":
+                path = _broadcast(path, source, channel, settings, closing)
+            assert path is not None
+            state_dict = _read(path, map_location, channel.identity, group, weights_only, mmap)
         return adapter(state_dict)  # type: ignore[no-any-return]
 
 
@@ -203,6 +214,15 @@ def fetch_in_this_process(
         return fetch_once(request, channel, settings).path
 
 
+def _broadcast(
+    path: Path | None, source: int, channel: LoneChannel | RankChannel, settings: Settings, closing: ExitStack
+) -> Path:
+    from rankload._deliver.broadcast.whole_file import broadcast_file  # imports torch
+
+    assert isinstance(channel, RankChannel)
+    return broadcast_file(path, source, channel, settings, closing)
+
+
 def _read(
     path: Path,
     map_location: MapLocation,
@@ -218,8 +238,50 @@ def _read(
     return read_checkpoint(path, target, weights_only=weights_only, mmap=mmap)
 
 
-def checked_delivery(delivery: Delivery) -> Delivery:
-    """Return it if this version knows it."""
-    if delivery not in ("auto", "read"):
-        raise ArgumentError(f"delivery={delivery!r}: this version knows 'auto' and 'read'")
-    return delivery
+def agree_on_delivery(
+    channel: LoneChannel | RankChannel,
+    arguments: dict[str, Any],
+    delivery: Delivery,
+    src: int | None,
+    group: ProcessGroup | None,
+) -> tuple[Delivery, int]:
+    """Agree on all arguments; return the delivery, and the rank in the channel that broadcasts.
+
+    Raises:
+        ArgumentError: there is no such delivery, or no such rank.
+        ArgumentMismatchError: another rank has said otherwise.
+    """
+    if delivery not in ("auto", "read", "broadcast"):
+        raise ArgumentError(f"delivery={delivery!r}: expected 'auto', 'read' or 'broadcast'")
+    source = 0 if src is None else _rank_in_channel(src, channel.identity, group)
+    channel.agree({**arguments, "delivery": delivery, "src": src})
+    if delivery == "auto" or channel.identity.world_size == 1:
+        return "read", source
+    return delivery, source
+
+
+def fetch_for(
+    delivery: Delivery, request: FetchRequest, channel: LoneChannel | RankChannel, settings: Settings, source: int
+) -> Path | None:
+    """Fetch what a delivery needs; return the file, or None where only the source has one. Collective."""
+    file = (
+        fetch_at(source, request, channel, settings)
+        if delivery == "broadcast"
+        else fetch_once(request, channel, settings)
+    )
+    channel.report(Progress("loading", 0, None if file is None else file.size_bytes))
+    return None if file is None else file.path
+
+
+def _rank_in_channel(src: int, identity: Identity, group: ProcessGroup | None) -> int:
+    rank = src
+    if group is not None:
+        from torch.distributed import get_group_rank
+
+        try:
+            rank = get_group_rank(group, src)
+        except (ValueError, RuntimeError) as error:
+            raise ArgumentError(f"src={src!r}: no rank of the group: {error}") from error
+    if not isinstance(rank, int) or not 0 <= rank < identity.world_size:
+        raise ArgumentError(f"src={src!r}: expected a rank, 0 to {identity.world_size - 1}")
+    return rank

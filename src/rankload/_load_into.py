@@ -9,15 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rankload._api import checked_delivery
+import torch
+
+from rankload._api import agree_on_delivery, fetch_for
 from rankload._call import collective_call
+from rankload._deliver.carriers import open_carrier
 from rankload._deliver.content import open_content
-from rankload._deliver.module_load import carry_out, left_on_meta, plan_load
-from rankload._deliver.optimizer_load import carry_out_optimizer_load, plan_optimizer_load
+from rankload._deliver.module_load import left_on_meta, plan_load, prepare_load
+from rankload._deliver.optimizer_load import plan_optimizer_load, prepare_optimizer_load
 from rankload._deliver.places import bare, device_of, places
 from rankload._deliver.report import LoadReport
+from rankload._deliver.saved import TensorInFile
 from rankload._errors import ArgumentError
-from rankload._fetch.once import fetch_once
 from rankload._fetch.request import Url, agreed_arguments, make_request
 from rankload._job.devices import own_device
 from rankload._types import Delivery, Progress, Scope, Verify
@@ -45,6 +48,7 @@ def dist_load_into(
     timeout: float | None = None,
     scope: Scope = "auto",
     delivery: Delivery = "auto",
+    src: int | None = None,
     group: ProcessGroup | None = None,
     offline: bool | None = None,
     verify: Verify = "once",
@@ -71,13 +75,16 @@ def dist_load_into(
             ``torch.distributed.checkpoint.state_dict`` gives it, by names; of sharded parameters each rank reads its
             part of the state.
         source: as ``url`` of `dist_load_state_dict_from_url`.
-        model_dir, progress, check_hash, file_name, sha256, headers, timeout, scope, group, offline, verify: see there.
+        model_dir, progress, check_hash, file_name, sha256, headers, timeout, scope, group, offline, verify: see
+            there.
         weights_only: for files that have no index, which torch.load reads; all others cannot run code.
         strict: raise if names are missing or unexpected. Shapes must fit in any case.
         assign: replace the module's tensors instead of writing into them, with the checkpoint's dtypes, as
             ``load_state_dict(assign=True)`` does: on the CPU without a copy. Make the optimizer afterwards.
             None replaces only what is on the meta device.
-        delivery: ``"read"``: every rank reads the file. ``"auto"`` chooses.
+        delivery, src: see there. With ``"broadcast"`` each rank takes its own bytes out of what comes by, and holds
+            8 MiB beyond its own tensors. Where the source itself has to load the whole file (it has no index, an
+            ``adapt`` of your own or a hook of the module wants to see tensors), each receiver gets all of it first.
         mmap: False makes private copies of what would be views of the mapped file.
         adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt`, but ``to_dtype``, are applied
             to the index, before a byte is read; your own get the tensors, mapped. With an optimizer they are applied
@@ -107,40 +114,35 @@ def dist_load_into(
             offline=settings.offline if offline is None else offline,
             must_be_checkpoint=True,
         )
-        channel.agree({**agreed_arguments(request, "load_into"), "delivery": checked_delivery(delivery)})
+        chosen, sender = agree_on_delivery(channel, agreed_arguments(request, "load_into"), delivery, src, group)
         with _timed(phases, "fetch"):
-            file = fetch_once(request, channel, settings)
-        channel.report(Progress("loading", 0, file.size_bytes))
+            path = fetch_for(chosen, request, channel, settings, sender)
         with _timed(phases, "check"):
             inner, _ = bare(target)
+            carrier = open_carrier(chosen, path, sender, channel, settings, closing)
             content = open_content(
-                file.path,
-                adapter,
-                {place.name for place in places(inner)},
-                closing,
-                weights_only=weights_only,
-                mmap=mmap,
+                carrier.files, adapter, {place.name for place in places(inner)}, weights_only=weights_only, mmap=mmap
             )
-            load = plan_load(target, content, strict=strict, assign=assign, shown=str(file.path))
+            load = plan_load(target, content, strict=strict, assign=assign, shown=carrier.files.shown)
+            wanted = [step.saved for step in load.assignments]
             if optimizer is not None:
-                optimizer_load = plan_optimizer_load(optimizer, content.whole, target, str(file.path))
+                optimizer_load = plan_optimizer_load(optimizer, content.whole, target, carrier.files.shown)
+                wanted += optimizer_load.wanted
+            carrier.planned(content.index, [saved.entry for saved in wanted if isinstance(saved, TensorInFile)])
             channel.meet("checked")
-        with _timed(phases, "fill"):
-            bytes_read = carry_out(
-                load,
-                functools.cache(lambda: device_of(inner) or own_device(channel.identity, group)),
-                lambda done: channel.report(Progress("loading", done, file.size_bytes)),
-                assign=assign,
-                may_share=mmap is not False,
-            )
+        with _timed(phases, "fill"), torch.no_grad():
+            may_share = carrier.may_share and mmap is not False
+            device = functools.cache(lambda: device_of(inner) or own_device(channel.identity, group))
+            prepared = [prepare_load(load, device, assign=assign, may_share=may_share)]
             if optimizer is not None:
-                bytes_read += carry_out_optimizer_load(
-                    optimizer_load,
-                    lambda done: channel.report(Progress("loading", bytes_read + done, file.size_bytes)),
-                    may_share=mmap is not False,
-                )
+                prepared.append(prepare_optimizer_load(optimizer_load, may_share=may_share))
+            transfers = [transfer for part in prepared for transfer in part.transfers]
+            bytes_read = sum(part.bytes_mapped for part in prepared)
+            bytes_read += carrier.move(transfers, lambda done: channel.report(Progress("loading", done)))
+            for part in prepared:
+                part.finish()
         keys = (load.missing_keys, load.unexpected_keys)
-        return LoadReport.make(keys, file.path, bytes_read, phases, left_on_meta(load))
+        return LoadReport.make(keys, carrier.path, bytes_read, phases, chosen, left_on_meta(load))
 
 
 def _checked_targets(module: Any, assign: bool | None) -> tuple[nn.Module, Optimizer | None]:

@@ -16,7 +16,17 @@ Source = Literal["cache", "adopted", "download", "local"]
 #: A rank's activity within a call. ``waiting`` and ``backoff`` are declared waits: the rank lives, the bytes do not
 #: move, and that is nobody's fault. ``done``: through with its own part, waiting for the verdict.
 Phase = Literal[
-    "looking", "waiting", "backoff", "connecting", "downloading", "hashing", "publishing", "loading", "done"
+    "looking",
+    "waiting",
+    "backoff",
+    "connecting",
+    "downloading",
+    "hashing",
+    "publishing",
+    "sending",
+    "receiving",
+    "loading",
+    "done",
 ]
 DECLARED_WAITS: frozenset[Phase] = frozenset({"waiting", "backoff", "done"})
 

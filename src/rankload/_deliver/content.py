@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from rankload._checkpoint.entry import TensorEntry
+from rankload._checkpoint.index import Index
 from rankload._checkpoint.pickle_values import NotUnderstoodError, Unbuilt
 from rankload._checkpoint.read_index import read_index
 from rankload._deliver.failures import translated
 from rankload._deliver.files import CheckpointFiles
-from rankload._deliver.read import read_checkpoint
 from rankload._deliver.saved import Assignment, SavedTensor, TensorInFile, TensorInMemory
 from rankload._errors import LoadError
 from rankload.adapt import Adapter, looks_at_names_only
@@ -36,18 +34,19 @@ class Content:
         whole: as saved.
         of_module: the state dict for the module: what the adapter has made of the whole.
         assignments: where the stand-ins note where they go.
+        index: None where torch.load had to load all of it.
     """
 
     whole: Any
     of_module: OrderedDict[str, Any]
     assignments: list[Assignment]
+    index: Index | None = None
 
 
 def open_content(
-    path: Path,
+    files: CheckpointFiles,
     adapter: Adapter,
     wanted: Collection[str],
-    closing: ExitStack,
     *,
     weights_only: bool,
     mmap: bool | None,
@@ -58,10 +57,9 @@ def open_content(
     to see the tensors themselves, or where the module wants an object that only torch.load builds, torch.load it is.
 
     Args:
-        path: the file.
+        files: the checkpoint's.
         adapter: applied to the index's content, or to what was loaded.
         wanted: the names that the module has.
-        closing: closes the file when all is read.
         weights_only: for torch.load.
         mmap: for torch.load.
 
@@ -69,8 +67,9 @@ def open_content(
         LoadError: the file is broken, or holds no state dict.
     """
     assignments: list[Assignment] = []
-    indexed = _indexed(path, closing, assignments) if looks_at_names_only(adapter) else None
-    if indexed is not None:
+    index = _read_index(files) if looks_at_names_only(adapter) else None
+    if index is not None:
+        indexed = _replaced(index.content, _in_file(index, files, assignments))
         try:
             found = adapter(indexed)
         except LoadError:
@@ -79,45 +78,48 @@ def open_content(
             found = None  # what it looks for may be in an object that only torch.load builds
         unbuilt = _unbuilt(found, wanted)
         if found is not None and not unbuilt:
-            return Content(indexed, _state_dict(found, path, assignments), assignments)
-        _logger.debug("%s is loaded by torch.load, for its objects: %s", path, unbuilt)
-    loaded = read_checkpoint(path, "cpu", weights_only=weights_only, mmap=mmap)
+            return Content(indexed, _state_dict(found, files.shown, assignments), assignments, index)
+        _logger.debug("%s is loaded by torch.load, for its objects: %s", files.shown, unbuilt)
+    loaded = files.load(weights_only=weights_only, mmap=mmap)
     found = adapter(loaded)
-    return Content(_replaced(loaded, _in_memory(assignments)), _state_dict(found, path, assignments), assignments)
+    return Content(
+        _replaced(loaded, _in_memory(assignments)), _state_dict(found, files.shown, assignments), assignments
+    )
 
 
-def _indexed(path: Path, closing: ExitStack, assignments: list[Assignment]) -> Any:
-    """Return the content with stand-ins for what the index says, or None where there is no index."""
-    files = CheckpointFiles(path.parent, closing)
-    with translated(path):
+def _read_index(files: CheckpointFiles) -> Index | None:
+    """Return None where there is no index."""
+    with translated(files.path):
         try:
-            index = read_index(files.source(path.name), path.name, files.source, is_remote=False)
+            return read_index(files.source(files.name), files.name, files.source, is_remote=False)
         except NotUnderstoodError as error:
-            _logger.debug("%s is loaded by torch.load: %s", path, error)
+            _logger.debug("%s is loaded by torch.load: %s", files.shown, error)
             return None
 
+
+def _in_file(index: Index, files: CheckpointFiles, assignments: list[Assignment]) -> Callable[[Any], Any]:
     def stand_in(value: Any) -> Any:
         if not isinstance(value, TensorEntry):
             return value
-        return TensorInFile(value, files, index.byte_orders[value.file], assignments, str(path))
+        return TensorInFile(value, files, index.byte_orders[value.file], assignments, files.shown)
 
-    return _replaced(index.content, stand_in)
+    return stand_in
 
 
 def _in_memory(assignments: list[Assignment]) -> Callable[[Any], Any]:
     return lambda value: TensorInMemory(value, assignments) if isinstance(value, torch.Tensor) else value
 
 
-def _state_dict(found: Any, path: Path, assignments: list[Assignment]) -> OrderedDict[str, Any]:
+def _state_dict(found: Any, shown: str, assignments: list[Assignment]) -> OrderedDict[str, Any]:
     """Return what the adapter has made, as load_state_dict is to have it.
 
     Raises:
         LoadError: it is no state dict.
     """
     if not isinstance(found, Mapping):
-        raise LoadError(f"{path}: holds no state dict, but a {type(found).__name__}", path=str(path))
+        raise LoadError(f"{shown}: holds no state dict, but a {type(found).__name__}", path=shown)
     if strange := [key for key in found if not isinstance(key, str)]:
-        raise LoadError(f"{path}: holds no state dict, for it has the key {strange[0]!r}", path=str(path))
+        raise LoadError(f"{shown}: holds no state dict, for it has the key {strange[0]!r}", path=shown)
     content: OrderedDict[str, Any] = _replaced(
         OrderedDict(found), _in_memory(assignments), getattr(found, "_metadata", None)
     )

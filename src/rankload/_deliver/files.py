@@ -1,27 +1,37 @@
-"""The files of a local checkpoint, opened once each, and mapped where that is asked for."""
+"""The files of a checkpoint on this node, opened once each, and mapped where that is asked for."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from rankload._cache.failures import reading
+from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.source import LocalSource
+from rankload._deliver.read import read_checkpoint
 
 
 class CheckpointFiles:
     """The files of one folder by their names. They stay open until ``closing`` closes; mappings live on with tensors.
 
     Args:
-        directory: where they are.
+        path: the checkpoint, or the index of one in several files, which are beside it.
         closing: closes them.
+
+    Attributes:
+        path: see above.
+        name: of the checkpoint among its files.
+        shown: how to name it in messages.
+        used: tensors of which somebody has wanted to see the elements.
     """
 
-    def __init__(self, directory: Path, closing: ExitStack) -> None:
-        self._directory, self._closing = directory, closing
+    def __init__(self, path: Path, closing: ExitStack) -> None:
+        self.path, self.name, self.shown = path, path.name, str(path)
+        self.used: list[TensorEntry] = []
+        self._closing = closing
         self._sources: dict[str, LocalSource] = {}
         self._mappings: dict[str, torch.UntypedStorage] = {}
 
@@ -32,7 +42,7 @@ class CheckpointFiles:
             CacheError: it cannot be opened.
         """
         if name not in self._sources:
-            path = self._directory / name
+            path = self.path.parent / name
             with reading(path):
                 self._sources[name] = LocalSource(self._closing.enter_context(path.open("rb", buffering=0)).fileno())
         return self._sources[name]
@@ -46,3 +56,19 @@ class CheckpointFiles:
                 torch.UntypedStorage, torch.UntypedStorage.from_file(path, False, source.size_bytes)
             )
         return self._mappings[name]
+
+    def load(self, *, weights_only: bool, mmap: bool | None) -> Any:
+        """Load the whole checkpoint on the CPU, as torch.load does."""
+        return read_checkpoint(self.path, "cpu", weights_only=weights_only, mmap=mmap)
+
+    def has(self, entry: TensorEntry) -> bool:
+        """Tell whether a tensor's bytes are here."""
+        return True
+
+    def note_use(self, entry: TensorEntry) -> None:
+        """Take note that a tensor's elements are wanted.
+
+        Raises:
+            LoadError: they are not here.
+        """
+        self.used.append(entry)

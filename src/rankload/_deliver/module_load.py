@@ -15,13 +15,11 @@ from rankload._deliver.mismatch import describe_mismatch
 from rankload._deliver.places import Place, bare, non_persistent_meta_buffers, own_part, places
 from rankload._deliver.replace import Replacer
 from rankload._deliver.saved import Assignment
+from rankload._deliver.transfers import Prepared, Transfer
 from rankload._errors import LoadError
 from rankload.adapt import strip_prefix
 
 _logger = logging.getLogger("rankload")
-
-#: Called with the bytes that are done.
-ReportBytes = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -80,38 +78,31 @@ def plan_load(
     return ModuleLoad(module, _without_repetitions(assignments), missing, unexpected)
 
 
-def carry_out(
-    load: ModuleLoad,
-    device: Callable[[], torch.device],
-    report: ReportBytes,
-    *,
-    assign: bool | None,
-    may_share: bool,
-) -> int:
-    """Move the bytes; return how many were read.
+def prepare_load(
+    load: ModuleLoad, device: Callable[[], torch.device], *, assign: bool | None, may_share: bool
+) -> Prepared:
+    """Make the tensors that have to be made; say what is to be moved where.
 
     Tensors on the meta device are replaced, each by one on this rank's device, or, on the CPU, by a view of the mapped
-    file, if its dtype is the module's; tied ones stay tied.
+    file, if its dtype is the module's; tied ones stay tied. Each takes its place when all is moved.
 
     Args:
         load: the plan.
         device: gives the device for what is on the meta device now.
-        report: called before each tensor.
         assign: replace all tensors so, with the checkpoint's dtype, as ``load_state_dict(assign=True)`` does.
         may_share: whether what is replaced may be views of the mapped file.
     """
     replacer = Replacer(load.module, device, takes_saved_dtype=bool(assign), may_share=may_share)
-    bytes_read = 0
-    with torch.no_grad():
-        for step in load.assignments:
-            report(bytes_read)
-            if step.target.is_meta or assign:
-                bytes_read += replacer.replace(step)
-            else:
-                bytes_read += step.saved.read_into(*own_part(step.target))
+    transfers = [
+        replacer.transfer(step) if step.target.is_meta or assign else Transfer(step.saved, *own_part(step.target))
+        for step in load.assignments
+    ]
+
+    def finish() -> None:
         replacer.finish()
-    _check_materialised(load)
-    return bytes_read
+        _check_materialised(load)
+
+    return Prepared([transfer for transfer in transfers if transfer], replacer.bytes_mapped, finish)
 
 
 def left_on_meta(load: ModuleLoad) -> list[str]:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from rankload._deliver.mismatch import describe_mismatch
-from rankload._deliver.module_load import ReportBytes
 from rankload._deliver.places import bare, empty_copy, is_distributed, own_part
 from rankload._deliver.saved import SavedTensor
+from rankload._deliver.transfers import Prepared, Transfer
 from rankload._errors import LoadError
 
 #: Under which keys training scripts save the optimizer: torch's tutorials, timm, fairseq, Lightning (a list).
@@ -34,6 +34,11 @@ class OptimizerLoad:
     groups: Sequence[Mapping[str, Any]]
     state: Mapping[int, Mapping[str, Any]]
     parameters: Sequence[torch.Tensor]
+
+    @property
+    def wanted(self) -> list[SavedTensor]:
+        """Return the tensors that it takes."""
+        return [value for values in self.state.values() for value in values.values() if isinstance(value, SavedTensor)]
 
 
 def plan_optimizer_load(optimizer: torch.optim.Optimizer, whole: Any, module: nn.Module, shown: str) -> OptimizerLoad:
@@ -64,22 +69,30 @@ def plan_optimizer_load(optimizer: torch.optim.Optimizer, whole: Any, module: nn
     return OptimizerLoad(optimizer, groups, state, parameters)
 
 
-def carry_out_optimizer_load(load: OptimizerLoad, report: ReportBytes, *, may_share: bool) -> int:
-    """Read the state and give it to the optimizer; return the bytes that were read.
+def prepare_optimizer_load(load: OptimizerLoad, *, may_share: bool) -> Prepared:
+    """Make the tensors of the state; say what is to be moved into them.
 
     Args:
         load: the plan.
-        report: called before each parameter.
         may_share: on the CPU a state may be a view of the mapped file.
     """
-    bytes_read, state = 0, {}
-    with torch.no_grad():
-        for number, values in load.state.items():
-            report(bytes_read)
-            state[number], count = _materialised(values, load.parameters[number], may_share=may_share)
-            bytes_read += count
+    transfers: list[Transfer] = []
+    bytes_mapped, state = 0, {}
+    for number, values in load.state.items():
+        state[number] = {**values}
+        for key, saved in values.items():
+            if isinstance(saved, SavedTensor):
+                tensor, transfer = _prepared(saved, load.parameters[number], may_share=may_share)
+                state[number][key] = tensor
+                if transfer is None:
+                    bytes_mapped += tensor.nbytes
+                else:
+                    transfers.append(transfer)
+
+    def finish() -> None:
         load.optimizer.load_state_dict({"state": state, "param_groups": list(load.groups)})
-    return bytes_read
+
+    return Prepared(transfers, bytes_mapped, finish)
 
 
 def _state_dict_in(whole: Any, shown: str) -> Mapping[str, Any]:
@@ -121,20 +134,11 @@ def _problems(number: int, parameter: torch.Tensor, values: Mapping[str, Any]) -
     ]
 
 
-def _materialised(values: Mapping[str, Any], parameter: torch.Tensor, *, may_share: bool) -> tuple[dict[str, Any], int]:
-    result, bytes_read = {}, 0
-    for key, value in values.items():
-        if isinstance(value, SavedTensor):
-            tensor, count = _read(value, parameter, may_share=may_share)
-            result[key], bytes_read = tensor, bytes_read + count
-        else:
-            result[key] = value
-    return result, bytes_read
-
-
-def _read(saved: SavedTensor, parameter: torch.Tensor, *, may_share: bool) -> tuple[torch.Tensor, int]:
+def _prepared(saved: SavedTensor, parameter: torch.Tensor, *, may_share: bool) -> tuple[torch.Tensor, Transfer | None]:
     if is_distributed(parameter) and saved.shape == parameter.shape and saved.shape:
         tensor = empty_copy(parameter, own_part(parameter)[0].device, saved.dtype)
-        return tensor, saved.read_into(*own_part(tensor))
-    view = saved.view()
-    return view if may_share and view.dim() else view.clone(), view.nbytes
+        return tensor, Transfer(saved, *own_part(tensor))
+    if may_share and saved.shape:
+        return saved.view(), None
+    tensor = torch.empty(saved.shape, dtype=saved.dtype)
+    return tensor, Transfer(saved, *own_part(tensor))

@@ -10,6 +10,7 @@ from torch import nn
 
 from rankload._deliver.places import Place, as_parameter_like, empty_copy, is_distributed, own_part, places
 from rankload._deliver.saved import Assignment
+from rankload._deliver.transfers import Transfer
 
 
 class Replacer:
@@ -27,29 +28,31 @@ class Replacer:
     ) -> None:
         self._module, self._device = module, device
         self._takes_saved_dtype, self._may_share = takes_saved_dtype, may_share
-        self._has_replaced_shards = False
-        self._places: dict[int, list[Place]] = defaultdict(list)
-        for place in places(module):
-            self._places[id(place.tensor)].append(place)
+        self._replacements: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.bytes_mapped = 0
 
-    def replace(self, step: Assignment) -> int:
-        """Put what was saved in the place of the target; return the bytes that were read."""
+    def transfer(self, step: Assignment) -> Transfer | None:
+        """Make what takes the target's place; return what is to be moved into it, None for a view of the file."""
         target, saved = step.target, step.saved
         device = self._device() if target.is_meta else target.device
         dtype = saved.dtype if self._takes_saved_dtype else target.dtype
         if self._may_share and device.type == "cpu" and dtype == saved.dtype and not is_distributed(target):
             tensor = saved.view()
-            bytes_read = tensor.numel() * tensor.element_size()
-        else:
-            tensor = empty_copy(target, device, dtype)
-            bytes_read = saved.read_into(*own_part(tensor))
-        tensor = as_parameter_like(tensor, target)
-        for place in self._places[id(target)]:
-            place.put(tensor)
-        self._has_replaced_shards |= is_distributed(tensor)
-        return bytes_read
+            self._replacements.append((target, tensor))
+            self.bytes_mapped += tensor.nbytes
+            return None
+        tensor = empty_copy(target, device, dtype)
+        self._replacements.append((target, tensor))
+        return Transfer(saved, *own_part(tensor))
 
     def finish(self) -> None:
-        """Let FSDP take notice of new parameters: it does in its hook behind load_state_dict."""
-        if self._has_replaced_shards:
-            self._module.load_state_dict({}, strict=False)
+        """Put the new tensors in their places, when all has been moved."""
+        by_tensor: dict[int, list[Place]] = defaultdict(list)
+        for place in places(self._module):
+            by_tensor[id(place.tensor)].append(place)
+        for target, tensor in self._replacements:
+            replacement = as_parameter_like(tensor, target)
+            for place in by_tensor[id(target)]:
+                place.put(replacement)
+        if any(is_distributed(tensor) for _, tensor in self._replacements):
+            self._module.load_state_dict({}, strict=False)  # FSDP takes notice of new parameters in its hook behind it

@@ -21,15 +21,15 @@ class LoadReport(_Keys):
     Attributes:
         missing_keys: names that the module has and the checkpoint lacks; only with ``strict=False``.
         unexpected_keys: names that the checkpoint has and the module lacks; only with ``strict=False``.
-        path: the verified file on this node.
-        bytes_read: bytes of tensors that this rank read or mapped.
+        path: the verified file on this node; None where the tensors came from another.
+        bytes_read: bytes of tensors that this rank read, mapped, or took out of a broadcast.
         phases: seconds by phase: ``fetch``, ``check``, which ends when all ranks have checked, and ``fill``.
-        delivery: how the tensors came: ``"read"``.
+        delivery: how the tensors came: ``"read"`` or ``"broadcast"``.
         left_on_meta: buffers that no checkpoint holds (``persistent=False``) and that are still on the meta device: the
             script has to compute them.
     """
 
-    path: Path
+    path: Path | None
     bytes_read: int
     phases: Mapping[str, float]
     delivery: str
@@ -39,14 +39,15 @@ class LoadReport(_Keys):
     def make(
         cls,
         keys: tuple[Sequence[str], Sequence[str]],
-        path: Path,
+        path: Path | None,
         bytes_read: int,
         phases: Mapping[str, float],
+        delivery: str,
         left_on_meta: Sequence[str],
     ) -> LoadReport:
         """Put a report together."""
         report = cls(list(keys[0]), list(keys[1]))
-        report.path, report.bytes_read, report.delivery = path, bytes_read, "read"
+        report.path, report.bytes_read, report.delivery = path, bytes_read, delivery
         report.phases = MappingProxyType(dict(phases))
         report.left_on_meta = tuple(left_on_meta)
         return report

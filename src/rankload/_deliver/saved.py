@@ -63,8 +63,22 @@ class SavedTensor:
     def __init__(self, shape: torch.Size, dtype: torch.dtype, assignments: list[Assignment]) -> None:
         self.shape, self.dtype, self._assignments = shape, dtype, assignments
 
+    @property
+    def position(self) -> tuple[str, int]:
+        """Return where it is: file and byte; those in memory come first."""
+        return "", 0
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process can read it; it may be on its way from another rank."""
+        return True
+
     def view(self) -> torch.Tensor:
-        """Return all of it on the CPU: a view of the mapped file where that is possible. Not to be written to."""
+        """Return all of it on the CPU: a view of the mapped file where that is possible. Not to be written to.
+
+        Raises:
+            LoadError: it is not here.
+        """
         raise NotImplementedError
 
     def read_into(self, destination: torch.Tensor, box: Box) -> int:
@@ -133,21 +147,37 @@ class TensorInFile(SavedTensor):
         shown: str,
     ) -> None:
         super().__init__(torch.Size(entry.shape), torch_dtype(entry, shown), assignments)
-        self._entry, self._files, self._byte_order, self._shown = entry, files, byte_order, shown
-        self._is_native = byte_order == sys.byteorder
+        self.entry, self.byte_order = entry, byte_order
+        self._files, self._shown = files, shown
+
+    @property
+    def position(self) -> tuple[str, int]:
+        """See `SavedTensor.position`."""
+        return self.entry.file, self.entry.offset
+
+    @property
+    def is_here(self) -> bool:
+        """See `SavedTensor.is_here`."""
+        return self._files.has(self.entry)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether its elements' bytes are in this machine's order."""
+        return self.byte_order == sys.byteorder
 
     def view(self) -> torch.Tensor:
         """See `SavedTensor.view`."""
-        entry = self._entry
-        if not self._is_native or entry.offset % min(entry.item_bytes, _ALIGNMENT_BYTES) or not entry.length:
-            return read_tensor(self._files.source(entry.file), entry, self._byte_order, self._shown).detach()
+        entry = self.entry
+        self._files.note_use(entry)
+        if not self.is_native or entry.offset % min(entry.item_bytes, _ALIGNMENT_BYTES) or not entry.length:
+            return read_tensor(self._files.source(entry.file), entry, self.byte_order, self._shown).detach()
         storage: Any = self._files.mapping(entry.file)[entry.offset : entry.offset + entry.length]
         return torch.empty(0, dtype=self.dtype).set_(storage, 0, entry.shape, entry.stride)
 
     def read_into(self, destination: torch.Tensor, box: Box) -> int:
         """See `SavedTensor.read_into`; straight from the file into the destination, where both have the same layout."""
-        entry, item_bytes = self._entry, self.dtype.itemsize
-        is_alike = self._is_native and entry.is_contiguous and destination.dtype == self.dtype
+        entry, item_bytes = self.entry, self.dtype.itemsize
+        is_alike = self.is_native and entry.is_contiguous and destination.dtype == self.dtype
         if is_alike and destination.device.type == "cpu" and destination.is_contiguous():
             parts = runs(entry.shape, box)
             if parts.length == box.element_count or parts.length * item_bytes >= _SHORTEST_RUN_BYTES:
@@ -159,11 +189,11 @@ class TensorInFile(SavedTensor):
         return super().read_into(destination, box)
 
     def _read(self, address: int, offset: int, length: int) -> None:
-        source = self._files.source(self._entry.file)
+        source = self._files.source(self.entry.file)
         with reading(Path(self._shown)):
             found = fill_memory(address, length, source, offset)
         if found != length:
-            what = f"the file ended within tensor {self._entry.name!r}"
+            what = f"the file ended within tensor {self.entry.name!r}"
             raise LoadError(f"{self._shown}: {what}: was it cut off since it was opened?")
 
 

@@ -44,6 +44,22 @@ def fetch_once(request: FetchRequest, channel: Channel, settings: Settings) -> F
     return file
 
 
+def fetch_at(rank: int, request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile | None:
+    """Let one rank fetch, for itself; return its file there, and None on the others, when it has it. Collective.
+
+    Raises:
+        RankloadError: the first cause, from whichever rank.
+    """
+    if channel.identity.rank != rank:
+        channel.wait_for("fetched at the source", from_rank=rank)
+        return None
+    if local_path_of(request.urls[0]) is None:
+        make_directory(request.directory)
+    file = fetch(request, channel.report, settings)
+    channel.post("fetched at the source", {})
+    return file
+
+
 def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
     if local_path_of(request.urls[0]) is not None:
         # a file used in place is rank 0's to check; where another node has none at that path, its ranks say so

@@ -126,6 +126,26 @@ class RankChannel:
             return
         self._wait_until(lambda: self.has(f"met/{key}/all"), self._watched, Progress("waiting"))
 
+    def watch_over(self, ranks: Iterable[int]) -> Callable[[Progress], None]:
+        """Return what a wait of another kind calls again and again: it publishes this rank's progress.
+
+        It raises what another rank has failed with, or that one of the given ones is lost.
+        """
+        vigil = self._vigil_over(ranks)
+
+        def watch(progress: Progress) -> None:
+            self.report(progress)
+            if vigil.is_due():
+                vigil.look()
+
+        return watch
+
+    @property
+    def store_host(self) -> str | None:
+        """Return the host that the store is on, as this rank reaches it; None for one in a file or in memory."""
+        store: Any = self._store.store
+        return getattr(store, "host", None)
+
     def has(self, key: str) -> bool:
         """Tell whether a value was posted, without waiting."""
         return self._store.peek(self._key(key)) is not None

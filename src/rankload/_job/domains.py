@@ -9,13 +9,13 @@ ranks that have its directory, or its node.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankload._job.machine import kernel_id
 from rankload._job.polling import backoff
 from rankload._types import Channel, Identity, Scope
 
@@ -136,11 +136,4 @@ def _place(identity: Identity, scope: Scope, directory: Path) -> str:
         node = identity.host if identity.node_rank is None else f"{identity.host}-{identity.node_rank}"
         return f"node-{node}"
     status = directory.stat()
-    return f"{_kernel()}-{status.st_dev}-{status.st_ino}"
-
-
-def _kernel() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return os.uname().nodename
+    return f"{kernel_id()}-{status.st_dev}-{status.st_ino}"

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankload._deliver.boxes import Box, runs, whole
+from rankload._deliver.boxes import Box, boxes_of_range, intersection, runs, whole
 
 
 @st.composite
@@ -44,3 +44,33 @@ def test_runs_are_the_elements_of_the_box_in_their_order(shape_and_box: tuple[tu
 def test_runs_are_as_long_as_can_be(shape: tuple[int, ...], box: Box, length: int, starts: list[int]) -> None:
     found = runs(shape, box)
     assert (found.length, list(found.starts)) == (length, starts)
+
+
+@given(st.lists(st.integers(0, 5), max_size=4).map(tuple), st.data())
+def test_boxes_of_a_range_are_its_elements_in_their_order(shape: tuple[int, ...], data: st.DataObject) -> None:
+    tensor = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    begin = data.draw(st.integers(0, tensor.numel()))
+    end = data.draw(st.integers(begin, tensor.numel()))
+    found = []
+    boxes = list(boxes_of_range(shape, begin, end))
+    for box, first in boxes:
+        assert first == begin + len(found)
+        found += tensor[tuple(slice(at, at + size) for at, size in zip(box.offset, box.shape, strict=True))].flatten()
+    assert found == list(range(begin, end))
+    assert len(boxes) <= max(1, 2 * len(shape) - 1)
+
+
+@given(shapes_and_boxes(), st.data())
+def test_intersection_is_what_both_have(shape_and_box: tuple[tuple[int, ...], Box], data: st.DataObject) -> None:
+    shape, box = shape_and_box
+    offset = tuple(data.draw(st.integers(0, size)) for size in shape)
+    other = Box(offset, tuple(data.draw(st.integers(0, size - at)) for size, at in zip(shape, offset, strict=True)))
+    common = intersection(box, other)
+    marks = torch.zeros(shape, dtype=torch.int)
+    for part in (box, other):
+        marks[tuple(slice(at, at + size) for at, size in zip(part.offset, part.shape, strict=True))] += 1
+    if common is None:
+        assert not (marks == 2).any()
+    else:
+        marks[tuple(slice(at, at + size) for at, size in zip(common.offset, common.shape, strict=True))] -= 2
+        assert not (marks == 2).any() and (marks >= 0).all()

@@ -1,0 +1,1 @@
+"""From the file of one rank to the tensors of all."""

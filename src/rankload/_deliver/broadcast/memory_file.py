@@ -1,0 +1,54 @@
+"""Files without a name, in memory: what is received looks to torch.load, and to our index, like a file on disk."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+
+def make_memory_file(size_bytes: int, closing: ExitStack) -> int:
+    """Return the descriptor of a new file, all zeros, that takes memory only where it is written to.
+
+    Pages stay for as long as the descriptor, another process's or a mapping does.
+    """
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("rankload", os.MFD_CLOEXEC)
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    closing.callback(os.close, descriptor)
+    os.ftruncate(descriptor, size_bytes)
+    return descriptor
+
+
+@contextmanager
+def writable(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
+    """Map a part of the file to be written to."""
+    if begin == end:
+        yield memoryview(b"")
+        return
+    first = begin - begin % mmap.ALLOCATIONGRANULARITY
+    mapping = mmap.mmap(descriptor, end - first, offset=first)
+    whole = memoryview(mapping)
+    part = whole[begin - first :]
+    try:
+        yield part
+    finally:
+        with suppress(BufferError):  # the frames of an error hold on to pieces of it, and let go with the error
+            part.release()
+            whole.release()
+            mapping.close()
+
+
+def path_of(descriptor: int) -> Path:
+    """Return a path by which this process can open the file again."""
+    return Path(f"/dev/fd/{descriptor}")
+
+
+def path_for_others(descriptor: int) -> str:
+    """Return a path by which other processes of this user may open it (Linux)."""
+    return f"/proc/{os.getpid()}/fd/{descriptor}"

@@ -1,0 +1,136 @@
+"""The receivers' side of a broadcast into modules (see `sending`)."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankload._checkpoint.entry import TensorEntry
+from rankload._checkpoint.index import Index
+from rankload._checkpoint.source import LocalSource
+from rankload._deliver.broadcast.buckets import BUCKET_BYTES, Range, cut, is_kept, tensor_ranges
+from rankload._deliver.broadcast.memory_file import make_memory_file, path_of, writable
+from rankload._deliver.broadcast.sending import ALL_KEY, LENGTH_BYTES
+from rankload._deliver.broadcast.sinks import Sinks
+from rankload._deliver.files import CheckpointFiles
+from rankload._deliver.transfers import ReportBytes, Transfer, read_all
+from rankload._errors import LoadError
+from rankload._job.channel import RankChannel
+from rankload._job.relay.relay import Relay
+
+
+class Receiving:
+    """The side of a rank that does not have the file.
+
+    Args:
+        relay: from the source, and on to others.
+        channel: of the call.
+        closing: lets go of the headers.
+    """
+
+    def __init__(self, relay: Relay, channel: RankChannel, closing: ExitStack) -> None:
+        self._relay, self._channel = relay, channel
+        self._index: Index | None = None
+        self.path: Path | None = None
+        header = json.loads(self._receive_bytes(int.from_bytes(self._receive_bytes(LENGTH_BYTES), "little")))
+        self._ranges = _ranges(header.get("ranges", {}))
+        self.files: CheckpointFiles = (
+            self._receive_whole(header, closing) if "whole" in header else self._receive(header, closing)
+        )
+        self.may_share = "whole" in header
+
+    def planned(self, index: Index | None, wanted: Sequence[TensorEntry]) -> None:
+        """Tell the source if this rank needs more than it is going to send."""
+        self._index = index
+        if not all(self.files.has(entry) or is_kept(entry, self._ranges) for entry in wanted):
+            self._channel.post(ALL_KEY, {})
+
+    def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
+        """Take out of the stream what is ours, and pass it on."""
+        moved = read_all([transfer for transfer in transfers if transfer.saved.is_here], report)
+        if not isinstance(self.files, ReceivedFiles):
+            return moved
+        assert self._index is not None
+        tensors = self._index.tensors.values()
+        if self._channel.has(ALL_KEY):
+            self._ranges = tensor_ranges(tensors, self.files.kept)
+        buckets = cut(self._ranges, tensors)
+        coming = [transfer for transfer in transfers if not transfer.saved.is_here]
+        sinks = Sinks(coming, buckets)
+        content = torch.empty(BUCKET_BYTES, dtype=torch.uint8)
+        memory = memoryview((ctypes.c_ubyte * BUCKET_BYTES).from_address(content.data_ptr())).cast("B")
+        for bucket in buckets:
+            self._relay.receive(memory[: len(bucket)])
+            sinks.take(bucket, content.narrow(0, 0, len(bucket)))
+        sinks.check_empty()
+        return moved + sum(transfer.box.element_count * transfer.saved.dtype.itemsize for transfer in coming)
+
+    def _receive(self, header: dict[str, Any], closing: ExitStack) -> ReceivedFiles:
+        kept = _ranges(header["kept"])
+        descriptors = {file: make_memory_file(size, closing) for file, size in header["sizes"].items()}
+        for file, ranges in kept.items():
+            for begin, end in ranges:
+                with writable(descriptors[file], begin, end) as part:
+                    self._relay.receive(part)
+        return ReceivedFiles(header, descriptors, kept, closing)
+
+    def _receive_whole(self, header: dict[str, Any], closing: ExitStack) -> CheckpointFiles:
+        descriptor = make_memory_file(header["whole"], closing)
+        with writable(descriptor, 0, header["whole"]) as whole:
+            self._relay.receive(whole)
+        files = CheckpointFiles(path_of(descriptor), closing)
+        files.shown = header["shown"]
+        return files
+
+    def _receive_bytes(self, length: int) -> bytes:
+        received = bytearray(length)
+        self._relay.receive(memoryview(received))
+        return bytes(received)
+
+
+class ReceivedFiles(CheckpointFiles):
+    """Files of which the headers have come.
+
+    Args:
+        header: the source's words on them.
+        descriptors: of the files in memory, full of holes.
+        kept: what has come, by file.
+        closing: see `CheckpointFiles`.
+    """
+
+    def __init__(
+        self, header: dict[str, Any], descriptors: Mapping[str, int], kept: dict[str, list[Range]], closing: ExitStack
+    ) -> None:
+        super().__init__(Path(header["name"]), closing)
+        self.shown, self.kept = header["shown"], kept
+        self._sources = {file: LocalSource(descriptor) for file, descriptor in descriptors.items()}
+
+    def has(self, entry: TensorEntry) -> bool:
+        """See `CheckpointFiles`."""
+        return not entry.length or is_kept(entry, self.kept)
+
+    def load(self, *, weights_only: bool, mmap: bool | None) -> Any:
+        """Not possible here."""
+        raise LoadError(
+            f"{self.shown}: this rank wants to load all of it, and the source does not: its adapt= differs; pass "
+            "delivery='read', or the same adapt="
+        )
+
+    def note_use(self, entry: TensorEntry) -> None:
+        """See `CheckpointFiles`."""
+        if not self.has(entry):
+            raise LoadError(
+                f"{self.shown}: tensor {entry.name!r} is wanted before it has come: a hook of the module, or adapt=, "
+                "has to see it on this rank, and not on the source; pass delivery='read'",
+                tensor=entry.name,
+            )
+
+
+def _ranges(received: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[Range]]:
+    return {file: [(begin, end) for begin, end in ranges] for file, ranges in received.items()}

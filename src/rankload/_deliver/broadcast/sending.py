@@ -1,0 +1,88 @@
+"""The source's side of a broadcast into modules: headers first, then, when all fits, data.
+
+The headers are all that the index is read from, so every rank finds out for itself what goes where, as if it had the
+file. Then the data comes by, in buckets that are pieces of the file, and each rank takes out what is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rankload._checkpoint.entry import TensorEntry
+from rankload._checkpoint.index import Index
+from rankload._deliver.broadcast.buckets import Range, cut, header_ranges, is_kept, tensor_ranges
+from rankload._deliver.files import CheckpointFiles
+from rankload._deliver.transfers import ReportBytes, Transfer, read_all
+from rankload._job.channel import RankChannel
+from rankload._job.relay.relay import BytesBlock, FileBlock, Relay
+
+#: Of the length of the words that come first.
+LENGTH_BYTES = 8
+
+#: A rank posts it that needs tensors which the source does not.
+ALL_KEY = "broadcast/all"
+
+
+class Sending:
+    """The source's side. It has the file, and loads from it as if nobody else were there.
+
+    Args:
+        files: of the checkpoint.
+        relay: to the others.
+        channel: of the call.
+    """
+
+    def __init__(self, files: CheckpointFiles, relay: Relay, channel: RankChannel) -> None:
+        self.path: Path | None = files.path
+        self.files, self.may_share = files, True
+        self._relay, self._channel = relay, channel
+        self._index: Index | None = None
+        self._kept: dict[str, list[Range]] = {}
+        self._ranges: dict[str, list[Range]] = {}
+
+    def planned(self, index: Index | None, wanted: Sequence[TensorEntry]) -> None:
+        """Send the headers: this rank has found that the checkpoint fits.
+
+        Where an index will not do, the whole file goes instead.
+        """
+        if index is not None:
+            sizes = {file: self.files.source(file).size_bytes for file in self._file_names(index)}
+            self._kept = header_ranges(sizes, index.tensors.values())
+            if any(not is_kept(entry, self._kept) for entry in self.files.used):
+                index = None  # a hook, or extra state, has to see tensors, on every rank
+        if index is None:
+            self._send_whole()
+            return
+        self._index, self._ranges = index, tensor_ranges(wanted, self._kept)
+        header = {"name": self.files.name, "shown": self.files.shown, "kept": self._kept, "ranges": self._ranges}
+        self._send_json({**header, "sizes": sizes})
+        for file, ranges in self._kept.items():
+            for begin, end in ranges:
+                self._relay.send(FileBlock(self.files.source(file).descriptor, begin, end - begin))
+
+    def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
+        """Send the data, then read our own."""
+        if self._index is not None:
+            tensors = self._index.tensors.values()
+            if self._channel.has(ALL_KEY):
+                self._ranges = tensor_ranges(tensors, self._kept)
+            for bucket in cut(self._ranges, tensors):
+                self._relay.send(FileBlock(self.files.source(bucket.file).descriptor, bucket.begin, len(bucket)))
+        return read_all(transfers, report)
+
+    def _file_names(self, index: Index) -> list[str]:
+        return list(dict.fromkeys((self.files.name, *index.byte_orders)))
+
+    def _send_whole(self) -> None:
+        descriptor = self.files.source(self.files.name).descriptor
+        size_bytes = os.fstat(descriptor).st_size
+        self._send_json({"name": self.files.name, "shown": self.files.shown, "whole": size_bytes})
+        self._relay.send(FileBlock(descriptor, 0, size_bytes))
+
+    def _send_json(self, value: Any) -> None:
+        text = json.dumps(value).encode()
+        self._relay.send(BytesBlock(memoryview(len(text).to_bytes(LENGTH_BYTES, "little") + text)))

@@ -1,0 +1,67 @@
+"""Which bytes travel, and in what pieces."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankload._checkpoint.entry import StorageEntry, TensorEntry
+from rankload._deliver.broadcast import buckets
+from rankload._deliver.broadcast.buckets import Bucket, covers, cut, header_ranges, tensor_ranges
+
+
+def entry(name: str, offset: int, length: int, file: str = "a", dtype: str = "uint8") -> TensorEntry:
+    item_bytes = {"uint8": 1, "float32": 4}[dtype]
+    storage = StorageEntry(name, file, offset, length, dtype)
+    return TensorEntry(name, dtype, (length // item_bytes,), (1,), storage)
+
+
+K = 1 << 10
+M = 1 << 20
+
+
+def test_headers_are_all_but_large_tensors() -> None:
+    tensors = [entry("x", 100, 100 * K), entry("small", 100 * K + 100, 1 * K), entry("y", 200 * K, 100 * K, "b")]
+    sizes = {"a": 200 * K, "b": 300 * K, "index": 50}
+    assert header_ranges(sizes, tensors) == {
+        "a": [(0, 100), (100 * K + 100, 200 * K)],
+        "b": [(0, 200 * K)],
+        "index": [(0, 50)],
+    }
+
+
+@pytest.mark.parametrize(("size", "are_kept"), [(60 * K, False), (4 * K, True)])
+def test_many_small_tensors_are_too_much_for_the_headers(size: int, are_kept: bool) -> None:
+    count = 2000
+    tensors = [entry(str(number), number * size, size) for number in range(count)]
+    kept = header_ranges({"a": count * size}, tensors)["a"]
+    assert (kept == [(0, count * size)]) == are_kept and (kept == []) == (not are_kept)
+
+
+def test_only_what_is_wanted_travels_and_small_gaps_do() -> None:
+    tensors = [
+        entry("x", 0, 100 * K),
+        entry("y", 110 * K, 100 * K),
+        entry("z", 900 * K, 100 * K),
+        entry("w", 0, 9, "b"),
+    ]
+    assert tensor_ranges(tensors, {}) == {"a": [(0, 210 * K), (900 * K, 1000 * K)], "b": [(0, 9)]}
+    assert tensor_ranges(tensors, {"a": [(0, 500 * K)], "b": [(0, 8)]}) == {"a": [(900 * K, 1000 * K)], "b": [(0, 9)]}
+    assert tensor_ranges([entry("none", 5, 0)], {}) == {}
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 10)), max_size=8), st.integers(0, 60), st.integers(1, 9))
+def test_covers(pieces: list[tuple[int, int]], begin: int, length: int) -> None:
+    ranges = buckets._merged([(at, at + size) for at, size in pieces], 0)
+    bytes_there = {byte for first, last in ranges for byte in range(first, last)}
+    assert covers(ranges, begin, begin + length) == (bytes_there >= set(range(begin, begin + length)))
+
+
+def test_tensors_are_cut_between_elements() -> None:
+    tensors = [entry("x", 3, 20 * M, dtype="float32"), entry("y", 3 + 20 * M, 5, dtype="uint8")]
+    found = cut({"a": [(3, 20 * M + 8)]}, tensors)
+    assert found == [Bucket("a", 3, 3 + 8 * M), Bucket("a", 3 + 8 * M, 3 + 16 * M), Bucket("a", 3 + 16 * M, 20 * M + 8)]
+    late = entry("late", 101, 30 * M, dtype="float32")
+    first, *_ = cut({"a": [(0, 30 * M)]}, [late])
+    assert (first.end - 101) % 4 == 0 and 8 * M - 64 < len(first) <= 8 * M
