@@ -217,10 +217,10 @@ def fetch_in_this_process(
 def _broadcast(
     path: Path | None, source: int, channel: LoneChannel | RankChannel, settings: Settings, closing: ExitStack
 ) -> Path:
-    from rankload._deliver.broadcast.whole_file import broadcast_file  # imports torch
+    from rankload._deliver.broadcast.whole_file import broadcast_files  # imports torch
 
     assert isinstance(channel, RankChannel)
-    return broadcast_file(path, source, channel, settings, closing)
+    return broadcast_files(path, source, channel, settings, closing)
 
 
 def _read(

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from rankload._cache.failures import reading
-from rankload._cache.layout import local_path_of, redact
+from rankload._cache.layout import beside, local_path_of, redact
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.read_index import read_index
@@ -91,13 +91,6 @@ def _remote_opener(url: str, headers: Mapping[str, str]) -> Callable[[str, ExitS
 
     def open_one(name: str, closing: ExitStack) -> Source:
         is_first = name == urlsplit(url).path.rpartition("/")[2]
-        return closing.enter_context(RemoteSource(url if is_first else _beside(url, name), checked, settings))
+        return closing.enter_context(RemoteSource(url if is_first else beside(url, name), checked, settings))
 
     return open_one
-
-
-def _beside(url: str, name: str) -> str:
-    """Return the URL of a file in the same folder; a query is meant for the first alone."""
-    parts = urlsplit(url)
-    folder = parts.path.rpartition("/")[0]
-    return urlunsplit(parts._replace(path=f"{folder}/{quote(name)}", query="", fragment=""))

@@ -126,12 +126,14 @@ class FetchedFile:
         size_bytes: its length.
         sha256: its full digest where one was computed or recorded, else None.
         source: how it came here.
+        part_sizes: where it is the index of several files, theirs, in the order of their names; they lie beside it.
     """
 
     path: Path
     size_bytes: int
     sha256: str | None
     source: Source
+    part_sizes: tuple[int, ...] = ()
 
 
 class Channel(Protocol):

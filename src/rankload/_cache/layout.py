@@ -19,7 +19,7 @@ import posixpath
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlparse, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlparse, urlsplit, urlunsplit
 
 from rankload._errors import ArgumentError
 
@@ -137,6 +137,13 @@ def redact(url: str) -> str:
     """Return a URL fit for logs, errors and records: no user name or password, no query, no fragment."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, _without_user(parts), parts.path, "…" if parts.query else "", ""))
+
+
+def beside(url: str, name: str) -> str:
+    """Return the URL of another file in the same folder; a query is meant for the first alone."""
+    parts = urlsplit(url)
+    folder = parts.path.rpartition("/")[0]
+    return urlunsplit(parts._replace(path=f"{folder}/{quote(name)}", query="", fragment=""))
 
 
 def url_key(url: str) -> str:

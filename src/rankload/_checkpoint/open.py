@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from rankload._checkpoint import legacy, legacy_tar, safetensors, torch_zip
+from rankload._checkpoint import legacy, legacy_tar, safetensors, sharded, torch_zip
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.source import LocalSource
 from rankload._errors import NotACheckpointError
@@ -24,6 +24,7 @@ Format = Literal[
     "legacy_tar",  # torch.save before 0.2
     "tar",  # any other tar archive
     "safetensors",
+    "sharded",  # Hugging Face's index of several files
     "pickle",  # not torch.save's
     "html",
     "text",
@@ -32,7 +33,7 @@ Format = Literal[
 ]
 
 CHECKPOINT_FORMATS: frozenset[Format] = frozenset(
-    {"torch_zip", "torchscript", "single_member_zip", "legacy", "legacy_tar", "safetensors"}
+    {"torch_zip", "torchscript", "single_member_zip", "legacy", "legacy_tar", "safetensors", "sharded"}
 )
 
 _HEAD_BYTES = 1024
@@ -126,6 +127,8 @@ class _Sniffed:
                 self._broken = error
         elif self.format == "tar" and legacy_tar.is_legacy_tar(file):
             self.format = "legacy_tar"
+        elif self.format == "text" and sharded.has_weight_map(self._source):
+            self.format = "sharded"
 
     @property
     def is_checkpoint(self) -> bool:
@@ -211,6 +214,8 @@ def _name(file_format: Format, head: bytes) -> str:
             return "a zip archive of one file"
         case "safetensors":
             return "a safetensors file"
+        case "sharded":
+            return "the index of a checkpoint in several files"
         case "pickle":
             return "a plain pickle, not written by torch.save"
         case "zip":

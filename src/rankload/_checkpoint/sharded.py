@@ -11,6 +11,8 @@ from pathlib import PurePosixPath
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.source import Source, read_exactly
 
+_HEAD_BYTES = 64
+
 #: The index of a million tensors has about 100 MB.
 _LARGEST_BYTES = 1 << 28
 
@@ -18,6 +20,25 @@ _LARGEST_BYTES = 1 << 28
 def claims_to_be_sharded(name: str, head: bytes) -> bool:
     """Say whether a file of this name that begins so is such an index."""
     return name.endswith(".index.json") and head.lstrip()[:1] == b"{"
+
+
+def has_weight_map(source: Source) -> bool:
+    """Say whether a file is such an index, by all of its content."""
+    if source.read(_HEAD_BYTES, 0).lstrip()[:1] != b"{":
+        return False
+    try:
+        return bool(read_weight_map(source))
+    except BrokenFileError:
+        return False
+
+
+def part_names(source: Source) -> list[str]:
+    """Return the names of the files that an index is of, sorted.
+
+    Raises:
+        BrokenFileError: it is no such index, or names a file that is not beside it.
+    """
+    return sorted(set(read_weight_map(source).values()))
 
 
 def read_weight_map(source: Source) -> dict[str, str]:

@@ -23,6 +23,7 @@ from rankload._cache.failures import reopening
 from rankload._checkpoint import torch_zip
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import CHECKPOINT_FORMATS, Format, describe, sniff
+from rankload._checkpoint.sharded import read_weight_map
 from rankload._checkpoint.source import LocalSource
 from rankload._deliver.failures import translated
 from rankload._deliver.private_mapping import torch_maps_privately
@@ -86,11 +87,27 @@ def _read(
         raise BrokenFileError(f"expected a checkpoint, got {describe(path)}")
     if file_format == "single_member_zip":
         raise BrokenFileError("a zip archive in a zip archive is no checkpoint")
+    if file_format == "sharded":
+        return _read_parts(path, map_location, weights_only=weights_only, mmap=mmap, **arguments)
     if file_format == "safetensors":
         return read_safetensors(path, map_location, mmap=mmap is not False)
     is_mapped = mmap is not False and _is_mappable(path, file_format, explicitly=mmap is True)
     with _unsuffixed(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
         return torch.load(name, map_location, weights_only=weights_only, mmap=is_mapped, **arguments)
+
+
+def _read_parts(path: Path, map_location: Any, **arguments: Any) -> dict[str, Any]:
+    """Put the state dicts of several files together, in the order of their index."""
+    with path.open("rb", buffering=0) as file:
+        weight_map = read_weight_map(LocalSource(file.fileno()))
+    paths = {name: path.parent / name for name in set(weight_map.values())}
+    if strange := [name for name, part in paths.items() if sniff(part) == "sharded"]:
+        raise BrokenFileError(f"index of a sharded checkpoint with another index as a part: {strange[0]!r}")
+    parts = {name: read_checkpoint(part, map_location, **arguments) for name, part in paths.items()}
+    try:
+        return {tensor: parts[name][tensor] for tensor, name in weight_map.items()}
+    except (KeyError, TypeError) as error:
+        raise BrokenFileError(f"index of a sharded checkpoint that names what its files do not have: {error}") from None
 
 
 def _is_mappable(path: Path, file_format: Format, *, explicitly: bool) -> bool:

@@ -16,6 +16,7 @@ from rankload._fetch.offline import offline_error
 from rankload._fetch.origins.sidecar import fetch_sidecar
 from rankload._fetch.partials.adoption import progress_of_partials
 from rankload._fetch.partials.partial import SupersededError
+from rankload._fetch.parts import with_parts
 from rankload._settings import Settings
 from rankload._types import FetchedFile, FetchRequest, Progress, Report
 
@@ -23,12 +24,22 @@ _logger = logging.getLogger("rankload")
 
 
 def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedFile:
-    """Return a verified local file for the request. Not collective: the leader calls it.
+    """Return a verified local file for the request; of an index of several files, these too, beside it.
+
+    Not collective: the leader calls it.
 
     Raises:
         FetchError, VerificationError, CacheError: see there.
         RankloadError: what another rank failed with meanwhile, through ``report``.
     """
+
+    def fetch_one(request: FetchRequest) -> FetchedFile:
+        return _fetch(request, report, settings)
+
+    return with_parts(fetch_one(request), request, fetch_one)
+
+
+def _fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedFile:
     report(Progress("looking"))
     if (local_path := local_path_of(request.urls[0])) is not None:
         return use_in_place(local_path, request, report)

@@ -13,6 +13,7 @@ from rankload._cache.directory import make_directory
 from rankload._cache.layout import local_path_of
 from rankload._errors import CacheError
 from rankload._fetch.leader import fetch
+from rankload._fetch.parts import files_of
 from rankload._job.domains import Domain, find_domain
 from rankload._settings import Settings
 from rankload._types import Channel, FetchedFile, FetchRequest, Progress, Report
@@ -39,6 +40,7 @@ def fetch_once(request: FetchRequest, channel: Channel, settings: Settings) -> F
             "size_bytes": file.size_bytes,
             "sha256": file.sha256,
             "source": file.source,
+            "part_sizes": file.part_sizes,
         },
     )
     return file
@@ -71,9 +73,10 @@ def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
 def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile:
     fetched = channel.wait_for(f"fetched/{domain.key}", from_rank=domain.leader)
     path = request.directory / fetched["path"]  # an absolute path stays as it is
-    file = FetchedFile(path, fetched["size_bytes"], fetched["sha256"], fetched["source"])
-    found = _await_visible(file, channel.report, settings)
+    file = FetchedFile(path, fetched["size_bytes"], fetched["sha256"], fetched["source"], tuple(fetched["part_sizes"]))
+    found = _await_visible(path, file.size_bytes, channel.report, settings)
     if found == file.size_bytes:
+        _await_parts(file, domain, channel.report, settings)
         return file
     seen = "does not exist" if found is None else f"has {found} bytes, not {file.size_bytes},"
     error = CacheError(
@@ -86,6 +89,16 @@ def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, se
         raise error
     _logger.warning("%s has been removed since rank %d published it; fetching it once more", path, domain.leader)
     return _fetch_again(file, request, channel, settings, error)
+
+
+def _await_parts(file: FetchedFile, domain: Domain, report: Report, settings: Settings) -> None:
+    for path, size_bytes in files_of(file)[1:]:
+        if (found := _await_visible(path, size_bytes, report, settings)) != size_bytes:
+            raise CacheError(
+                f"rank {domain.leader} published {path}, a part of {file.path.name}, with {size_bytes} bytes; after "
+                f"{settings.visibility_seconds:g} s there are {found or 'none'} here",
+                path=str(path),
+            )
 
 
 def _fetch_again(
@@ -101,14 +114,14 @@ def _fetch_again(
     return again
 
 
-def _await_visible(file: FetchedFile, report: Report, settings: Settings) -> int | None:
+def _await_visible(path: Path, size_bytes: int, report: Report, settings: Settings) -> int | None:
     """Wait until this node sees the file that the leader published on another; return its size, None for no file.
 
     Linux NFS clients keep absent names and old sizes for up to 60 s; opening a file revalidates them sooner than
     stat(), and listing the directory drops absent names (nfs(5), "Data and metadata coherence").
     """
     deadline, delay = time.monotonic() + settings.visibility_seconds, 0.01
-    while (found := _size_when_opened(file.path)) != file.size_bytes and time.monotonic() < deadline:
+    while (found := _size_when_opened(path)) != size_bytes and time.monotonic() < deadline:
         report(Progress("waiting"))  # raises what another rank has failed with
         time.sleep(delay)
         delay = min(delay * 1.5, 1.0)

@@ -22,6 +22,7 @@ from rankload._cache.layout import (
 )
 from rankload._errors import ArgumentError
 from rankload._fetch.offline import is_switched_off
+from rankload._fetch.parts import INDEX_SUFFIX
 from rankload._types import FetchRequest, Scope, Verify
 
 Url = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -48,7 +49,7 @@ def make_request(
     """
     urls = checked_urls(url)
     local_path = local_path_of(urls[0])
-    name = checked_file_name(file_name) if file_name else local_path.name if local_path else file_name_of(urls[0])
+    name = checked_file_name(file_name) if file_name else local_path.name if local_path else _name_for(urls[0])
     directory = Path(model_dir).expanduser().absolute() if model_dir is not None else default_directory()
     return FetchRequest(
         urls=urls,
@@ -63,6 +64,12 @@ def make_request(
         progress=progress,
         offline=offline or is_switched_off(urls[0]),
     )
+
+
+def _name_for(url: str) -> str:
+    """Return torch.hub's name; for the index of several files in a folder of its own, since their names are common."""
+    name = file_name_of(url)
+    return f"{name.removesuffix(INDEX_SUFFIX)}-{url_key(url)[:16]}/{name}" if name.endswith(INDEX_SUFFIX) else name
 
 
 def agreed_arguments(request: FetchRequest, call: str) -> dict[str, Any]:

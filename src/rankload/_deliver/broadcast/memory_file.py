@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -44,9 +44,14 @@ def writable(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
             mapping.close()
 
 
-def path_of(descriptor: int) -> Path:
-    """Return a path by which this process can open the file again."""
-    return Path(f"/dev/fd/{descriptor}")
+def folder_of(descriptors: Mapping[str, int], closing: ExitStack) -> Path:
+    """Return a folder in which this process finds the files under their names."""
+    folder = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="rankload-")))
+    for name, descriptor in descriptors.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)  # the parts of a checkpoint may lie in folders
+        path.symlink_to(f"/dev/fd/{descriptor}")
+    return folder
 
 
 def path_for_others(descriptor: int) -> str:

@@ -15,9 +15,10 @@ from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import Index
 from rankload._checkpoint.source import LocalSource
 from rankload._deliver.broadcast.buckets import BUCKET_BYTES, Range, cut, is_kept, tensor_ranges
-from rankload._deliver.broadcast.memory_file import make_memory_file, path_of, writable
+from rankload._deliver.broadcast.memory_file import folder_of, make_memory_file, writable
 from rankload._deliver.broadcast.sending import ALL_KEY, LENGTH_BYTES
 from rankload._deliver.broadcast.sinks import Sinks
+from rankload._deliver.broadcast.whole_file import receive_files
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.transfers import ReportBytes, Transfer, read_all
 from rankload._errors import LoadError
@@ -40,10 +41,8 @@ class Receiving:
         self.path: Path | None = None
         header = json.loads(self._receive_bytes(int.from_bytes(self._receive_bytes(LENGTH_BYTES), "little")))
         self._ranges = _ranges(header.get("ranges", {}))
-        self.files: CheckpointFiles = (
-            self._receive_whole(header, closing) if "whole" in header else self._receive(header, closing)
-        )
-        self.may_share = "whole" in header
+        self.files = self._receive(header, closing)
+        self.may_share = not isinstance(self.files, ReceivedFiles)
 
     def planned(self, index: Index | None, wanted: Sequence[TensorEntry]) -> None:
         """Tell the source if this rank needs more than it is going to send."""
@@ -71,22 +70,20 @@ class Receiving:
         sinks.check_empty()
         return moved + sum(transfer.box.element_count * transfer.saved.dtype.itemsize for transfer in coming)
 
-    def _receive(self, header: dict[str, Any], closing: ExitStack) -> ReceivedFiles:
+    def _receive(self, header: dict[str, Any], closing: ExitStack) -> CheckpointFiles:
+        """Receive the headers, or all."""
+        descriptors = {name: make_memory_file(size_bytes, closing) for name, size_bytes in header["sizes"].items()}
+        if "whole" in header:
+            receive_files(self._relay, descriptors, header["sizes"])
+            files = CheckpointFiles(folder_of(descriptors, closing) / header["name"], closing)
+            files.shown = header["shown"]
+            return files
         kept = _ranges(header["kept"])
-        descriptors = {file: make_memory_file(size, closing) for file, size in header["sizes"].items()}
-        for file, ranges in kept.items():
+        for name, ranges in kept.items():
             for begin, end in ranges:
-                with writable(descriptors[file], begin, end) as part:
+                with writable(descriptors[name], begin, end) as part:
                     self._relay.receive(part)
         return ReceivedFiles(header, descriptors, kept, closing)
-
-    def _receive_whole(self, header: dict[str, Any], closing: ExitStack) -> CheckpointFiles:
-        descriptor = make_memory_file(header["whole"], closing)
-        with writable(descriptor, 0, header["whole"]) as whole:
-            self._relay.receive(whole)
-        files = CheckpointFiles(path_of(descriptor), closing)
-        files.shown = header["shown"]
-        return files
 
     def _receive_bytes(self, length: int) -> bytes:
         received = bytearray(length)

@@ -7,7 +7,6 @@ file. Then the data comes by, in buckets that are pieces of the file, and each r
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import Index
 from rankload._deliver.broadcast.buckets import Range, cut, header_ranges, is_kept, tensor_ranges
+from rankload._deliver.broadcast.whole_file import parts_of, send_files
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.transfers import ReportBytes, Transfer, read_all
 from rankload._job.channel import RankChannel
@@ -78,10 +78,10 @@ class Sending:
         return list(dict.fromkeys((self.files.name, *index.byte_orders)))
 
     def _send_whole(self) -> None:
-        descriptor = self.files.source(self.files.name).descriptor
-        size_bytes = os.fstat(descriptor).st_size
-        self._send_json({"name": self.files.name, "shown": self.files.shown, "whole": size_bytes})
-        self._relay.send(FileBlock(descriptor, 0, size_bytes))
+        path = self.files.path
+        sizes = {name: (path.parent / name).stat().st_size for name in (path.name, *parts_of(path))}
+        self._send_json({"name": path.name, "shown": self.files.shown, "whole": True, "sizes": sizes})
+        send_files(self._relay, path.parent, sizes)
 
     def _send_json(self, value: Any) -> None:
         text = json.dumps(value).encode()
