@@ -19,7 +19,6 @@ from rankload._deliver.module_load import left_on_meta, plan_load, prepare_load
 from rankload._deliver.optimizer_load import plan_optimizer_load, prepare_optimizer_load
 from rankload._deliver.places import bare, device_of, places
 from rankload._deliver.report import LoadReport
-from rankload._deliver.saved import TensorInFile
 from rankload._errors import ArgumentError
 from rankload._fetch.request import Url, agreed_arguments, make_request
 from rankload._job.devices import own_device
@@ -86,7 +85,7 @@ def dist_load_into(
             8 MiB beyond its own tensors. Where the source itself has to load the whole file (it has no index, an
             ``adapt`` of your own or a hook of the module wants to see tensors), each receiver gets all of it first.
         mmap: False makes private copies of what would be views of the mapped file.
-        adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt`, but ``to_dtype``, are applied
+        adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt` are applied
             to the index, before a byte is read; your own get the tensors, mapped. With an optimizer they are applied
             to the whole checkpoint, and give the module's part; default: ``adapt.unwrap()``.
 
@@ -128,7 +127,7 @@ def dist_load_into(
             if optimizer is not None:
                 optimizer_load = plan_optimizer_load(optimizer, content.whole, target, carrier.files.shown)
                 wanted += optimizer_load.wanted
-            carrier.planned(content.index, [saved.entry for saved in wanted if isinstance(saved, TensorInFile)])
+            carrier.planned(content.index, [saved.in_file.entry for saved in wanted if saved.in_file is not None])
             channel.meet("checked")
         with _timed(phases, "fill"), torch.no_grad():
             may_share = carrier.may_share and mmap is not False

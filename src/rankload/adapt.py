@@ -38,7 +38,7 @@ def compose(*adapters: Adapter) -> Adapter:
             checkpoint = adapter(checkpoint)
         return checkpoint
 
-    return _naming(composed) if all(map(looks_at_names_only, adapters)) else composed
+    return _lazy(composed) if all(map(is_lazy, adapters)) else composed
 
 
 def as_adapter(adapt: Adapter | Sequence[Adapter] | None) -> Adapter:
@@ -54,16 +54,16 @@ def as_adapter(adapt: Adapter | Sequence[Adapter] | None) -> Adapter:
     return compose(*adapters)
 
 
-def looks_at_names_only(adapter: Adapter) -> bool:
-    """Say whether an adapter works on the entries of an index as on tensors, so that it costs no reading.
+def is_lazy(adapter: Adapter) -> bool:
+    """Say whether an adapter works on tensors that are not read yet as on tensors, so that it costs no reading.
 
-    Those of this module do, but `to_dtype`; a function of the caller's may do anything with the tensors.
+    Those of this module do; a function of the caller's may do anything with the tensors.
     """
-    return getattr(adapter, "looks_at_names_only", False)
+    return getattr(adapter, "is_lazy", False)
 
 
-def _naming(adapter: Adapter) -> Adapter:
-    adapter.looks_at_names_only = True  # type: ignore[attr-defined]
+def _lazy(adapter: Adapter) -> Adapter:
+    adapter.is_lazy = True  # type: ignore[attr-defined]
     return adapter
 
 
@@ -95,7 +95,7 @@ def unwrap(key: str = "auto") -> Adapter:
         keys = ", ".join(repr(name) for name in list(checkpoint)[:_MOST_SHOWN])
         raise LoadError(f"unwrap({key!r}): no state dict is there; the checkpoint has {keys or 'nothing'}")
 
-    return _naming(unwrapped)
+    return _lazy(unwrapped)
 
 
 def strip_prefix(*prefixes: str) -> Adapter:
@@ -154,7 +154,7 @@ def match_shapes(module: Any) -> Adapter:
             _logger.warning("left out for their shapes: %s%s", "; ".join([*unfit.values()][:_MOST_SHOWN]), more)
         return _kept(state_dict, (name for name in state_dict if name not in unfit))
 
-    return _naming(matched)
+    return _lazy(matched)
 
 
 def to_dtype(dtype: Any) -> Adapter:
@@ -164,7 +164,7 @@ def to_dtype(dtype: Any) -> Adapter:
         pairs = ((name, value.to(dtype) if _is_floating(value) else value) for name, value in state_dict.items())
         return _like(state_dict, pairs)
 
-    return converted
+    return _lazy(converted)
 
 
 def _renaming(new_name: Callable[[str], str]) -> Adapter:
@@ -181,14 +181,14 @@ def _renaming(new_name: Callable[[str], str]) -> Adapter:
             result._metadata = _like(metadata, pairs)  # type: ignore[attr-defined]
         return result
 
-    return _naming(renamed)
+    return _lazy(renamed)
 
 
 def _filtering(is_wanted: Callable[[str, Any], bool]) -> Adapter:
     def filtered(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         return _kept(state_dict, (name for name, value in state_dict.items() if is_wanted(name, value)))
 
-    return _naming(filtered)
+    return _lazy(filtered)
 
 
 def _kept(state_dict: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from rankload._deliver.failures import translated
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.saved import Assignment, SavedTensor, TensorInFile, TensorInMemory
 from rankload._errors import LoadError
-from rankload.adapt import Adapter, looks_at_names_only
+from rankload.adapt import Adapter, is_lazy
 
 _logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def open_content(
         LoadError: the file is broken, or holds no state dict.
     """
     assignments: list[Assignment] = []
-    index = _read_index(files) if looks_at_names_only(adapter) else None
+    index = _read_index(files) if is_lazy(adapter) else None
     if index is not None:
         indexed = _replaced(index.content, _in_file(index, files, assignments))
         try:

@@ -64,6 +64,11 @@ class SavedTensor:
         self.shape, self.dtype, self._assignments = shape, dtype, assignments
 
     @property
+    def in_file(self) -> TensorInFile | None:
+        """Return the tensor in a file that its elements come from; None for one in memory."""
+        return None
+
+    @property
     def position(self) -> tuple[str, int]:
         """Return where it is: file and byte; those in memory come first."""
         return "", 0
@@ -90,6 +95,16 @@ class SavedTensor:
             part = part.narrow(dimension, start, size)
         destination.copy_(part)
         return box.element_count * self.dtype.itemsize
+
+    def is_floating_point(self) -> bool:
+        """As a tensor's."""
+        return self.dtype.is_floating_point
+
+    def to(self, *arguments: Any, **keywords: Any) -> Any:
+        """As a tensor's; to another dtype it is converted when it is read."""
+        if len(arguments) == 1 and isinstance(arguments[0], torch.dtype) and not keywords:
+            return ConvertedTensor(self, arguments[0])
+        return self.view().to(*arguments, **keywords)
 
     def __deepcopy__(self, memo: Any) -> SavedTensor:
         return self  # a copy would note where it goes in a list that nobody reads
@@ -151,6 +166,11 @@ class TensorInFile(SavedTensor):
         self._files, self._shown = files, shown
 
     @property
+    def in_file(self) -> TensorInFile:
+        """See `SavedTensor.in_file`."""
+        return self
+
+    @property
     def position(self) -> tuple[str, int]:
         """See `SavedTensor.position`."""
         return self.entry.file, self.entry.offset
@@ -207,3 +227,36 @@ class TensorInMemory(SavedTensor):
     def view(self) -> torch.Tensor:
         """See `SavedTensor.view`."""
         return self._tensor
+
+
+class ConvertedTensor(SavedTensor):
+    """One that has another dtype than it was saved with."""
+
+    def __init__(self, saved: SavedTensor, dtype: torch.dtype) -> None:
+        super().__init__(saved.shape, dtype, saved._assignments)
+        self._saved = saved
+
+    @property
+    def in_file(self) -> TensorInFile | None:
+        """See `SavedTensor.in_file`."""
+        return self._saved.in_file
+
+    @property
+    def position(self) -> tuple[str, int]:
+        """See `SavedTensor.position`."""
+        return self._saved.position
+
+    @property
+    def is_here(self) -> bool:
+        """See `SavedTensor.is_here`."""
+        return self._saved.is_here
+
+    def view(self) -> torch.Tensor:
+        """See `SavedTensor.view`; a copy."""
+        return self._saved.view().to(self.dtype)
+
+    def read_into(self, destination: torch.Tensor, box: Box) -> int:
+        """See `SavedTensor.read_into`; without another copy, where the destination has the new dtype."""
+        if destination.dtype == self.dtype:
+            return self._saved.read_into(destination, box)
+        return super().read_into(destination, box)

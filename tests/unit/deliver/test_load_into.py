@@ -297,6 +297,27 @@ def test_lazy_modules_take_the_checkpoints_shapes(tmp_path: Path) -> None:
 # --- adapt ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_to_dtype_converts_when_it_is_read(tmp_path: Path, dtype: torch.dtype, assign: bool) -> None:
+    saved = nn.BatchNorm1d(3)
+    saved(torch.randn(4, 3))
+    torch.save(saved.state_dict(), path := tmp_path / "file")
+    module = nn.BatchNorm1d(3, dtype=dtype)
+    dist_load_into(module, path, adapt=adapt.to_dtype(torch.bfloat16), assign=assign)
+    rounded = saved.running_mean.to(torch.bfloat16)
+    assert torch.equal(module.running_mean, rounded.to(module.running_mean.dtype))
+    assert module.running_mean.dtype == (torch.bfloat16 if assign else dtype)
+    assert module.num_batches_tracked == 1 and module.num_batches_tracked.dtype == torch.int64
+
+
+def test_to_dtype_then_a_sum_of_ones_own(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(3, 4), "bias": torch.ones(3)}, path := tmp_path / "file")
+    linear = nn.Linear(4, 3)
+    dist_load_into(linear, path, adapt=[adapt.to_dtype(torch.bfloat16), lambda all: {n: t + 1 for n, t in all.items()}])
+    assert (linear.weight == 2).all()
+
+
 def test_adapters_work_on_the_index(tmp_path: Path) -> None:
     source = trained(Net())
     wrapped = {f"module.{name}": tensor for name, tensor in source.state_dict().items()}

@@ -38,11 +38,11 @@ def make_sink(transfer: Transfer, cuts: Sequence[int]) -> Sink:
     """Return the sink for a transfer out of a file.
 
     Args:
-        transfer: of a `TensorInFile`.
+        transfer: of a tensor in a file.
         cuts: where the tensor is cut into pieces, in bytes of its file.
     """
-    saved = transfer.saved
-    assert isinstance(saved, TensorInFile)
+    saved = transfer.saved.in_file
+    assert saved is not None
     item_bytes = saved.dtype.itemsize
     order = _order(saved.entry.shape, saved.entry.stride)
     is_cut_between_elements = all((cut - saved.entry.offset) % item_bytes == 0 for cut in cuts)
@@ -56,7 +56,7 @@ class _Parts(Sink):
 
     def __init__(self, transfer: Transfer, saved: TensorInFile, order: Sequence[int]) -> None:
         self.begin, self.end = saved.entry.offset, saved.entry.offset + saved.entry.length
-        self._dtype = saved.dtype
+        self._saved_dtype, self._dtype = saved.dtype, transfer.saved.dtype
         self._shape, offset, shape = (
             tuple(sizes[dimension] for dimension in order)
             for sizes in (saved.entry.shape, transfer.box.offset, transfer.box.shape)
@@ -66,8 +66,8 @@ class _Parts(Sink):
 
     def take(self, begin: int, piece: torch.Tensor) -> None:
         """See `Sink`."""
-        elements = _elements(piece, self._dtype)
-        first = (begin - self.begin) // self._dtype.itemsize
+        elements = _elements(piece, self._saved_dtype).to(self._dtype)
+        first = (begin - self.begin) // self._saved_dtype.itemsize
         for box, start in boxes_of_range(self._shape, first, first + elements.numel()):
             if (common := intersection(box, self._box)) is None:
                 continue
@@ -97,7 +97,8 @@ class _Whole(Sink):
         if saved.byte_order != sys.byteorder:
             storage.byteswap(saved.dtype)  # type: ignore[no-untyped-call]
         part = torch.empty(0, dtype=saved.dtype).set_(storage, 0, saved.entry.shape, saved.entry.stride)
-        self._transfer.destination.copy_(_narrowed(part, whole(saved.entry.shape), box))
+        part = _narrowed(part, whole(saved.entry.shape), box).to(self._transfer.saved.dtype)
+        self._transfer.destination.copy_(part)
         self._bytes = None
 
 
@@ -108,8 +109,9 @@ class Sinks:
         self._rest: dict[str, list[Sink]] = {}
         for transfer in sorted(transfers, key=lambda transfer: transfer.saved.position, reverse=True):
             file, begin = transfer.saved.position
-            if transfer.box.element_count:
-                end = begin + transfer.saved.entry.length
+            saved = transfer.saved.in_file
+            if transfer.box.element_count and saved is not None:
+                end = begin + saved.entry.length
                 cuts = [bucket.begin for bucket in buckets if bucket.file == file and begin < bucket.begin < end]
                 self._rest.setdefault(file, []).append(make_sink(transfer, cuts))
         self._open: list[Sink] = []
