@@ -5,6 +5,7 @@ warm: the file lies in the cache; memory is what all ranks hold (summed PSS) aft
 every page, above what they held before the call.
 fetch: one process, no ranks, without loading; see ``benchmarks.fetch``.
 modules: into modules, replicated, on meta and sharded; see ``benchmarks.modules``.
+broadcast: from one node to three others over links of 1 Gbit/s; see ``benchmarks.broadcast``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from benchmarks.broadcast import broadcast
 from benchmarks.fetch import CURL, LIMITED_SIZE_BYTES, fetch
 from benchmarks.modules import modules
 from benchmarks.ways import WAYS, Way, timed
@@ -76,7 +78,9 @@ def _run(way: Way, url: str, world_size: int, model_dir: str) -> tuple[float, fl
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("case", nargs="?", choices=["cold", "warm", "fetch", "modules", "all"], default="all")
+    parser.add_argument(
+        "case", nargs="?", choices=["cold", "warm", "fetch", "modules", "broadcast", "all"], default="all"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--size-mb", type=int, default=1000)
@@ -91,7 +95,9 @@ if __name__ == "__main__":
         root = Path(directory)
         if arguments.case in ("modules", "all"):
             modules(arguments.layers, arguments.ranks, arguments.rounds, root)
-        if arguments.case == "modules":
+        if arguments.case in ("broadcast", "all"):
+            broadcast(arguments.rounds)
+        if arguments.case in ("modules", "broadcast"):
             raise SystemExit
         checkpoint = write_big(root, arguments.size_mb * 1_000_000)
         with nginx(root) as server:
