@@ -60,7 +60,8 @@ def dist_load_state_dict_from_url(
     Args:
         url: URL (http, https, file, or a scheme of fsspec's such as s3, gs and hf), a plain path, or several mirrors
             in order of preference: where one breaks off, the next goes on, if a digest tells that it has the same
-            file. Local files are used in place, never copied.
+            file. Local files are used in place, never copied. Of an index of several files (``*.index.json``) these
+            are fetched, too, into a folder of their own.
         model_dir: cache directory; default ``torch.hub.get_dir()/checkpoints``. ``~`` is expanded. May differ between
             nodes.
         map_location: as in torch.load, and also with per-rank templates, ``"{device}"`` or ``"cuda:{local_rank}"``, as

@@ -133,8 +133,11 @@ def test_two_groups_of_the_same_ranks_take_turns(
 
 
 def _load_in_an_impatient_group(rank: int, url: str, model_dir: str) -> tuple[str, float]:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=0.5))
+    dist.init_process_group("gloo")
+    set_timeout = dist.distributed_c10d._set_pg_timeout  # of the ranks' meeting itself it would be too short
+    set_timeout(timedelta(seconds=0.5), dist.group.WORLD)
     digest = load(rank, url, model_dir)
+    set_timeout(timedelta(seconds=60), dist.group.WORLD)
     return digest, _sum_over_ranks()
 
 
