@@ -13,11 +13,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.bounds import Bound
 from benchmarks.broadcast import broadcast
 from benchmarks.fetch import CURL, LIMITED_SIZE_BYTES, fetch
 from benchmarks.modules import modules
+from benchmarks.table import Table
 from benchmarks.ways import WAYS, Way, timed
 from harness.checkpoints import CheckpointFile, write_big
 from harness.nginx import Nginx, nginx
@@ -25,11 +28,11 @@ from harness.ranks import start_ranks
 from rankload import dist_fetch
 
 
-def cold(server: Nginx, checkpoint: CheckpointFile, world_size: int, rounds: int, scratch: Path) -> None:
-    """Print seconds of the slowest rank for every way, beside curl's."""
+def cold(server: Nginx, checkpoint: CheckpointFile, world_size: int, rounds: int, scratch: Path) -> Table:
+    """Seconds of the slowest rank for every way, beside curl's, and what the origin served."""
     url, size_bytes = server.url(checkpoint.path.name), checkpoint.path.stat().st_size
     seconds: dict[str, list[float]] = {CURL.name: []}
-    served: dict[str, float] = {}
+    notes = {CURL.name: "one process, not verified"}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory(dir=scratch) as directory:
             seconds[CURL.name].append(CURL.seconds(url, Path(directory), checkpoint))
@@ -37,18 +40,14 @@ def cold(server: Nginx, checkpoint: CheckpointFile, world_size: int, rounds: int
             before = sum(access.bytes for access in server.accesses())
             with tempfile.TemporaryDirectory(dir=scratch) as model_dir:
                 seconds.setdefault(way.name, []).append(_run(way, url, world_size, model_dir)[0])
-            served[way.name] = (sum(access.bytes for access in server.accesses()) - before) / size_bytes
-    floor = statistics.median(seconds[CURL.name])
-    print(f"\ncold, {world_size} ranks, {size_bytes / 1e9:.2f} GB, medians of {rounds}, slowest rank's call")
-    for name, values in seconds.items():
-        copies = f"origin served {served[name]:.2f} files" if name in served else "one process, not verified"
-        spread = f"({min(values):.2f}-{max(values):.2f})"
-        median = statistics.median(values)
-        print(f"  {name:30} {median:6.2f} s {spread:14} {median / floor:5.2f} x curl  {copies}")
+            served = (sum(access.bytes for access in server.accesses()) - before) / size_bytes
+            notes[way.name] = f"origin served {served:.2f} files"
+    title = f"cold, {world_size} ranks, {size_bytes / 1e9:.2f} GB, medians of {rounds}, slowest rank's call"
+    return Table("cold", title, seconds, notes, [Bound(way.name, WAYS[0].name) for way in WAYS[1:]])
 
 
-def warm(server: Nginx, checkpoint: CheckpointFile, world_size: int, rounds: int, scratch: Path) -> None:
-    """Print seconds of the slowest rank and memory of all for every way."""
+def warm(server: Nginx, checkpoint: CheckpointFile, world_size: int, rounds: int, scratch: Path) -> Table:
+    """Seconds of the slowest rank for every way, and memory of all."""
     url, size_bytes = server.url(checkpoint.path.name), checkpoint.path.stat().st_size
     results: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory(dir=scratch) as model_dir:
@@ -56,12 +55,16 @@ def warm(server: Nginx, checkpoint: CheckpointFile, world_size: int, rounds: int
         for _ in range(rounds):
             for way in WAYS:
                 results.setdefault(way.name, []).append(_run(way, url, world_size, model_dir))
-    ours = statistics.median(seconds for seconds, _ in results[WAYS[0].name])
-    print(f"\nwarm, {world_size} ranks, {size_bytes / 1e9:.2f} GB, medians of {rounds}, slowest rank's call")
-    for name, values in results.items():
-        seconds = statistics.median(value[0] for value in values)
-        copies = statistics.median(value[1] for value in values) / size_bytes
-        print(f"  {name:30} {seconds:7.3f} s {seconds / ours:7.1f} x rankload  memory {copies:.2f} x the file")
+    return Table(
+        "warm",
+        f"warm, {world_size} ranks, {size_bytes / 1e9:.2f} GB, medians of {rounds}, slowest rank's call",
+        {name: [seconds for seconds, _ in runs] for name, runs in results.items()},
+        {
+            name: f"memory {statistics.median(held for _, held in runs) / size_bytes:.2f} x the file"
+            for name, runs in results.items()
+        },
+        [Bound(way.name, WAYS[0].name) for way in WAYS[1:]],
+    )
 
 
 def _run(way: Way, url: str, world_size: int, model_dir: str) -> tuple[float, float]:
@@ -76,36 +79,45 @@ def _run(way: Way, url: str, world_size: int, model_dir: str) -> tuple[float, fl
         return max(result.value for result in group.wait()), held
 
 
+def _tables(arguments: argparse.Namespace, root: Path) -> Iterator[Table]:
+    def is_asked_for(*cases: str) -> bool:
+        return arguments.case in (*cases, "all")
+
+    if is_asked_for("modules"):
+        yield from modules(arguments.layers, arguments.ranks, arguments.rounds, root)
+    if is_asked_for("broadcast"):
+        yield broadcast(arguments.rounds)
+    if not is_asked_for("cold", "warm", "fetch"):
+        return
+    checkpoint = write_big(root, arguments.size_mb * 1_000_000)
+    with nginx(root) as server:
+        for case in (cold, warm):
+            if is_asked_for(case.__name__):
+                yield case(server, checkpoint, arguments.ranks, arguments.rounds, root)
+    if is_asked_for("fetch"):
+        limited = checkpoint
+        if checkpoint.size > LIMITED_SIZE_BYTES:
+            limited = write_big(root, LIMITED_SIZE_BYTES, "limited")
+        yield from fetch(checkpoint, limited, arguments.rounds, root)
+
+
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "case", nargs="?", choices=["cold", "warm", "fetch", "modules", "broadcast", "all"], default="all"
-    )
+    cases = ["cold", "warm", "fetch", "modules", "broadcast", "all"]
+    parser.add_argument("case", nargs="?", choices=cases, default="all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--size-mb", type=int, default=1000)
     parser.add_argument("--layers", type=int, default=9, help="of the transformer for modules; 9 are 1.19 GB")
     parser.add_argument("--directory", type=Path, help="a disk for files and caches (default: the temporary directory)")
+    parser.add_argument(
+        "--report", type=Path, help="a directory for tables (.md), charts (.svg) and raw values (.json)"
+    )
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     arguments = _parse_arguments()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
-        root = Path(directory)
-        if arguments.case in ("modules", "all"):
-            modules(arguments.layers, arguments.ranks, arguments.rounds, root)
-        if arguments.case in ("broadcast", "all"):
-            broadcast(arguments.rounds)
-        if arguments.case in ("modules", "broadcast"):
-            raise SystemExit
-        checkpoint = write_big(root, arguments.size_mb * 1_000_000)
-        with nginx(root) as server:
-            for case in (cold, warm):
-                if arguments.case in (case.__name__, "all"):
-                    case(server, checkpoint, arguments.ranks, arguments.rounds, root)
-        if arguments.case in ("fetch", "all"):
-            limited = checkpoint
-            if checkpoint.size > LIMITED_SIZE_BYTES:
-                limited = write_big(root, LIMITED_SIZE_BYTES, "limited")
-            fetch(checkpoint, limited, arguments.rounds, root)
+        for table in _tables(arguments, Path(directory)):
+            table.show(arguments.report)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.bounds import Bound
+from benchmarks.table import Table
 from benchmarks.transformer import Transformer
 from cluster.lab import Lab
 
@@ -46,8 +47,8 @@ _BOUNDS = (
 )
 
 
-def broadcast(rounds: int) -> None:
-    """Print the table, and what is promised of it."""
+def broadcast(rounds: int) -> Table:
+    """Measure it."""
     with Lab(NODES) as lab:
         try:
             for node in lab.nodes:
@@ -56,15 +57,14 @@ def broadcast(rounds: int) -> None:
         finally:
             lab.remove_files()
     size_bytes = results.pop("size_bytes")[0]
-    seconds = {_FLOOR: [size_bytes * 8 / (GBIT * 1e9)] * rounds, **results}
-    print(f"\nbroadcast, {NODES} nodes, {GBIT} Gbit/s, {size_bytes / 1e9:.2f} GB, medians of {rounds}, slowest rank")
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        ratio = median / seconds[_FLOOR][0]
-        print(f"  {name:40} {median:7.3f} s ({min(values):.3f}-{max(values):.3f})  {ratio:5.2f} x S/B")
-    for bound in _BOUNDS:
-        ratio = statistics.median(seconds[bound.above]) / statistics.median(seconds[bound.below])
-        print(f"  {bound.above} : {bound.below} = {ratio:.2f}{bound.verdict(ratio)}")
+    floor = size_bytes * 8 / (GBIT * 1e9)
+    return Table(
+        "broadcast",
+        f"broadcast, {NODES} nodes, {GBIT} Gbit/s, {size_bytes / 1e9:.2f} GB, medians of {rounds}, slowest rank",
+        {_FLOOR: [floor] * rounds, **results},
+        {name: f"{statistics.median(seconds) / floor:.2f} x S/B" for name, seconds in results.items()},
+        _BOUNDS,
+    )
 
 
 def _run(lab: Lab, rounds: int) -> dict[str, list[float]]:

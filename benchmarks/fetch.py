@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import requests
 import torch
 
 from benchmarks.bounds import Bound
+from benchmarks.table import Table
 from harness import nginx_behaviours as behaviours
 from harness.checkpoints import CheckpointFile
 from harness.nginx import nginx
@@ -135,24 +135,31 @@ ARIA2C_1M = FetchWay("aria2c -x8 -s8 -k1M", "not verified; not synced", aria2c("
 SHA256 = FetchWay("SHA-256 of bytes in memory", "the floor of what verifies on one core", sha256_in_memory)
 
 
-def fetch(file: CheckpointFile, limited_file: CheckpointFile, rounds: int, scratch: Path) -> None:
-    """Print both tables: at full speed, and from an origin that limits each connection."""
+def fetch(file: CheckpointFile, limited_file: CheckpointFile, rounds: int, scratch: Path) -> Iterator[Table]:
+    """Yield both tables: at full speed, and from an origin that limits each connection."""
     with nginx(file.path.parent) as server:
-        print(f"\nfetch, {file.size / 1e9:.2f} GB, nginx on loopback, medians of {rounds} interleaved rounds")
         ways = [CURL, RANKLOAD, TORCH_HUB, REQUESTS, SHA256]
-        seconds = _compare(ways, server.url(file.name), file, rounds, scratch)
-        _print_rows(ways, seconds, file)
-        _print_bound(Bound(RANKLOAD.name, SHA256.name), seconds)
-        _print_bound(Bound(RANKLOAD.name, CURL.name, at_most=1.2), seconds)
-        _print_bound(Bound(RANKLOAD.name, TORCH_HUB.name, at_most=0.6), seconds)
+        yield Table(
+            "fetch",
+            f"fetch, {file.size / 1e9:.2f} GB, nginx on loopback, medians of {rounds}",
+            _compare(ways, server.url(file.name), file, rounds, scratch),
+            {way.name: way.note for way in ways},
+            (
+                Bound(RANKLOAD.name, SHA256.name),
+                Bound(RANKLOAD.name, CURL.name, at_most=1.2),
+                Bound(RANKLOAD.name, TORCH_HUB.name, at_most=0.6),
+            ),
+        )
     with nginx(limited_file.path.parent, behaviours.rate(LIMITED_BYTES_PER_SECOND)) as server:
         limit = f"{LIMITED_BYTES_PER_SECOND / 1e6:.0f} MB/s per connection"
-        print(f"\nfetch, {limited_file.size / 1e9:.2f} GB, nginx limited to {limit}, medians of {rounds}")
         ways = [CURL, RANKLOAD, ARIA2C, ARIA2C_1M]
-        seconds = _compare(ways, server.url(limited_file.name), limited_file, rounds, scratch)
-        _print_rows(ways, seconds, limited_file)
-        for way in (ARIA2C, ARIA2C_1M):
-            _print_bound(Bound(way.name, RANKLOAD.name, at_least=0.95), seconds)
+        yield Table(
+            "fetch-limited",
+            f"fetch, {limited_file.size / 1e9:.2f} GB, nginx limited to {limit}, medians of {rounds}",
+            _compare(ways, server.url(limited_file.name), limited_file, rounds, scratch),
+            {way.name: way.note for way in ways},
+            [Bound(way.name, RANKLOAD.name, at_least=0.95) for way in (ARIA2C, ARIA2C_1M)],
+        )
 
 
 def _compare(
@@ -171,19 +178,3 @@ def _check(directory: Path, file: CheckpointFile) -> None:
     size = (directory / file.name).stat().st_size
     if size != file.size:
         raise RuntimeError(f"{size} of {file.size} bytes of {file.name} were fetched")
-
-
-def _print_rows(ways: Sequence[FetchWay], seconds: dict[str, list[float]], file: CheckpointFile) -> None:
-    for way in ways:
-        values = seconds[way.name]
-        spread = f"({min(values):.2f}-{max(values):.2f})"
-        median = statistics.median(values)
-        print(f"  {way.name:32} {median:6.2f} s {spread:15} {file.size / median / 1e6:6.0f} MB/s  {way.note}")
-
-
-def _print_bound(bound: Bound, seconds: dict[str, list[float]]) -> None:
-    """Print the median of the rounds' own ratios: what disturbs a round disturbs both of its ways."""
-    ratios = [above / below for above, below in zip(seconds[bound.above], seconds[bound.below], strict=True)]
-    spread = f"({min(ratios):.2f}-{max(ratios):.2f})"
-    verdict = bound.verdict(statistics.median(ratios))
-    print(f"  {bound.above} / {bound.below}: {statistics.median(ratios):.2f} {spread}{verdict}")

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.transformer import Transformer
+from benchmarks.models import Model, make
+from benchmarks.transformer import parallelize
 from harness.rank import mark_and_wait
 
-Case = Literal["state_dict", "module", "meta", "fsdp"]
+Kind = Literal["state_dict", "module", "meta", "fsdp", "tensor-parallel"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Files:
     zip: Path
     safetensors: Path
     size_bytes: int
+    tensor_count: int
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,13 @@ class ModuleWay:
 
     Attributes:
         load: into a module, from files; for ``state_dict`` what it returns is the result, and the module is empty.
-        cases: those that it can do.
+        kinds: of modules that it can do.
         needs: modules that it imports, before the clock starts; without one of them it is left out.
     """
 
     name: str
     load: Callable[[nn.Module, Files], Any]
-    cases: frozenset[Case]
+    kinds: frozenset[Kind]
     needs: tuple[str, ...] = ()
 
     @property
@@ -68,7 +70,7 @@ class Measured:
     read_bytes: int
 
 
-def load_in_rank(rank: int, way: ModuleWay, case: Case, layers: int, files: Files) -> Measured:
+def load_in_rank(rank: int, way: ModuleWay, kind: Kind, model: Model, layers: int, files: Files) -> Measured:
     """Make the module, load once, and check that every tensor has come: all begin as zeros, none is saved so."""
     for name in (
         *way.needs,
@@ -81,7 +83,7 @@ def load_in_rank(rank: int, way: ModuleWay, case: Case, layers: int, files: File
         importlib.import_module(name)
     torch.set_num_threads(1)  # as torchrun does
     dist.init_process_group("gloo")
-    module = _module(case, layers)
+    module = _module(kind, model, layers)
     dist.barrier()
     mark_and_wait("ready", timeout_seconds=300)
     before, read_before = _peak_bytes(reset=True), _read_bytes()
@@ -89,9 +91,9 @@ def load_in_rank(rank: int, way: ModuleWay, case: Case, layers: int, files: File
     result = way.load(module, files)
     seconds = time.perf_counter() - started
     growth, read = _peak_bytes() - before, _read_bytes() - read_before
-    tensors = result.values() if case == "state_dict" else module.parameters()
+    tensors = result.values() if kind == "state_dict" else module.parameters()
     own = [getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors]
-    has_come = [bool(tensor.view(torch.uint8).view(-1)[::512].any()) for tensor in own if tensor.numel()]
+    has_come = [_has_come(tensor) for tensor in own if tensor.numel()]
     assert all(has_come), f"{way.name} has left {has_come.count(False)} tensors as they were"
     mark_and_wait("touched", timeout_seconds=300)
     dist.barrier()
@@ -99,16 +101,23 @@ def load_in_rank(rank: int, way: ModuleWay, case: Case, layers: int, files: File
     return Measured(seconds, growth, sum(tensor.nbytes for tensor in own), read)
 
 
-def _module(case: Case, layers: int) -> nn.Module:
-    if case == "state_dict":
+def _has_come(tensor: torch.Tensor) -> bool:
+    content = tensor.view(-1).view(torch.uint8)
+    return bool((content[::512] if len(content) > 1 << 20 else content).any())
+
+
+def _module(kind: Kind, model: Model, layers: int) -> nn.Module:
+    if kind == "state_dict":
         return nn.Module()
-    module: nn.Module = Transformer(layers, "meta" if case == "meta" else "cpu")
-    if case == "fsdp":
+    module = make(model, layers, "meta" if kind == "meta" else "cpu")
+    if kind == "fsdp":
         from torch.distributed.fsdp import fully_shard
 
         for layer in module.layers:
             fully_shard(layer)
         module = fully_shard(module)
+    if kind == "tensor-parallel":
+        parallelize(module)
     return module
 
 
@@ -193,6 +202,37 @@ def _accelerate(module: nn.Module, files: Files) -> None:
     load_checkpoint_in_model(module, os.fspath(files.safetensors))
 
 
+def _fastsafetensors_state_dict(module: nn.Module, files: Files) -> Any:
+    from fastsafetensors import SafeTensorsFileLoader, SingleGroup
+
+    loader = SafeTensorsFileLoader(SingleGroup(), "cpu", nogds=True)
+    loader.add_filenames({0: [os.fspath(files.safetensors)]})
+    buffer = loader.copy_files_to_device()
+    return {name: buffer.get_tensor(name) for name in buffer.key_to_rank_lidx}
+
+
+def _fastsafetensors(module: nn.Module, files: Files) -> None:
+    module.load_state_dict(_fastsafetensors_state_dict(module, files))
+
+
+def _runai_state_dict(module: nn.Module, files: Files) -> Any:
+    from runai_model_streamer import SafetensorsStreamer
+
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_file(os.fspath(files.safetensors))
+        return {name: tensor.clone() for name, tensor in streamer.get_tensors()}
+
+
+def _runai(module: nn.Module, files: Files) -> None:
+    from runai_model_streamer import SafetensorsStreamer
+
+    own = module.state_dict()
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_file(os.fspath(files.safetensors))
+        for name, tensor in streamer.get_tensors():
+            own[name].copy_(tensor)
+
+
 def _mmengine(module: nn.Module, files: Files) -> None:
     from mmengine.runner import load_checkpoint
 
@@ -200,9 +240,10 @@ def _mmengine(module: nn.Module, files: Files) -> None:
 
 
 _DCP = ("torch.distributed.checkpoint.state_dict",)
-_BOTH: frozenset[Case] = frozenset({"module", "meta"})
-
-_STATE_DICT: frozenset[Case] = frozenset({"state_dict"})
+_BOTH: frozenset[Kind] = frozenset({"module", "meta"})
+_MODULE: frozenset[Kind] = frozenset({"module"})
+_SHARDED: frozenset[Kind] = frozenset({"fsdp", "tensor-parallel"})
+_STATE_DICT: frozenset[Kind] = frozenset({"state_dict"})
 
 RANKLOAD = "rankload"
 HUB = "torch.hub.load_state_dict_from_url"
@@ -210,18 +251,26 @@ TORCH_LOAD = "load_state_dict(torch.load(…))"
 MAPPED = "load_state_dict(torch.load(mmap=True))"
 DCP = "DCP, broadcast_from_rank0"
 
+_SAFETENSORS = ("safetensors.torch",)
+_FAST = ("fastsafetensors",)
+_RUNAI = ("runai_model_streamer",)
+
 MODULE_WAYS = (
     ModuleWay(RANKLOAD, _state_dict, _STATE_DICT),
     ModuleWay(HUB, _hub_state_dict, _STATE_DICT),
     ModuleWay("torch.load(mmap=True)", _mapped_state_dict, _STATE_DICT),
-    ModuleWay("safetensors load_file", _safetensors_state_dict, _STATE_DICT, ("safetensors.torch",)),
-    ModuleWay(RANKLOAD, _rankload, frozenset({"module", "meta", "fsdp"})),
-    ModuleWay("rankload, safetensors", _rankload_safetensors, frozenset({"module", "meta", "fsdp"})),
+    ModuleWay("safetensors load_file", _safetensors_state_dict, _STATE_DICT, _SAFETENSORS),
+    ModuleWay("fastsafetensors", _fastsafetensors_state_dict, _STATE_DICT, _FAST),
+    ModuleWay("runai-model-streamer", _runai_state_dict, _STATE_DICT, _RUNAI),
+    ModuleWay(RANKLOAD, _rankload, _BOTH | _SHARDED),
+    ModuleWay("rankload, safetensors", _rankload_safetensors, _BOTH | _SHARDED),
     ModuleWay(MAPPED, _torch_load_mapped, _BOTH),
-    ModuleWay(TORCH_LOAD, _torch_load, frozenset({"module"})),
-    ModuleWay("load_state_dict(safetensors load_file)", _safetensors, _BOTH, ("safetensors.torch",)),
-    ModuleWay("accelerate.load_checkpoint_in_model", _accelerate, frozenset({"module"}), ("accelerate",)),
-    ModuleWay("mmengine.load_checkpoint", _mmengine, frozenset({"module"}), ("mmengine.runner",)),
-    ModuleWay(DCP, _dcp_broadcast, frozenset({"module", "fsdp"}), _DCP),
-    ModuleWay("DCP, full_state_dict in every rank", _dcp_in_every_rank, frozenset({"fsdp"}), _DCP),
+    ModuleWay(TORCH_LOAD, _torch_load, _MODULE),
+    ModuleWay("load_state_dict(safetensors load_file)", _safetensors, _BOTH, _SAFETENSORS),
+    ModuleWay("load_state_dict(fastsafetensors)", _fastsafetensors, _MODULE, _FAST),
+    ModuleWay("runai-model-streamer, copied", _runai, _MODULE, _RUNAI),
+    ModuleWay("accelerate.load_checkpoint_in_model", _accelerate, _MODULE, ("accelerate",)),
+    ModuleWay("mmengine.load_checkpoint", _mmengine, _MODULE, ("mmengine.runner",)),
+    ModuleWay(DCP, _dcp_broadcast, _MODULE | _SHARDED, _DCP),
+    ModuleWay("DCP, full_state_dict in every rank", _dcp_in_every_rank, _SHARDED, _DCP),
 )

@@ -1,22 +1,26 @@
-"""A transformer's weights, warm in the page cache, into the module of every rank: the ways that people use, in one run.
+"""Weights, warm in the page cache, into the module of every rank: the ways that people use, in one run.
 
 Each way runs in ranks of its own, new processes, and loads once: what it imports is imported before, and the module's
 memory is touched before. ``state_dict``: nothing but the dict, mapped where the way does so. ``module``: every rank has
-all parameters. ``meta``: the module was made on the meta device. ``fsdp``: ``fully_shard`` over all ranks. Seconds are
-the slowest rank's; memory is what all ranks hold together after touching it (PSS, above what they held before), and
-the largest growth of one rank's resident memory on the way.
+all parameters. ``meta``: the module was made on the meta device. ``fsdp``: ``fully_shard`` over all ranks.
+``tensor-parallel``: attention and feed-forward cut over all ranks. ``many-small-tensors``: ResNet-50's, replicated.
+Seconds are the slowest rank's; memory is what all ranks hold together after touching it (PSS, above what they held
+before), and the largest growth of one rank's resident memory on the way.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from benchmarks.bounds import Bound
+from benchmarks.models import Model, make
 from benchmarks.module_ways import (
     DCP,
     HUB,
@@ -24,69 +28,88 @@ from benchmarks.module_ways import (
     MODULE_WAYS,
     RANKLOAD,
     TORCH_LOAD,
-    Case,
     Files,
+    Kind,
     Measured,
+    ModuleWay,
     load_in_rank,
 )
-from benchmarks.module_ways import ModuleWay as Way
-from benchmarks.transformer import Transformer
+from benchmarks.table import Table
 from harness.ranks import start_ranks
 
-_BOUNDS: dict[Case, tuple[Bound, ...]] = {
-    "state_dict": (Bound(HUB, RANKLOAD, at_least=50),),
-    "module": (
-        Bound(TORCH_LOAD, RANKLOAD, at_least=6),
-        Bound(DCP, RANKLOAD, at_least=8),
-        Bound(RANKLOAD, MAPPED, at_most=1.15),
+
+@dataclass(frozen=True)
+class Case:
+    """One table.
+
+    Attributes:
+        name: of the table.
+        kind: of module that is loaded into.
+        model: whose weights.
+        bounds: what is promised.
+    """
+
+    name: str
+    kind: Kind
+    model: Model = "transformer"
+    bounds: Sequence[Bound] = ()
+
+
+CASES = (
+    Case("state_dict", "state_dict", bounds=(Bound(HUB, RANKLOAD, at_least=50),)),
+    Case(
+        "module",
+        "module",
+        bounds=(
+            Bound(TORCH_LOAD, RANKLOAD, at_least=6),
+            Bound(DCP, RANKLOAD, at_least=8),
+            Bound(RANKLOAD, MAPPED, at_most=1.15),
+        ),
     ),
-    "meta": (),
-    "fsdp": (Bound(DCP, RANKLOAD, at_least=8),),
-}
-
-_CASES: tuple[Case, ...] = ("state_dict", "module", "meta", "fsdp")
-
-
-def modules(layers: int, world_size: int, rounds: int, scratch: Path) -> None:
-    """Print the table of each case, and what is promised of it."""
-    files = _write(scratch, layers)
-    for case in _CASES:
-        ways = [way for way in MODULE_WAYS if case in way.cases and way.is_installed]
-        if missing := [way.name for way in MODULE_WAYS if case in way.cases and not way.is_installed]:
-            print(f"\n{case}: left out, for they are not installed: {', '.join(missing)}")
-        results: dict[str, list[tuple[list[Measured], int]]] = defaultdict(list)
-        for _ in range(rounds):
-            for way in ways:
-                results[way.name].append(_run(way, case, layers, files, world_size))
-        print(f"\n{case}, {world_size} ranks, {files.size_bytes / 1e9:.2f} GB bf16, medians of {rounds}, slowest rank")
-        for name, runs in results.items():
-            print(f"  {name:40} {_row(runs, files.size_bytes)}")
-        for bound in _BOUNDS[case]:
-            above, below = (_seconds(results[name]) for name in (bound.above, bound.below))
-            ratios = [first / second for first, second in zip(above, below, strict=True)]
-            ratio = statistics.median(above) / statistics.median(below)
-            spread = f"({min(ratios):.2f}-{max(ratios):.2f})"
-            print(f"  {bound.above} : {bound.below} = {ratio:.2f} {spread}{bound.verdict(ratio)}")
+    Case("meta", "meta"),
+    Case("fsdp", "fsdp", bounds=(Bound(DCP, RANKLOAD, at_least=8),)),
+    Case("tensor-parallel", "tensor-parallel", bounds=(Bound(DCP, RANKLOAD),)),
+    Case("many-small-tensors", "module", "resnet", (Bound(TORCH_LOAD, RANKLOAD), Bound(DCP, RANKLOAD))),
+)
 
 
-def _row(runs: list[tuple[list[Measured], int]], size_bytes: int) -> str:
-    seconds = _seconds(runs)
-    held = statistics.median(held for _, held in runs) / size_bytes
-    growth = statistics.median(max(rank.growth_bytes for rank in ranks) for ranks, _ in runs)
-    read = statistics.median(max(rank.read_bytes / rank.shard_bytes for rank in ranks) for ranks, _ in runs)
-    return (
-        f"{statistics.median(seconds):7.3f} s ({min(seconds):.3f}-{max(seconds):.3f})  "
-        f"held {held:5.2f} x the file, peak + {growth / 1e6:6.0f} MB a rank, read {read:.3f} x its part"
+def modules(layers: int, world_size: int, rounds: int, scratch: Path) -> Iterator[Table]:
+    """Yield the table of each case."""
+    files: dict[str, Files] = {}
+    for case in CASES:
+        if case.model not in files:
+            files[case.model] = _write(scratch, case.model, layers)
+        yield _measured(case, files[case.model], layers, world_size, rounds)
+
+
+def _measured(case: Case, files: Files, layers: int, world_size: int, rounds: int) -> Table:
+    ways = [way for way in MODULE_WAYS if case.kind in way.kinds and way.is_installed]
+    if missing := [way.name for way in MODULE_WAYS if case.kind in way.kinds and not way.is_installed]:
+        print(f"\n{case.name}: left out, for they are not installed: {', '.join(missing)}")
+    results: dict[str, list[tuple[list[Measured], int]]] = defaultdict(list)
+    for _ in range(rounds):
+        for way in ways:
+            results[way.name].append(_run(way, case, layers, files, world_size))
+    return Table(
+        case.name,
+        f"{case.name}, {world_size} ranks, {files.size_bytes / 1e9:.2f} GB in {files.tensor_count} tensors, medians of "
+        f"{rounds}, slowest rank",
+        {name: [max(rank.seconds for rank in ranks) for ranks, _ in runs] for name, runs in results.items()},
+        {name: _note(runs, files.size_bytes) for name, runs in results.items()},
+        case.bounds,
     )
 
 
-def _seconds(runs: list[tuple[list[Measured], int]]) -> list[float]:
-    return [max(rank.seconds for rank in ranks) for ranks, _ in runs]
+def _note(runs: list[tuple[list[Measured], int]], size_bytes: int) -> str:
+    held = statistics.median(held for _, held in runs) / size_bytes
+    growth = statistics.median(max(rank.growth_bytes for rank in ranks) for ranks, _ in runs)
+    read = statistics.median(max(rank.read_bytes / rank.shard_bytes for rank in ranks) for ranks, _ in runs)
+    return f"held {held:.2f} x the file, peak + {growth / 1e6:.0f} MB a rank, read {read:.3f} x its part"
 
 
-def _run(way: Way, case: Case, layers: int, files: Files, world_size: int) -> tuple[list[Measured], int]:
+def _run(way: ModuleWay, case: Case, layers: int, files: Files, world_size: int) -> tuple[list[Measured], int]:
     """Return what each rank measured, and the memory that all hold afterwards, in bytes."""
-    with start_ranks(load_in_rank, world_size, args=(way, case, layers, files)) as group:
+    with start_ranks(load_in_rank, world_size, args=(way, case.kind, case.model, layers, files)) as group:
         group.wait_for_mark("ready", timeout_seconds=300)
         before = sum(group.pss_bytes())
         group.open_gate("ready")
@@ -96,10 +119,13 @@ def _run(way: Way, case: Case, layers: int, files: Files, world_size: int) -> tu
         return [result.value for result in group.wait()], held
 
 
-def _write(directory: Path, layers: int) -> Files:
+def _write(directory: Path, model: Model, layers: int) -> Files:
     torch.manual_seed(0)
-    state_dict = {name: tensor.detach().normal_() for name, tensor in Transformer(layers).state_dict().items()}
-    path, safetensors_path = directory / "transformer.pth", directory / "transformer.safetensors"
+    state_dict = {
+        name: tensor.detach().normal_() if tensor.is_floating_point() else tensor + 1
+        for name, tensor in make(model, layers).state_dict().items()
+    }
+    path, safetensors_path = directory / f"{model}.pth", directory / f"{model}.safetensors"
     torch.save(state_dict, path)
     save_file(state_dict, safetensors_path)
-    return Files(path, safetensors_path, sum(tensor.nbytes for tensor in state_dict.values()))
+    return Files(path, safetensors_path, sum(tensor.nbytes for tensor in state_dict.values()), len(state_dict))

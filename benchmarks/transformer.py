@@ -35,3 +35,15 @@ class Transformer(nn.Module):
             self.to_empty(device=device)
             for parameter in self.parameters():
                 parameter.data.zero_()  # touches the memory, which the system hands out late
+
+
+def parallelize(module: Transformer) -> None:
+    """Cut attention and feed-forward over all ranks, as tensor-parallel models are."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    columns, rows = ("q", "k", "v", "gate", "up"), ("out", "down")
+    plan = {**{name: ColwiseParallel() for name in columns}, **{name: RowwiseParallel() for name in rows}}
+    for layer in module.layers:
+        parallelize_module(layer, mesh, plan)
