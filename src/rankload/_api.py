@@ -121,9 +121,7 @@ def dist_load_state_dict_from_url(
         chosen, source = agree_on_delivery(channel, agreed_arguments(request, "load"), delivery, src, group)
         path = fetch_for(chosen, request, channel, settings, source)
         with ExitStack() as closing:
-            if chosen == "broadcast":
-                path = _broadcast(path, source, channel, settings, closing)
-            assert path is not None
+            path = _delivered(chosen, path, source, channel, settings, closing)
             state_dict = _read(path, map_location, channel.identity, group, weights_only, mmap)
         return adapter(state_dict)  # type: ignore[no-any-return]
 
@@ -215,13 +213,25 @@ def fetch_in_this_process(
         return fetch_once(request, channel, settings).path
 
 
-def _broadcast(
-    path: Path | None, source: int, channel: LoneChannel | RankChannel, settings: Settings, closing: ExitStack
+def _delivered(
+    delivery: Delivery,
+    path: Path | None,
+    source: int,
+    channel: LoneChannel | RankChannel,
+    settings: Settings,
+    closing: ExitStack,
 ) -> Path:
+    """Return where this rank is to load from. Collective."""
     from rankload._deliver.broadcast.whole_file import broadcast_files  # imports torch
+    from rankload._deliver.parts import all_files
+    from rankload._deliver.read_ahead import read_ahead
 
-    assert isinstance(channel, RankChannel)
-    return broadcast_files(path, source, channel, settings, closing)
+    if delivery == "broadcast":
+        assert isinstance(channel, RankChannel)
+        return broadcast_files(path, source, channel, settings, closing)
+    assert path is not None
+    read_ahead(all_files(path), channel)
+    return path
 
 
 def _read(

@@ -60,7 +60,8 @@ class Files:
         self._files[number] = OpenFile(descriptor, node)
         # Without a page cache each read() is one request, so that as many can fail as the test has said.
         is_direct = self._vices.direct_io or self._stale_reads > 0
-        return wire.open_reply(number, wire.OPEN_DIRECT_IO if is_direct else 0)
+        keeps = wire.OPEN_KEEP_CACHE if self._vices.keeps_pages else 0
+        return wire.open_reply(number, wire.OPEN_DIRECT_IO if is_direct else keeps)
 
     def flush(self, request: Request) -> bytes:
         number, owner = request.args
@@ -86,7 +87,11 @@ class Files:
         if self._stale_reads:
             self._stale_reads -= 1
             raise _stale()
-        return os.pread(self._file(number).descriptor, size, offset)
+        content = os.pread(self._file(number).descriptor, size, offset)
+        if self._vices.reads_log is not None:
+            with open(self._vices.reads_log, "a") as log:
+                log.write(f"{request.pid} {len(content)}\n")
+        return content
 
     def write(self, request: Request) -> bytes:
         number, offset, size = request.args

@@ -32,6 +32,9 @@ class Vices:
             close fails and what was too much is gone (NFS, whose server hears of the bytes only then).
         has_links: Without, link() fails with EPERM.
         direct_io: No page cache: every read asks the filesystem, and shared mappings fail with ENODEV.
+        keeps_pages: What was read stays in the page cache when a file is opened again, as NFS has it where the server's
+            file has not changed; without, each open() asks anew.
+        reads_log: A file to which a line is written for each read: the process that asks, and how many bytes.
         supports_fallocate: Without, fallocate() fails with EOPNOTSUPP, as on NFS before 4.2.
         stale_opens: So many open() calls fail with ESTALE before the first succeeds.
         stale_reads: The same for read(). Files opened while some are left have no page cache.
@@ -51,6 +54,8 @@ class Vices:
     quota_at: Literal["write", "close"] = "write"
     has_links: bool = True
     direct_io: bool = False
+    keeps_pages: bool = False
+    reads_log: str | None = None
     supports_fallocate: bool = True
     stale_opens: int = 0
     stale_reads: int = 0

@@ -89,7 +89,7 @@ SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME, SET_HANDLE, SET_ATIM
 )
 GETATTR_HANDLE = 1
 LOCK_IS_FLOCK = 1
-OPEN_DIRECT_IO = 1
+OPEN_DIRECT_IO, OPEN_KEEP_CACHE = 1, 2
 
 INIT_POSIX_LOCKS = 1 << 1
 INIT_FLOCK_LOCKS = 1 << 10
@@ -103,7 +103,7 @@ _INIT_ALWAYS = (
 )
 _INIT2_DIRECT_IO_ALLOW_MMAP = 1 << 4
 
-_HEADER = struct.Struct("IIQQII8x")  # length, opcode, id, node, uid, gid
+_HEADER = struct.Struct("IIQQIII4x")  # length, opcode, id, node, uid, gid, thread
 _REPLY = struct.Struct("IiQ")  # length, -errno, id
 _ATTRIBUTES = struct.Struct("QQQQQQIIIIIIIIII")
 _FORGET_ONE = struct.Struct("QQ")
@@ -124,6 +124,7 @@ class Request:
     node: int
     uid: int
     gid: int
+    pid: int
     args: tuple[Any, ...]
     data: memoryview
 
@@ -156,11 +157,11 @@ class Connection:
             length = os.readv(self._device, [self._buffer])
         except (FileNotFoundError, InterruptedError):  # the one who asked was killed meanwhile
             return None
-        _, op, unique, node, uid, gid = _HEADER.unpack_from(self._buffer)
+        _, op, unique, node, uid, gid, pid = _HEADER.unpack_from(self._buffer)
         layout = ARGUMENTS.get(op)  # type: ignore[call-overload]
         args = layout.unpack_from(self._buffer, _HEADER.size) if layout else ()
         start = _HEADER.size + (layout.size if layout else 0)
-        return Request(op, unique, node, uid, gid, args, self._buffer[start:length])
+        return Request(op, unique, node, uid, gid, pid, args, self._buffer[start:length])
 
     def reply(self, request: Request, payload: bytes) -> None:
         self._send(request, 0, payload)

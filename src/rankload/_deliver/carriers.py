@@ -13,11 +13,14 @@ from rankload._deliver.broadcast.receiving import Receiving
 from rankload._deliver.broadcast.sending import Sending
 from rankload._deliver.broadcast.whole_file import announce, find
 from rankload._deliver.files import CheckpointFiles
+from rankload._deliver.parts import all_files
+from rankload._deliver.read_ahead import read_ahead
 from rankload._deliver.transfers import ReportBytes, Transfer, read_all
 from rankload._job.channel import RankChannel
 from rankload._job.lone import LoneChannel
 from rankload._job.relay.opening import open_relay
 from rankload._settings import Settings
+from rankload._types import Channel
 
 
 class Carrier(Protocol):
@@ -48,15 +51,23 @@ class Carrier(Protocol):
 class Reading:
     """Each rank reads the file."""
 
-    def __init__(self, files: CheckpointFiles) -> None:
+    def __init__(self, files: CheckpointFiles, channel: Channel) -> None:
         self.path: Path | None = files.path
         self.files, self.may_share = files, True
+        self._channel = channel
+        self._wanted_bytes = 0
 
     def planned(self, index: Index | None, wanted: Sequence[TensorEntry]) -> None:
         """See `Carrier`."""
+        self._wanted_bytes = sum(entry.length for entry in wanted)
 
     def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
         """See `Carrier`."""
+        own = sum(transfer.box.element_count for transfer in transfers)
+        if 2 * own >= sum(transfer.saved.shape.numel() for transfer in transfers):  # not one of many shards
+            paths = all_files(self.files.path)
+            if 2 * self._wanted_bytes >= sum(path.stat().st_size for path in paths):  # nor a part of the checkpoint
+                read_ahead(paths, self._channel)
         return read_all(transfers, report)
 
 
@@ -80,7 +91,7 @@ def open_carrier(
     """
     if delivery == "read" or not isinstance(channel, RankChannel):
         assert path is not None
-        return Reading(CheckpointFiles(path, closing))
+        return Reading(CheckpointFiles(path, closing), channel)
     announced = announce(path, source, channel)
     here = path if path is not None else find(announced)
     relay = open_relay(channel, source, settings, takes_part=here is None)
@@ -88,4 +99,4 @@ def open_carrier(
         assert relay is not None
         return Receiving(relay, channel, closing)
     files = CheckpointFiles(here, closing)
-    return Sending(files, relay, channel) if relay is not None else Reading(files)
+    return Sending(files, relay, channel) if relay is not None else Reading(files, channel)

@@ -14,8 +14,9 @@ from typing import Any
 from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import Index
 from rankload._deliver.broadcast.buckets import Range, cut, header_ranges, is_kept, tensor_ranges
-from rankload._deliver.broadcast.whole_file import parts_of, send_files
+from rankload._deliver.broadcast.whole_file import send_files
 from rankload._deliver.files import CheckpointFiles
+from rankload._deliver.parts import parts_of
 from rankload._deliver.transfers import ReportBytes, Transfer, read_all
 from rankload._job.channel import RankChannel
 from rankload._job.relay.relay import BytesBlock, FileBlock, Relay

@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rankload._cache.failures import reading
-from rankload._checkpoint.open import sniff
-from rankload._checkpoint.sharded import part_names
-from rankload._checkpoint.source import LocalSource
 from rankload._deliver.broadcast.memory_file import folder_of, make_memory_file, path_for_others, writable
-from rankload._deliver.failures import translated
+from rankload._deliver.parts import parts_of
 from rankload._job.channel import RankChannel
 from rankload._job.machine import kernel_id, process_space_id
 from rankload._job.relay.opening import open_relay
@@ -79,15 +76,6 @@ def find(announced: dict[str, Any]) -> Path | None:
         if _identity(path) == announced["identity"]:
             return path
     return None
-
-
-def parts_of(path: Path) -> list[str]:
-    """Return the names of the files that a file is the index of."""
-    with translated(path):
-        if sniff(path) != "sharded":
-            return []
-        with path.open("rb", buffering=0) as file:
-            return part_names(LocalSource(file.fileno()))
 
 
 def send_files(relay: Relay, folder: Path, sizes: Mapping[str, int]) -> None:

@@ -14,10 +14,10 @@ from types import TracebackType
 from rankload._cache.access import share_file
 from rankload._cache.failures import no_space_error, writing
 from rankload._cache.layout import Entry
+from rankload._cache.linux import allocate
 from rankload._errors import CacheError, RankloadError, VerificationError
 from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.journal import Content, Journal, journal_path
-from rankload._fetch.partials.linux import allocate
 from rankload._fetch.partials.open_file import OpenFile
 from rankload._fetch.partials.owner import abandoned_path, own_path
 from rankload._fetch.partials.writer import PartialWriter

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 
-from rankload._fetch.partials.linux import is_on_local_disk, start_writeback
+from rankload._cache.linux import is_on_local_disk, start_writeback
 from rankload._fetch.partials.open_file import OpenFile
 
 

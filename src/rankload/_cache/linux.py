@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import sys
 
@@ -15,6 +16,10 @@ _SYNC_FILE_RANGE_WRITE = 2
 
 #: Filesystems on a disk of this machine, or in its memory: the f_type of statfs(2) on ext2 to 4, XFS, Btrfs and tmpfs.
 _LOCAL = frozenset({0xEF53, 0x58465342, 0x9123683E, 0x01021994})
+
+
+#: Of what mincore(2) tells of a page only the lowest bit has a meaning.
+_LOWEST_BIT = bytes(value & 1 for value in range(256))
 
 
 def allocate(descriptor: int, size_bytes: int) -> None:
@@ -47,6 +52,21 @@ def is_on_local_disk(descriptor: int) -> bool:
     return _fstatfs is not None and _fstatfs(descriptor, status) == 0 and status[0] in _LOCAL
 
 
+def resident_pages(descriptor: int, size_bytes: int) -> bytes | None:
+    """Tell of each page of a file whether it is in memory (1) or not (0); None where the kernel does not say.
+
+    Of a file of somebody else's that we cannot write, Linux says of all pages that they are (mincore(2)).
+    """
+    if _mincore is None or not size_bytes:
+        return None
+    with mmap.mmap(descriptor, size_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as mapping:
+        pages = (ctypes.c_ubyte * -(-size_bytes // mmap.PAGESIZE))()
+        first = (ctypes.c_char * size_bytes).from_buffer(mapping)  # keeps the mapping from being closed
+        failed = _mincore(ctypes.addressof(first), size_bytes, pages)
+        del first
+        return None if failed else bytes(pages).translate(_LOWEST_BIT)
+
+
 def _find(name: str, *argument_types: type[ctypes._CData]) -> ctypes._NamedFuncPointer | None:
     if not sys.platform.startswith("linux"):
         return None
@@ -60,4 +80,5 @@ def _find(name: str, *argument_types: type[ctypes._CData]) -> ctypes._NamedFuncP
 # off_t is 64 bits wide in these on every 64-bit Linux
 _fallocate = _find("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _sync_file_range = _find("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_mincore = _find("mincore", ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(ctypes.c_ubyte))
 _fstatfs = _find("fstatfs", ctypes.c_int, ctypes.c_long * 32)

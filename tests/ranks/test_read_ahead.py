@@ -1,0 +1,88 @@
+"""Files on network filesystems: one rank of a node reads them ahead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from harness import fuse
+from harness.nodes import become_node
+from harness.ranks import run_ranks
+
+pytestmark = pytest.mark.skipif(fuse.why_not() is not None, reason=str(fuse.why_not()))
+
+_ROWS, _COLUMNS = 6000, 1000  # 24 MB
+
+
+def _read_bytes() -> int:
+    """What this process has asked the system for by read(2) and its kin; mapped bytes are not counted."""
+    return int(Path("/proc/self/io").read_text().partition("rchar:")[2].split()[0])
+
+
+def _load(rank: int, path: Path, nodes: list[int], directory: Path, is_module: bool) -> tuple[int, float]:
+    """Loads; returns how many bytes were read for it by this rank, and the sum of all."""
+    from rankload import dist_load_into, dist_load_state_dict_from_url
+
+    become_node(nodes[rank], directory)
+    before = _read_bytes()
+    if is_module:
+        module = nn.Linear(_COLUMNS, _ROWS, bias=False)
+        dist_load_into(module, path)
+        weight = module.weight.detach()
+    else:
+        weight = dist_load_state_dict_from_url(path)["weight"]
+    read = _read_bytes() - before
+    return read, weight.sum().item()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "server").mkdir()
+    torch.save({"weight": torch.ones(_ROWS, _COLUMNS)}, path := tmp_path / "server" / "file.pth")
+    return path
+
+
+def test_one_rank_reads_what_all_map(file: Path, tmp_path: Path) -> None:
+    log, size = tmp_path / "reads", file.stat().st_size
+    with fuse.mounted(file.parent, tmp_path / "mount", keeps_pages=True, reads_log=str(log)) as mount:
+        results = [
+            result.value for result in run_ranks(_load, 4, args=(mount.path / file.name, [0] * 4, tmp_path, False))
+        ]
+        assert all(total == _ROWS * _COLUMNS for _, total in results)
+        assert sorted(read > 0.95 * size for read, _ in results) == [False, False, False, True]
+        reads = [int(line.split()[1]) for line in log.read_text().splitlines()]
+        assert size <= sum(reads) < 1.2 * size and sum(reads) / len(reads) > 64 << 10
+        log.unlink()
+        results = [
+            result.value for result in run_ranks(_load, 2, args=(mount.path / file.name, [0] * 2, tmp_path, False))
+        ]
+        assert all(read < 0.1 * size for read, _ in results) and not log.exists()  # all of it was there
+
+
+def test_on_each_node_one_does(file: Path, tmp_path: Path) -> None:
+    size = file.stat().st_size
+    with fuse.mounted(file.parent, tmp_path / "mount") as mount:  # each open() forgets what was read
+        results = [
+            result.value for result in run_ranks(_load, 4, args=(mount.path / file.name, [0, 0, 1, 1], tmp_path, False))
+        ]
+    readers = [read > 0.95 * size for read, _ in results]
+    assert readers.count(True) >= 1 and sorted(readers[:2]) != [True, True] and sorted(readers[2:]) != [True, True]
+
+
+def test_replicated_modules_too(file: Path, tmp_path: Path) -> None:
+    log, size = tmp_path / "reads", file.stat().st_size
+    with fuse.mounted(file.parent, tmp_path / "mount", keeps_pages=True, reads_log=str(log)) as mount:
+        results = [
+            result.value for result in run_ranks(_load, 3, args=(mount.path / file.name, [0] * 3, tmp_path, True))
+        ]
+    assert all(total == _ROWS * _COLUMNS for _, total in results)
+    assert sum(int(line.split()[1]) for line in log.read_text().splitlines()) < 1.2 * size
+    assert sorted(round(read / size) for read, _ in results) == [1, 1, 2]
+
+
+def test_local_files_are_not(file: Path, tmp_path: Path) -> None:
+    results = [result.value for result in run_ranks(_load, 2, args=(file, [0, 0], tmp_path, False))]
+    assert all(read < 0.1 * file.stat().st_size for read, _ in results)
