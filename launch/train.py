@@ -29,6 +29,12 @@ def parse_arguments():
     parser.add_argument("--capacity", choices=["full", "tiny"], default="full", help="size of the model")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("trained.pth"), help="rank 0 saves the model here")
+    parser.add_argument(
+        "--delivery",
+        choices=["auto", "read", "broadcast"],
+        default="auto",
+        help="broadcast: rank 0 downloads, and sends the weights to the other nodes",
+    )
     parser.add_argument("--no-check-hash", action="store_true", help="for a URL without a hash in its name")
     return parser.parse_args()
 
@@ -81,7 +87,10 @@ def train():
 
     started = time.perf_counter()
     state_dict = dist_load_state_dict_from_url(
-        arguments.url, model_dir=arguments.model_dir, check_hash=not arguments.no_check_hash
+        arguments.url,
+        model_dir=arguments.model_dir,
+        check_hash=not arguments.no_check_hash,
+        delivery=arguments.delivery,
     )
     seconds = time.perf_counter() - started
 

@@ -13,7 +13,8 @@ from rankload._cache.layout import beside, local_path_of, redact
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.read_index import read_index
-from rankload._checkpoint.source import LocalSource, Source
+from rankload._checkpoint.source import Source
+from rankload._checkpoint.unpacked import open_unpacked
 from rankload._deliver.checkpoint import Checkpoint
 from rankload._errors import LoadError, OfflineError
 from rankload._fetch.offline import is_switched_off
@@ -30,8 +31,8 @@ def open_checkpoint(path_or_url: str | os.PathLike[str], *, headers: Mapping[str
 
     Args:
         path_or_url: a file, or a URL as for `dist_load_state_dict_from_url`, of torch.save's formats (zip since 1.6,
-            legacy before), safetensors, or Hugging Face's ``*.index.json`` of several files of them, which are opened
-            where it lies.
+            legacy before; as a file also torch.hub's archive of one checkpoint), safetensors, or Hugging Face's
+            ``*.index.json`` of several files of them, which are opened where they lie.
         headers: extra request headers.
 
     Raises:
@@ -78,7 +79,7 @@ def _local_opener(directory: Path) -> Callable[[str, ExitStack], Source]:
     def open_one(name: str, closing: ExitStack) -> Source:
         path = directory / name
         with reading(path):
-            return LocalSource(closing.enter_context(path.open("rb", buffering=0)).fileno())
+            return open_unpacked(path, closing)
 
     return open_one
 

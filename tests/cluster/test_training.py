@@ -35,6 +35,22 @@ def test_template_trains_after_one_download_per_cache(
     assert origin.body_bytes(url) == len(clients) * weights.stat().st_size
 
 
+def test_weights_that_rank_0_sends_to_nodes_with_caches_of_their_own(
+    lab: Lab, slurm: Slurm, origin: Origin, project: Path, weights: Path
+) -> None:
+    url, model_dir = origin.publish(weights, "broadcast"), lab.scratch / "broadcast"
+
+    options = (*TRAIN, "--delivery", "broadcast")
+    job = slurm.sbatch(project, "slurm/train_srun.sbatch", *options, **settings(url, model_dir))
+
+    assert ranks_in(job.succeeded(150)) == ALL_RANKS
+    assert_trained(project / "trained.pth", weights)
+    assert origin.clients(url) == NODE_ADDRESSES[:1]
+    assert origin.body_bytes(url) == weights.stat().st_size
+    caches = [lab.run(node, "sh", "-c", f"ls {model_dir} 2>/dev/null || true").split() for node in lab.nodes]
+    assert len(caches[0]) == 1 and caches[1:] == [[], [], []]
+
+
 def test_single_node_script_trains_on_one_machine(lab: Lab, origin: Origin, project: Path, weights: Path) -> None:
     url = origin.publish(weights, "single-node")
     variables = {"RANKS_PER_NODE": "2", **settings(url, project / "cache")}

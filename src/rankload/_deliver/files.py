@@ -11,6 +11,7 @@ import torch
 from rankload._cache.failures import reading
 from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.source import LocalSource
+from rankload._checkpoint.unpacked import open_unpacked
 from rankload._deliver.read import read_checkpoint
 
 
@@ -36,7 +37,7 @@ class CheckpointFiles:
         self._mappings: dict[str, torch.UntypedStorage] = {}
 
     def source(self, name: str) -> LocalSource:
-        """Open a file.
+        """Open a file; of an archive of one checkpoint, that.
 
         Raises:
             CacheError: it cannot be opened.
@@ -44,7 +45,7 @@ class CheckpointFiles:
         if name not in self._sources:
             path = self.path.parent / name
             with reading(path):
-                self._sources[name] = LocalSource(self._closing.enter_context(path.open("rb", buffering=0)).fileno())
+                self._sources[name] = open_unpacked(path, self._closing)
         return self._sources[name]
 
     def mapping(self, name: str) -> torch.UntypedStorage:

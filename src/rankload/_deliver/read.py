@@ -10,9 +10,6 @@ import contextlib
 import functools
 import logging
 import os
-import shutil
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import CHECKPOINT_FORMATS, Format, describe, sniff
 from rankload._checkpoint.sharded import read_weight_map
 from rankload._checkpoint.source import LocalSource
+from rankload._checkpoint.unpacked import unpacked
 from rankload._deliver.failures import translated
 from rankload._deliver.private_mapping import torch_maps_privately
 from rankload._deliver.safetensors import read_safetensors
@@ -66,7 +64,8 @@ def read_checkpoint(
         file_format = sniff(path)
         if file_format != "single_member_zip":
             return read(path, file_format)
-        with _unpacked(path) as member_path:
+        with unpacked(path) as descriptor:
+            member_path = Path(f"/dev/fd/{descriptor}")
             return read(member_path, sniff(member_path))
 
     with translated(path):
@@ -136,14 +135,3 @@ def _unsuffixed(path: Path) -> Iterator[str]:
         return
     with path.open("rb") as file:
         yield f"/dev/fd/{file.fileno()}"
-
-
-@contextlib.contextmanager
-def _unpacked(path: Path) -> Iterator[Path]:
-    """Unpack torch.hub's legacy zip into an unnamed file: the archive has no say in where its member goes."""
-    with zipfile.ZipFile(path) as archive, tempfile.TemporaryFile() as unpacked:
-        (member,) = archive.infolist()
-        with archive.open(member) as packed:
-            shutil.copyfileobj(packed, unpacked, length=1 << 20)
-        unpacked.flush()
-        yield Path(f"/dev/fd/{unpacked.fileno()}")

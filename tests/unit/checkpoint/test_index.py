@@ -50,6 +50,16 @@ def test_state_dicts_equal_what_torch_loads(tmp_path, is_zip, protocol):
     assert_reads_as(path, torch.load(path, weights_only=False))
 
 
+def test_archive_of_one_checkpoint(tmp_path):
+    file = checkpoints.write_legacy_zip(tmp_path)
+    assert_reads_as(file.path, file.content)
+    content = bytearray(file.path.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.path.write_bytes(content)
+    with pytest.raises(rankload.LoadError, match="cannot be unpacked"):
+        rankload.open_checkpoint(file.path)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype(tmp_path, dtype):
     path = tmp_path / "file"
