@@ -15,7 +15,8 @@ from rankload._deliver.broadcast.whole_file import announce, find
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.parts import all_files
 from rankload._deliver.read_ahead import read_ahead
-from rankload._deliver.transfers import ReportBytes, Transfer, read_all
+from rankload._deliver.reading import ReportBytes, read_all
+from rankload._deliver.transfers import Transfer
 from rankload._job.channel import RankChannel
 from rankload._job.lone import LoneChannel
 from rankload._job.relay.opening import open_relay

@@ -203,12 +203,18 @@ class TensorInFile(SavedTensor):
             if parts.length == box.element_count or parts.length * item_bytes >= _SHORTEST_RUN_BYTES:
                 position = destination.data_ptr()
                 for start in parts.starts:
-                    self._read(position, entry.offset + start * item_bytes, parts.length * item_bytes)
+                    self.read_bytes(position, entry.offset + start * item_bytes, parts.length * item_bytes)
                     position += parts.length * item_bytes
                 return box.element_count * item_bytes
         return super().read_into(destination, box)
 
-    def _read(self, address: int, offset: int, length: int) -> None:
+    def read_bytes(self, address: int, offset: int, length: int) -> None:
+        """Read bytes of the file to an address in memory.
+
+        Raises:
+            LoadError: the file ended before.
+            CacheError: it cannot be read.
+        """
         source = self._files.source(self.entry.file)
         with reading(Path(self._shown)):
             found = fill_memory(address, length, source, offset)

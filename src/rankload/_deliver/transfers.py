@@ -10,9 +10,6 @@ import torch
 from rankload._deliver.boxes import Box
 from rankload._deliver.saved import SavedTensor
 
-#: Called with the bytes that are done.
-ReportBytes = Callable[[int], None]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transfer:
@@ -42,12 +39,3 @@ class Prepared:
     transfers: Sequence[Transfer]
     bytes_mapped: int
     finish: Callable[[], None]
-
-
-def read_all(transfers: Sequence[Transfer], report: ReportBytes) -> int:
-    """Read everything, in the order of the file; return the bytes that were read."""
-    bytes_read = 0
-    for transfer in sorted(transfers, key=lambda transfer: transfer.saved.position):
-        report(bytes_read)
-        bytes_read += transfer.saved.read_into(transfer.destination, transfer.box)
-    return bytes_read

@@ -20,7 +20,8 @@ from rankload._deliver.broadcast.sending import ALL_KEY, LENGTH_BYTES
 from rankload._deliver.broadcast.sinks import Sinks
 from rankload._deliver.broadcast.whole_file import receive_files
 from rankload._deliver.files import CheckpointFiles
-from rankload._deliver.transfers import ReportBytes, Transfer, read_all
+from rankload._deliver.reading import ReportBytes, read_all
+from rankload._deliver.transfers import Transfer
 from rankload._errors import LoadError
 from rankload._job.channel import RankChannel
 from rankload._job.relay.relay import Relay

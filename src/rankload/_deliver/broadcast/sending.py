@@ -17,7 +17,8 @@ from rankload._deliver.broadcast.buckets import Range, cut, header_ranges, is_ke
 from rankload._deliver.broadcast.whole_file import send_files
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.parts import parts_of
-from rankload._deliver.transfers import ReportBytes, Transfer, read_all
+from rankload._deliver.reading import ReportBytes, read_all
+from rankload._deliver.transfers import Transfer
 from rankload._job.channel import RankChannel
 from rankload._job.relay.relay import BytesBlock, FileBlock, Relay
 
