@@ -138,6 +138,7 @@ def test_nothing_is_made_on_another_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
 def test_into_a_real_accelerator(tmp_path: Path) -> None:
     accelerator = torch.accelerator.current_accelerator()
     source = nn.Sequential(nn.Linear(3000, 2000), nn.BatchNorm1d(2000))
