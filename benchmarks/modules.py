@@ -73,10 +73,12 @@ CASES = (
 )
 
 
-def modules(layers: int, world_size: int, rounds: int, scratch: Path) -> Iterator[Table]:
-    """Yield the table of each case."""
+def modules(only: Sequence[str] | None, layers: int, world_size: int, rounds: int, scratch: Path) -> Iterator[Table]:
+    """Yield the table of each case, or of some, by their names."""
     files: dict[str, Files] = {}
     for case in CASES:
+        if only is not None and case.name not in only:
+            continue
         if case.model not in files:
             files[case.model] = _write(scratch, case.model, layers)
         yield _measured(case, files[case.model], layers, world_size, rounds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
@@ -40,8 +41,8 @@ _FAREWELL_SECONDS = 5.0
 #: poll every 0.1 s.
 _HURRIED_SECONDS = 0.3
 
-#: From this interval between two polls on, each looks for a failure too: a wait that short is a warm call's.
-_SLOW_POLL_SECONDS = 0.05
+#: How often a wait looks for a failure too: one that is shorter is a warm call's.
+_LOOK_SECONDS = 0.05
 
 #: Errors after which rank 0 waits for nobody any more.
 _GIVING_UP = (ArrivalTimeoutError, RankLostError)
@@ -251,11 +252,12 @@ class RankChannel:
 
     def _wait_until(self, is_there: Callable[[], bool], ranks: Iterable[int], progress: Progress) -> None:
         """Poll for something that the given ranks are to do, watching over them."""
-        vigil = self._vigil_over(ranks)
-        for delay in backoff(self.identity.world_size):
+        vigil, looked_at = self._vigil_over(ranks), time.monotonic()
+        for _ in backoff(self.identity.world_size):
             if is_there():
                 return
-            if delay > _SLOW_POLL_SECONDS and progress.phase != "done":
+            if progress.phase != "done" and time.monotonic() - looked_at >= _LOOK_SECONDS:
+                looked_at = time.monotonic()
                 self._verdict.look()
             self._raise_failure()
             if vigil.is_due():
