@@ -23,15 +23,14 @@ _LONGEST_ROUND_SECONDS = 6.0
 def backoff(world_size: int, sleep: Callable[[float], object] = time.sleep) -> Iterator[float]:
     """Yield for ever, sleeping from 1 ms up to max(100 ms, world_size / 4000 s) between two rounds; yields the sleep.
 
-    The growth of an eighth keeps the time lost by sleeping below an eighth of the time waited. In large jobs the first
-    sleep is longer, and the ceiling higher: 4000 polling ranks stay below 4000 rounds a second when they wait long, a
-    few percent of what a TCPStore serves, and 1000 below 50,000 when they begin.
+    The growth of a third keeps the time lost by sleeping below a third of the time waited; the ceiling keeps 4000
+    polling ranks below 4000 rounds a second, a few percent of what a TCPStore serves.
     """
-    delay, ceiling = max(0.001, world_size / 50_000), max(0.1, world_size / 4000)
+    delay, ceiling = 0.001, max(0.1, world_size / 4000)
     while True:
         yield delay
         sleep(delay)
-        delay = min(delay * 9 / 8, ceiling)
+        delay = min(delay * 4 / 3, ceiling)
 
 
 def until_rank_0_comes(identity: Identity, settings: Settings) -> Iterator[float]:
