@@ -59,7 +59,9 @@ def test_one_rank_reads_what_all_map(file: Path, tmp_path: Path) -> None:
         results = [
             result.value for result in run_ranks(_load, 2, args=(mount.path / file.name, [0] * 2, tmp_path, False))
         ]
-        assert all(read < 0.1 * size for read, _ in results) and not log.exists()  # all of it was there
+        assert all(read < 0.1 * size for read, _ in results)
+        again = [int(line.split()[1]) for line in log.read_text().splitlines()] if log.exists() else []
+        assert sum(again) < 0.1 * size  # it was there; the kernel may have dropped a page, or look at the file again
 
 
 def test_on_each_node_one_does(file: Path, tmp_path: Path) -> None:
