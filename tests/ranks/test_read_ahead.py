@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,11 @@ from torch import nn
 from harness import fuse
 from harness.nodes import become_node
 from harness.ranks import run_ranks
-from rankload._deliver.read_ahead import _absent_blocks
+from rankload._deliver import read_ahead
+from rankload._errors import CacheError, LoadError
+from rankload._job.environment import identity_from_environment
+from rankload._job.lone import LoneChannel
+from rankload._types import Progress
 
 pytestmark = pytest.mark.skipif(fuse.why_not() is not None, reason=str(fuse.why_not()))
 
@@ -56,7 +62,7 @@ def test_one_rank_reads_what_all_map(file: Path, tmp_path: Path) -> None:
         assert all(total == _ROWS * _COLUMNS for _, total in results)
         assert sorted(read > 0.95 * size for read, _ in results) == [False, False, False, True]
         reads = [int(line.split()[1]) for line in log.read_text().splitlines()]
-        assert size <= sum(reads) < 2 * size and sum(reads) / len(reads) > 64 << 10
+        assert size <= sum(reads) < 1.2 * size and sum(reads) / len(reads) > 64 << 10
 
 
 def test_what_is_in_the_page_cache_is_not_read(tmp_path: Path) -> None:
@@ -64,9 +70,9 @@ def test_what_is_in_the_page_cache_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with path.open("w+b") as file:
         file.truncate(20 << 20)
-        assert _absent_blocks(file.fileno()) == [0, 8 << 20, 16 << 20]
+        assert read_ahead._absent_blocks(file.fileno()) == [0, 8 << 20, 16 << 20]
         os.pread(file.fileno(), 8 << 20, 8 << 20)
-        assert _absent_blocks(file.fileno()) == [0, 16 << 20]
+        assert read_ahead._absent_blocks(file.fileno()) == [0, 16 << 20]
 
 
 def test_on_each_node_one_does(file: Path, tmp_path: Path) -> None:
@@ -86,8 +92,39 @@ def test_replicated_modules_too(file: Path, tmp_path: Path) -> None:
             result.value for result in run_ranks(_load, 3, args=(mount.path / file.name, [0] * 3, tmp_path, True))
         ]
     assert all(total == _ROWS * _COLUMNS for _, total in results)
-    assert sum(int(line.split()[1]) for line in log.read_text().splitlines()) < 2 * size
+    assert sum(int(line.split()[1]) for line in log.read_text().splitlines()) < 1.2 * size
     assert sorted(round(read / size) for read, _ in results) == [1, 1, 2]
+
+
+class _FailedElsewhere(LoneChannel):
+    """Hears of another rank's failure when it reports."""
+
+    def report(self, progress: Progress) -> None:
+        raise LoadError("another's")
+
+
+def test_server_that_hangs_keeps_nobody_from_hearing_of_a_failure(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(read_ahead, "_is_local", lambda path: False)
+    monkeypatch.setattr(read_ahead, "_absent_blocks", lambda descriptor: [0, 8 << 20])
+    monkeypatch.setattr(os, "pread", lambda *arguments: answers.wait(60))
+    try:
+        with pytest.raises(LoadError, match="another's"):
+            read_ahead.read_ahead([file], _FailedElsewhere(identity_from_environment()))
+        assert not answers.is_set()
+    finally:
+        answers.set()
+
+
+def test_file_that_cannot_be_read_is_an_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(read_ahead, "_is_local", lambda path: False)
+    monkeypatch.setattr(read_ahead, "_absent_blocks", lambda descriptor: [0])
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(CacheError, match="Input/output error"):
+        read_ahead.read_ahead([file], LoneChannel(identity_from_environment()))
 
 
 def test_local_files_are_not(file: Path, tmp_path: Path) -> None:

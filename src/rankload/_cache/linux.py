@@ -59,7 +59,11 @@ def resident_pages(descriptor: int, size_bytes: int) -> bytes | None:
     """
     if _mincore is None or not size_bytes:
         return None
-    with mmap.mmap(descriptor, size_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as mapping:
+    try:
+        mapping = mmap.mmap(descriptor, size_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError:  # a filesystem that has no mappings
+        return None
+    with mapping:
         pages = (ctypes.c_ubyte * -(-size_bytes // mmap.PAGESIZE))()
         first = (ctypes.c_char * size_bytes).from_buffer(mapping)  # keeps the mapping from being closed
         failed = _mincore(ctypes.addressof(first), size_bytes, pages)

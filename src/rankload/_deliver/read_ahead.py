@@ -9,8 +9,11 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import queue
+import threading
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 
 from rankload._cache.failures import reading
@@ -57,19 +60,36 @@ def _is_local(path: Path) -> bool:
 def _read(path: Path, channel: Channel) -> None:
     with reading(path), path.open("rb", buffering=0) as file:
         blocks = _absent_blocks(file.fileno())
-        _logger.debug("%s: reading %d blocks of %d bytes ahead, over the network", path, len(blocks), _BLOCK_BYTES)
-        with ThreadPoolExecutor(_THREADS, "rankload-read-ahead") as pool:
-            rest = {pool.submit(os.pread, file.fileno(), _BLOCK_BYTES, begin) for begin in blocks}
-            try:
-                while rest:
-                    done, rest = wait(rest, _REPORT_SECONDS)
-                    for block in done:
-                        block.result()
-                    bytes_done = (len(blocks) - len(rest)) * _BLOCK_BYTES
-                    channel.report(Progress("loading", bytes_done, len(blocks) * _BLOCK_BYTES))
-            finally:
-                for block in rest:
-                    block.cancel()
+    _logger.debug("%s: reading %d blocks of %d bytes ahead, over the network", path, len(blocks), _BLOCK_BYTES)
+    ends: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
+    rest = deque(blocks)
+    for _ in range(min(_THREADS, len(blocks))):
+        # a daemon, joined by nobody: a server that hangs must not keep this rank from hearing of another's failure
+        threading.Thread(target=_read_blocks, args=(path, rest, ends), name="rankload-read-ahead", daemon=True).start()
+    done = 0
+    try:
+        while done < len(blocks):
+            with suppress(queue.Empty):
+                error = ends.get(timeout=_REPORT_SECONDS)
+                if error is not None:
+                    with reading(path):
+                        raise error
+                done += 1
+            channel.report(Progress("loading", done * _BLOCK_BYTES, len(blocks) * _BLOCK_BYTES))
+    finally:
+        rest.clear()
+
+
+def _read_blocks(path: Path, rest: deque[int], ends: queue.SimpleQueue[OSError | None]) -> None:
+    try:
+        with path.open("rb", buffering=0) as file:
+            while True:
+                os.pread(file.fileno(), _BLOCK_BYTES, rest.popleft())
+                ends.put(None)
+    except IndexError:  # nothing is left
+        return
+    except OSError as error:
+        ends.put(error)
 
 
 def _absent_blocks(descriptor: int) -> list[int]:

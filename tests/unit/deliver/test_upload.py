@@ -41,7 +41,7 @@ class Device:
         return self
 
     def record(self, stream: object) -> None:
-        self.recorded = len(self.due)
+        """Everything that is due is waited for."""
 
     def synchronize(self) -> None:
         for copy in self.due:

@@ -63,7 +63,10 @@ class Listener:
         }
 
     def accept(self, rank: int, host: str, look_around: LookAround) -> Link:
-        """Wait for the upstream rank, for as long as nothing is heard of a failure."""
+        """Wait for the upstream rank.
+
+        The wait ends with what ``look_around`` raises: a failure, or that the upstream rank is lost or does not move.
+        """
         self._socket.settimeout(_LOOK_SECONDS)
         while True:
             look_around()
