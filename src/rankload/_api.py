@@ -255,6 +255,7 @@ def agree_on_delivery(
     delivery: Delivery,
     src: int | None,
     group: ProcessGroup | None,
+    deliveries: Sequence[Delivery] = ("auto", "read", "broadcast"),
 ) -> tuple[Delivery, int]:
     """Agree on all arguments; return the delivery, and the rank in the channel that broadcasts.
 
@@ -262,13 +263,11 @@ def agree_on_delivery(
         ArgumentError: there is no such delivery, or no such rank.
         ArgumentMismatchError: another rank has said otherwise.
     """
-    if delivery not in ("auto", "read", "broadcast"):
-        raise ArgumentError(f"delivery={delivery!r}: expected 'auto', 'read' or 'broadcast'")
+    if delivery not in deliveries:
+        raise ArgumentError(f"delivery={delivery!r}: expected one of {', '.join(map(repr, deliveries))}")
     source = 0 if src is None else _rank_in_channel(src, channel.identity, group)
     channel.agree({**arguments, "delivery": delivery, "src": src})
-    if delivery == "auto" or channel.identity.world_size == 1:
-        return "read", source
-    return delivery, source
+    return "read" if channel.identity.world_size == 1 else delivery, source
 
 
 def fetch_for(

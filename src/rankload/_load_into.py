@@ -7,18 +7,20 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from rankload._api import agree_on_delivery, fetch_for
 from rankload._call import collective_call
+from rankload._deliver.carrier import Plan
 from rankload._deliver.carriers import open_carrier
 from rankload._deliver.content import open_content
 from rankload._deliver.module_load import left_on_meta, plan_load, prepare_load
 from rankload._deliver.optimizer_load import plan_optimizer_load, prepare_optimizer_load
 from rankload._deliver.places import bare, device_of, places
 from rankload._deliver.report import LoadReport
+from rankload._deliver.saved import SavedTensor
 from rankload._errors import ArgumentError
 from rankload._fetch.request import Url, agreed_arguments, make_request
 from rankload._job.devices import own_device
@@ -113,25 +115,27 @@ def dist_load_into(
             offline=settings.offline if offline is None else offline,
             must_be_checkpoint=True,
         )
-        chosen, sender = agree_on_delivery(channel, agreed_arguments(request, "load_into"), delivery, src, group)
+        chosen, sender = agree_on_delivery(
+            channel, agreed_arguments(request, "load_into"), delivery, src, group, get_args(Delivery)
+        )
         with _timed(phases, "fetch"):
             path = fetch_for(chosen, request, channel, settings, sender)
         with _timed(phases, "check"):
             inner, _ = bare(target)
-            carrier = open_carrier(chosen, path, sender, channel, settings, closing)
+            carrier = open_carrier(chosen, path, sender, channel, group, settings, closing)
             content = open_content(
                 carrier.files, adapter, {place.name for place in places(inner)}, weights_only=weights_only, mmap=mmap
             )
             load = plan_load(target, content, strict=strict, assign=assign, shown=carrier.files.shown)
-            wanted = [step.saved for step in load.assignments]
+            others: list[SavedTensor] = []
             if optimizer is not None:
                 optimizer_load = plan_optimizer_load(optimizer, content.whole, target, carrier.files.shown)
-                wanted += optimizer_load.wanted
-            carrier.planned(content.index, [saved.in_file.entry for saved in wanted if saved.in_file is not None])
-            channel.meet("checked")
+                others = optimizer_load.wanted
+            device = functools.cache(lambda: device_of(inner) or own_device(channel.identity, group))
+            would_gather = carrier.planned(Plan(content.index, load.assignments, others, device))
+            carrier.met(all_would_gather=channel.meet("checked", agrees=would_gather))
         with _timed(phases, "fill"), torch.no_grad():
             may_share = carrier.may_share and mmap is not False
-            device = functools.cache(lambda: device_of(inner) or own_device(channel.identity, group))
             prepared = [prepare_load(load, device, assign=assign, may_share=may_share)]
             if optimizer is not None:
                 prepared.append(prepare_optimizer_load(optimizer_load, may_share=may_share))
@@ -141,7 +145,7 @@ def dist_load_into(
             for part in prepared:
                 part.finish()
         keys = (load.missing_keys, load.unexpected_keys)
-        return LoadReport.make(keys, carrier.path, bytes_read, phases, chosen, left_on_meta(load))
+        return LoadReport.make(keys, carrier, bytes_read, phases, left_on_meta(load))
 
 
 def _checked_targets(module: Any, assign: bool | None) -> tuple[nn.Module, Optimizer | None]:

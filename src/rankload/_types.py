@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 Scope = Literal["auto", "job", "node", "process"]
-Delivery = Literal["auto", "read", "broadcast"]
+Delivery = Literal["auto", "read", "broadcast", "gather"]
 Verify = Literal["once", "always", "never", "sidecar"]
 Source = Literal["cache", "adopted", "download", "local"]
 

@@ -133,7 +133,7 @@ def test_source_is_a_global_rank_of_the_group(origin: Origin, checkpoint: Checkp
 
 def _cut_finely() -> None:
     """Lets tensors of a few hundred bytes travel as large ones do, in pieces."""
-    from rankload._deliver.broadcast import buckets
+    from rankload._deliver import buckets
 
     buckets.BUCKET_BYTES, buckets._SMALL_BYTES, buckets._GAP_BYTES = 1000, (100,), 0
 

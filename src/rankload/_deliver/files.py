@@ -13,6 +13,8 @@ from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.unpacked import open_unpacked
 from rankload._deliver.read import read_checkpoint
+from rankload._deliver.tensors import fill_memory
+from rankload._errors import LoadError
 
 
 class CheckpointFiles:
@@ -47,6 +49,19 @@ class CheckpointFiles:
             with reading(path):
                 self._sources[name] = open_unpacked(path, self._closing)
         return self._sources[name]
+
+    def read(self, name: str, address: int, offset: int, length: int, *, what: str) -> None:
+        """Read bytes of a file to an address in memory. Several threads may do so at once, when it has been opened.
+
+        Raises:
+            LoadError: the file ended before, within what is named.
+            CacheError: it cannot be read.
+        """
+        source = self.source(name)
+        with reading(Path(self.shown)):
+            found = fill_memory(address, length, source, offset)
+        if found != length:
+            raise LoadError(f"{self.shown}: the file ended within {what}: was it cut off since it was opened?")
 
     def mapping(self, name: str) -> torch.UntypedStorage:
         """Map a file privately: what is written there never reaches it."""

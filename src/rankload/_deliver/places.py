@@ -128,6 +128,12 @@ def is_distributed(tensor: torch.Tensor) -> bool:
     return type(tensor) is not torch.Tensor and hasattr(tensor, "_local_tensor") and hasattr(tensor, "placements")
 
 
+def is_replicated(tensor: torch.Tensor) -> bool:
+    """Whether each rank has all of it: a plain tensor, or a DTensor that is nowhere sharded."""
+    distributed: Any = tensor
+    return not is_distributed(tensor) or all(placement.is_replicate() for placement in distributed.placements)
+
+
 def as_parameter_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Make a Parameter of a tensor if the other one is one."""
     return nn.Parameter(tensor, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else tensor

@@ -9,15 +9,14 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import queue
-import threading
-from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from concurrent.futures import FIRST_COMPLETED, wait
+from functools import partial
 from pathlib import Path
 
 from rankload._cache.failures import reading
 from rankload._cache.linux import is_on_local_disk, resident_pages
+from rankload._deliver.readers import Readers
 from rankload._job.machine import kernel_id
 from rankload._types import Channel, Progress
 
@@ -60,36 +59,15 @@ def _is_local(path: Path) -> bool:
 def _read(path: Path, channel: Channel) -> None:
     with reading(path), path.open("rb", buffering=0) as file:
         blocks = _absent_blocks(file.fileno())
-    _logger.debug("%s: reading %d blocks of %d bytes ahead, over the network", path, len(blocks), _BLOCK_BYTES)
-    ends: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
-    rest = deque(blocks)
-    for _ in range(min(_THREADS, len(blocks))):
-        # a daemon, joined by nobody: a server that hangs must not keep this rank from hearing of another's failure
-        threading.Thread(target=_read_blocks, args=(path, rest, ends), name="rankload-read-ahead", daemon=True).start()
-    done = 0
-    try:
-        while done < len(blocks):
-            with suppress(queue.Empty):
-                error = ends.get(timeout=_REPORT_SECONDS)
-                if error is not None:
-                    with reading(path):
-                        raise error
-                done += 1
-            channel.report(Progress("loading", done * _BLOCK_BYTES, len(blocks) * _BLOCK_BYTES))
-    finally:
-        rest.clear()
-
-
-def _read_blocks(path: Path, rest: deque[int], ends: queue.SimpleQueue[OSError | None]) -> None:
-    try:
-        with path.open("rb", buffering=0) as file:
-            while True:
-                os.pread(file.fileno(), _BLOCK_BYTES, rest.popleft())
-                ends.put(None)
-    except IndexError:  # nothing is left
-        return
-    except OSError as error:
-        ends.put(error)
+        _logger.debug("%s: reading %d blocks of %d bytes ahead, over the network", path, len(blocks), _BLOCK_BYTES)
+        with Readers(min(_THREADS, len(blocks))) as readers:
+            rest = {readers.submit(partial(os.pread, file.fileno(), _BLOCK_BYTES, begin)) for begin in blocks}
+            while rest:
+                done, rest = wait(rest, timeout=_REPORT_SECONDS, return_when=FIRST_COMPLETED)
+                for block in done:
+                    block.result()
+                bytes_done = (len(blocks) - len(rest)) * _BLOCK_BYTES
+                channel.report(Progress("loading", bytes_done, len(blocks) * _BLOCK_BYTES))
 
 
 def _absent_blocks(descriptor: int) -> list[int]:

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
 
+from rankload._deliver.staging.own_parts import is_of_long_runs, upload_parts
+from rankload._deliver.staging.whole_tensors import is_of_whole, upload_whole
 from rankload._deliver.transfers import Transfer
-from rankload._deliver.upload import Uploader
 
 #: Called with the bytes that are done.
 ReportBytes = Callable[[int], None]
 
 
-def read_all(transfers: Sequence[Transfer], report: ReportBytes) -> int:
-    """Read everything, in the order of the file; return the bytes that were read."""
-    uploaders: dict[torch.device, Uploader] = {}
-    bytes_read = 0
+def read_all(transfers: Sequence[Transfer], report: ReportBytes, thread_count: int) -> int:
+    """Read everything, in the order of the file; return the bytes that were read.
+
+    Args:
+        transfers: into whatever device.
+        report: called with the bytes that are done.
+        thread_count: how many threads read for an accelerator; into the CPU's memory this one does.
+    """
+    direct: list[Transfer] = []
+    whole, parts = (defaultdict[torch.device, list[Transfer]](list) for _ in range(2))
     for transfer in sorted(transfers, key=lambda transfer: transfer.saved.position):
-        report(bytes_read)
-        if Uploader.takes(transfer):
-            device = transfer.destination.device
-            if device not in uploaders:
-                uploaders[device] = Uploader(device)
-            bytes_read += uploaders[device].upload(transfer)
+        device = transfer.destination.device
+        if device.type != "cpu" and is_of_whole(transfer):
+            whole[device].append(transfer)
+        elif is_of_long_runs(transfer):
+            parts[device].append(transfer)
         else:
-            bytes_read += transfer.saved.read_into(transfer.destination, transfer.box)
-    for uploader in uploaders.values():
-        uploader.finish()
-    return bytes_read
+            direct.append(transfer)
+    done = 0
+    for device, of_device in whole.items():
+        done += upload_whole(of_device, device, thread_count, _after(done, report))
+    for device, of_device in parts.items():
+        done += upload_parts(of_device, device, thread_count, _after(done, report))
+    for transfer in direct:
+        report(done)
+        done += transfer.saved.read_into(transfer.destination, transfer.box)
+    return done
+
+
+def _after(done: int, report: ReportBytes) -> ReportBytes:
+    return lambda more: report(done + more)

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from rankload._deliver.carrier import Carrier
+
 
 class _Keys(NamedTuple):
     missing_keys: list[str]
@@ -22,9 +24,11 @@ class LoadReport(_Keys):
         missing_keys: names that the module has and the checkpoint lacks; only with ``strict=False``.
         unexpected_keys: names that the checkpoint has and the module lacks; only with ``strict=False``.
         path: the verified file on this node; None where the tensors came from another.
-        bytes_read: bytes of tensors that this rank read, mapped, or took out of a broadcast.
+        bytes_read: bytes of tensors that this rank read, mapped, or took out of a broadcast; with a gather only
+            those of its shares.
         phases: seconds by phase: ``fetch``, ``check``, which ends when all ranks have checked, and ``fill``.
-        delivery: how the tensors came: ``"read"`` or ``"broadcast"``.
+        delivery: how the tensors came: ``"read"``, ``"broadcast"`` or ``"gather"``.
+        reason: why so.
         left_on_meta: buffers that no checkpoint holds (``persistent=False``) and that are still on the meta device: the
             script has to compute them.
     """
@@ -33,21 +37,22 @@ class LoadReport(_Keys):
     bytes_read: int
     phases: Mapping[str, float]
     delivery: str
+    reason: str
     left_on_meta: Sequence[str]
 
     @classmethod
     def make(
         cls,
         keys: tuple[Sequence[str], Sequence[str]],
-        path: Path | None,
+        carrier: Carrier,
         bytes_read: int,
         phases: Mapping[str, float],
-        delivery: str,
         left_on_meta: Sequence[str],
     ) -> LoadReport:
         """Put a report together."""
         report = cls(list(keys[0]), list(keys[1]))
-        report.path, report.bytes_read, report.delivery = path, bytes_read, delivery
+        report.path, report.bytes_read = carrier.path, bytes_read
+        report.delivery, report.reason = carrier.delivery, carrier.reason
         report.phases = MappingProxyType(dict(phases))
         report.left_on_meta = tuple(left_on_meta)
         return report

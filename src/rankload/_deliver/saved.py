@@ -10,19 +10,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-from rankload._cache.failures import reading
 from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import ByteOrder
 from rankload._deliver.boxes import Box, runs
 from rankload._deliver.files import CheckpointFiles
-from rankload._deliver.tensors import fill_memory, read_tensor, torch_dtype
-from rankload._errors import LoadError
+from rankload._deliver.tensors import read_tensor, torch_dtype
 
 #: Shorter runs are copied from the mapped file: a system call each would cost more than it moves.
 _SHORTEST_RUN_BYTES = 4096
@@ -149,6 +146,11 @@ for _name in (
 class TensorInFile(SavedTensor):
     """One that is still in its file.
 
+    Attributes:
+        entry: where it is, and what it looks like.
+        byte_order: of its elements there.
+        files: of the checkpoint.
+
     Raises (the constructor):
         LoadError: this torch does not have its dtype.
     """
@@ -162,8 +164,8 @@ class TensorInFile(SavedTensor):
         shown: str,
     ) -> None:
         super().__init__(torch.Size(entry.shape), torch_dtype(entry, shown), assignments)
-        self.entry, self.byte_order = entry, byte_order
-        self._files, self._shown = files, shown
+        self.entry, self.byte_order, self.files = entry, byte_order, files
+        self._shown = shown
 
     @property
     def in_file(self) -> TensorInFile:
@@ -178,7 +180,7 @@ class TensorInFile(SavedTensor):
     @property
     def is_here(self) -> bool:
         """See `SavedTensor.is_here`."""
-        return self._files.has(self.entry)
+        return self.files.has(self.entry)
 
     @property
     def is_native(self) -> bool:
@@ -188,10 +190,10 @@ class TensorInFile(SavedTensor):
     def view(self) -> torch.Tensor:
         """See `SavedTensor.view`."""
         entry = self.entry
-        self._files.note_use(entry)
+        self.files.note_use(entry)
         if not self.is_native or entry.offset % min(entry.item_bytes, _ALIGNMENT_BYTES) or not entry.length:
-            return read_tensor(self._files.source(entry.file), entry, self.byte_order, self._shown).detach()
-        storage: Any = self._files.mapping(entry.file)[entry.offset : entry.offset + entry.length]
+            return read_tensor(self.files.source(entry.file), entry, self.byte_order, self._shown).detach()
+        storage: Any = self.files.mapping(entry.file)[entry.offset : entry.offset + entry.length]
         return torch.empty(0, dtype=self.dtype).set_(storage, 0, entry.shape, entry.stride)
 
     def read_into(self, destination: torch.Tensor, box: Box) -> int:
@@ -215,12 +217,7 @@ class TensorInFile(SavedTensor):
             LoadError: the file ended before.
             CacheError: it cannot be read.
         """
-        source = self._files.source(self.entry.file)
-        with reading(Path(self._shown)):
-            found = fill_memory(address, length, source, offset)
-        if found != length:
-            what = f"the file ended within tensor {self.entry.name!r}"
-            raise LoadError(f"{self._shown}: {what}: was it cut off since it was opened?")
+        self.files.read(self.entry.file, address, offset, length, what=f"tensor {self.entry.name!r}")
 
 
 class TensorInMemory(SavedTensor):

@@ -44,6 +44,9 @@ _HURRIED_SECONDS = 0.3
 #: How often a wait looks for a failure too: one that is shorter is a warm call's.
 _LOOK_SECONDS = 0.05
 
+#: What one vote counts in a counter of ranks.
+_VOTE = 1 << 32
+
 #: Errors after which rank 0 waits for nobody any more.
 _GIVING_UP = (ArrivalTimeoutError, RankLostError)
 
@@ -105,27 +108,22 @@ class RankChannel:
 
     def wait_for(self, key: str, from_rank: int) -> dict[str, Any]:
         """Wait for a posted value, watching over the rank that is to post it (see `Channel`)."""
-        text: str | None = None
+        return self._wait_for(key, [from_rank])
 
-        def is_there() -> bool:
-            nonlocal text
-            text = self._store.peek(self._key(key))
-            return text is not None
-
-        self._wait_until(is_there, [from_rank], Progress("waiting"))
-        assert text is not None
-        return json.loads(text)  # type: ignore[no-any-return]
-
-    def meet(self, key: str) -> None:
+    def meet(self, key: str, *, agrees: bool = False) -> bool:
         """Wait until every rank has come here: none goes on if one fails before.
+
+        Returns:
+            Whether all of them agree.
 
         Raises:
             RankloadError: what another rank has failed with.
         """
-        if self._store.add(self._key(f"met/{key}")) == self.identity.world_size:
-            self.post(f"met/{key}/all", {})
-            return
-        self._wait_until(lambda: self.has(f"met/{key}/all"), self._watched, Progress("waiting"))
+        # one counter counts both: how many have come, and above that how many of them agree
+        agreeing, come = divmod(self._store.add(self._key(f"met/{key}"), 1 + _VOTE * agrees), _VOTE)
+        if come == self.identity.world_size:
+            self.post(f"met/{key}/all", {"agree": agreeing == come})
+        return bool(self._wait_for(f"met/{key}/all", self._watched)["agree"])
 
     def watch_over(self, ranks: Iterable[int]) -> Callable[[Progress], None]:
         """Return what a wait of another kind calls again and again: it publishes this rank's progress.
@@ -153,7 +151,11 @@ class RankChannel:
 
     def claim(self, key: str) -> int:
         """Return the rank that claimed the key first."""
-        return int(self._store.set_first(self._key(key), str(self.identity.rank)))
+        return int(self.first(key, str(self.identity.rank)))
+
+    def first(self, key: str, value: str) -> str:
+        """Return what the first rank has passed for a key."""
+        return self._store.set_first(self._key(key), value)
 
     def on_exit(self, callback: Callable[[], None]) -> None:
         """Run something when the call ends on this rank, after the verdict."""
@@ -249,6 +251,18 @@ class RankChannel:
     def _raise_failure(self) -> None:
         if failure := self._verdict.failure or self._failure:
             raise failure
+
+    def _wait_for(self, key: str, ranks: Iterable[int]) -> dict[str, Any]:
+        text: str | None = None
+
+        def is_there() -> bool:
+            nonlocal text
+            text = self._store.peek(self._key(key))
+            return text is not None
+
+        self._wait_until(is_there, ranks, Progress("waiting"))
+        assert text is not None
+        return json.loads(text)  # type: ignore[no-any-return]
 
     def _wait_until(self, is_there: Callable[[], bool], ranks: Iterable[int], progress: Progress) -> None:
         """Poll for something that the given ranks are to do, watching over them."""

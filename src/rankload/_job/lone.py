@@ -32,8 +32,9 @@ class LoneChannel:
         """Unreachable: a single process leads every domain."""
         raise AssertionError("a single process waits for nobody")
 
-    def meet(self, key: str) -> None:
+    def meet(self, key: str, *, agrees: bool = False) -> bool:
         """Nobody else is to come."""
+        return agrees
 
     def has(self, key: str) -> bool:
         """Nobody posts."""

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankload._checkpoint.entry import StorageEntry, TensorEntry
-from rankload._deliver.broadcast import buckets
-from rankload._deliver.broadcast.buckets import Bucket, covers, cut, header_ranges, tensor_ranges
+from rankload._deliver import buckets
+from rankload._deliver.buckets import Bucket, covers, cut, header_ranges, tensor_ranges
 
 
 def entry(name: str, offset: int, length: int, file: str = "a", dtype: str = "uint8") -> TensorEntry:

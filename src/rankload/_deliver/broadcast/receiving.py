@@ -14,20 +14,22 @@ import torch
 from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import Index
 from rankload._checkpoint.source import LocalSource
-from rankload._deliver.broadcast.buckets import BUCKET_BYTES, Range, cut, is_kept, tensor_ranges
 from rankload._deliver.broadcast.memory_file import folder_of, make_memory_file, writable
 from rankload._deliver.broadcast.sending import ALL_KEY, LENGTH_BYTES
-from rankload._deliver.broadcast.sinks import Sinks
 from rankload._deliver.broadcast.whole_file import receive_files
+from rankload._deliver.buckets import BUCKET_BYTES, Range, cut, is_kept, tensor_ranges
+from rankload._deliver.carrier import Carrier, Plan
 from rankload._deliver.files import CheckpointFiles
+from rankload._deliver.readers import thread_count
 from rankload._deliver.reading import ReportBytes, read_all
+from rankload._deliver.sinks import Sinks
 from rankload._deliver.transfers import Transfer
 from rankload._errors import LoadError
 from rankload._job.channel import RankChannel
 from rankload._job.relay.relay import Relay
 
 
-class Receiving:
+class Receiving(Carrier):
     """The side of a rank that does not have the file.
 
     Args:
@@ -39,21 +41,23 @@ class Receiving:
     def __init__(self, relay: Relay, channel: RankChannel, closing: ExitStack) -> None:
         self._relay, self._channel = relay, channel
         self._index: Index | None = None
-        self.path: Path | None = None
+        self.path, self.delivery = None, "broadcast"
         header = json.loads(self._receive_bytes(int.from_bytes(self._receive_bytes(LENGTH_BYTES), "little")))
         self._ranges = _ranges(header.get("ranges", {}))
         self.files = self._receive(header, closing)
         self.may_share = not isinstance(self.files, ReceivedFiles)
 
-    def planned(self, index: Index | None, wanted: Sequence[TensorEntry]) -> None:
+    def planned(self, plan: Plan) -> bool:
         """Tell the source if this rank needs more than it is going to send."""
-        self._index = index
-        if not all(self.files.has(entry) or is_kept(entry, self._ranges) for entry in wanted):
+        self._index = plan.index
+        if not all(self.files.has(entry) or is_kept(entry, self._ranges) for entry in plan.entries):
             self._channel.post(ALL_KEY, {})
+        return False
 
     def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
         """Take out of the stream what is ours, and pass it on."""
-        moved = read_all([transfer for transfer in transfers if transfer.saved.is_here], report)
+        here = [transfer for transfer in transfers if transfer.saved.is_here]
+        moved = read_all(here, report, thread_count(self._channel.identity))
         if not isinstance(self.files, ReceivedFiles):
             return moved
         assert self._index is not None

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import Index
-from rankload._deliver.broadcast.buckets import Range, cut, header_ranges, is_kept, tensor_ranges
 from rankload._deliver.broadcast.whole_file import send_files
+from rankload._deliver.buckets import Range, cut, header_ranges, is_kept, tensor_ranges
+from rankload._deliver.carrier import Carrier, Plan
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.parts import parts_of
+from rankload._deliver.readers import thread_count
 from rankload._deliver.reading import ReportBytes, read_all
 from rankload._deliver.transfers import Transfer
 from rankload._job.channel import RankChannel
@@ -29,7 +29,7 @@ LENGTH_BYTES = 8
 ALL_KEY = "broadcast/all"
 
 
-class Sending:
+class Sending(Carrier):
     """The source's side. It has the file, and loads from it as if nobody else were there.
 
     Args:
@@ -39,18 +39,18 @@ class Sending:
     """
 
     def __init__(self, files: CheckpointFiles, relay: Relay, channel: RankChannel) -> None:
-        self.path: Path | None = files.path
-        self.files, self.may_share = files, True
+        self.path, self.files, self.may_share, self.delivery = files.path, files, True, "broadcast"
         self._relay, self._channel = relay, channel
         self._index: Index | None = None
         self._kept: dict[str, list[Range]] = {}
         self._ranges: dict[str, list[Range]] = {}
 
-    def planned(self, index: Index | None, wanted: Sequence[TensorEntry]) -> None:
+    def planned(self, plan: Plan) -> bool:
         """Send the headers: this rank has found that the checkpoint fits.
 
         Where an index will not do, the whole file goes instead.
         """
+        index = plan.index
         if index is not None:
             sizes = {file: self.files.source(file).size_bytes for file in self._file_names(index)}
             self._kept = header_ranges(sizes, index.tensors.values())
@@ -58,13 +58,14 @@ class Sending:
                 index = None  # a hook, or extra state, has to see tensors, on every rank
         if index is None:
             self._send_whole()
-            return
-        self._index, self._ranges = index, tensor_ranges(wanted, self._kept)
+            return False
+        self._index, self._ranges = index, tensor_ranges(plan.entries, self._kept)
         header = {"name": self.files.name, "shown": self.files.shown, "kept": self._kept, "ranges": self._ranges}
         self._send_json({**header, "sizes": sizes})
         for file, ranges in self._kept.items():
             for begin, end in ranges:
                 self._relay.send(FileBlock(self.files.source(file).descriptor, begin, end - begin))
+        return False
 
     def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
         """Send the data, then read our own."""
@@ -74,7 +75,7 @@ class Sending:
                 self._ranges = tensor_ranges(tensors, self._kept)
             for bucket in cut(self._ranges, tensors):
                 self._relay.send(FileBlock(self.files.source(bucket.file).descriptor, bucket.begin, len(bucket)))
-        return read_all(transfers, report)
+        return read_all(transfers, report, thread_count(self._channel.identity))
 
     def _file_names(self, index: Index) -> list[str]:
         return list(dict.fromkeys((self.files.name, *index.byte_orders)))

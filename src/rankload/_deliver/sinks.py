@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 import torch
 
-from rankload._checkpoint.entry import contiguous_stride
+from rankload._checkpoint.entry import TensorEntry, contiguous_stride
 from rankload._deliver.boxes import Box, boxes_of_range, intersection, whole
-from rankload._deliver.broadcast.buckets import Bucket
+from rankload._deliver.buckets import Bucket
 from rankload._deliver.saved import TensorInFile
 from rankload._deliver.transfers import Transfer
 from rankload._errors import LoadError
@@ -107,12 +108,15 @@ class Sinks:
 
     def __init__(self, transfers: Sequence[Transfer], buckets: Sequence[Bucket]) -> None:
         self._rest: dict[str, list[Sink]] = {}
+        begins: dict[str, list[int]] = {}
+        for bucket in buckets:
+            begins.setdefault(bucket.file, []).append(bucket.begin)
         for transfer in sorted(transfers, key=lambda transfer: transfer.saved.position, reverse=True):
             file, begin = transfer.saved.position
             saved = transfer.saved.in_file
             if transfer.box.element_count and saved is not None:
-                end = begin + saved.entry.length
-                cuts = [bucket.begin for bucket in buckets if bucket.file == file and begin < bucket.begin < end]
+                own = begins[file]
+                cuts = own[bisect_right(own, begin) : bisect_left(own, begin + saved.entry.length)]
                 self._rest.setdefault(file, []).append(make_sink(transfer, cuts))
         self._open: list[Sink] = []
 
@@ -146,6 +150,11 @@ def _narrowed(tensor: torch.Tensor, its_box: Box, box: Box) -> torch.Tensor:
     for dimension, (start, origin, size) in enumerate(zip(box.offset, its_box.offset, box.shape, strict=True)):
         tensor = tensor.narrow(dimension, start - origin, size)
     return tensor
+
+
+def is_dense(entry: TensorEntry) -> bool:
+    """Tell whether a tensor's elements lie one after the other, in whatever order of its dimensions."""
+    return _order(entry.shape, entry.stride) is not None
 
 
 def _order(shape: Sequence[int], stride: Sequence[int]) -> list[int] | None:

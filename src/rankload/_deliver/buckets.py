@@ -81,8 +81,16 @@ def is_kept(entry: TensorEntry, ranges: Mapping[str, Sequence[Range]]) -> bool:
     return covers(ranges.get(entry.file, ()), entry.offset, entry.offset + entry.length)
 
 
-def cut(ranges: Mapping[str, Sequence[Range]], tensors: Iterable[TensorEntry]) -> list[Bucket]:
-    """Cut ranges into buckets, between two elements of the tensor that is cut."""
+def cut(
+    ranges: Mapping[str, Sequence[Range]], tensors: Iterable[TensorEntry], bucket_bytes: int | None = None
+) -> list[Bucket]:
+    """Cut ranges into buckets, between two elements of the tensor that is cut.
+
+    Args:
+        ranges: by file.
+        tensors: all that lie in them.
+        bucket_bytes: the most that a bucket has; default `BUCKET_BYTES`.
+    """
     by_file = defaultdict(list)
     for entry in sorted(tensors, key=lambda entry: entry.offset):
         by_file[entry.file].append(entry)
@@ -90,15 +98,15 @@ def cut(ranges: Mapping[str, Sequence[Range]], tensors: Iterable[TensorEntry]) -
         Bucket(file, *piece)
         for file, of_file in ranges.items()
         for begin, end in of_file
-        for piece in _pieces(begin, end, by_file[file])
+        for piece in _pieces(begin, end, by_file[file], bucket_bytes or BUCKET_BYTES)
     ]
 
 
-def _pieces(begin: int, end: int, entries: Sequence[TensorEntry]) -> list[Range]:
+def _pieces(begin: int, end: int, entries: Sequence[TensorEntry], bucket_bytes: int) -> list[Range]:
     offsets = [entry.offset for entry in entries]
     pieces = []
-    while end - begin > BUCKET_BYTES:
-        at = begin + BUCKET_BYTES
+    while end - begin > bucket_bytes:
+        at = begin + bucket_bytes
         before = bisect_right(offsets, at) - 1
         if before >= 0:
             at -= (at - offsets[before]) % _ALIGNMENT_BYTES

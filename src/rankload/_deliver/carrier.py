@@ -1,0 +1,68 @@
+"""What brings the bytes of a checkpoint to this rank's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rankload._checkpoint.entry import TensorEntry
+from rankload._checkpoint.index import Index
+from rankload._deliver.files import CheckpointFiles
+from rankload._deliver.reading import ReportBytes
+from rankload._deliver.saved import Assignment, SavedTensor
+from rankload._deliver.transfers import Transfer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a rank wants of a checkpoint.
+
+    Attributes:
+        index: the checkpoint's; None where torch.load loads all of it.
+        steps: into the module.
+        others: tensors for the optimizer.
+        device: gives the device for what is on the meta device now.
+    """
+
+    index: Index | None
+    steps: Sequence[Assignment]
+    others: Sequence[SavedTensor]
+    device: Callable[[], torch.device]
+
+    @property
+    def entries(self) -> list[TensorEntry]:
+        """Return the tensors of files that it wants."""
+        wanted = [*(step.saved for step in self.steps), *self.others]
+        return [saved.in_file.entry for saved in wanted if saved.in_file is not None]
+
+
+class Carrier:
+    """One load, seen from one rank: first the files, then the plan, then the bytes.
+
+    Attributes:
+        files: the checkpoint's, or what stands for them.
+        path: the file that this rank has; None for one that receives.
+        may_share: whether tensors may be views of the files.
+        delivery: how the bytes come.
+        reason: why so.
+    """
+
+    path: Path | None
+    files: CheckpointFiles
+    may_share: bool
+    delivery: str
+    reason = "it was asked for"
+
+    def planned(self, plan: Plan) -> bool:
+        """Take note of what this rank wants, before the ranks meet; return whether it would gather."""
+        raise NotImplementedError
+
+    def met(self, all_would_gather: bool) -> None:
+        """Take note of what the others have returned."""
+
+    def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
+        """Move the bytes, after the ranks have met; return how many this rank has read, or taken out of a stream."""
+        raise NotImplementedError

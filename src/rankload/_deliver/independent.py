@@ -1,0 +1,44 @@
+"""`delivery="read"`: each rank reads the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rankload._deliver.carrier import Carrier, Plan
+from rankload._deliver.files import CheckpointFiles
+from rankload._deliver.parts import all_files
+from rankload._deliver.read_ahead import read_ahead
+from rankload._deliver.readers import thread_count
+from rankload._deliver.reading import ReportBytes, read_all
+from rankload._deliver.transfers import Transfer
+from rankload._types import Channel
+
+
+class Reading(Carrier):
+    """Each rank reads what it wants.
+
+    Args:
+        files: of the checkpoint.
+        channel: of the call.
+        reason: see `Carrier`.
+    """
+
+    def __init__(self, files: CheckpointFiles, channel: Channel, reason: str = Carrier.reason) -> None:
+        self.path, self.files, self.may_share = files.path, files, True
+        self.delivery, self.reason = "read", reason
+        self._channel = channel
+        self._wanted_bytes = 0
+
+    def planned(self, plan: Plan) -> bool:
+        """See `Carrier.planned`."""
+        self._wanted_bytes = sum(entry.length for entry in plan.entries)
+        return False
+
+    def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
+        """See `Carrier.move`."""
+        own = sum(transfer.box.element_count for transfer in transfers)
+        if 2 * own >= sum(transfer.saved.shape.numel() for transfer in transfers):  # not one of many shards
+            paths = all_files(self.files.path)
+            if 2 * self._wanted_bytes >= sum(path.stat().st_size for path in paths):  # nor a part of the checkpoint
+                read_ahead(paths, self._channel)
+        return read_all(transfers, report, thread_count(self._channel.identity))
