@@ -5,6 +5,7 @@ warm: the file lies in the cache; memory is what all ranks hold (summed PSS) aft
 every page, above what they held before the call.
 fetch: one process, no ranks, without loading; see ``benchmarks.fetch``.
 modules: into modules, replicated, on meta and sharded; see ``benchmarks.modules``.
+gpu: into modules on an accelerator, where there is one; see ``benchmarks.gpu``.
 broadcast: from one node to three others over links of 1 Gbit/s; see ``benchmarks.broadcast``.
 """
 
@@ -16,9 +17,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from benchmarks.bounds import Bound
 from benchmarks.broadcast import broadcast
 from benchmarks.fetch import CURL, LIMITED_SIZE_BYTES, fetch
+from benchmarks.gpu import gpu
 from benchmarks.modules import modules
 from benchmarks.table import Table
 from benchmarks.ways import WAYS, Way, timed
@@ -85,6 +89,8 @@ def _tables(arguments: argparse.Namespace, root: Path) -> Iterator[Table]:
 
     if is_asked_for("modules"):
         yield from modules(arguments.only, arguments.layers, arguments.ranks, arguments.rounds, root)
+    if is_asked_for("gpu") and (arguments.case == "gpu" or torch.accelerator.is_available()):
+        yield from gpu(arguments.only, arguments.layers, arguments.ranks, arguments.rounds, root)
     if is_asked_for("broadcast"):
         yield broadcast(arguments.rounds)
     if not is_asked_for("cold", "warm", "fetch"):
@@ -103,13 +109,13 @@ def _tables(arguments: argparse.Namespace, root: Path) -> Iterator[Table]:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    cases = ["cold", "warm", "fetch", "modules", "broadcast", "all"]
+    cases = ["cold", "warm", "fetch", "modules", "gpu", "broadcast", "all"]
     parser.add_argument("case", nargs="?", choices=cases, default="all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--size-mb", type=int, default=1000)
     parser.add_argument("--layers", type=int, default=9, help="of the transformer for modules; 9 are 1.19 GB")
-    parser.add_argument("--only", nargs="+", help="some of the tables of modules, by their names")
+    parser.add_argument("--only", nargs="+", help="some of the tables of modules or gpu, by their names")
     parser.add_argument("--directory", type=Path, help="a disk for files and caches (default: the temporary directory)")
     parser.add_argument(
         "--report", type=Path, help="a directory for tables (.md), charts (.svg) and raw values (.json)"

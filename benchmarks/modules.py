@@ -80,7 +80,7 @@ def modules(only: Sequence[str] | None, layers: int, world_size: int, rounds: in
         if only is not None and case.name not in only:
             continue
         if case.model not in files:
-            files[case.model] = _write(scratch, case.model, layers)
+            files[case.model] = write_files(scratch, case.model, layers)
         yield _measured(case, files[case.model], layers, world_size, rounds)
 
 
@@ -121,7 +121,8 @@ def _run(way: ModuleWay, case: Case, layers: int, files: Files, world_size: int)
         return [result.value for result in group.wait()], held
 
 
-def _write(directory: Path, model: Model, layers: int) -> Files:
+def write_files(directory: Path, model: Model, layers: int) -> Files:
+    """Write a model's weights in both formats."""
     torch.manual_seed(0)
     state_dict = {
         name: tensor.detach().normal_() if tensor.is_floating_point() else tensor + 1

@@ -8,8 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankload._call import collective_call
-from rankload._errors import ArgumentError
+from rankload._call import agree_on_delivery, collective_call
 from rankload._fetch.once import fetch_at, fetch_once
 from rankload._fetch.request import Url, agreed_arguments, make_request
 from rankload._job.channel import RankChannel
@@ -17,7 +16,7 @@ from rankload._job.environment import identity_from_environment
 from rankload._job.lone import LoneChannel
 from rankload._job.membership import open_lone_channel
 from rankload._settings import Settings
-from rankload._types import Delivery, FetchRequest, Identity, Progress, Scope, Verify
+from rankload._types import Delivery, FetchRequest, Progress, Scope, Verify
 from rankload.adapt import Adapter, as_adapter
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ def dist_load_state_dict_from_url(
         path = fetch_for(chosen, request, channel, settings, source)
         with ExitStack() as closing:
             path = _delivered(chosen, path, source, channel, settings, closing)
-            state_dict = _read(path, map_location, channel.identity, group, weights_only, mmap)
+            state_dict = _read(path, map_location, channel, group, weights_only, mmap)
         return adapter(state_dict)  # type: ignore[no-any-return]
 
 
@@ -179,7 +178,7 @@ def load_in_this_process(
     Processes that share the directory still download once, through the lease.
     """
     path = fetch_in_this_process(url, model_dir, progress=progress, check_hash=check_hash, file_name=file_name)
-    return _read(path, map_location, identity_from_environment(), None, weights_only, None)
+    return _read(path, map_location, LoneChannel(identity_from_environment()), None, weights_only, None)
 
 
 def fetch_in_this_process(
@@ -237,37 +236,23 @@ def _delivered(
 def _read(
     path: Path,
     map_location: MapLocation,
-    identity: Identity,
+    channel: LoneChannel | RankChannel,
     group: ProcessGroup | None,
     weights_only: bool,
     mmap: bool | None,
 ) -> Any:
     from rankload._deliver.read import read_checkpoint  # imports torch
+    from rankload._deliver.readers import thread_count
     from rankload._job.devices import resolve_map_location
 
-    target = resolve_map_location(map_location, identity, group)
-    return read_checkpoint(path, target, weights_only=weights_only, mmap=mmap)
-
-
-def agree_on_delivery(
-    channel: LoneChannel | RankChannel,
-    arguments: dict[str, Any],
-    delivery: Delivery,
-    src: int | None,
-    group: ProcessGroup | None,
-    deliveries: Sequence[Delivery] = ("auto", "read", "broadcast"),
-) -> tuple[Delivery, int]:
-    """Agree on all arguments; return the delivery, and the rank in the channel that broadcasts.
-
-    Raises:
-        ArgumentError: there is no such delivery, or no such rank.
-        ArgumentMismatchError: another rank has said otherwise.
-    """
-    if delivery not in deliveries:
-        raise ArgumentError(f"delivery={delivery!r}: expected one of {', '.join(map(repr, deliveries))}")
-    source = 0 if src is None else _rank_in_channel(src, channel.identity, group)
-    channel.agree({**arguments, "delivery": delivery, "src": src})
-    return "read" if channel.identity.world_size == 1 else delivery, source
+    return read_checkpoint(
+        path,
+        resolve_map_location(map_location, channel.identity, group),
+        weights_only=weights_only,
+        mmap=mmap,
+        thread_count=thread_count(channel.identity),
+        look=lambda: channel.report(Progress("loading")),
+    )
 
 
 def fetch_for(
@@ -281,17 +266,3 @@ def fetch_for(
     )
     channel.report(Progress("loading", 0, None if file is None else file.size_bytes))
     return None if file is None else file.path
-
-
-def _rank_in_channel(src: int, identity: Identity, group: ProcessGroup | None) -> int:
-    rank = src
-    if group is not None:
-        from torch.distributed import get_group_rank
-
-        try:
-            rank = get_group_rank(group, src)
-        except (ValueError, RuntimeError) as error:
-            raise ArgumentError(f"src={src!r}: no rank of the group: {error}") from error
-    if not isinstance(rank, int) or not 0 <= rank < identity.world_size:
-        raise ArgumentError(f"src={src!r}: expected a rank, 0 to {identity.world_size - 1}")
-    return rank

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from rankload._api import agree_on_delivery, fetch_for
-from rankload._call import collective_call
+from rankload._api import fetch_for
+from rankload._call import agree_on_delivery, collective_call
 from rankload._deliver.carrier import Plan
 from rankload._deliver.carriers import open_carrier
 from rankload._deliver.content import open_content

@@ -7,10 +7,10 @@ copies the page first (MAP_PRIVATE) and never reaches the file.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,16 @@ from rankload._cache.failures import reopening
 from rankload._checkpoint import torch_zip
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import CHECKPOINT_FORMATS, Format, describe, sniff
+from rankload._checkpoint.pickle_values import NotUnderstoodError, Unbuilt
+from rankload._checkpoint.read_index import read_index
 from rankload._checkpoint.sharded import read_weight_map
 from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.unpacked import unpacked
 from rankload._deliver.failures import translated
 from rankload._deliver.private_mapping import torch_maps_privately
 from rankload._deliver.safetensors import read_safetensors
+from rankload._deliver.staging.late_storages import LateStorages
+from rankload._job.devices import visible_accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,8 @@ def read_checkpoint(
     *,
     weights_only: bool | None = True,
     mmap: bool | None = None,
+    thread_count: int = 1,
+    look: Callable[[], None] = lambda: None,
     **torch_load_arguments: Any,
 ) -> Any:
     """Load a checkpoint; equal to ``torch.load`` of it. Not collective.
@@ -49,6 +55,8 @@ def read_checkpoint(
         weights_only: as for torch.load; True refuses whatever is not tensors and plain containers.
         mmap: None or True maps the file where its format allows it (torch's zip, safetensors); False gives private
             copies, for files that may be truncated or rewritten while they are in use.
+        thread_count: how many threads read what goes to an accelerator.
+        look: called now and then while they wait for a file; raises what ends the wait.
         **torch_load_arguments: passed on (``pickle_module``, ``encoding``, …).
 
     Raises:
@@ -56,53 +64,98 @@ def read_checkpoint(
         LoadError: it could not be loaded for another reason.
     """
     path = Path(path)
-    read = functools.partial(
-        _read, map_location=map_location, mmap=mmap, weights_only=weights_only, arguments=torch_load_arguments
-    )
+    options = _Options(weights_only, mmap, thread_count, look, torch_load_arguments)
 
     def read_any() -> Any:
         file_format = sniff(path)
         if file_format != "single_member_zip":
-            return read(path, file_format)
+            return _read(path, file_format, map_location, options)
         with unpacked(path) as descriptor:
             member_path = Path(f"/dev/fd/{descriptor}")
-            return read(member_path, sniff(member_path))
+            return _read(member_path, sniff(member_path), map_location, options)
 
     with translated(path):
         return reopening(read_any)
 
 
-def _read(
-    path: Path,
-    file_format: Format,
-    *,
-    map_location: Any,
-    mmap: bool | None,
-    weights_only: bool | None,
-    arguments: dict[str, Any],
-) -> Any:
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `read_checkpoint`."""
+
+    weights_only: bool | None
+    mmap: bool | None
+    thread_count: int
+    look: Callable[[], None]
+    torch_load_arguments: dict[str, Any]
+
+
+def _read(path: Path, file_format: Format, map_location: Any, options: _Options) -> Any:
     if file_format not in CHECKPOINT_FORMATS:
         # torch.load would take it for a pickle, and talk of weights_only.
         raise BrokenFileError(f"expected a checkpoint, got {describe(path)}")
     if file_format == "single_member_zip":
         raise BrokenFileError("a zip archive in a zip archive is no checkpoint")
     if file_format == "sharded":
-        return _read_parts(path, map_location, weights_only=weights_only, mmap=mmap, **arguments)
+        return _read_parts(path, map_location, options)
     if file_format == "safetensors":
-        return read_safetensors(path, map_location, mmap=mmap is not False)
-    is_mapped = mmap is not False and _is_mappable(path, file_format, explicitly=mmap is True)
-    with _unsuffixed(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
-        return torch.load(name, map_location, weights_only=weights_only, mmap=is_mapped, **arguments)
+        is_mapped = options.mmap is not False
+        with _filled_late(map_location, is_mapped, lambda: True, options) as place:
+            return read_safetensors(path, place, mmap=is_mapped)
+    is_mapped = options.mmap is not False and _is_mappable(path, file_format, explicitly=options.mmap is True)
+    with (
+        _unsuffixed(path) as name,
+        torch_maps_privately() if is_mapped else contextlib.nullcontext(),
+        _filled_late(map_location, is_mapped, lambda: _is_plain(path), options) as place,
+    ):
+        return torch.load(
+            name, place, weights_only=options.weights_only, mmap=is_mapped, **options.torch_load_arguments
+        )
 
 
-def _read_parts(path: Path, map_location: Any, **arguments: Any) -> dict[str, Any]:
+@contextlib.contextmanager
+def _filled_late(map_location: Any, is_mapped: bool, is_plain: Callable[[], bool], options: _Options) -> Iterator[Any]:
+    """Give a ``map_location`` whose storages on accelerators are filled behind the block, where that is possible."""
+    if not is_mapped or visible_accelerator() is None or not LateStorages.is_predictable(map_location):
+        yield map_location
+        return
+    late = LateStorages(map_location, is_plain)
+    yield late
+    late.fill(options.thread_count, options.look)
+
+
+def _is_plain(path: Path) -> bool:
+    """Tell whether a file holds tensors and plain values only: nothing that looks into tensors while it is loaded."""
+    with path.open("rb", buffering=0) as file:
+        try:
+            index = read_index(LocalSource(file.fileno()), path.name, _no_parts, is_remote=False)
+        except NotUnderstoodError:
+            return False
+    return not any(isinstance(value, Unbuilt) for value in index.remainder.values())
+
+
+def _no_parts(name: str) -> LocalSource:
+    raise BrokenFileError(f"an archive does not name other files, such as {name!r}")
+
+
+def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, Any]:
     """Put the state dicts of several files together, in the order of their index."""
     with path.open("rb", buffering=0) as file:
         weight_map = read_weight_map(LocalSource(file.fileno()))
     paths = {name: path.parent / name for name in set(weight_map.values())}
     if strange := [name for name, part in paths.items() if sniff(part) == "sharded"]:
         raise BrokenFileError(f"index of a sharded checkpoint with another index as a part: {strange[0]!r}")
-    parts = {name: read_checkpoint(part, map_location, **arguments) for name, part in paths.items()}
+    parts = {
+        name: read_checkpoint(
+            part,
+            map_location,
+            weights_only=options.weights_only,
+            mmap=options.mmap,
+            thread_count=options.thread_count,
+            look=options.look,
+            **options.torch_load_arguments,
+        )
+        for name, part in paths.items()
+    }
     try:
         return {tensor: parts[name][tensor] for tensor, name in weight_map.items()}
     except (KeyError, TypeError) as error:

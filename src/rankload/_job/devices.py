@@ -22,15 +22,27 @@ from rankload._types import Identity
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: What torch.load calls for each storage: (storage, location tag) -> the storage where it belongs, or None for
-#: torch's own choice.
-Restore = Callable[[Any, str], Any]
-
 #: Accelerators that torch can name only once their extension (torch_npu, torch_mlu, torch_musa) is imported; files
 #: saved on them reach hosts without it.
 _OUT_OF_TREE = ("npu", "mlu", "musa")
 
 _PLACEHOLDERS = ("device", "local_rank", "rank")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A ``map_location`` that goes by the tags of storages alone.
+
+    Attributes:
+        device_of: gives the device for what is tagged so, or None for torch's own choice.
+    """
+
+    device_of: Callable[[str], torch.device | None]
+
+    def __call__(self, storage: Any, tag: str) -> Any:
+        """Return a storage where it belongs, or None; torch.load calls it for each."""
+        device = self.device_of(tag)
+        return None if device is None else default_restore_location(storage, str(device))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,7 @@ def resolve_map_location(map_location: Any, identity: Identity, group: ProcessGr
     """
     if map_location is None:
         own = functools.cache(lambda: own_device(identity, group))
-        return _restore_in_job(own) if _has_other_ranks(identity) else _restore_in_single_process(own)
+        return _placement_in_job(own) if _has_other_ranks(identity) else _placement_in_single_process(own)
     if isinstance(map_location, str):
         return _fill(map_location, identity, group)
     if isinstance(map_location, dict):
@@ -152,26 +164,17 @@ def _has_other_ranks(identity: Identity) -> bool:
     return identity.world_size > 1 or (identity.local_world_size or 1) > 1 or is_grouped
 
 
-def _restore_in_job(own: Callable[[], torch.device]) -> Restore:
-    def restore(storage: Any, tag: str) -> Any:
-        # None for the CPU, meta, and the tags of torch.serialization.register_package
-        return _put(storage, own()) if _accelerator_of(tag) else None
-
-    return restore
+def _placement_in_job(own: Callable[[], torch.device]) -> Placement:
+    # None for the CPU, meta, and the tags of torch.serialization.register_package
+    return Placement(lambda tag: own() if _accelerator_of(tag) else None)
 
 
-def _restore_in_single_process(own: Callable[[], torch.device]) -> Restore:
-    def restore(storage: Any, tag: str) -> Any:
+def _placement_in_single_process(own: Callable[[], torch.device]) -> Placement:
+    def device_of(tag: str) -> torch.device | None:
         kind = _accelerator_of(tag)
-        if kind is None or _exists(kind, tag):
-            return None
-        return _put(storage, own())
+        return None if kind is None or _exists(kind, tag) else own()
 
-    return restore
-
-
-def _put(storage: Any, device: torch.device) -> Any:
-    return default_restore_location(storage, str(device))  # type: ignore[no-untyped-call]
+    return Placement(device_of)
 
 
 def _accelerator_of(tag: str) -> str | None:

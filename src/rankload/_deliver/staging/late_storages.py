@@ -1,0 +1,127 @@
+"""torch.load onto accelerators: it gets storages without their content, and threads fill all of them behind it.
+
+By itself it copies each out of the mapped file, which is pageable memory, at the speed of one core.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.serialization import default_restore_location
+
+from rankload._deliver.staging.pinned import BUFFER_BYTES, staged
+from rankload._job.devices import Placement
+
+
+class LateStorages:
+    """A ``map_location`` that puts storages where another one says, but on accelerators without their content.
+
+    Args:
+        map_location: any form that `is_predictable`.
+        is_plain: tells whether the checkpoint holds nothing but tensors and plain values: what else there is may look
+            at elements while it is loaded, and would see them too early. Asked once, when there is something to gain.
+    """
+
+    def __init__(self, map_location: Any, is_plain: Callable[[], bool]) -> None:
+        self._map_location, self._is_plain = map_location, functools.cache(is_plain)
+        self._pairs: dict[torch.device, list[tuple[torch.UntypedStorage, torch.UntypedStorage]]] = defaultdict(list)
+
+    @staticmethod
+    def is_predictable(map_location: Any) -> bool:
+        """Tell whether a ``map_location`` goes by the tags of storages alone; a caller's function need not."""
+        return not callable(map_location) or isinstance(map_location, Placement)
+
+    def __call__(self, storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
+        """Return a storage in the right place; see torch.load."""
+        device = self._restored(_storage(0, "cpu"), tag).device
+        if not _is_late(device) or not self._is_plain():
+            return self._restored(storage, tag)
+        empty = _storage(storage.nbytes(), device)
+        self._pairs[device].append((empty, storage))
+        return empty
+
+    def fill(self, thread_count: int, look: Callable[[], None]) -> None:
+        """Copy what belongs into the storages that were made.
+
+        Args:
+            thread_count: how many threads read.
+            look: called now and then while a file does not answer; raises what ends the wait.
+        """
+        for device, pairs in self._pairs.items():
+            for job, content in staged(list(_jobs(pairs)), device, thread_count, look):
+                for piece, begin in zip(job.pieces, job.begins, strict=True):
+                    target = torch.empty(0, dtype=torch.uint8, device=device).set_(piece.storage)
+                    part = content.narrow(0, begin, piece.length)
+                    target.narrow(0, piece.offset, piece.length).copy_(part, non_blocking=True)
+        self._pairs.clear()
+
+    def _restored(self, storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
+        place = self._map_location
+        if callable(place):
+            restored = place(storage, tag)
+            return default_restore_location(storage, tag) if restored is None else restored  # type: ignore[no-any-return,no-untyped-call]
+        location = place.get(tag, tag) if isinstance(place, dict) else tag if place is None else place
+        return default_restore_location(storage, str(location))  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _storage(size_bytes: int, device: torch.device | str) -> torch.UntypedStorage:
+    return torch.empty(size_bytes, dtype=torch.uint8, device=device).untyped_storage()
+
+
+def _is_late(device: torch.device) -> bool:
+    return device.type not in ("cpu", "meta")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes of a storage on a device, and where they are in memory now."""
+
+    storage: torch.UntypedStorage
+    offset: int
+    address: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """As many as go into a buffer, one behind the other."""
+
+    pieces: Sequence[_Piece]
+
+    def __len__(self) -> int:
+        return sum(piece.length for piece in self.pieces)
+
+    @property
+    def begins(self) -> list[int]:
+        """Return where each begins in the buffer."""
+        begins = [0]
+        for piece in self.pieces[:-1]:
+            begins.append(begins[-1] + piece.length)
+        return begins
+
+    def fill(self, address: int) -> None:
+        for piece in self.pieces:
+            ctypes.memmove(address, piece.address, piece.length)
+            address += piece.length
+
+
+def _jobs(pairs: Sequence[tuple[torch.UntypedStorage, torch.UntypedStorage]]) -> Iterator[_Pieces]:
+    pieces: list[_Piece] = []
+    room = BUFFER_BYTES
+    for empty, full in pairs:
+        done = 0
+        while done < full.nbytes():
+            length = min(room, full.nbytes() - done)
+            pieces.append(_Piece(empty, done, full.data_ptr() + done, length))
+            done, room = done + length, room - length
+            if not room:
+                yield _Pieces(pieces)
+                pieces, room = [], BUFFER_BYTES
+    if pieces:
+        yield _Pieces(pieces)

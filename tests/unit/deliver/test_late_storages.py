@@ -1,0 +1,154 @@
+"""torch.load onto accelerators, whose storages get their content behind it: simulated on the CPU, and on a real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rankload
+from harness import checkpoints
+from harness.checkpoints import CheckpointFile, assert_same
+from rankload._deliver import read
+from rankload._deliver.read import read_checkpoint
+from rankload._deliver.staging import late_storages, pinned
+from rankload._job.devices import Placement
+
+FORMATS: dict[str, Callable[[Path, Any], CheckpointFile]] = {
+    "zip": checkpoints.write_zip,
+    "legacy": checkpoints.write_legacy,
+    "legacy-zip": checkpoints.write_legacy_zip,
+    "safetensors": checkpoints.write_safetensors,
+}
+
+
+def content() -> dict[str, torch.Tensor]:
+    """Many small tensors, large ones, views of one another, other layouts."""
+    torch.manual_seed(2)
+    base = torch.randn(70, 90)
+    return {
+        **{f"small{number}": torch.randn(number + 1) for number in range(40)},
+        "large": torch.randn(300, 50),
+        "transposed": torch.randn(40, 60).t(),
+        "base": base,
+        "tied": base,
+        "view": base[3:20],
+        "half": torch.randn(999).to(torch.bfloat16),
+        "empty": torch.empty(0, 3),
+    }
+
+
+def without_ties(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Takes the CPU for an accelerator; counts how many storages came late."""
+    filled: list[int] = []
+    fill = late_storages.LateStorages.fill
+
+    def fill_and_count(self: Any, *arguments: Any) -> None:
+        filled.append(sum(map(len, self._pairs.values())))
+        fill(self, *arguments)
+
+    monkeypatch.setattr(late_storages, "_is_late", lambda device: True)
+    monkeypatch.setattr(late_storages.LateStorages, "fill", fill_and_count)
+    monkeypatch.setattr(read, "visible_accelerator", lambda: "an accelerator")
+    for module in (pinned, late_storages):
+        monkeypatch.setattr(module, "BUFFER_BYTES", 1000)
+    return filled
+
+
+@pytest.mark.parametrize("map_location", [None, "cpu", torch.device("cpu"), {"cpu": "cpu"}, {}, "placement"])
+def test_it_is_what_torch_load_makes(tmp_path: Path, late: list[int], map_location: Any) -> None:
+    file = checkpoints.write_zip(tmp_path, content())
+    place = Placement(lambda tag: torch.device("cpu")) if map_location == "placement" else map_location
+    found = read_checkpoint(file.path, place, thread_count=3)
+    assert_same(found, torch.load(file.path))
+    assert late[0] > 40
+    assert found["tied"].data_ptr() == found["base"].data_ptr()
+    assert found["view"].untyped_storage().data_ptr() == found["base"].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["training", "safetensors"])
+def test_other_content(tmp_path: Path, late: list[int], kind: str) -> None:
+    if kind == "training":
+        file = checkpoints.write_zip(tmp_path, checkpoints.training_checkpoint())
+        expected = torch.load(file.path)
+    else:
+        expected = without_ties(content())
+        file = checkpoints.write_safetensors(tmp_path, expected)
+    found = read_checkpoint(file.path, "cpu")
+    assert_same({**found}, {name: expected[name] for name in found})
+    assert late[0] > 0
+
+
+@pytest.mark.parametrize("kind", ["legacy", "legacy-zip"])
+def test_what_cannot_be_mapped_does_not_come_late(tmp_path: Path, late: list[int], kind: str) -> None:
+    file = FORMATS[kind](tmp_path, content())
+    assert_same(read_checkpoint(file.path, "cpu"), content())
+    assert not late or late == [0]
+
+
+def test_a_callers_own_function_gets_the_content(tmp_path: Path, late: list[int]) -> None:
+    file = checkpoints.write_zip(tmp_path, content())
+    sums: list[int] = []
+
+    def place(storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
+        sums.append(sum(storage.tolist()))
+        return storage
+
+    assert_same(read_checkpoint(file.path, place), torch.load(file.path))
+    assert not late and max(sums) > 0
+
+
+class Sum:
+    """Looks at a tensor while it is loaded."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.sum = self.tensor.sum().item()
+
+
+def test_objects_that_look_into_tensors_find_them_filled(tmp_path: Path, late: list[int]) -> None:
+    torch.save({"weight": torch.ones(5000), "object": Sum(torch.ones(7000))}, tmp_path / "file.pth")
+    found = read_checkpoint(tmp_path / "file.pth", "cpu", weights_only=False)
+    assert found["object"].sum == 7000 and found["weight"].sum() == 5000
+    assert late == [0]
+
+
+def test_sparse_tensors_are_checked_with_their_content(tmp_path: Path, late: list[int]) -> None:
+    torch.save({"sparse": torch.eye(300).to_sparse(), "weight": torch.ones(5000)}, tmp_path / "file.pth")
+    found = read_checkpoint(tmp_path / "file.pth", "cpu")
+    assert torch.equal(found["sparse"].to_dense(), torch.eye(300)) and found["weight"].sum() == 5000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
+@pytest.mark.parametrize("kind", [*FORMATS])
+@pytest.mark.parametrize("form", ["str", "device", "dict", "template", "tag"])
+def test_on_a_real_accelerator(tmp_path: Path, kind: str, form: str) -> None:
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    device = torch.device(accelerator.type, 0)
+    expected = without_ties(content()) if kind == "safetensors" else content()
+    # what is saved on the accelerator needs no map_location to come there
+    saved = {name: tensor.to(device) for name, tensor in expected.items()} if form == "tag" else expected
+    file = FORMATS[kind](tmp_path, saved)
+    location: Any = {"str": str(device), "device": device, "dict": {"cpu": str(device)}, "template": "{device}"}.get(
+        form
+    )
+    found = rankload.load(file.path, location)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].cpu(), tensor), name
+        if form != "tag" or kind != "safetensors":  # which knows no devices
+            assert found[name].device == device, name
+    if kind == "zip" and form != "tag":
+        assert found["view"].untyped_storage().data_ptr() == found["base"].untyped_storage().data_ptr()
