@@ -116,7 +116,8 @@ def _load_in_rank(rank: int, name: str, model: Model, kind: Kind, layers: int, f
     loaded = way.load(module, files)
     memory.synchronize()
     seconds = time.perf_counter() - started
-    peak = memory.max_memory_allocated() - before - (0 if kind == "module" else files.size_bytes)
+    own_bytes = 0 if kind == "module" or way.name == FLOOR else files.size_bytes
+    peak = memory.max_memory_allocated() - before - own_bytes
     if way.name != FLOOR:
         tensors = loaded if kind == "state_dict" else module.state_dict()
         left = [name for name, tensor in tensors.items() if tensor.is_meta or not bool(tensor.any())]

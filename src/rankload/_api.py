@@ -81,7 +81,8 @@ def dist_load_state_dict_from_url(
             ``"auto"``, which finds out.
         delivery: ``"read"``: every rank maps the file. ``"broadcast"``: one rank fetches it, and it travels on from
             node to node, over TCP in a chain, into memory that the ranks of a node share; nothing is cached on the
-            other nodes, and no directory need be shared. ``"auto"`` is ``"read"``.
+            other nodes, and no directory need be shared. ``"auto"`` is ``"read"``; ``"gather"`` is for
+            `dist_load_into`.
         src: the rank that fetches and sends with ``"broadcast"``, a global one as in torch.distributed.broadcast;
             default: the first of the group.
         group: the process group whose ranks make this call.

@@ -83,9 +83,15 @@ def dist_load_into(
         assign: replace the module's tensors instead of writing into them, with the checkpoint's dtypes, as
             ``load_state_dict(assign=True)`` does: on the CPU without a copy. Make the optimizer afterwards.
             None replaces only what is on the meta device.
-        delivery, src: see there. With ``"broadcast"`` each rank takes its own bytes out of what comes by, and holds
-            8 MiB beyond its own tensors. Where the source itself has to load the whole file (it has no index, an
-            ``adapt`` of your own or a hook of the module wants to see tensors), each receiver gets all of it first.
+        delivery, src: see there. With ``"gather"`` the ranks share out the reading of what all of them want: each reads
+            and uploads its share and gets the others' by all-gathers of the process group, which must have a backend
+            for the module's device; a device holds two buckets beyond its own tensors, 64 MiB at the most. Sharded
+            tensors are read by their owners.
+            ``"auto"`` is ``"gather"`` for replicated modules on accelerators whose process group has NCCL or the like,
+            if the ranks are on one node or the file is on the network, and else ``"read"``; the report says why.
+            With ``"broadcast"`` each rank takes its own bytes out of what comes by, and holds 8 MiB beyond its own
+            tensors. Where the source itself has to load the whole file (it has no index, an ``adapt`` of your own or a
+            hook of the module wants to see tensors), each receiver gets all of it first.
         mmap: False makes private copies of what would be views of the mapped file.
         adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt` are applied
             to the index, before a byte is read; your own get the tensors, mapped. With an optimizer they are applied

@@ -25,6 +25,8 @@ from rankload._deliver.staging.sharers import Sharers
 from rankload._deliver.staging.whole_tensors import is_good_as_it_is, upload_whole
 from rankload._deliver.transfers import Transfer
 from rankload._job.channel import RankChannel
+from rankload._job.devices import hardware_id
+from rankload._job.machine import kernel_id
 from rankload._settings import Settings
 from rankload._types import Progress
 
@@ -72,6 +74,8 @@ class Gathering(Reading):
         self._shared = {id(step.saved) for step in shared}
         facts = self._facts(plan, shared, device)
         choice = asked_for(facts) if self._is_asked_for else choose(facts)
+        if choice.delivery == "gather" and not self._is_asked_for and self._has_company_on(device):
+            choice = Choice("read", "another rank has the same device, which collectives do not bear")
         if choice.delivery == "gather":
             first = self._channel.first("gather/wanted", _digest(shared))
             if first != _digest(shared):
@@ -106,6 +110,13 @@ class Gathering(Reading):
                 Sharers.of(group, self._patience_seconds),
             )
         return done + read_all(others, lambda more: report(done + more), thread_count(identity))
+
+    def _has_company_on(self, device: torch.device) -> bool:
+        """Tell whether another rank has come with the same device."""
+        hardware = hardware_id(device)
+        if hardware is None:
+            return False
+        return self._channel.claim(f"gather/{kernel_id()}/{hardware}") != self._channel.identity.rank
 
     def _facts(self, plan: Plan, shared: Sequence[Assignment], device: torch.device) -> Facts:
         identity = self._channel.identity

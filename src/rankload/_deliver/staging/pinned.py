@@ -75,12 +75,22 @@ def staged(
 
 
 class _Buffer:
-    """Pinned memory, and when it may be written to again."""
+    """Pinned memory, and when it may be written to again.
+
+    The thread that fills it first makes it: pinning takes its time, and others read meanwhile.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.content = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=device.type != "cpu")
         self._device = device
+        self._memory: torch.Tensor | None = None
         self._copied: torch.Event | None = None
+
+    @property
+    def content(self) -> torch.Tensor:
+        """Return the memory, ``uint8[BUFFER_BYTES]``."""
+        if self._memory is None:
+            self._memory = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=self._device.type != "cpu")
+        return self._memory
 
     def fill(self, job: Job) -> None:
         """Read a job's bytes when the copies of what was here before have ended."""
