@@ -88,7 +88,9 @@ def _tables(arguments: argparse.Namespace, root: Path) -> Iterator[Table]:
         return arguments.case in (*cases, "all")
 
     if is_asked_for("modules"):
-        yield from modules(arguments.only, arguments.layers, arguments.ranks, arguments.rounds, root)
+        yield from modules(
+            arguments.only, arguments.layers, arguments.ranks, arguments.rounds, root, is_cold=arguments.cold
+        )
     if is_asked_for("gpu") and (arguments.case == "gpu" or torch.accelerator.is_available()):
         yield from gpu(arguments.only, arguments.layers, arguments.ranks, arguments.rounds, root)
     if is_asked_for("broadcast"):
@@ -115,6 +117,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--size-mb", type=int, default=1000)
     parser.add_argument("--layers", type=int, default=9, help="of the transformer for modules; 9 are 1.19 GB")
+    parser.add_argument("--cold", action="store_true", help="modules: from the disk, not from the page cache")
     parser.add_argument("--only", nargs="+", help="some of the tables of modules or gpu, by their names")
     parser.add_argument("--directory", type=Path, help="a disk for files and caches (default: the temporary directory)")
     parser.add_argument(

@@ -59,10 +59,13 @@ def gpu(only: Sequence[str] | None, layers: int, world_size: int, rounds: int, s
         ("gpu-meta", "transformer", "meta"),
         ("gpu-many-small-tensors", "resnet", "module"),
     )
+    files: dict[Model, Files] = {}
     for slug, model, kind in cases:
-        if only is None or slug in only:
-            files = write_files(scratch, model, layers)
-            yield _measured(slug, files, model, kind, layers, world_size, rounds)
+        if only is not None and slug not in only:
+            continue
+        if model not in files:
+            files[model] = write_files(scratch, model, layers)
+        yield _measured(slug, files[model], model, kind, layers, world_size, rounds)
 
 
 def _measured(slug: str, files: Files, model: Model, kind: Kind, layers: int, world_size: int, rounds: int) -> Table:

@@ -1,15 +1,19 @@
-"""Weights, warm in the page cache, into the module of every rank: the ways that people use, in one run.
+"""Weights into the module of every rank: the ways that people use, in one run.
 
 Each way runs in ranks of its own, new processes, and loads once: what it imports is imported before, and the module's
-memory is touched before. ``state_dict``: nothing but the dict, mapped where the way does so. ``module``: every rank has
-all parameters. ``meta``: the module was made on the meta device. ``fsdp``: ``fully_shard`` over all ranks.
-``tensor-parallel``: attention and feed-forward cut over all ranks. ``many-small-tensors``: ResNet-50's, replicated.
+memory is touched before. The files are in the page cache, or, with ``--cold``, on the disk alone.
+
+``state_dict``: nothing but the dict, mapped where the way does so. ``module``: every rank has all parameters. ``meta``:
+the module was made on the meta device. ``fsdp``: ``fully_shard`` over all ranks. ``tensor-parallel``: attention and
+feed-forward cut over all ranks. ``many-small-tensors``: ResNet-50's, replicated.
+
 Seconds are the slowest rank's; memory is what all ranks hold together after touching it (PSS, above what they held
 before), and the largest growth of one rank's resident memory on the way.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -73,7 +77,9 @@ CASES = (
 )
 
 
-def modules(only: Sequence[str] | None, layers: int, world_size: int, rounds: int, scratch: Path) -> Iterator[Table]:
+def modules(
+    only: Sequence[str] | None, layers: int, world_size: int, rounds: int, scratch: Path, *, is_cold: bool
+) -> Iterator[Table]:
     """Yield the table of each case, or of some, by their names."""
     files: dict[str, Files] = {}
     for case in CASES:
@@ -81,25 +87,34 @@ def modules(only: Sequence[str] | None, layers: int, world_size: int, rounds: in
             continue
         if case.model not in files:
             files[case.model] = write_files(scratch, case.model, layers)
-        yield _measured(case, files[case.model], layers, world_size, rounds)
+        yield _measured(case, files[case.model], layers, world_size, rounds, is_cold=is_cold)
 
 
-def _measured(case: Case, files: Files, layers: int, world_size: int, rounds: int) -> Table:
+def _measured(case: Case, files: Files, layers: int, world_size: int, rounds: int, *, is_cold: bool) -> Table:
     ways = [way for way in MODULE_WAYS if case.kind in way.kinds and way.is_installed]
     if missing := [way.name for way in MODULE_WAYS if case.kind in way.kinds and not way.is_installed]:
         print(f"\n{case.name}: left out, for they are not installed: {', '.join(missing)}")
     results: dict[str, list[tuple[list[Measured], int]]] = defaultdict(list)
     for _ in range(rounds):
         for way in ways:
+            if is_cold:
+                _drop_from_page_cache(files)
             results[way.name].append(_run(way, case, layers, files, world_size))
     return Table(
-        case.name,
-        f"{case.name}, {world_size} ranks, {files.size_bytes / 1e9:.2f} GB in {files.tensor_count} tensors, medians of "
-        f"{rounds}, slowest rank",
+        f"{case.name}-cold" if is_cold else case.name,
+        f"{case.name}, {'cold' if is_cold else 'warm'}, {world_size} ranks, {files.size_bytes / 1e9:.2f} GB in "
+        f"{files.tensor_count} tensors, medians of {rounds}, slowest rank",
         {name: [max(rank.seconds for rank in ranks) for ranks, _ in runs] for name, runs in results.items()},
         {name: _note(runs, files.size_bytes) for name, runs in results.items()},
-        case.bounds,
+        () if is_cold else case.bounds,
     )
+
+
+def _drop_from_page_cache(files: Files) -> None:
+    for path in (files.zip, files.safetensors):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # dirty pages cannot be dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _note(runs: list[tuple[list[Measured], int]], size_bytes: int) -> str:

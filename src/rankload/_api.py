@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     MapLocation = (
         str | torch.device | dict[str, str] | Callable[[torch.UntypedStorage, str], torch.UntypedStorage] | None
     )
+
+
+_logger = logging.getLogger(__name__)
 
 
 def dist_load_state_dict_from_url(
@@ -230,6 +234,7 @@ def _delivered(
         assert isinstance(channel, RankChannel)
         return broadcast_files(path, source, channel, settings, closing)
     assert path is not None
+    _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", channel.identity.rank)
     read_ahead(all_files(path), channel)
     return path
 
