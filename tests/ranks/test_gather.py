@@ -229,7 +229,7 @@ def test_a_disk_that_fails_fails_all_and_leaves_the_process_group_whole(linear_f
         assert total == 3
 
 
-def _load_where_one_leaves(rank: int, path: Path, leaver: int, how: str) -> tuple[str, str, float]:
+def _load_where_one_leaves(rank: int, path: Path, leaver: int, how: str, after: float) -> tuple[str, str, float]:
     from rankload import RankloadError, dist_load_into
     from rankload._deliver.files import CheckpointFiles
 
@@ -238,7 +238,7 @@ def _load_where_one_leaves(rank: int, path: Path, leaver: int, how: str) -> tupl
     read = CheckpointFiles.read
 
     def read_and_leave(self: CheckpointFiles, name: str, address: int, offset: int, length: int, *, what: str) -> None:
-        if rank == leaver and what == "its tensors" and offset > path.stat().st_size // 2:
+        if rank == leaver and what == "its tensors" and offset >= after * path.stat().st_size:
             os.kill(os.getpid(), getattr(signal, how))
         read(self, name, address, offset, length, what=what)
 
@@ -250,18 +250,21 @@ def _load_where_one_leaves(rank: int, path: Path, leaver: int, how: str) -> tupl
 
 
 @pytest.mark.parametrize(
-    ("leaver", "how", "kind", "text"),
+    ("leaver", "how", "after", "kind", "text"),
     [
-        (0, "SIGKILL", "RankLostError", "rank 0"),
-        (2, "SIGKILL", "RankLostError", "rank 2"),
-        (2, "SIGSTOP", "RankLostError", "rank 2"),
-        (1, "SIGTERM", "CallCancelledError", "SIGTERM"),
+        (0, "SIGKILL", 0.5, "RankLostError", "rank 0"),
+        (2, "SIGKILL", 0.5, "RankLostError", "rank 2"),
+        (2, "SIGKILL", 0.0, "RankLostError", "rank 2"),  # before it has given any sign of life
+        (2, "SIGSTOP", 0.5, "RankLostError", "rank 2"),
+        (2, "SIGSTOP", 0.0, "RankLostError", "rank 2"),
+        (0, "SIGSTOP", 0.0, "RankLostError", "rank 0"),
+        (1, "SIGTERM", 0.5, "CallCancelledError", "SIGTERM"),
     ],
 )
-def test_rank_that_leaves_in_the_middle(
-    linear_file: Path, short_deadlines: float, leaver: int, how: str, kind: str, text: str
+def test_rank_that_leaves(
+    linear_file: Path, short_deadlines: float, leaver: int, how: str, after: float, kind: str, text: str
 ) -> None:
-    with start_ranks(_load_where_one_leaves, 3, args=(linear_file, leaver, how)) as group:
+    with start_ranks(_load_where_one_leaves, 3, args=(linear_file, leaver, how, after)) as group:
         others = [rank for rank in range(3) if rank != leaver]
         results = {rank: group.wait_for_end(rank) for rank in others}
     for rank in others:

@@ -59,6 +59,7 @@ class RankChannel:
         self._session, self._settings = session, settings
         self._store, self._prefix = session.store, session.next_call_prefix()
         self._watched = range(1, self.identity.world_size) if self.identity.rank == 0 else [0]
+        self._have_all_come = False
         self._facts: dict[str, str] = {}
         self._on_exit: list[Callable[[], None]] = []
         self._termination = TerminationAsException()
@@ -123,7 +124,9 @@ class RankChannel:
         agreeing, come = divmod(self._store.add(self._key(f"met/{key}"), 1 + _VOTE * agrees), _VOTE)
         if come == self.identity.world_size:
             self.post(f"met/{key}/all", {"agree": agreeing == come})
-        return bool(self._wait_for(f"met/{key}/all", self._watched)["agree"])
+        agreed = bool(self._wait_for(f"met/{key}/all", self._watched)["agree"])
+        self._have_all_come = True
+        return agreed
 
     def watch_over(self, ranks: Iterable[int]) -> Callable[[Progress], None]:
         """Return what a wait of another kind calls again and again: it publishes this rank's progress.
@@ -279,7 +282,10 @@ class RankChannel:
                 self._pulse.beat(progress)
 
     def _vigil_over(self, ranks: Iterable[int], *, is_logged: bool = True) -> Vigil:
-        watches = [Watch(self._store, self._key(f"status/{rank}"), rank, self._settings) for rank in ranks]
+        watches = [
+            Watch(self._store, self._key(f"status/{rank}"), rank, self._settings, lambda: self._have_all_come)
+            for rank in ranks
+        ]
         return Vigil(watches, self._settings, self.identity, is_logged=is_logged)
 
     def _key(self, name: str) -> str:

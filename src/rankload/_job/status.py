@@ -111,10 +111,21 @@ class Pulse:
 
 
 class Watch:
-    """Judges one other rank by what it publishes."""
+    """Judges one other rank by what it publishes.
 
-    def __init__(self, store: RankStore, key: str, rank: int, settings: Settings) -> None:
+    Args:
+        store: where it publishes.
+        key: its status.
+        rank: it.
+        settings: how long it may be silent, or stand still.
+        have_all_come: tells whether all ranks are known to have made the call, whatever they have published.
+    """
+
+    def __init__(
+        self, store: RankStore, key: str, rank: int, settings: Settings, have_all_come: Callable[[], bool]
+    ) -> None:
         self.rank, self._store, self._key, self._settings = rank, store, key, settings
+        self._have_all_come = have_all_come
         self.status: Status | None = None
         self._silent_seconds = self._still_seconds = 0.0
 
@@ -130,6 +141,7 @@ class Watch:
         """
         text = self._store.peek(self._key)
         if text is None:
+            self._judge_silence(elapsed_seconds)
             return
         status = Status.from_json(text)
         has_beaten = self.status is None or status.beat != self.status.beat
@@ -141,11 +153,28 @@ class Watch:
         if error := self._judge(status):
             raise error
 
+    @property
+    def is_absent(self) -> bool:
+        """Whether the rank may not have made the call yet."""
+        return self.status is None and not self._have_all_come()
+
     def describe(self) -> str:
         """Name the rank, its host and what it does, for a log line."""
         if self.status is None:
-            return f"rank {self.rank} (has not made this call yet)"
+            return f"rank {self.rank} ({'has not made this call yet' if self.is_absent else 'silent'})"
         return f"rank {self.rank} on {self.status.host}: {describe(self.status.progress)}"
+
+    def _judge_silence(self, elapsed_seconds: float) -> None:
+        """Judge a rank that has published nothing: it may have been killed in the first moments of the call."""
+        if self.is_absent:
+            return
+        self._silent_seconds += elapsed_seconds
+        if self._silent_seconds >= silence_limit_seconds(self._settings):
+            raise RankLostError(
+                f"rank {self.rank} made the call and has given no sign of life for {self._silent_seconds:.0f} s: it "
+                "was killed or is frozen; see its node's log (out of memory, preemption)",
+                lost_rank=self.rank,
+            )
 
     def _judge(self, status: Status) -> CoordinationError | None:
         who = f"rank {self.rank} (pid {status.pid} on {status.host})"

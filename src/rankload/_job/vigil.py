@@ -49,7 +49,7 @@ class Vigil:
         self._watched_seconds += elapsed
         for watch in self._watches:
             watch.look(elapsed)
-        absent = _ranges([watch.rank for watch in self._watches if watch.status is None])
+        absent = _ranges([watch.rank for watch in self._watches if watch.is_absent])
         if absent and self._watched_seconds >= self._settings.arrival_seconds:
             raise ArrivalTimeoutError(
                 f"rank {absent} did not make this call within {self._settings.arrival_seconds:g} s: every rank must "
