@@ -21,16 +21,18 @@ _LONGEST_ROUND_SECONDS = 6.0
 
 
 def backoff(world_size: int, sleep: Callable[[float], object] = time.sleep) -> Iterator[float]:
-    """Yield for ever, sleeping from 1 ms up to max(100 ms, world_size / 4000 s) between two rounds; yields the sleep.
+    """Yield for ever, sleeping between two rounds; yields the sleep.
 
-    The growth of a third keeps the time lost by sleeping below a third of the time waited; the ceiling keeps 4000
-    polling ranks below 4000 rounds a second, a few percent of what a TCPStore serves.
+    The sleep grows from 1 ms by a third, so that the time lost by it stays below a third of the time waited; to 10 ms
+    in the first second, which is as long as most waits between ranks are, and to 100 ms then. It is never so short that
+    all ranks together would make more than 4000 rounds a second, a few percent of what a TCPStore serves.
     """
-    delay, ceiling = 0.001, max(0.1, world_size / 4000)
+    delay, slept, shortest = 0.001, 0.0, world_size / 4000
     while True:
         yield delay
         sleep(delay)
-        delay = min(delay * 4 / 3, ceiling)
+        slept += delay
+        delay = min(delay * 4 / 3, max(0.01 if slept < 1 else 0.1, shortest))
 
 
 def until_rank_0_comes(identity: Identity, settings: Settings) -> Iterator[float]:
