@@ -17,13 +17,19 @@ from pathlib import Path
 
 import requests
 import torch
+from huggingface_hub import hf_hub_download
 
 from benchmarks.bounds import Bound
 from benchmarks.table import Table
 from harness import nginx_behaviours as behaviours
 from harness.checkpoints import CheckpointFile
+from harness.hf import COMMIT
 from harness.nginx import nginx
+from harness.origin import Origin
 from harness.ranks import run_ranks
+from harness.replies import Reply
+
+_REPOSITORY = "org/model"
 
 LIMITED_BYTES_PER_SECOND = 20_000_000
 LIMITED_SIZE_BYTES = 400_000_000
@@ -126,10 +132,23 @@ def requests_loop(url: str, directory: Path, file: CheckpointFile) -> object:
     return partial.rename(directory / file.name)
 
 
+def huggingface_hub(url: str, directory: Path, file: CheckpointFile) -> float:
+    """From a Hub of our own, which redirects to the URL, as the real one does to its CDN."""
+    linked = {"X-Linked-ETag": f'"{file.sha256}"', "X-Linked-Size": str(file.size), "X-Repo-Commit": COMMIT}
+    with Origin() as hub:
+        hub.add(f"{_REPOSITORY}/resolve/main/{file.name}", b"", Reply(redirect_to=url, headers=linked))
+        return in_python(_hf_hub_download)(hub.base_url, directory, file)
+
+
+def _hf_hub_download(endpoint: str, directory: Path, file: CheckpointFile) -> object:
+    return hf_hub_download(_REPOSITORY, file.name, endpoint=endpoint, local_dir=directory, token=False)
+
+
 CURL = FetchWay("curl -o x && sync x", "not verified; synced", curl)
 RANKLOAD = FetchWay("rankload.dist_fetch", "verified, published, synced", in_python(rankload_fetch))
 TORCH_HUB = FetchWay("torch.hub.download_url_to_file", "verified; not synced", in_python(torch_hub))
 REQUESTS = FetchWay("requests loop with hashlib", "verified; not synced", in_python(requests_loop))
+HUB = FetchWay("huggingface_hub.hf_hub_download", "not verified; not synced", huggingface_hub)
 ARIA2C = FetchWay("aria2c -x8 -s8", "not verified; not synced", aria2c())
 ARIA2C_1M = FetchWay("aria2c -x8 -s8 -k1M", "not verified; not synced", aria2c("-k1M"))
 SHA256 = FetchWay("SHA-256 of bytes in memory", "the floor of what verifies on one core", sha256_in_memory)
@@ -138,7 +157,7 @@ SHA256 = FetchWay("SHA-256 of bytes in memory", "the floor of what verifies on o
 def fetch(file: CheckpointFile, limited_file: CheckpointFile, rounds: int, scratch: Path) -> Iterator[Table]:
     """Yield both tables: at full speed, and from an origin that limits each connection."""
     with nginx(file.path.parent) as server:
-        ways = [CURL, RANKLOAD, TORCH_HUB, REQUESTS, SHA256]
+        ways = [CURL, RANKLOAD, TORCH_HUB, HUB, REQUESTS, SHA256]
         yield Table(
             "fetch",
             f"fetch, {file.size / 1e9:.2f} GB, nginx on loopback, medians of {rounds}",

@@ -216,7 +216,9 @@ def _load_odd(rank: int, path: Path, directory: Path) -> dict[str, torch.Tensor]
 
     become_node(rank, directory)
     _cut_finely()
-    dist_load_into(module := Odd(), path, delivery="broadcast", adapt=adapt.to_dtype(torch.float16))
+    module = Odd()
+    with torch.device("meta"):  # where scripts make modules: what a load makes for itself is on the CPU all the same
+        dist_load_into(module, path, delivery="broadcast", adapt=adapt.to_dtype(torch.float16))
     return module.state_dict()
 
 

@@ -55,9 +55,10 @@ def _check(results: list[Any], content: dict[str, torch.Tensor]) -> None:
             assert torch.equal(tensors[name], tensor), name
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("file_format", ["zip", "safetensors"])
+@pytest.mark.parametrize(
+    ("world_size", "device", "file_format"),
+    [(2, "cpu", "zip"), (3, "cpu", "safetensors"), (4, "meta", "zip"), (3, "meta", "safetensors")],
+)
 def test_each_reads_its_share(tmp_path: Path, world_size: int, device: str, file_format: str) -> None:
     torch.manual_seed(3)
     content = Net().state_dict()

@@ -7,6 +7,9 @@ from typing import Literal
 
 from rankload._errors import ArgumentError
 
+#: Backends that gain nothing by it, or may not have the collective.
+_THROUGH_THE_HOST = frozenset({"gloo", "mpi", "ucc"})
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -44,8 +47,8 @@ def choose(facts: Facts) -> Choice:
         return Choice("read", "the tensors are on the CPU, where the ranks of a node share the file's pages")
     if backend is None:
         return Choice("read", f"there is no process group with a backend for {device}")
-    if backend == "gloo":
-        return Choice("read", f"gloo takes {device} tensors through the host's memory")
+    if backend in _THROUGH_THE_HOST:
+        return Choice("read", f"{backend} takes {device} tensors through the host's memory")
     if facts.own_bytes > facts.shared_bytes:
         return Choice("read", f"most of what goes to this rank's {device} device is its own part of it")
     if not facts.is_one_node and facts.is_on_local_disk:

@@ -140,5 +140,5 @@ def _prepared(saved: SavedTensor, parameter: torch.Tensor, *, may_share: bool) -
         return tensor, Transfer(saved, *own_part(tensor))
     if may_share and saved.shape:
         return saved.view(), None
-    tensor = torch.empty(saved.shape, dtype=saved.dtype)
+    tensor = torch.empty(saved.shape, dtype=saved.dtype, device="cpu")
     return tensor, Transfer(saved, *own_part(tensor))

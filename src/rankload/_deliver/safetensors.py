@@ -80,7 +80,7 @@ def _view(whole: torch.UntypedStorage, entry: HeaderEntry) -> torch.UntypedStora
 
 
 def _copy(source: LocalSource, entry: HeaderEntry) -> torch.UntypedStorage:
-    storage = torch.empty(entry.end - entry.begin, dtype=torch.uint8).untyped_storage()
+    storage = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu").untyped_storage()
     if fill(storage, source, entry.begin) != storage.nbytes():
         raise LoadError(f"the file ended within tensor {entry.name!r}: it was truncated while being read")
     return storage

@@ -194,7 +194,7 @@ class TensorInFile(SavedTensor):
         if not self.is_native or entry.offset % min(entry.item_bytes, _ALIGNMENT_BYTES) or not entry.length:
             return read_tensor(self.files.source(entry.file), entry, self.byte_order, self._shown).detach()
         storage: Any = self.files.mapping(entry.file)[entry.offset : entry.offset + entry.length]
-        return torch.empty(0, dtype=self.dtype).set_(storage, 0, entry.shape, entry.stride)
+        return torch.empty(0, dtype=self.dtype, device="cpu").set_(storage, 0, entry.shape, entry.stride)
 
     def read_into(self, destination: torch.Tensor, box: Box) -> int:
         """See `SavedTensor.read_into`; straight from the file into the destination, where both have the same layout."""

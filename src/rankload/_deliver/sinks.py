@@ -87,7 +87,7 @@ class _Whole(Sink):
     def take(self, begin: int, piece: torch.Tensor) -> None:
         """See `Sink`."""
         if self._bytes is None:
-            self._bytes = torch.empty(self.end - self.begin, dtype=torch.uint8)
+            self._bytes = torch.empty(self.end - self.begin, dtype=torch.uint8, device="cpu")
         self._bytes.narrow(0, begin - self.begin, piece.numel()).copy_(piece)
 
     def finish(self) -> None:
@@ -97,7 +97,7 @@ class _Whole(Sink):
         storage = self._bytes.untyped_storage()
         if saved.byte_order != sys.byteorder:
             storage.byteswap(saved.dtype)  # type: ignore[no-untyped-call]
-        part = torch.empty(0, dtype=saved.dtype).set_(storage, 0, saved.entry.shape, saved.entry.stride)
+        part = torch.empty(0, dtype=saved.dtype, device="cpu").set_(storage, 0, saved.entry.shape, saved.entry.stride)
         part = _narrowed(part, whole(saved.entry.shape), box).to(self._transfer.saved.dtype)
         self._transfer.destination.copy_(part)
         self._bytes = None

@@ -14,7 +14,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from rankload import ArgumentError, LoadError, LoadReport, adapt, dist_load_into
+from harness import checkpoints
+from rankload import (
+    ArgumentError,
+    LoadError,
+    LoadReport,
+    adapt,
+    dist_load_into,
+    dist_load_state_dict_from_url,
+    open_checkpoint,
+)
 
 
 class Net(nn.Module):
@@ -478,3 +487,19 @@ def test_what_is_no_state_dict(tmp_path: Path, content: Any) -> None:
 def test_what_is_no_module(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="expected a torch"):
         dist_load_into({}, saved(tmp_path, {}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("write", [checkpoints.write_zip, checkpoints.write_legacy, checkpoints.write_safetensors])
+def test_a_default_device_changes_nothing(tmp_path, write):
+    """Within ``with torch.device("meta")``, where modules are made, what a load makes for itself stays on the CPU."""
+    module = nn.Linear(30, 20)
+    file = write(tmp_path, module.state_dict())
+    with torch.device("meta"):
+        made, other = nn.Linear(30, 20), nn.Linear(30, 20).to_empty(device="cpu")
+        dist_load_into(made, file.path)
+        dist_load_into(other, file.path, adapt=adapt.to_dtype(torch.float64))
+        loaded = dist_load_state_dict_from_url(str(file.path), mmap=False)
+        with open_checkpoint(file.path) as checkpoint:
+            weight = checkpoint["weight"]
+    for found in (made.weight, other.weight, loaded["weight"], weight):
+        assert found.device.type == "cpu" and torch.equal(found, module.weight)

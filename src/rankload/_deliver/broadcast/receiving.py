@@ -67,7 +67,7 @@ class Receiving(Carrier):
         buckets = cut(self._ranges, tensors)
         coming = [transfer for transfer in transfers if not transfer.saved.is_here]
         sinks = Sinks(coming, buckets)
-        content = torch.empty(BUCKET_BYTES, dtype=torch.uint8)
+        content = torch.empty(BUCKET_BYTES, dtype=torch.uint8, device="cpu")
         memory = memoryview((ctypes.c_ubyte * BUCKET_BYTES).from_address(content.data_ptr())).cast("B")
         for bucket in buckets:
             self._relay.receive(memory[: len(bucket)])

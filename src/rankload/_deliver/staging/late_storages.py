@@ -30,6 +30,7 @@ class LateStorages:
 
     def __init__(self, map_location: Any, is_plain: Callable[[], bool]) -> None:
         self._map_location, self._is_plain = map_location, functools.cache(is_plain)
+        self._device_of = functools.cache(lambda tag: self._restored(_storage(0, "cpu"), tag).device)
         self._pairs: dict[torch.device, list[tuple[torch.UntypedStorage, torch.UntypedStorage]]] = defaultdict(list)
 
     @staticmethod
@@ -39,7 +40,7 @@ class LateStorages:
 
     def __call__(self, storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
         """Return a storage in the right place; see torch.load."""
-        device = self._restored(_storage(0, "cpu"), tag).device
+        device = self._device_of(tag)
         if not _is_late(device) or not self._is_plain():
             return self._restored(storage, tag)
         empty = _storage(storage.nbytes(), device)
@@ -80,11 +81,11 @@ def _is_late(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes of a storage on a device, and where they are in memory now."""
+    """Bytes of a storage on a device, and the one in memory that has them, which a thread that reads keeps mapped."""
 
     storage: torch.UntypedStorage
+    source: torch.UntypedStorage
     offset: int
-    address: int
     length: int
 
 
@@ -107,7 +108,7 @@ class _Pieces:
 
     def fill(self, address: int) -> None:
         for piece in self.pieces:
-            ctypes.memmove(address, piece.address, piece.length)
+            ctypes.memmove(address, piece.source.data_ptr() + piece.offset, piece.length)
             address += piece.length
 
 
@@ -118,7 +119,7 @@ def _jobs(pairs: Sequence[tuple[torch.UntypedStorage, torch.UntypedStorage]]) ->
         done = 0
         while done < full.nbytes():
             length = min(room, full.nbytes() - done)
-            pieces.append(_Piece(empty, done, full.data_ptr() + done, length))
+            pieces.append(_Piece(empty, full, done, length))
             done, room = done + length, room - length
             if not room:
                 yield _Pieces(pieces)

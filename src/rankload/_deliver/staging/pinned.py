@@ -90,7 +90,8 @@ class _Buffer:
     def content(self) -> torch.Tensor:
         """Return the memory, ``uint8[BUFFER_BYTES]``."""
         if self._memory is None:
-            self._memory = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=self._device.type != "cpu")
+            is_pinned = self._device.type != "cpu"
+            self._memory = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
         return self._memory
 
     def fill(self, job: Job) -> None:
