@@ -126,7 +126,7 @@ def dist_load_state_dict_from_url(
         path = fetch_for(chosen, request, channel, settings, source)
         with ExitStack() as closing:
             path = _delivered(chosen, path, source, channel, settings, closing)
-            state_dict = _read(path, map_location, channel, group, weights_only, mmap)
+            state_dict = _read(path, map_location, channel, group, settings, weights_only, mmap)
         return adapter(state_dict)  # type: ignore[no-any-return]
 
 
@@ -183,7 +183,8 @@ def load_in_this_process(
     Processes that share the directory still download once, through the lease.
     """
     path = fetch_in_this_process(url, model_dir, progress=progress, check_hash=check_hash, file_name=file_name)
-    return _read(path, map_location, LoneChannel(identity_from_environment()), None, weights_only, None)
+    channel = LoneChannel(identity_from_environment())
+    return _read(path, map_location, channel, None, Settings.from_environment(), weights_only, None)
 
 
 def fetch_in_this_process(
@@ -235,7 +236,7 @@ def _delivered(
         return broadcast_files(path, source, channel, settings, closing)
     assert path is not None
     _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", channel.identity.rank)
-    read_ahead(all_files(path), channel)
+    read_ahead(all_files(path), channel, settings.progress_seconds)
     return path
 
 
@@ -244,11 +245,12 @@ def _read(
     map_location: MapLocation,
     channel: LoneChannel | RankChannel,
     group: ProcessGroup | None,
+    settings: Settings,
     weights_only: bool,
     mmap: bool | None,
 ) -> Any:
     from rankload._deliver.read import read_checkpoint  # imports torch
-    from rankload._deliver.readers import thread_count
+    from rankload._deliver.readers import Limits
     from rankload._job.devices import resolve_map_location
 
     return read_checkpoint(
@@ -256,7 +258,7 @@ def _read(
         resolve_map_location(map_location, channel.identity, group),
         weights_only=weights_only,
         mmap=mmap,
-        thread_count=thread_count(channel.identity),
+        limits=Limits.of(channel.identity, settings),
         look=lambda: channel.report(Progress("loading")),
     )
 

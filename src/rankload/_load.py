@@ -11,7 +11,6 @@ import torch
 from rankload._cache.layout import local_path_of, redact
 from rankload._deliver.failures import translated
 from rankload._deliver.read import read_checkpoint
-from rankload._deliver.readers import thread_count
 from rankload._errors import ArgumentError
 from rankload._job.devices import resolve_map_location
 from rankload._job.environment import identity_from_environment
@@ -46,21 +45,13 @@ def load(
         LoadError: it could not be loaded for another reason.
         ArgumentError: it is at a URL: see `dist_load_state_dict_from_url`.
     """
-    identity = identity_from_environment()
-    target = resolve_map_location(map_location, identity)
+    target = resolve_map_location(map_location, identity_from_environment())
     if isinstance(f, (str, os.PathLike)):
         path = local_path_of(os.fspath(f))
         if path is None:
             shown = redact(os.fspath(f))
             raise ArgumentError(f"load({shown!r}): not a local file; dist_load_state_dict_from_url loads from URLs")
-        return read_checkpoint(
-            path,
-            target,
-            weights_only=weights_only,
-            mmap=mmap,
-            thread_count=thread_count(identity),
-            **torch_load_arguments,
-        )
+        return read_checkpoint(path, target, weights_only=weights_only, mmap=mmap, **torch_load_arguments)
     if mmap:
         raise ArgumentError("load(…, mmap=True): an open file cannot be mapped; give its path")
     with translated(Path(str(getattr(f, "name", "an open file")))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,62 @@ def test_a_disk_that_fails_fails_all_and_leaves_the_process_group_whole(linear_f
         name, text, total = result.value
         assert name == "CacheError" and "Input/output error" in text and "rank 1" in text
         assert total == 3
+
+
+def _load_where_memory_is_short(rank: int, path: Path) -> tuple[str, str, float]:
+    """Rank 1 fails for want of memory before the first collective; afterwards the process group still works."""
+    from rankload import RankFailedError, dist_load_into
+    from rankload._deliver.staging import whole_tensors
+
+    dist.init_process_group("gloo")
+
+    def fail(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    if rank == 1:
+        whole_tensors.Sinks = fail  # type: ignore[misc,assignment]
+    began_at = time.monotonic()
+    with pytest.raises(RankFailedError) as caught:
+        dist_load_into(nn.Linear(100, _ROWS), path, delivery="gather")
+    waited = time.monotonic() - began_at
+    dist.all_reduce(total := torch.ones(()))
+    dist.barrier()
+    dist.destroy_process_group()
+    assert total == 3
+    return type(caught.value).__name__, str(caught.value), waited
+
+
+def test_a_rank_that_is_short_of_memory_fails_all_before_the_first_collective(linear_file: Path) -> None:
+    for result in run_ranks(_load_where_memory_is_short, 3, args=(linear_file,)):
+        _, text, waited = result.value
+        assert "out of memory" in text and "rank 1" in text and waited < 8
+
+
+def _load_where_a_file_hangs(rank: int, path: Path) -> tuple[str, str, float]:
+    from rankload import RankloadError, dist_load_into
+    from rankload._deliver.files import CheckpointFiles
+
+    _cut_finely()
+    dist.init_process_group("gloo")
+    read = CheckpointFiles.read
+
+    def read_or_hang(self: CheckpointFiles, name: str, address: int, offset: int, length: int, *, what: str) -> None:
+        if rank == 1 and what == "its tensors" and offset > path.stat().st_size // 2:
+            threading.Event().wait()
+        read(self, name, address, offset, length, what=what)
+
+    CheckpointFiles.read = read_or_hang  # type: ignore[method-assign]
+    began_at = time.monotonic()
+    with pytest.raises(RankloadError) as caught:
+        dist_load_into(nn.Linear(100, _ROWS), path, delivery="gather", timeout=2)
+    return type(caught.value).__name__, str(caught.value), time.monotonic() - began_at
+
+
+def test_a_file_that_hangs_on_one_rank_ends_the_call_on_all(linear_file: Path) -> None:
+    for result in run_ranks(_load_where_a_file_hangs, 3, args=(linear_file,)):
+        name, text, waited = result.value
+        assert name == "ProgressTimeoutError" and "timeout=" in text
+        assert 1.9 < waited < 15
 
 
 def _load_where_one_leaves(rank: int, path: Path, leaver: int, how: str, after: float) -> tuple[str, str, float]:

@@ -110,7 +110,7 @@ def test_server_that_hangs_keeps_nobody_from_hearing_of_a_failure(file: Path, mo
     monkeypatch.setattr(os, "pread", lambda *arguments: answers.wait(60))
     try:
         with pytest.raises(LoadError, match="another's"):
-            read_ahead.read_ahead([file], _FailedElsewhere(identity_from_environment()))
+            read_ahead.read_ahead([file], _FailedElsewhere(identity_from_environment()), 60)
         assert not answers.is_set()
     finally:
         answers.set()
@@ -124,7 +124,7 @@ def test_file_that_cannot_be_read_is_an_error(file: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(read_ahead, "_absent_blocks", lambda descriptor: [0])
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(CacheError, match="Input/output error"):
-        read_ahead.read_ahead([file], LoneChannel(identity_from_environment()))
+        read_ahead.read_ahead([file], LoneChannel(identity_from_environment()), 60)
 
 
 def test_local_files_are_not(file: Path, tmp_path: Path) -> None:

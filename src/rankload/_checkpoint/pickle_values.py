@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,6 +47,15 @@ class Unbuilt:
     function: GlobalName | None
     arguments: tuple[Any, ...] = field(repr=False)
     state: Any = field(default=None, repr=False)
+
+
+def holds_unbuilt(value: Any) -> bool:
+    """Tell whether there is such an object anywhere in nested content."""
+    if isinstance(value, Mapping):
+        return any(map(holds_unbuilt, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(holds_unbuilt, value))
+    return isinstance(value, Unbuilt)
 
 
 #: Makes a value of a call's arguments. It gets whatever the file says: it checks, and raises NotUnderstoodError.

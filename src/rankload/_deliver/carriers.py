@@ -44,13 +44,13 @@ def open_carrier(
     """
     if not isinstance(channel, RankChannel):
         assert path is not None
-        return Reading(CheckpointFiles(path, closing), channel, "there is one rank")
+        return Reading(CheckpointFiles(path, closing), channel, settings, "there is one rank")
     if delivery == "broadcast":
         return _open_broadcast(path, source, channel, settings, closing)
     assert path is not None
     files = CheckpointFiles(path, closing)
     if delivery == "read":
-        return Reading(files, channel)
+        return Reading(files, channel, settings)
     return Gathering(files, channel, group, settings, is_asked_for=delivery == "gather")
 
 
@@ -62,8 +62,8 @@ def _open_broadcast(
     relay = open_relay(channel, source, settings, takes_part=here is None)
     if here is None:
         assert relay is not None
-        return Receiving(relay, channel, closing)
+        return Receiving(relay, channel, settings, closing)
     files = CheckpointFiles(here, closing)
     if relay is None:
-        return Reading(files, channel, "the source's file is within reach")
-    return Sending(files, relay, channel)
+        return Reading(files, channel, settings, "the source's file is within reach")
+    return Sending(files, relay, channel, settings)

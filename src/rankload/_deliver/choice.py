@@ -49,6 +49,8 @@ def choose(facts: Facts) -> Choice:
         return Choice("read", f"there is no process group with a backend for {device}")
     if backend in _THROUGH_THE_HOST:
         return Choice("read", f"{backend} takes {device} tensors through the host's memory")
+    if not facts.shared_bytes:
+        return Choice("read", f"no tensor goes whole to {device} that could be shared out by its place in the file")
     if facts.own_bytes > facts.shared_bytes:
         return Choice("read", f"most of what goes to this rank's {device} device is its own part of it")
     if not facts.is_one_node and facts.is_on_local_disk:

@@ -12,7 +12,7 @@ import torch
 
 from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import Index
-from rankload._checkpoint.pickle_values import NotUnderstoodError, Unbuilt
+from rankload._checkpoint.pickle_values import NotUnderstoodError, holds_unbuilt
 from rankload._checkpoint.read_index import read_index
 from rankload._deliver.failures import translated
 from rankload._deliver.files import CheckpointFiles
@@ -147,17 +147,9 @@ def _replaced(content: Any, stand_in: Callable[[Any], Any], metadata: Any = None
 def _unbuilt(found: Any, wanted: Collection[str]) -> list[str]:
     """Return the names of what is needed, and was not built."""
     if not isinstance(found, Mapping):
-        return ["all"] if _holds_unbuilt(found) else []
+        return ["all"] if holds_unbuilt(found) else []
     return [
         name
         for name, value in found.items()
-        if (name in wanted or str(name).endswith(_EXTRA_STATE)) and _holds_unbuilt(value)
+        if (name in wanted or str(name).endswith(_EXTRA_STATE)) and holds_unbuilt(value)
     ]
-
-
-def _holds_unbuilt(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_holds_unbuilt, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds_unbuilt, value))
-    return isinstance(value, Unbuilt)

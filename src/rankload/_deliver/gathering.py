@@ -18,7 +18,6 @@ from rankload._deliver.choice import Choice, Facts, asked_for, choose
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.independent import Reading
 from rankload._deliver.places import is_replicated
-from rankload._deliver.readers import thread_count
 from rankload._deliver.reading import ReportBytes, read_all
 from rankload._deliver.saved import Assignment
 from rankload._deliver.staging.sharers import Sharers
@@ -43,7 +42,7 @@ class Gathering(Reading):
         files: of the checkpoint.
         channel: of the call.
         group: over which the call is; None for the default one.
-        settings: how long a rank may be silent.
+        settings: deadlines.
         is_asked_for: by the caller; else it is done where it pays.
     """
 
@@ -56,10 +55,10 @@ class Gathering(Reading):
         *,
         is_asked_for: bool,
     ) -> None:
-        super().__init__(files, channel)
+        super().__init__(files, channel, settings)
         self._channel: RankChannel = channel
         self._group, self._is_asked_for = group, is_asked_for
-        self._patience_seconds = settings.liveness_seconds
+        self._settings = settings
         self._shared: set[int] = set()
 
     def planned(self, plan: Plan) -> bool:
@@ -105,11 +104,11 @@ class Gathering(Reading):
             done = upload_whole(
                 shared,
                 shared[0].destination.device,
-                thread_count(identity),
+                self._limits,
                 lambda done: watch(Progress("loading", done)),
-                Sharers.of(group, self._patience_seconds),
+                Sharers.of(group, self._settings, lambda: self._channel.meet("ready to gather")),
             )
-        return done + read_all(others, lambda more: report(done + more), thread_count(identity))
+        return done + read_all(others, lambda more: report(done + more), self._limits)
 
     def _has_company_on(self, device: torch.device) -> bool:
         """Tell whether another rank has come with the same device."""

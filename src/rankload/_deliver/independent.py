@@ -8,9 +8,10 @@ from rankload._deliver.carrier import Carrier, Plan
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.parts import all_files
 from rankload._deliver.read_ahead import read_ahead
-from rankload._deliver.readers import thread_count
+from rankload._deliver.readers import Limits
 from rankload._deliver.reading import ReportBytes, read_all
 from rankload._deliver.transfers import Transfer
+from rankload._settings import Settings
 from rankload._types import Channel
 
 
@@ -20,13 +21,16 @@ class Reading(Carrier):
     Args:
         files: of the checkpoint.
         channel: of the call.
+        settings: deadlines.
         reason: see `Carrier`.
     """
 
-    def __init__(self, files: CheckpointFiles, channel: Channel, reason: str = Carrier.reason) -> None:
+    def __init__(
+        self, files: CheckpointFiles, channel: Channel, settings: Settings, reason: str = Carrier.reason
+    ) -> None:
         self.path, self.files, self.may_share = files.path, files, True
         self.delivery, self.reason = "read", reason
-        self._channel = channel
+        self._channel, self._limits = channel, Limits.of(channel.identity, settings)
         self._wanted_bytes = 0
 
     def planned(self, plan: Plan) -> bool:
@@ -40,5 +44,5 @@ class Reading(Carrier):
         if 2 * own >= sum(transfer.saved.shape.numel() for transfer in transfers):  # not one of many shards
             paths = all_files(self.files.path)
             if 2 * self._wanted_bytes >= sum(path.stat().st_size for path in paths):  # nor a part of the checkpoint
-                read_ahead(paths, self._channel)
-        return read_all(transfers, report, thread_count(self._channel.identity))
+                read_ahead(paths, self._channel, self._limits.progress_seconds)
+        return read_all(transfers, report, self._limits)

@@ -20,16 +20,18 @@ from rankload._cache.failures import reopening
 from rankload._checkpoint import torch_zip
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import CHECKPOINT_FORMATS, Format, describe, sniff
-from rankload._checkpoint.pickle_values import NotUnderstoodError, Unbuilt
+from rankload._checkpoint.pickle_values import NotUnderstoodError, holds_unbuilt
 from rankload._checkpoint.read_index import read_index
 from rankload._checkpoint.sharded import read_weight_map
 from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.unpacked import unpacked
 from rankload._deliver.failures import translated
 from rankload._deliver.private_mapping import torch_maps_privately
+from rankload._deliver.readers import Limits
 from rankload._deliver.safetensors import read_safetensors
 from rankload._deliver.staging.late_storages import LateStorages
-from rankload._job.devices import visible_accelerator
+from rankload._job.environment import identity_from_environment
+from rankload._settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ def read_checkpoint(
     *,
     weights_only: bool | None = True,
     mmap: bool | None = None,
-    thread_count: int = 1,
+    limits: Limits | None = None,
     look: Callable[[], None] = lambda: None,
     **torch_load_arguments: Any,
 ) -> Any:
@@ -55,7 +57,7 @@ def read_checkpoint(
         weights_only: as for torch.load; True refuses whatever is not tensors and plain containers.
         mmap: None or True maps the file where its format allows it (torch's zip, safetensors); False gives private
             copies, for files that may be truncated or rewritten while they are in use.
-        thread_count: how many threads read what goes to an accelerator.
+        limits: how many threads read what goes to an accelerator, and how long a file may not answer them.
         look: called now and then while they wait for a file; raises what ends the wait.
         **torch_load_arguments: passed on (``pickle_module``, ``encoding``, …).
 
@@ -64,7 +66,8 @@ def read_checkpoint(
         LoadError: it could not be loaded for another reason.
     """
     path = Path(path)
-    options = _Options(weights_only, mmap, thread_count, look, torch_load_arguments)
+    limits = limits or Limits.of(identity_from_environment(), Settings())
+    options = _Options(weights_only, mmap, limits, look, torch_load_arguments)
 
     def read_any() -> Any:
         file_format = sniff(path)
@@ -84,7 +87,7 @@ class _Options:
 
     weights_only: bool | None
     mmap: bool | None
-    thread_count: int
+    limits: Limits
     look: Callable[[], None]
     torch_load_arguments: dict[str, Any]
 
@@ -115,12 +118,12 @@ def _read(path: Path, file_format: Format, map_location: Any, options: _Options)
 @contextlib.contextmanager
 def _filled_late(map_location: Any, is_mapped: bool, is_plain: Callable[[], bool], options: _Options) -> Iterator[Any]:
     """Give a ``map_location`` whose storages on accelerators are filled behind the block, where that is possible."""
-    if not is_mapped or visible_accelerator() is None or not LateStorages.is_predictable(map_location):
+    if not is_mapped or options.weights_only is False or not LateStorages.is_worthwhile(map_location, is_plain):
         yield map_location
         return
     late = LateStorages(map_location, is_plain)
     yield late
-    late.fill(options.thread_count, options.look)
+    late.fill(options.limits, options.look)
 
 
 def _is_plain(path: Path) -> bool:
@@ -128,9 +131,9 @@ def _is_plain(path: Path) -> bool:
     with path.open("rb", buffering=0) as file:
         try:
             index = read_index(LocalSource(file.fileno()), path.name, _no_parts, is_remote=False)
-        except NotUnderstoodError:
+        except (NotUnderstoodError, BrokenFileError):  # torch.load says what is wrong, or knows better
             return False
-    return not any(isinstance(value, Unbuilt) for value in index.remainder.values())
+    return not holds_unbuilt(index.content)
 
 
 def _no_parts(name: str) -> LocalSource:
@@ -150,7 +153,7 @@ def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, A
             map_location,
             weights_only=options.weights_only,
             mmap=options.mmap,
-            thread_count=options.thread_count,
+            limits=options.limits,
             look=options.look,
             **options.torch_load_arguments,
         )

@@ -10,13 +10,12 @@ import logging
 import mmap
 import os
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
 from functools import partial
 from pathlib import Path
 
 from rankload._cache.failures import reading
 from rankload._cache.linux import is_on_local_disk, resident_pages
-from rankload._deliver.readers import Readers
+from rankload._deliver.readers import Readers, await_reader
 from rankload._job.machine import kernel_id
 from rankload._types import Channel, Progress
 
@@ -26,16 +25,19 @@ _logger = logging.getLogger(__name__)
 _BLOCK_BYTES = 8 << 20
 _THREADS = 4
 
-#: Between two signs of life.
-_REPORT_SECONDS = 0.5
 
-
-def read_ahead(paths: Sequence[Path], channel: Channel) -> None:
+def read_ahead(paths: Sequence[Path], channel: Channel, progress_seconds: float) -> None:
     """Read files into this node's page cache if they are on a network filesystem. Collective over a node's ranks.
 
     One of them reads what is not there yet; the others wait for it.
 
+    Args:
+        paths: the files.
+        channel: of the call.
+        progress_seconds: how long a file may not answer.
+
     Raises:
+        ProgressTimeoutError: a file does not answer.
         CacheError: a file cannot be read.
     """
     remote = [path for path in paths if not _is_local(path)]
@@ -47,7 +49,7 @@ def read_ahead(paths: Sequence[Path], channel: Channel) -> None:
         channel.wait_for(f"{key}/done", from_rank=reader)
         return
     for path in remote:
-        _read(path, channel)
+        _read(path, channel, progress_seconds)
     channel.post(f"{key}/done", {})
 
 
@@ -56,18 +58,19 @@ def _is_local(path: Path) -> bool:
         return is_on_local_disk(file.fileno())
 
 
-def _read(path: Path, channel: Channel) -> None:
+def _read(path: Path, channel: Channel, progress_seconds: float) -> None:
     with reading(path), path.open("rb", buffering=0) as file:
         blocks = _absent_blocks(file.fileno())
         _logger.debug("%s: reading %d blocks of %d bytes ahead, over the network", path, len(blocks), _BLOCK_BYTES)
         with Readers(min(_THREADS, len(blocks))) as readers:
-            rest = {readers.submit(partial(os.pread, file.fileno(), _BLOCK_BYTES, begin)) for begin in blocks}
-            while rest:
-                done, rest = wait(rest, timeout=_REPORT_SECONDS, return_when=FIRST_COMPLETED)
-                for block in done:
-                    block.result()
-                bytes_done = (len(blocks) - len(rest)) * _BLOCK_BYTES
-                channel.report(Progress("loading", bytes_done, len(blocks) * _BLOCK_BYTES))
+            pending = [readers.submit(partial(os.pread, file.fileno(), _BLOCK_BYTES, begin)) for begin in blocks]
+            for number, block in enumerate(pending):
+
+                def look(done: int = number) -> None:
+                    channel.report(Progress("loading", done * _BLOCK_BYTES, len(blocks) * _BLOCK_BYTES))
+
+                await_reader(block, look, progress_seconds)
+                look()
 
 
 def _absent_blocks(descriptor: int) -> list[int]:

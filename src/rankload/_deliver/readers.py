@@ -5,20 +5,47 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 
+from rankload._errors import ProgressTimeoutError
+from rankload._settings import Settings
 from rankload._types import Identity
 
 #: More than these read a page cache no faster (H100 host of 16 cores: 6 GB/s with one, 19 with 4, 28 with 8, 22 with
 #: 16).
 _MOST_THREADS = 8
 
+#: Between two signs of life while a file does not answer.
+_LOOK_SECONDS = 0.5
 
-def thread_count(identity: Identity) -> int:
-    """Return how many threads this rank may keep busy: its share of the cores that it may run on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(_MOST_THREADS, cores // (identity.local_world_size or identity.world_size)))
+#: What one look may count towards the deadline: of an hour for which a scheduler suspends the job, only that.
+_LONGEST_SECONDS = 1.0
+
+#: How long a call that fails waits for its threads: one that wakes in torch while the interpreter ends aborts it.
+_LEAVE_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a rank may use up while it reads.
+
+    Attributes:
+        thread_count: threads.
+        progress_seconds: time without progress.
+    """
+
+    thread_count: int
+    progress_seconds: float
+
+    @classmethod
+    def of(cls, identity: Identity, settings: Settings) -> Limits:
+        """Return a rank's: its share of the cores that it may run on."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = cores // (identity.local_world_size or identity.world_size)
+        return cls(max(1, min(_MOST_THREADS, share)), settings.progress_seconds)
 
 
 class Readers:
@@ -26,13 +53,14 @@ class Readers:
 
     def __init__(self, count: int) -> None:
         self._tasks: queue.SimpleQueue[tuple[Callable[[], object], Future[None]] | None] = queue.SimpleQueue()
-        self._futures: list[Future[None]] = []
+        self._unfinished: set[Future[None]] = set()
         self._count = count
 
     def submit(self, read: Callable[[], object]) -> Future[None]:
         """Have it called in a thread."""
         future: Future[None] = Future()
-        self._futures.append(future)
+        self._unfinished.add(future)
+        future.add_done_callback(self._unfinished.discard)
         self._tasks.put((read, future))
         return future
 
@@ -42,10 +70,11 @@ class Readers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for future in self._futures:
+        for future in list(self._unfinished):
             future.cancel()
         for _ in range(self._count):
             self._tasks.put(None)
+        wait(list(self._unfinished), timeout=_LEAVE_SECONDS)
 
     def _run(self) -> None:
         while task := self._tasks.get():
@@ -57,3 +86,27 @@ class Readers:
                     future.set_exception(error)
                 else:
                     future.set_result(None)
+
+
+def await_reader(future: Future[None], look: Callable[[], None], progress_seconds: float) -> None:
+    """Wait until a thread is through with a read; raise what it has raised.
+
+    Args:
+        future: the read.
+        look: called now and then; raises what another rank has failed with.
+        progress_seconds: the deadline, of time for which this process was awake.
+
+    Raises:
+        ProgressTimeoutError: the file has not answered within it.
+    """
+    waited, looked_at = 0.0, time.monotonic()
+    while not wait([future], timeout=min(_LOOK_SECONDS, progress_seconds)).done:
+        look()
+        now = time.monotonic()
+        waited, looked_at = waited + min(now - looked_at, _LONGEST_SECONDS), now
+        if waited >= progress_seconds:
+            raise ProgressTimeoutError(
+                f"no byte of the file has come for {waited:.0f} s: a hung filesystem; raise timeout= if this is "
+                "normal here"
+            )
+    future.result()

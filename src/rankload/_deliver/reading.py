@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from rankload._deliver.readers import Limits
 from rankload._deliver.staging.own_parts import is_of_long_runs, upload_parts
+from rankload._deliver.staging.pinned import is_staged
 from rankload._deliver.staging.whole_tensors import is_of_whole, upload_whole
 from rankload._deliver.transfers import Transfer
 
@@ -15,19 +17,20 @@ from rankload._deliver.transfers import Transfer
 ReportBytes = Callable[[int], None]
 
 
-def read_all(transfers: Sequence[Transfer], report: ReportBytes, thread_count: int) -> int:
+def read_all(transfers: Sequence[Transfer], report: ReportBytes, limits: Limits) -> int:
     """Read everything, in the order of the file; return the bytes that were read.
 
     Args:
         transfers: into whatever device.
         report: called with the bytes that are done.
-        thread_count: how many threads read for an accelerator; into the CPU's memory this one does.
+        limits: how many threads read for an accelerator (into the CPU's memory this one does), and how long a file may
+            not answer them.
     """
     direct: list[Transfer] = []
     whole, parts = (defaultdict[torch.device, list[Transfer]](list) for _ in range(2))
     for transfer in sorted(transfers, key=lambda transfer: transfer.saved.position):
         device = transfer.destination.device
-        if device.type != "cpu" and is_of_whole(transfer):
+        if is_staged(device) and is_of_whole(transfer):
             whole[device].append(transfer)
         elif is_of_long_runs(transfer):
             parts[device].append(transfer)
@@ -35,9 +38,9 @@ def read_all(transfers: Sequence[Transfer], report: ReportBytes, thread_count: i
             direct.append(transfer)
     done = 0
     for device, of_device in whole.items():
-        done += upload_whole(of_device, device, thread_count, _after(done, report))
+        done += upload_whole(of_device, device, limits, _after(done, report))
     for device, of_device in parts.items():
-        done += upload_parts(of_device, device, thread_count, _after(done, report))
+        done += upload_parts(of_device, device, limits, _after(done, report))
     for transfer in direct:
         report(done)
         done += transfer.saved.read_into(transfer.destination, transfer.box)

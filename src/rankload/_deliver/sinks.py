@@ -115,7 +115,7 @@ class Sinks:
             file, begin = transfer.saved.position
             saved = transfer.saved.in_file
             if transfer.box.element_count and saved is not None:
-                own = begins[file]
+                own = begins.get(file, [])
                 cuts = own[bisect_right(own, begin) : bisect_left(own, begin + saved.entry.length)]
                 self._rest.setdefault(file, []).append(make_sink(transfer, cuts))
         self._open: list[Sink] = []

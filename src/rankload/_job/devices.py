@@ -138,8 +138,8 @@ def hardware_id(device: torch.device) -> str | None:
 
     None where torch does not know. Initialises the accelerator.
     """
-    properties = torch.get_device_module(device).get_device_properties(device)
-    uuid = getattr(properties, "uuid", None)
+    get_properties = getattr(torch.get_device_module(device), "get_device_properties", None)
+    uuid = None if get_properties is None else getattr(get_properties(device), "uuid", None)
     return None if uuid is None else str(uuid)
 
 

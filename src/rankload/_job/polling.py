@@ -24,8 +24,8 @@ def backoff(world_size: int, sleep: Callable[[float], object] = time.sleep) -> I
     """Yield for ever, sleeping between two rounds; yields the sleep.
 
     The sleep grows from 1 ms by a third, so that the time lost by it stays below a third of the time waited; to 10 ms
-    in the first second, which is as long as most waits between ranks are, and to 100 ms then. It is never so short that
-    all ranks together would make more than 4000 rounds a second, a few percent of what a TCPStore serves.
+    in the first second, which is as long as most waits between ranks are, and to 100 ms then. In large jobs it grows on
+    until all ranks together make 4000 rounds a second, a few percent of what a TCPStore serves.
     """
     delay, slept, shortest = 0.001, 0.0, world_size / 4000
     while True:

@@ -12,8 +12,8 @@ import torch
 import rankload
 from harness import checkpoints
 from harness.checkpoints import CheckpointFile, assert_same
-from rankload._deliver import read
 from rankload._deliver.read import read_checkpoint
+from rankload._deliver.readers import Limits
 from rankload._deliver.staging import late_storages, pinned
 from rankload._job.devices import Placement
 
@@ -55,19 +55,19 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         filled.append(sum(map(len, self._pairs.values())))
         fill(self, *arguments)
 
-    monkeypatch.setattr(late_storages, "_is_late", lambda device: True)
+    monkeypatch.setattr(late_storages, "is_staged", lambda device: True)
     monkeypatch.setattr(late_storages.LateStorages, "fill", fill_and_count)
-    monkeypatch.setattr(read, "visible_accelerator", lambda: "an accelerator")
+    monkeypatch.setattr(late_storages, "visible_accelerator", lambda: "an accelerator")
     for module in (pinned, late_storages):
         monkeypatch.setattr(module, "BUFFER_BYTES", 1000)
     return filled
 
 
-@pytest.mark.parametrize("map_location", [None, "cpu", torch.device("cpu"), {"cpu": "cpu"}, {}, "placement"])
+@pytest.mark.parametrize("map_location", ["cpu", torch.device("cpu"), {"cpu": "cpu"}, "placement"])
 def test_it_is_what_torch_load_makes(tmp_path: Path, late: list[int], map_location: Any) -> None:
     file = checkpoints.write_zip(tmp_path, content())
     place = Placement(lambda tag: torch.device("cpu")) if map_location == "placement" else map_location
-    found = read_checkpoint(file.path, place, thread_count=3)
+    found = read_checkpoint(file.path, place, limits=Limits(3, 60))
     assert_same(found, torch.load(file.path))
     assert late[0] > 40
     assert found["tied"].data_ptr() == found["base"].data_ptr()
@@ -122,6 +122,41 @@ def test_objects_that_look_into_tensors_find_them_filled(tmp_path: Path, late: l
     found = read_checkpoint(tmp_path / "file.pth", "cpu", weights_only=False)
     assert found["object"].sum == 7000 and found["weight"].sum() == 5000
     assert late == [0]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_so_do_those_in_lists(tmp_path: Path, late: list[int], nested: bool) -> None:
+    objects: Any = [Sum(torch.ones(7000)), Sum(torch.ones(3))]
+    torch.save({"weight": torch.ones(5000), "objects": [objects] if nested else objects}, tmp_path / "file.pth")
+    place = Placement(lambda tag: torch.device("cpu"))
+    with torch.serialization.safe_globals([Sum]):
+        found = read_checkpoint(tmp_path / "file.pth", place)
+    assert (found["objects"][0] if nested else found["objects"])[0].sum == 7000
+    assert late == [0]
+
+
+class Wrapper(torch.Tensor):
+    """Has no storage of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    def __init__(self, inner: torch.Tensor) -> None: ...
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        raise NotImplementedError
+
+
+def test_what_torch_load_does_not_do_with_functions_is_left_to_it(tmp_path: Path, late: list[int]) -> None:
+    torch.save({"wrapped": Wrapper(torch.ones(4)), "weight": torch.ones(5000)}, tmp_path / "file.pth")
+    with torch.serialization.safe_globals([Wrapper]):
+        found = read_checkpoint(tmp_path / "file.pth", "cpu")
+    assert type(found["wrapped"]) is Wrapper and found["weight"].sum() == 5000
+    assert not late
 
 
 def test_sparse_tensors_are_checked_with_their_content(tmp_path: Path, late: list[int]) -> None:

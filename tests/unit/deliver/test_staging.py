@@ -20,6 +20,7 @@ from rankload._deliver.boxes import Box, whole
 from rankload._deliver.content import open_content
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.module_load import plan_load, prepare_load
+from rankload._deliver.readers import Limits, Readers
 from rankload._deliver.reading import read_all
 from rankload._deliver.saved import TensorInFile
 from rankload._deliver.staging import own_parts, pinned, whole_tensors
@@ -27,10 +28,12 @@ from rankload._deliver.staging.own_parts import is_of_long_runs, upload_parts
 from rankload._deliver.staging.pinned import staged
 from rankload._deliver.staging.whole_tensors import is_of_whole, upload_whole
 from rankload._deliver.transfers import Transfer
-from rankload._errors import LoadError
+from rankload._errors import LoadError, ProgressTimeoutError
+from rankload._job.devices import Accelerator
 
 DEVICE = torch.device("cuda", 1)
 CPU = torch.device("cpu")
+LIMITS = Limits(3, 60)
 
 
 # --- the ring of buffers ----------------------------------------------------------------------------------------------
@@ -80,6 +83,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
     monkeypatch.setattr(pinned.torch, "empty", empty_unpinned)
     monkeypatch.setattr(pinned.torch, "Event", stream.event)
     monkeypatch.setattr(pinned.torch.accelerator, "current_stream", lambda device: None)
+    monkeypatch.setattr(pinned.torch.accelerator, "set_device_index", lambda device: None)
     return stream
 
 
@@ -104,7 +108,7 @@ def test_no_buffer_is_written_to_before_it_was_copied(stream: Stream, thread_cou
         copies[number] = content.clone()
 
     jobs = [Numbers(value) for value in range(40)]
-    for job, content in staged(jobs, DEVICE, thread_count, lambda: None):
+    for job, content in staged(jobs, DEVICE, Limits(thread_count, 60), lambda: None):
         stream.put(lambda number=job.value, content=content: copy(number, content))
     assert len(copies) == 40
     assert all(torch.equal(found, torch.full((100 + value,), value)) for value, found in copies.items())
@@ -112,7 +116,7 @@ def test_no_buffer_is_written_to_before_it_was_copied(stream: Stream, thread_cou
 
 
 def test_nothing_to_read_takes_nothing() -> None:
-    assert list(staged([], CPU, 4, lambda: None)) == []
+    assert list(staged([], CPU, LIMITS, lambda: None)) == []
 
 
 class Failing(Numbers):
@@ -123,7 +127,7 @@ class Failing(Numbers):
 def test_an_error_of_a_thread_is_raised_in_its_turn() -> None:
     found = []
     with pytest.raises(LoadError, match="the file ended"):
-        for job, _ in staged([Numbers(1), Numbers(2), Failing(3), Numbers(4)], CPU, 2, lambda: None):
+        for job, _ in staged([Numbers(1), Numbers(2), Failing(3), Numbers(4)], CPU, LIMITS, lambda: None):
             found.append(job.value)
     assert found == [1, 2]
 
@@ -140,9 +144,50 @@ def test_a_file_that_does_not_answer_keeps_nobody_from_hearing_of_a_failure() ->
         raise LoadError("another's")
 
     with pytest.raises(LoadError, match="another's"):
-        list(staged([Hanging(1)], CPU, 1, look))
+        list(staged([Hanging(1)], CPU, LIMITS, look))
     assert not Hanging.ends.is_set()
     Hanging.ends.set()
+
+
+def test_a_file_that_never_answers_is_given_up() -> None:
+    Hanging.ends.clear()
+    looks: list[None] = []
+    with pytest.raises(ProgressTimeoutError, match="timeout="):
+        list(staged([Hanging(1)], CPU, Limits(1, 0.2), lambda: looks.append(None)))
+    assert looks
+    Hanging.ends.set()
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def fail(*sizes: int, pin_memory: bool = False, **words: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*sizes, **words)
+
+    monkeypatch.setattr(pinned.torch, "empty", fail)
+    assert [content.tolist() for _, content in staged([Numbers(1)], DEVICE, LIMITS, lambda: None)] == [[1] * 101]
+
+
+def test_which_devices_are_filled_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinned, "visible_accelerator", lambda: None)
+    assert not pinned.is_staged(DEVICE)
+    for accelerator, expected in {"cuda": [True, False, False], "mps": [False, False, False]}.items():
+        monkeypatch.setattr(pinned, "visible_accelerator", lambda kind=accelerator: Accelerator(kind, 1, 0, False))
+        assert [pinned.is_staged(torch.device(kind)) for kind in ("cuda", "cpu", "mps")] == expected
+
+
+def test_readers_that_are_left_cancel_what_has_not_begun() -> None:
+    Hanging.ends.clear()
+    with Readers(1) as readers:
+        running = readers.submit(lambda: Hanging.ends.wait(60))
+        waiting = readers.submit(lambda: None)
+        while not running.running():
+            pass
+    assert waiting.cancelled() and not running.done()
+    Hanging.ends.set()
+    assert running.result(timeout=60) is None
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -181,7 +226,7 @@ def test_parts_arrive(tmp_path: Path, shape: tuple[int, ...], box: Box, dtype: t
         saved = saved_tensors(tmp_path / "file", {"x": content}, closing)["x"]
         destinations = [torch.zeros(box.shape, dtype=target_dtype or dtype) for _ in range(3)]
         transfers = [Transfer(saved, destination, box) for destination in destinations]
-        assert upload_parts(transfers, CPU, 3, lambda done: None) == 3 * box.element_count * dtype.itemsize
+        assert upload_parts(transfers, CPU, LIMITS, lambda done: None) == 3 * box.element_count * dtype.itemsize
     part = content[tuple(slice(at, at + size) for at, size in zip(box.offset, box.shape, strict=True))]
     for destination in destinations:
         assert torch.equal(destination, part.to(destination.dtype))
@@ -223,7 +268,7 @@ def test_whole_tensors_arrive(tmp_path: Path) -> None:
         transfers = [Transfer(saved[name], into, whole(tuple(into.shape))) for name, into in destinations.items()]
         assert all(map(is_of_whole, transfers))
         reported: list[int] = []
-        read = upload_whole(transfers, CPU, 3, reported.append)
+        read = upload_whole(transfers, CPU, LIMITS, reported.append)
     for name, destination in destinations.items():
         assert torch.equal(destination, content[name].to(destination.dtype)), name
     assert reported[-1] == read <= (tmp_path / "file").stat().st_size
@@ -236,10 +281,11 @@ def test_a_file_that_was_cut_off_is_an_error(tmp_path: Path) -> None:
         with (tmp_path / "file").open("r+b") as file:
             file.truncate(20000)
         with pytest.raises(LoadError, match="ended within its tensors"):
-            upload_whole([Transfer(saved, torch.empty(10000), whole((10000,)))], CPU, 2, lambda done: None)
+            upload_whole([Transfer(saved, torch.empty(10000), whole((10000,)))], CPU, LIMITS, lambda done: None)
 
 
-def test_which_tensors_go_which_way(tmp_path: Path) -> None:
+def test_which_tensors_go_which_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_parts, "is_staged", lambda device: device.type == "cuda")
     content = {"x": torch.ones(100, 2000), "transposed": torch.ones(30, 20).t(), "expanded": torch.ones(9).expand(5, 9)}
     with FakeTensorMode():
         target = torch.empty(100, 2000, device=DEVICE)
@@ -315,7 +361,7 @@ def test_odd_tensors_on_a_real_accelerator(tmp_path: Path) -> None:
         read_all(
             [Transfer(saved[name], into, whole(tuple(into.shape))) for name, into in destinations.items()],
             lambda done: None,
-            4,
+            LIMITS,
         )
     for name, destination in destinations.items():
         assert torch.equal(destination.cpu(), content[name].to(destination.dtype)), name
@@ -330,7 +376,7 @@ def test_own_rows_and_columns_on_a_real_accelerator(tmp_path: Path, dtype: torch
     destinations = [torch.zeros(box.shape, dtype=dtype, device=accelerator()) for box in boxes]
     with ExitStack() as closing:
         saved = saved_tensors(tmp_path / "file", {"x": content}, closing)["x"]
-        read_all([Transfer(saved, *pair) for pair in zip(destinations, boxes, strict=True)], lambda done: None, 4)
+        read_all([Transfer(saved, *pair) for pair in zip(destinations, boxes, strict=True)], lambda done: None, LIMITS)
     for box, destination in zip(boxes, destinations, strict=True):
         rows, columns = (slice(at, at + size) for at, size in zip(box.offset, box.shape, strict=True))
         assert torch.equal(destination.cpu(), content[rows, columns].to(dtype))

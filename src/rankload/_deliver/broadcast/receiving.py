@@ -20,13 +20,14 @@ from rankload._deliver.broadcast.whole_file import receive_files
 from rankload._deliver.buckets import BUCKET_BYTES, Range, cut, is_kept, tensor_ranges
 from rankload._deliver.carrier import Carrier, Plan
 from rankload._deliver.files import CheckpointFiles
-from rankload._deliver.readers import thread_count
+from rankload._deliver.readers import Limits
 from rankload._deliver.reading import ReportBytes, read_all
 from rankload._deliver.sinks import Sinks
 from rankload._deliver.transfers import Transfer
 from rankload._errors import LoadError
 from rankload._job.channel import RankChannel
 from rankload._job.relay.relay import Relay
+from rankload._settings import Settings
 
 
 class Receiving(Carrier):
@@ -35,11 +36,12 @@ class Receiving(Carrier):
     Args:
         relay: from the source, and on to others.
         channel: of the call.
+        settings: deadlines.
         closing: lets go of the headers.
     """
 
-    def __init__(self, relay: Relay, channel: RankChannel, closing: ExitStack) -> None:
-        self._relay, self._channel = relay, channel
+    def __init__(self, relay: Relay, channel: RankChannel, settings: Settings, closing: ExitStack) -> None:
+        self._relay, self._channel, self._limits = relay, channel, Limits.of(channel.identity, settings)
         self._index: Index | None = None
         self.path, self.delivery = None, "broadcast"
         header = json.loads(self._receive_bytes(int.from_bytes(self._receive_bytes(LENGTH_BYTES), "little")))
@@ -57,7 +59,7 @@ class Receiving(Carrier):
     def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
         """Take out of the stream what is ours, and pass it on."""
         here = [transfer for transfer in transfers if transfer.saved.is_here]
-        moved = read_all(here, report, thread_count(self._channel.identity))
+        moved = read_all(here, report, self._limits)
         if not isinstance(self.files, ReceivedFiles):
             return moved
         assert self._index is not None

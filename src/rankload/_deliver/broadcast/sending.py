@@ -16,11 +16,12 @@ from rankload._deliver.buckets import Range, cut, header_ranges, is_kept, tensor
 from rankload._deliver.carrier import Carrier, Plan
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.parts import parts_of
-from rankload._deliver.readers import thread_count
+from rankload._deliver.readers import Limits
 from rankload._deliver.reading import ReportBytes, read_all
 from rankload._deliver.transfers import Transfer
 from rankload._job.channel import RankChannel
 from rankload._job.relay.relay import BytesBlock, FileBlock, Relay
+from rankload._settings import Settings
 
 #: Of the length of the words that come first.
 LENGTH_BYTES = 8
@@ -36,11 +37,12 @@ class Sending(Carrier):
         files: of the checkpoint.
         relay: to the others.
         channel: of the call.
+        settings: deadlines.
     """
 
-    def __init__(self, files: CheckpointFiles, relay: Relay, channel: RankChannel) -> None:
+    def __init__(self, files: CheckpointFiles, relay: Relay, channel: RankChannel, settings: Settings) -> None:
         self.path, self.files, self.may_share, self.delivery = files.path, files, True, "broadcast"
-        self._relay, self._channel = relay, channel
+        self._relay, self._channel, self._limits = relay, channel, Limits.of(channel.identity, settings)
         self._index: Index | None = None
         self._kept: dict[str, list[Range]] = {}
         self._ranges: dict[str, list[Range]] = {}
@@ -75,7 +77,7 @@ class Sending(Carrier):
                 self._ranges = tensor_ranges(tensors, self._kept)
             for bucket in cut(self._ranges, tensors):
                 self._relay.send(FileBlock(self.files.source(bucket.file).descriptor, bucket.begin, len(bucket)))
-        return read_all(transfers, report, thread_count(self._channel.identity))
+        return read_all(transfers, report, self._limits)
 
     def _file_names(self, index: Index) -> list[str]:
         return list(dict.fromkeys((self.files.name, *index.byte_orders)))

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch.serialization import default_restore_location
 
-from rankload._deliver.staging.pinned import BUFFER_BYTES, staged
-from rankload._job.devices import Placement
+from rankload._deliver.readers import Limits
+from rankload._deliver.staging.pinned import BUFFER_BYTES, is_staged, staged
+from rankload._job.devices import Placement, visible_accelerator
 
 
 class LateStorages:
     """A ``map_location`` that puts storages where another one says, but on accelerators without their content.
 
     Args:
-        map_location: any form that `is_predictable`.
+        map_location: one for which this `is_worthwhile`.
         is_plain: tells whether the checkpoint holds nothing but tensors and plain values: what else there is may look
             at elements while it is loaded, and would see them too early. Asked once, when there is something to gain.
     """
@@ -34,28 +35,38 @@ class LateStorages:
         self._pairs: dict[torch.device, list[tuple[torch.UntypedStorage, torch.UntypedStorage]]] = defaultdict(list)
 
     @staticmethod
-    def is_predictable(map_location: Any) -> bool:
-        """Tell whether a ``map_location`` goes by the tags of storages alone; a caller's function need not."""
-        return not callable(map_location) or isinstance(map_location, Placement)
+    def is_worthwhile(map_location: Any, is_plain: Callable[[], bool]) -> bool:
+        """Tell whether to take the place of a ``map_location``: one that goes by tags alone, and may name accelerators.
+
+        torch.load does more with its other forms than with functions, such as this is one; but not for plain content.
+        """
+        if visible_accelerator() is None:
+            return False
+        if isinstance(map_location, Placement):
+            return True
+        if callable(map_location):
+            return False
+        places = map_location.values() if isinstance(map_location, dict) else [map_location]
+        return any(place is not None and is_staged(torch.device(place)) for place in places) and is_plain()
 
     def __call__(self, storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
         """Return a storage in the right place; see torch.load."""
         device = self._device_of(tag)
-        if not _is_late(device) or not self._is_plain():
+        if not is_staged(device) or not self._is_plain():
             return self._restored(storage, tag)
         empty = _storage(storage.nbytes(), device)
         self._pairs[device].append((empty, storage))
         return empty
 
-    def fill(self, thread_count: int, look: Callable[[], None]) -> None:
+    def fill(self, limits: Limits, look: Callable[[], None]) -> None:
         """Copy what belongs into the storages that were made.
 
         Args:
-            thread_count: how many threads read.
+            limits: how many threads read, and how long a file may not answer.
             look: called now and then while a file does not answer; raises what ends the wait.
         """
         for device, pairs in self._pairs.items():
-            for job, content in staged(list(_jobs(pairs)), device, thread_count, look):
+            for job, content in staged(_jobs(pairs), device, limits, look):
                 for piece, begin in zip(job.pieces, job.begins, strict=True):
                     target = torch.empty(0, dtype=torch.uint8, device=device).set_(piece.storage)
                     part = content.narrow(0, begin, piece.length)
@@ -73,10 +84,6 @@ class LateStorages:
 
 def _storage(size_bytes: int, device: torch.device | str) -> torch.UntypedStorage:
     return torch.empty(size_bytes, dtype=torch.uint8, device=device).untyped_storage()
-
-
-def _is_late(device: torch.device) -> bool:
-    return device.type not in ("cpu", "meta")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from rankload._deliver.boxes import runs
+from rankload._deliver.readers import Limits
 from rankload._deliver.saved import TensorInFile
-from rankload._deliver.staging.pinned import BUFFER_BYTES, staged
+from rankload._deliver.staging.pinned import BUFFER_BYTES, is_staged, staged
 from rankload._deliver.transfers import Transfer
 
 #: Shorter runs cost more system calls than they are worth.
@@ -19,7 +20,7 @@ _SHORTEST_RUN_BYTES = 4096
 def is_of_long_runs(transfer: Transfer) -> bool:
     """Tell whether a transfer is one of those that this makes faster: of long runs, into memory in their order."""
     saved, destination = transfer.saved.in_file, transfer.destination
-    if saved is None or destination.device.type in ("cpu", "meta") or transfer.saved.dtype != saved.dtype:
+    if saved is None or not is_staged(destination.device) or transfer.saved.dtype != saved.dtype:
         return False
     if not (saved.is_here and saved.is_native and saved.entry.is_contiguous and destination.is_contiguous()):
         return False
@@ -28,23 +29,25 @@ def is_of_long_runs(transfer: Transfer) -> bool:
 
 
 def upload_parts(
-    transfers: Sequence[Transfer], device: torch.device, thread_count: int, report: Callable[[int], None]
+    transfers: Sequence[Transfer], device: torch.device, limits: Limits, report: Callable[[int], None]
 ) -> int:
-    """Read parts into tensors on one accelerator; return the bytes that were read. Nothing else is needed there.
+    """Read parts into tensors on one accelerator; return the bytes that were read.
+
+    Beyond the tensors the device holds one buffer at the most, where dtypes are converted.
 
     Args:
         transfers: such as `is_of_long_runs` takes.
         device: of all destinations.
-        thread_count: how many threads read.
+        limits: how many threads read, and how long a file may not answer.
         report: called with the bytes that are done.
     """
-    jobs = [job for transfer in transfers for job in _jobs(transfer)]
+    jobs = (job for transfer in transfers for job in _jobs(transfer))
     done = 0
 
     def look() -> None:
         report(done)
 
-    for job, content in staged(jobs, device, thread_count, look):
+    for job, content in staged(jobs, device, limits, look):
         elements = content.view(job.saved.dtype)
         if job.destination.dtype != elements.dtype:  # converted there: here it would no longer be in pinned memory
             elements = elements.to(device, non_blocking=True)

@@ -6,22 +6,24 @@ gives 46 (H100, PCIe 5).
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
 
-from rankload._deliver.readers import Readers
+from rankload._deliver.readers import Limits, Readers, await_reader
+from rankload._job.devices import visible_accelerator
+
+_logger = logging.getLogger(__name__)
 
 #: Of each buffer. 1.19 GB into a module on an H100 took 0.11 s the first time and 0.06 s from then on; with 4 MiB 0.15
 #: and 0.11, with 16 MiB 0.12 and 0.05. (Pinning costs half a millisecond a MiB; torch keeps what is pinned.)
 BUFFER_BYTES = 8 << 20
-
-#: Between two signs of life while a file does not answer.
-_LOOK_SECONDS = 0.5
 
 
 class Job(Protocol):
@@ -37,8 +39,17 @@ class Job(Protocol):
 JobType = TypeVar("JobType", bound=Job)
 
 
+def is_staged(device: torch.device) -> bool:
+    """Tell whether a device is filled in this way: the accelerator that torch sees, with streams and pinned memory.
+
+    Not Apple's: its memory is the CPU's, and what torch pins for it is no memory of the CPU's.
+    """
+    accelerator = visible_accelerator()
+    return accelerator is not None and device.type == accelerator.type and device.type != "mps"
+
+
 def staged(
-    jobs: Sequence[JobType], device: torch.device, thread_count: int, look: Callable[[], None]
+    jobs: Iterable[JobType], device: torch.device, limits: Limits, look: Callable[[], None]
 ) -> Iterator[tuple[JobType, torch.Tensor]]:
     """Yield each job, in order, with its bytes: ``uint8[len(job)]``, pinned.
 
@@ -47,32 +58,32 @@ def staged(
 
     Args:
         jobs: what to read.
-        device: where the copies go; on the CPU nothing is pinned.
-        thread_count: how many threads read.
+        device: where the copies go: one that `is_staged`, or the CPU, for which nothing is pinned.
+        limits: how many threads read, and how long a file may not answer.
         look: called now and then while a file does not answer; raises what ends the wait.
 
     Raises:
+        ProgressTimeoutError: a file does not answer.
         Exception: whatever a job has raised.
     """
-    thread_count = min(thread_count, len(jobs))
-    buffers = [_Buffer(device) for _ in range(min(thread_count + 1, len(jobs)))]
-    with Readers(thread_count) as readers:
+    rest = iter(jobs)
+    under_way: deque[tuple[JobType, _Buffer, Future[None]]] = deque()
+    with Readers(limits.thread_count) as readers:
 
-        def submit(number: int) -> Future[None]:
-            return readers.submit(partial(buffers[number % len(buffers)].fill, jobs[number]))
+        def begin_next(buffer: _Buffer) -> None:
+            for job in itertools.islice(rest, 1):
+                under_way.append((job, buffer, readers.submit(partial(buffer.fill, job))))
 
-        under_way = deque(map(submit, range(len(buffers))))
-        for number, job in enumerate(jobs):
-            future, buffer = under_way.popleft(), buffers[number % len(buffers)]
-            while not wait([future], timeout=_LOOK_SECONDS).done:
-                look()
-            future.result()
+        for _ in range(limits.thread_count + 1):
+            begin_next(_Buffer(device))
+        while under_way:
+            job, buffer, future = under_way.popleft()
+            await_reader(future, look, limits.progress_seconds)
             yield job, buffer.content.narrow(0, 0, len(job))
             buffer.note_copies()
-            if number + len(buffers) < len(jobs):
-                under_way.append(submit(number + len(buffers)))
-        for buffer in buffers:
-            buffer.wait()
+            begin_next(buffer)
+            if not under_way:
+                buffer.wait()  # what has been copied before this one lies before it in the stream
 
 
 class _Buffer:
@@ -90,12 +101,14 @@ class _Buffer:
     def content(self) -> torch.Tensor:
         """Return the memory, ``uint8[BUFFER_BYTES]``."""
         if self._memory is None:
-            is_pinned = self._device.type != "cpu"
-            self._memory = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
+            self._memory = _pinned() if self._device.type != "cpu" else _unpinned()
         return self._memory
 
     def fill(self, job: Job) -> None:
         """Read a job's bytes when the copies of what was here before have ended."""
+        if self._device.type != "cpu":
+            # a thread begins on device 0, and what it asks of the accelerator would make a context there
+            torch.accelerator.set_device_index(self._device)
         self.wait()
         job.fill(self.content.data_ptr())
 
@@ -110,3 +123,15 @@ class _Buffer:
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None
+
+
+def _pinned() -> torch.Tensor:
+    try:
+        return torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
+    except RuntimeError as error:  # a limit on locked memory; copies from other memory are slower, and as good
+        _logger.debug("%d bytes cannot be pinned: %s", BUFFER_BYTES, error)
+        return _unpinned()
+
+
+def _unpinned() -> torch.Tensor:
+    return torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu")

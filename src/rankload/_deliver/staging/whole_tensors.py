@@ -14,6 +14,7 @@ import torch
 
 from rankload._deliver.buckets import Bucket, cut, tensor_ranges
 from rankload._deliver.files import CheckpointFiles
+from rankload._deliver.readers import Limits
 from rankload._deliver.saved import TensorInFile
 from rankload._deliver.sinks import Sinks, is_dense
 from rankload._deliver.staging.pinned import BUFFER_BYTES, staged
@@ -44,19 +45,20 @@ def is_of_whole(transfer: Transfer) -> bool:
 def upload_whole(
     transfers: Sequence[Transfer],
     device: torch.device,
-    thread_count: int,
+    limits: Limits,
     report: Callable[[int], None],
     sharers: Sharers | None = None,
 ) -> int:
     """Read whole tensors into one device; return the bytes that this rank has read. Collective over the sharers.
 
-    Beyond the tensors the device holds two buckets. An error while reading is raised when all collectives are through:
-    the process group can be used afterwards.
+    Beyond the tensors the device holds two buckets, and a bucket's tensors where dtypes are converted. An error while
+    reading is raised when all collectives are through: the process group can be used afterwards. After any other error
+    it cannot: ranks may be out of step.
 
     Args:
         transfers: such as `is_of_whole` takes, in the same order on all sharers.
         device: of all destinations.
-        thread_count: how many threads read.
+        limits: how many threads read, and how long a file may not answer.
         report: called with the bytes that are done; raises what another rank has failed with.
         sharers: the ranks that make this call together; default: this one alone.
 
@@ -78,11 +80,12 @@ def upload_whole(
     def look() -> None:
         report(done)
 
-    for share, content in staged(shares, device, thread_count, look):
+    sharers.get_ready(device, look)
+    for share, content in staged(shares, device, limits, look):
         whole = memory[0].narrow(0, 0, share.size * sharers.count)
         own = whole.narrow(0, share.size * sharers.number, share.size)
         own.narrow(0, 0, len(share)).copy_(content, non_blocking=True)
-        now = _UnderWay(share.bucket, whole, sharers.begin(whole, own))
+        now = _UnderWay(share.bucket, whole, sharers.begin(whole, own, look))
         if before is not None:
             before.finish(sharers, sinks, look)
         before = now
