@@ -30,7 +30,7 @@ def writing(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path | str) -> Iterator[None]:
     """Translate what goes wrong when a file is read."""
     try:
         yield

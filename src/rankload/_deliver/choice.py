@@ -11,6 +11,9 @@ from rankload._errors import ArgumentError
 _THROUGH_THE_HOST = frozenset({"gloo", "mpi", "ucc"})
 
 
+ON_THE_CPU = "the tensors are on the CPU, where the ranks of a node share the file's pages"
+
+
 @dataclass(frozen=True)
 class Facts:
     """What one rank knows before the ranks meet.
@@ -44,7 +47,7 @@ def choose(facts: Facts) -> Choice:
     """Choose between reading on each rank, and sharing out the reading between them."""
     device, backend = facts.device_type, facts.backend
     if device == "cpu":
-        return Choice("read", "the tensors are on the CPU, where the ranks of a node share the file's pages")
+        return Choice("read", ON_THE_CPU)
     if backend is None:
         return Choice("read", f"there is no process group with a backend for {device}")
     if backend in _THROUGH_THE_HOST:

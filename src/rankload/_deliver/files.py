@@ -58,7 +58,7 @@ class CheckpointFiles:
             CacheError: it cannot be read.
         """
         source = self.source(name)
-        with reading(Path(self.shown)):
+        with reading(self.shown):
             found = fill_memory(address, length, source, offset)
         if found != length:
             raise LoadError(f"{self.shown}: the file ended within {what}: was it cut off since it was opened?")

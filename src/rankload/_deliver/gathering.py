@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from rankload._cache.linux import is_on_local_disk
 from rankload._deliver.carrier import Plan
-from rankload._deliver.choice import Choice, Facts, asked_for, choose
+from rankload._deliver.choice import ON_THE_CPU, Choice, Facts, asked_for, choose
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.independent import Reading
 from rankload._deliver.places import is_replicated
@@ -69,6 +69,9 @@ class Gathering(Reading):
         """
         super().planned(plan)
         device = _device(plan)
+        if device.type == "cpu" and not self._is_asked_for:
+            self.reason = ON_THE_CPU
+            return False
         shared = [step for step in plan.steps if _is_shared(step, plan, device)]
         self._shared = {id(step.saved) for step in shared}
         facts = self._facts(plan, shared, device)

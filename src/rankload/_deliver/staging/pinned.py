@@ -48,6 +48,12 @@ def is_staged(device: torch.device) -> bool:
     return accelerator is not None and device.type == accelerator.type and device.type != "mps"
 
 
+def use_in_thread(device: torch.device) -> None:
+    """Make a device this thread's: a thread begins on the first one, and would make a context there."""
+    if device.type != "cpu" and device.index is not None:
+        torch.accelerator.set_device_index(device.index)
+
+
 def staged(
     jobs: Iterable[JobType], device: torch.device, limits: Limits, look: Callable[[], None]
 ) -> Iterator[tuple[JobType, torch.Tensor]]:
@@ -106,9 +112,7 @@ class _Buffer:
 
     def fill(self, job: Job) -> None:
         """Read a job's bytes when the copies of what was here before have ended."""
-        if self._device.type != "cpu":
-            # a thread begins on device 0, and what it asks of the accelerator would make a context there
-            torch.accelerator.set_device_index(self._device)
+        use_in_thread(self._device)
         self.wait()
         job.fill(self.content.data_ptr())
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from rankload._deliver.readers import Readers
+from rankload._deliver.staging.pinned import use_in_thread
 from rankload._errors import ProgressTimeoutError, RankloadError, RankLostError
 
 if TYPE_CHECKING:
@@ -110,8 +111,7 @@ class Sharers:
         return _all_gather(whole, own, group=self.group, async_op=True)  # type: ignore[no-any-return]
 
     def _exchange_nothing(self, device: torch.device) -> None:
-        if device.type != "cpu":
-            torch.accelerator.set_device_index(device)  # this thread's
+        use_in_thread(device)
         whole = torch.zeros(self.count, dtype=torch.uint8, device=device)
         work = self._exchange(whole, whole.narrow(0, self.number, 1))
         if work is not None:
