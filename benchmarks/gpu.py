@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks.bounds import Bound
 from benchmarks.models import Model, make
-from benchmarks.module_ways import MAPPED, RANKLOAD, TORCH_LOAD, Files, Kind, ModuleWay
+from benchmarks.module_ways import MAPPED, RANKLOAD, TORCH_LOAD, Files, Kind, ModuleWay, runai
 from benchmarks.modules import write_files
 from benchmarks.table import Table
 from harness.rank import mark_and_wait
@@ -198,16 +198,6 @@ def _fastsafetensors(module: nn.Module, files: Files) -> Any:
     return {name: buffer.get_tensor(name) for name in buffer.key_to_rank_lidx}
 
 
-def _runai(module: nn.Module, files: Files) -> None:
-    from runai_model_streamer import SafetensorsStreamer
-
-    own = module.state_dict()
-    with SafetensorsStreamer() as streamer:
-        streamer.stream_file(os.fspath(files.safetensors))
-        for name, tensor in streamer.get_tensors():
-            own[name].copy_(tensor)
-
-
 def _accelerate(module: nn.Module, files: Files) -> None:
     from accelerate import load_checkpoint_in_model
 
@@ -234,6 +224,6 @@ WAYS = (
     *(ModuleWay(f"load_state_dict({way.name})", _then_into_module(way.load), _BOTH, way.needs) for way in _DICTS),
     ModuleWay(MAPPED, _mapped, _MODULE),
     ModuleWay(TORCH_LOAD, _torch_load, _MODULE),
-    ModuleWay("runai-model-streamer, copied", _runai, _MODULE, ("runai_model_streamer",)),
+    ModuleWay("runai-model-streamer, copied", runai, _MODULE, ("runai_model_streamer",)),
     ModuleWay("accelerate.load_checkpoint_in_model", _accelerate, _BOTH, ("accelerate",)),
 )

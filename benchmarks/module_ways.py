@@ -223,7 +223,8 @@ def _runai_state_dict(module: nn.Module, files: Files) -> Any:
         return {name: tensor.clone() for name, tensor in streamer.get_tensors()}
 
 
-def _runai(module: nn.Module, files: Files) -> None:
+def runai(module: nn.Module, files: Files) -> None:
+    """Copy each tensor into its place as it comes, on whatever device that is."""
     from runai_model_streamer import SafetensorsStreamer
 
     own = module.state_dict()
@@ -268,7 +269,7 @@ MODULE_WAYS = (
     ModuleWay(TORCH_LOAD, _torch_load, _MODULE),
     ModuleWay("load_state_dict(safetensors load_file)", _safetensors, _BOTH, _SAFETENSORS),
     ModuleWay("load_state_dict(fastsafetensors)", _fastsafetensors, _MODULE, _FAST),
-    ModuleWay("runai-model-streamer, copied", _runai, _MODULE, _RUNAI),
+    ModuleWay("runai-model-streamer, copied", runai, _MODULE, _RUNAI),
     ModuleWay("accelerate.load_checkpoint_in_model", _accelerate, _MODULE, ("accelerate",)),
     ModuleWay("mmengine.load_checkpoint", _mmengine, _MODULE, ("mmengine.runner",)),
     ModuleWay(DCP, _dcp_broadcast, _MODULE | _SHARDED, _DCP),
