@@ -66,7 +66,7 @@ def read_checkpoint(
         LoadError: it could not be loaded for another reason.
     """
     path = Path(path)
-    limits = limits or Limits.of(identity_from_environment(), Settings())
+    limits = limits or Limits.of(identity_from_environment(), Settings.from_environment())
     options = _Options(weights_only, mmap, limits, look, torch_load_arguments)
 
     def read_any() -> Any:

@@ -57,7 +57,6 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(late_storages, "is_staged", lambda device: True)
     monkeypatch.setattr(late_storages.LateStorages, "fill", fill_and_count)
-    monkeypatch.setattr(late_storages, "visible_accelerator", lambda: "an accelerator")
     for module in (pinned, late_storages):
         monkeypatch.setattr(module, "BUFFER_BYTES", 1000)
     return filled

@@ -17,7 +17,7 @@ from torch.serialization import default_restore_location
 
 from rankload._deliver.readers import Limits
 from rankload._deliver.staging.pinned import BUFFER_BYTES, is_staged, staged
-from rankload._job.devices import Placement, visible_accelerator
+from rankload._job.devices import Placement
 
 
 class LateStorages:
@@ -38,10 +38,9 @@ class LateStorages:
     def is_worthwhile(map_location: Any, is_plain: Callable[[], bool]) -> bool:
         """Tell whether to take the place of a ``map_location``: one that goes by tags alone, and may name accelerators.
 
-        torch.load does more with its other forms than with functions, such as this is one; but not for plain content.
+        torch.load does more with strings, devices and dicts than with functions, such as this is one; but not for plain
+        content.
         """
-        if visible_accelerator() is None:
-            return False
         if isinstance(map_location, Placement):
             return True
         if callable(map_location):

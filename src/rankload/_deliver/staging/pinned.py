@@ -44,8 +44,10 @@ def is_staged(device: torch.device) -> bool:
 
     Not Apple's: its memory is the CPU's, and what torch pins for it is no memory of the CPU's.
     """
+    if device.type in ("cpu", "meta", "mps"):
+        return False
     accelerator = visible_accelerator()
-    return accelerator is not None and device.type == accelerator.type and device.type != "mps"
+    return accelerator is not None and device.type == accelerator.type
 
 
 def use_in_thread(device: torch.device) -> None:
