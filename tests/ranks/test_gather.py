@@ -74,7 +74,7 @@ def test_each_reads_its_share(tmp_path: Path, world_size: int, device: str, file
     assert [result.value[2:4] for result in results] == [("gather", "it was asked for")] * world_size
 
 
-@pytest.mark.parametrize("kind", [*_KINDS])
+@pytest.mark.parametrize("kind", ["ddp", "hybrid", "by-hand"])
 def test_sharded_tensors_are_read_by_their_owners(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(3)
     content = Net().state_dict()
@@ -311,10 +311,8 @@ def _load_where_one_leaves(rank: int, path: Path, leaver: int, how: str, after: 
     ("leaver", "how", "after", "kind", "text"),
     [
         (0, "SIGKILL", 0.5, "RankLostError", "rank 0"),
-        (2, "SIGKILL", 0.5, "RankLostError", "rank 2"),
         (2, "SIGKILL", 0.0, "RankLostError", "rank 2"),  # before it has given any sign of life
         (2, "SIGSTOP", 0.5, "RankLostError", "rank 2"),
-        (2, "SIGSTOP", 0.0, "RankLostError", "rank 2"),
         (0, "SIGSTOP", 0.0, "RankLostError", "rank 0"),
         (1, "SIGTERM", 0.5, "CallCancelledError", "SIGTERM"),
     ],
