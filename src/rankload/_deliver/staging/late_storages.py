@@ -46,7 +46,7 @@ class LateStorages:
         if callable(map_location):
             return False
         places = map_location.values() if isinstance(map_location, dict) else [map_location]
-        return any(place is not None and is_staged(torch.device(place)) for place in places) and is_plain()
+        return any(map(_is_on_staged_device, places)) and is_plain()
 
     def __call__(self, storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
         """Return a storage in the right place; see torch.load."""
@@ -79,6 +79,13 @@ class LateStorages:
             return default_restore_location(storage, tag) if restored is None else restored  # type: ignore[no-any-return,no-untyped-call]
         location = place.get(tag, tag) if isinstance(place, dict) else tag if place is None else place
         return default_restore_location(storage, str(location))  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _is_on_staged_device(location: Any) -> bool:
+    try:
+        return location is not None and is_staged(torch.device(location))
+    except (RuntimeError, TypeError):  # no device: torch.load says so, or knows it
+        return False
 
 
 def _storage(size_bytes: int, device: torch.device | str) -> torch.UntypedStorage:
