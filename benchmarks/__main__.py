@@ -91,7 +91,7 @@ def _tables(arguments: argparse.Namespace, root: Path) -> Iterator[Table]:
         yield from modules(
             arguments.only, arguments.layers, arguments.ranks, arguments.rounds, root, is_cold=arguments.cold
         )
-    if is_asked_for("gpu") and (arguments.case == "gpu" or torch.accelerator.is_available()):
+    if is_asked_for("gpu") and torch.accelerator.is_available():
         yield from gpu(arguments.only, arguments.layers, arguments.ranks, arguments.rounds, root)
     if is_asked_for("broadcast"):
         yield broadcast(arguments.rounds)
@@ -123,7 +123,10 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--report", type=Path, help="a directory for tables (.md), charts (.svg) and raw values (.json)"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.case == "gpu" and not torch.accelerator.is_available():
+        parser.error("gpu: torch sees no accelerator here")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -363,5 +363,5 @@ def test_on_a_real_accelerator(tmp_path: Path, delivery: str, on_meta: bool) -> 
     for weights, found, reason, bytes_read in results:
         assert all(torch.equal(weights[name], tensor) for name, tensor in source.state_dict().items())
         assert found == ("gather" if delivery == "gather" else "read"), reason
-        assert delivery != "auto" or "the same device" in reason or "another rank" in reason
+        assert delivery != "auto" or "another rank" in reason
         assert bytes_read < path.stat().st_size * (0.6 if found == "gather" else 1.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class Plan:
         return [saved.in_file.entry for saved in wanted if saved.in_file is not None]
 
 
-class Carrier:
+class Carrier(ABC):
     """One load, seen from one rank: first the files, then the plan, then the bytes.
 
     Attributes:
@@ -56,13 +57,13 @@ class Carrier:
     delivery: str
     reason = "it was asked for"
 
+    @abstractmethod
     def planned(self, plan: Plan) -> bool:
         """Take note of what this rank wants, before the ranks meet; return whether it would gather."""
-        raise NotImplementedError
 
-    def met(self, all_would_gather: bool) -> None:
+    def met(self, all_would_gather: bool) -> None:  # noqa: B027 - most carriers have nothing to decide
         """Take note of what the others have returned."""
 
+    @abstractmethod
     def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
         """Move the bytes, after the ranks have met; return how many this rank has read, or taken out of a stream."""
-        raise NotImplementedError

@@ -102,13 +102,13 @@ def _read(path: Path, file_format: Format, map_location: Any, options: _Options)
         return _read_parts(path, map_location, options)
     if file_format == "safetensors":
         is_mapped = options.mmap is not False
-        with _filled_late(map_location, is_mapped, lambda: True, options) as place:
+        with _filled_late(path, map_location, is_mapped, lambda: True, options) as place:
             return read_safetensors(path, place, mmap=is_mapped)
     is_mapped = options.mmap is not False and _is_mappable(path, file_format, explicitly=options.mmap is True)
     with (
         _unsuffixed(path) as name,
         torch_maps_privately() if is_mapped else contextlib.nullcontext(),
-        _filled_late(map_location, is_mapped, lambda: _is_plain(path), options) as place,
+        _filled_late(path, map_location, is_mapped, lambda: _is_plain(path), options) as place,
     ):
         return torch.load(
             name, place, weights_only=options.weights_only, mmap=is_mapped, **options.torch_load_arguments
@@ -116,14 +116,16 @@ def _read(path: Path, file_format: Format, map_location: Any, options: _Options)
 
 
 @contextlib.contextmanager
-def _filled_late(map_location: Any, is_mapped: bool, is_plain: Callable[[], bool], options: _Options) -> Iterator[Any]:
+def _filled_late(
+    path: Path, map_location: Any, is_mapped: bool, is_plain: Callable[[], bool], options: _Options
+) -> Iterator[Any]:
     """Give a ``map_location`` whose storages on accelerators are filled behind the block, where that is possible."""
     if not is_mapped or options.weights_only is False or not LateStorages.is_worthwhile(map_location, is_plain):
         yield map_location
         return
     late = LateStorages(map_location, is_plain)
     yield late
-    late.fill(options.limits, options.look)
+    late.fill(options.limits, options.look, str(path))
 
 
 def _is_plain(path: Path) -> bool:

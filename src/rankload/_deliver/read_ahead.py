@@ -69,7 +69,7 @@ def _read(path: Path, channel: Channel, progress_seconds: float) -> None:
                 def look(done: int = number) -> None:
                     channel.report(Progress("loading", done * _BLOCK_BYTES, len(blocks) * _BLOCK_BYTES))
 
-                await_reader(block, look, progress_seconds)
+                await_reader(block, look, progress_seconds, str(path))
                 look()
 
 

@@ -88,13 +88,14 @@ class Readers:
                     future.set_result(None)
 
 
-def await_reader(future: Future[None], look: Callable[[], None], progress_seconds: float) -> None:
+def await_reader(future: Future[None], look: Callable[[], None], progress_seconds: float, shown: str) -> None:
     """Wait until a thread is through with a read; raise what it has raised.
 
     Args:
         future: the read.
         look: called now and then; raises what another rank has failed with.
         progress_seconds: the deadline, of time for which this process was awake.
+        shown: the file, for the message.
 
     Raises:
         ProgressTimeoutError: the file has not answered within it.
@@ -106,7 +107,8 @@ def await_reader(future: Future[None], look: Callable[[], None], progress_second
         waited, looked_at = waited + min(now - looked_at, _LONGEST_SECONDS), now
         if waited >= progress_seconds:
             raise ProgressTimeoutError(
-                f"no byte of the file has come for {waited:.0f} s: a hung filesystem; raise timeout= if this is "
-                "normal here"
+                f"{shown}: no byte of it has come for {waited:.0f} s: a hung filesystem; raise timeout= if this is "
+                "normal here",
+                path=shown,
             )
     future.result()

@@ -108,7 +108,7 @@ def test_no_buffer_is_written_to_before_it_was_copied(stream: Stream, thread_cou
         copies[number] = content.clone()
 
     jobs = [Numbers(value) for value in range(40)]
-    for job, content in staged(jobs, DEVICE, Limits(thread_count, 60), lambda: None):
+    for job, content in staged(jobs, DEVICE, Limits(thread_count, 60), lambda: None, "shown"):
         stream.put(lambda number=job.value, content=content: copy(number, content))
     assert len(copies) == 40
     assert all(torch.equal(found, torch.full((100 + value,), value)) for value, found in copies.items())
@@ -116,7 +116,7 @@ def test_no_buffer_is_written_to_before_it_was_copied(stream: Stream, thread_cou
 
 
 def test_nothing_to_read_takes_nothing() -> None:
-    assert list(staged([], CPU, LIMITS, lambda: None)) == []
+    assert list(staged([], CPU, LIMITS, lambda: None, "shown")) == []
 
 
 class Failing(Numbers):
@@ -127,7 +127,7 @@ class Failing(Numbers):
 def test_an_error_of_a_thread_is_raised_in_its_turn() -> None:
     found = []
     with pytest.raises(LoadError, match="the file ended"):
-        for job, _ in staged([Numbers(1), Numbers(2), Failing(3), Numbers(4)], CPU, LIMITS, lambda: None):
+        for job, _ in staged([Numbers(1), Numbers(2), Failing(3), Numbers(4)], CPU, LIMITS, lambda: None, "shown"):
             found.append(job.value)
     assert found == [1, 2]
 
@@ -144,7 +144,7 @@ def test_a_file_that_does_not_answer_keeps_nobody_from_hearing_of_a_failure() ->
         raise LoadError("another's")
 
     with pytest.raises(LoadError, match="another's"):
-        list(staged([Hanging(1)], CPU, LIMITS, look))
+        list(staged([Hanging(1)], CPU, LIMITS, look, "shown"))
     assert not Hanging.ends.is_set()
     Hanging.ends.set()
 
@@ -152,8 +152,8 @@ def test_a_file_that_does_not_answer_keeps_nobody_from_hearing_of_a_failure() ->
 def test_a_file_that_never_answers_is_given_up() -> None:
     Hanging.ends.clear()
     looks: list[None] = []
-    with pytest.raises(ProgressTimeoutError, match="timeout="):
-        list(staged([Hanging(1)], CPU, Limits(1, 0.2), lambda: looks.append(None)))
+    with pytest.raises(ProgressTimeoutError, match=r"the file: no byte.*timeout="):
+        list(staged([Hanging(1)], CPU, Limits(1, 0.2), lambda: looks.append(None), "the file"))
     assert looks
     Hanging.ends.set()
 
@@ -167,7 +167,9 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(stream: Stream, monkeypat
         return empty(*sizes, **words)
 
     monkeypatch.setattr(pinned.torch, "empty", fail)
-    assert [content.tolist() for _, content in staged([Numbers(1)], DEVICE, LIMITS, lambda: None)] == [[1] * 101]
+    assert [content.tolist() for _, content in staged([Numbers(1)], DEVICE, LIMITS, lambda: None, "shown")] == [
+        [1] * 101
+    ]
 
 
 def test_which_devices_are_filled_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,10 +183,10 @@ def test_which_devices_are_filled_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_readers_that_are_left_cancel_what_has_not_begun() -> None:
     Hanging.ends.clear()
     with Readers(1) as readers:
-        running = readers.submit(lambda: Hanging.ends.wait(60))
+        begun = threading.Event()
+        running = readers.submit(lambda: begun.set() or Hanging.ends.wait(60))
         waiting = readers.submit(lambda: None)
-        while not running.running():
-            pass
+        assert begun.wait(60)
     assert waiting.cancelled() and not running.done()
     Hanging.ends.set()
     assert running.result(timeout=60) is None

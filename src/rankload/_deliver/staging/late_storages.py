@@ -57,15 +57,16 @@ class LateStorages:
         self._pairs[device].append((empty, storage))
         return empty
 
-    def fill(self, limits: Limits, look: Callable[[], None]) -> None:
+    def fill(self, limits: Limits, look: Callable[[], None], shown: str) -> None:
         """Copy what belongs into the storages that were made.
 
         Args:
             limits: how many threads read, and how long a file may not answer.
             look: called now and then while a file does not answer; raises what ends the wait.
+            shown: the checkpoint, for messages.
         """
         for device, pairs in self._pairs.items():
-            for job, content in staged(_jobs(pairs), device, limits, look):
+            for job, content in staged(_jobs(pairs), device, limits, look, shown):
                 for piece, begin in zip(job.pieces, job.begins, strict=True):
                     target = torch.empty(0, dtype=torch.uint8, device=device).set_(piece.storage)
                     part = content.narrow(0, begin, piece.length)

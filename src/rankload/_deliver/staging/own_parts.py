@@ -41,13 +41,14 @@ def upload_parts(
         limits: how many threads read, and how long a file may not answer.
         report: called with the bytes that are done.
     """
+    shown = next(transfer.saved.in_file.files.shown for transfer in transfers if transfer.saved.in_file is not None)
     jobs = (job for transfer in transfers for job in _jobs(transfer))
     done = 0
 
     def look() -> None:
         report(done)
 
-    for job, content in staged(jobs, device, limits, look):
+    for job, content in staged(jobs, device, limits, look, shown):
         elements = content.view(job.saved.dtype)
         if job.destination.dtype != elements.dtype:  # converted there: here it would no longer be in pinned memory
             elements = elements.to(device, non_blocking=True)

@@ -81,7 +81,7 @@ def upload_whole(
         report(done)
 
     sharers.get_ready(device, look)
-    for share, content in staged(shares, device, limits, look):
+    for share, content in staged(shares, device, limits, look, tensors[0].files.shown):
         whole = memory[0].narrow(0, 0, share.size * sharers.count)
         own = whole.narrow(0, share.size * sharers.number, share.size)
         own.narrow(0, 0, len(share)).copy_(content, non_blocking=True)
