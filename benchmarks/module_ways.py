@@ -84,9 +84,9 @@ def load_in_rank(rank: int, way: ModuleWay, kind: Kind, model: Model, layers: in
     torch.set_num_threads(1)  # as torchrun does
     dist.init_process_group("gloo")
     module = _module(kind, model, layers)
-    dist.barrier()
     mark_and_wait("ready", timeout_seconds=300)
     before, read_before = _peak_bytes(reset=True), _read_bytes()
+    dist.barrier()  # or a rank's time would have in it how much later the others begin
     started = time.perf_counter()
     result = way.load(module, files)
     seconds = time.perf_counter() - started

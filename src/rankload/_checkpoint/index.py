@@ -26,11 +26,14 @@ class FileIndex:
 
     Attributes:
         content: as saved, with a `TensorEntry` (without a name yet) in the place of each tensor.
-        byte_order: of the elements.
+        byte_order: of the elements; None where the file does not say. Then it is little, as far as is known.
+        is_exact: apart from tensors and what is `Unbuilt`, the content is what torch.load would return: nothing in it
+            was made simpler.
     """
 
     content: Any
-    byte_order: ByteOrder = "little"
+    byte_order: ByteOrder | None = None
+    is_exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def flatten(index: FileIndex, file: str) -> Index:
     return Index(
         MappingProxyType(tensors),
         MappingProxyType(remainder),
-        MappingProxyType({file: index.byte_order}),
+        MappingProxyType({file: index.byte_order or "little"}),
         content=index.content,
     )
 

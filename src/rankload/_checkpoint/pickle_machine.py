@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from rankload._checkpoint.broken import BrokenFileError, CutOffError
@@ -35,7 +34,12 @@ class PickleMachine:
     ) -> None:
         self.position = 0
         self._content, self._stack = content, PickleStack(content, builders, load_persistent)
-        self._operations = 0
+        self._operations_left = _MOST_OPERATIONS
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the values so far are what the standard unpickler would have made, but for builders and `Unbuilt`."""
+        return self._stack.is_exact
 
     def next_pickle(self) -> Any:
         """Read one pickle and return its value.
@@ -55,27 +59,23 @@ class PickleMachine:
 
     def _run(self) -> None:
         """Carry out operations up to the last one of the pickle."""
-        content, size_bytes = self._content, len(self._content)
+        content, stack, size_bytes = self._content, self._stack, len(self._content)
         position = self.position
-        while self._operations < _MOST_OPERATIONS:
-            self._operations += 1
-            if position >= size_bytes:
-                raise CutOffError(_CUT_OFF)
-            operation = _OPERATIONS[content[position]]
+        if position >= size_bytes:
+            raise CutOffError(_CUT_OFF)
+        for count in range(self._operations_left):
+            argument_bytes, meaning = _OPERATIONS[content[position]]
             start = position + 1
-            if operation.argument_bytes >= 0:
-                position = start + operation.argument_bytes
+            if argument_bytes >= 0:
+                position = start + argument_bytes
             else:
-                start, position = self._argument(operation.argument_bytes, start)
-            if position > size_bytes:
-                raise CutOffError(_CUT_OFF)
-            if operation.meaning is not None:
-                operation.meaning(self._stack, start, position)
-            elif operation.is_last:
-                self.position = position
+                start, position = self._argument(argument_bytes, start)
+            if meaning is None:
+                self.position, self._operations_left = position, self._operations_left - count - 1
                 return
-            elif not operation.is_harmless:
-                raise NotUnderstoodError(f"a pickle with {operation.name}")
+            if position >= size_bytes:  # not even the last operation of the pickle is behind it
+                raise CutOffError(_CUT_OFF)
+            meaning(stack, start, position)
         raise NotUnderstoodError("a pickle of too many operations")
 
     def _argument(self, code: int, start: int) -> tuple[int, int]:
@@ -93,19 +93,34 @@ class PickleMachine:
         return begin, begin + self._stack.unsigned(start, begin)
 
 
-def _pushing(make: Callable[[], Any]) -> Callable[[PickleStack, int, int], None]:
+def _pushing(make: Callable[[], Any]) -> _Meaning:
     return lambda stack, start, end: stack.push(make())
+
+
+def _harmless(stack: PickleStack, start: int, end: int) -> None:
+    """It tells the reader something, and leaves the stack alone."""
+
+
+def _not_understood(name: str) -> _Meaning:
+    def refuse(stack: PickleStack, start: int, end: int) -> None:
+        raise NotUnderstoodError(f"a pickle with {name}")
+
+    return refuse
 
 
 _CUT_OFF = "truncated checkpoint (a pickle in it is cut off)"
 
-_MEANINGS: dict[str, Callable[[PickleStack, int, int], None]] = {
+#: What an operation does to the stack, by the place of its argument.
+_Meaning = Callable[[PickleStack, int, int], None]
+
+_MEANINGS: dict[str, _Meaning] = {
     **dict.fromkeys(
         ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"), PickleStack.push_text
     ),
     **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"), PickleStack.push_bytes),
     **dict.fromkeys(("INT", "LONG", "FLOAT", "STRING", "UNICODE"), PickleStack.push_line),
-    **dict.fromkeys(("BININT1", "BININT2"), PickleStack.push_unsigned),
+    "BININT1": PickleStack.push_byte,
+    "BININT2": PickleStack.push_unsigned,
     **dict.fromkeys(("BININT", "LONG1", "LONG4"), PickleStack.push_signed),
     "BINFLOAT": PickleStack.push_float,
     "NONE": _pushing(lambda: None),
@@ -115,8 +130,10 @@ _MEANINGS: dict[str, Callable[[PickleStack, int, int], None]] = {
     "EMPTY_LIST": _pushing(list),
     "EMPTY_DICT": _pushing(dict),
     "EMPTY_SET": _pushing(lambda: Unbuilt(GlobalName("builtins", "set"), ([],))),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), PickleStack.push_memo),
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), PickleStack.put_memo),
+    "BINGET": PickleStack.push_memo_of_byte,
+    "LONG_BINGET": PickleStack.push_memo,
+    "BINPUT": PickleStack.put_memo_of_byte,
+    "LONG_BINPUT": PickleStack.put_memo,
     "GET": PickleStack.push_memo_line,
     "PUT": PickleStack.put_memo_line,
     "MEMOIZE": PickleStack.memoize,
@@ -144,10 +161,8 @@ _MEANINGS: dict[str, Callable[[PickleStack, int, int], None]] = {
     "INST": PickleStack.make_instance,
     "BUILD": PickleStack.build,
     "BINPERSID": PickleStack.load_persistent,
+    **dict.fromkeys(("PROTO", "FRAME"), _harmless),
 }
-
-#: They tell the reader something, and leave the stack alone.
-_HARMLESS = frozenset({"PROTO", "FRAME"})
 
 #: How many lines an argument has, and in how many bytes its length stands, by pickletools' code for it.
 _TWO_LINES = -100
@@ -160,31 +175,17 @@ _LENGTH_BYTES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Operation:
-    """What an opcode does to the machine.
+def _operation(opcode: pickletools.OpcodeInfo) -> tuple[int, _Meaning | None]:
+    """Return the length of its argument, negative for a code of how it stands in the file; and what it does.
 
-    Attributes:
-        name: pickletools' name for it.
-        argument_bytes: length of its argument; negative: a code for a length that stands in the file.
-        meaning: what it does; None: nothing, or more than this machine knows.
-        is_harmless: nothing.
-        is_last: the pickle ends with it.
+    That is nothing for the one with which a pickle ends.
     """
-
-    name: str
-    argument_bytes: int
-    meaning: Callable[[PickleStack, int, int], None] | None
-    is_harmless: bool
-    is_last: bool
-
-
-def _operation(opcode: pickletools.OpcodeInfo) -> _Operation:
     argument_bytes = opcode.arg.n if opcode.arg is not None else 0
     if opcode.name in ("GLOBAL", "INST"):
         argument_bytes = _TWO_LINES
-    meaning = _MEANINGS.get(opcode.name)
-    return _Operation(opcode.name, argument_bytes, meaning, opcode.name in _HARMLESS, opcode.name == "STOP")
+    if opcode.name == "STOP":
+        return argument_bytes, None
+    return argument_bytes, _MEANINGS.get(opcode.name) or _not_understood(opcode.name)
 
 
 _OPERATIONS = {ord(opcode.code): _operation(opcode) for opcode in pickletools.opcodes}

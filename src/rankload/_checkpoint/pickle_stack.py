@@ -28,12 +28,17 @@ class PickleStack:
         content: all bytes.
         builders: what may be called, and by what that is replaced. Called with plain values.
         load_persistent: gives the value of a persistent id, as for ``pickle.Unpickler``.
+
+    Attributes:
+        is_exact: nothing that the standard unpickler would do was left out or done otherwise, besides what the
+            builders do and what is `Unbuilt`.
     """
 
     def __init__(
         self, content: Content, builders: Mapping[GlobalName, Builder], load_persistent: Callable[[Any], Any]
     ) -> None:
         self._content, self._builders, self._load = content, builders, load_persistent
+        self.is_exact = True
         self.clear()
 
     def clear(self) -> None:
@@ -53,9 +58,6 @@ class PickleStack:
 
     def unsigned(self, start: int, end: int) -> int:
         """Return the integer that stands there."""
-        if end - start == 1:
-            byte: int = self._content[start]  # most integers are that short, and this is three times as quick
-            return byte
         return int.from_bytes(self._content[start:end], "little")
 
     def _bytes(self, start: int, end: int) -> bytes | None:
@@ -67,7 +69,13 @@ class PickleStack:
     def push_text(self, start: int, end: int) -> None:
         """Text, in UTF-8."""
         raw = self._bytes(start, end)
-        self._stack.append(_TOO_LONG if raw is None else raw.decode("utf-8", errors="replace"))
+        if raw is None:
+            self._stack.append(_TOO_LONG)
+            return
+        text = raw.decode("utf-8", errors="replace")
+        if _REPLACED in text:
+            self.is_exact = False
+        self._stack.append(text)
 
     def push_bytes(self, start: int, end: int) -> None:
         """Bytes."""
@@ -76,9 +84,14 @@ class PickleStack:
 
     def push_line(self, start: int, end: int) -> None:
         """A value of protocol 0, as text up to the end of the line."""
+        self.is_exact = False  # how a text is quoted has changed over time
         operation = chr(self._content[start - 1])
         raw = self._bytes(start, end - 1)
         self._stack.append(_TOO_LONG if raw is None else value_of_line(operation, raw))
+
+    def push_byte(self, start: int, end: int) -> None:
+        """An integer of one byte: most are that short, and this is much quicker."""
+        self._stack.append(self._content[start])
 
     def push_unsigned(self, start: int, end: int) -> None:
         """A short integer."""
@@ -119,6 +132,14 @@ class PickleStack:
     def put_memo(self, start: int, end: int) -> None:
         """Keep the uppermost value."""
         self._memo[self.unsigned(start, end)] = self._stack[-1]
+
+    def push_memo_of_byte(self, start: int, end: int) -> None:
+        """The same as push_memo, with a number of one byte."""
+        self._stack.append(self._memo[self._content[start]])
+
+    def put_memo_of_byte(self, start: int, end: int) -> None:
+        """The same as put_memo, with a number of one byte."""
+        self._memo[self._content[start]] = self._stack[-1]
 
     def push_memo_line(self, start: int, end: int) -> None:
         """The same as push_memo, of protocol 0."""
@@ -199,6 +220,8 @@ class PickleStack:
     def _extend(self, items: list[Any]) -> None:
         if type(self._stack[-1]) is list:  # or something unbuilt, whose items nobody asks for
             self._stack[-1].extend(items)
+        else:
+            self.is_exact = False
 
     def make_dict(self, start: int, end: int) -> None:
         """A dict of all values above the mark."""
@@ -222,6 +245,8 @@ class PickleStack:
         if type(target) in (dict, OrderedDict):
             for key, value in zip(items[::2], items[1::2], strict=True):
                 target[checked_key(key)] = value
+        else:
+            self.is_exact = False
 
     def make_frozen_set(self, start: int, end: int) -> None:
         """A set, not built: its items may be slow to hash."""
@@ -270,8 +295,15 @@ class PickleStack:
         target = self._stack[-1]
         if isinstance(target, Unbuilt):
             target.state = state
-        elif type(target) is OrderedDict and type(state) is dict and isinstance(state.get("_metadata"), dict):
+            return
+        if type(target) is OrderedDict and type(state) is dict and isinstance(state.get("_metadata"), dict):
             target._metadata = state["_metadata"]  # type: ignore[attr-defined]  # as nn.Module.state_dict sets it
+            self.is_exact &= len(state) == 1
+        else:
+            self.is_exact = False
 
 
 _TOO_LONG = Unbuilt(None, ())
+
+#: Stands for bytes that are no text.
+_REPLACED = "\ufffd"

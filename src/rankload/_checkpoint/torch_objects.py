@@ -59,8 +59,11 @@ def storage_type_of(value: Any) -> str:
     return STORAGE_DTYPES[name]
 
 
-def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> TensorEntry:
+def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> Any:
     storage, offset, shape, stride, *rest = arguments
+    requires_grad, *others = rest or [False]
+    if any(others):  # hooks, or the mark of a view that conjugates or negates what the file has
+        return Unbuilt(GlobalName("torch._utils", "_rebuild_tensor_v2"), arguments)
     if not isinstance(storage, StorageEntry):
         raise NotUnderstoodError("a tensor without a storage")
     dtype = dtype or storage.dtype
@@ -68,16 +71,15 @@ def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> TensorEntry
         raise NotUnderstoodError("a tensor of unusual dimensions")
     if not all(type(size) is int and size >= 0 for size in (offset, *shape, *stride)):
         raise NotUnderstoodError("a tensor of unusual sizes")
-    requires_grad = bool(rest and rest[0] is True)
-    entry = TensorEntry("", dtype, shape, stride, storage, offset * ITEM_BYTES[dtype], requires_grad)
+    entry = TensorEntry("", dtype, shape, stride, storage, offset * ITEM_BYTES[dtype], requires_grad is True)
     return checked(entry)
 
 
-def _tensor_of_dtype(arguments: tuple[Any, ...]) -> TensorEntry:
+def _tensor_of_dtype(arguments: tuple[Any, ...]) -> Any:
     dtype = arguments[6]
     if not isinstance(dtype, GlobalName) or dtype.name not in ITEM_BYTES:
         raise NotUnderstoodError(f"a tensor of the dtype {dtype}")
-    return _tensor(arguments, dtype.name)
+    return _tensor((*arguments[:6], *arguments[7:]), dtype.name)
 
 
 def _parameter(arguments: tuple[Any, ...]) -> Any:
@@ -138,14 +140,32 @@ def _no_bytes(arguments: tuple[Any, ...]) -> Any:
     return Unbuilt(GlobalName("builtins", "bytes"), arguments) if arguments else b""
 
 
+def _new_ordered_dict(arguments: tuple[Any, ...]) -> Any:
+    return Unbuilt(GlobalName("collections", "OrderedDict"), arguments) if arguments else OrderedDict()
+
+
+def _plain_parameter(arguments: tuple[Any, ...]) -> Any:
+    has_hooks = any(arguments[2:])
+    return Unbuilt(GlobalName("torch._utils", "_rebuild_parameter"), arguments) if has_hooks else _parameter(arguments)
+
+
 _SUBCLASS = GlobalName("torch._tensor", "_rebuild_from_type_v2")
 
-#: What may be called, and what is done instead.
-BUILDERS: Mapping[GlobalName, Builder] = MappingProxyType(
+#: What may be called, and what is done instead: nothing that torch.load would do is left out of these.
+EXACT_BUILDERS: Mapping[GlobalName, Builder] = MappingProxyType(
     {
-        GlobalName("torch._utils", "_rebuild_tensor"): _tensor,
         GlobalName("torch._utils", "_rebuild_tensor_v2"): _tensor,
         GlobalName("torch._utils", "_rebuild_tensor_v3"): _tensor_of_dtype,
+        GlobalName("torch._utils", "_rebuild_parameter"): _plain_parameter,
+        GlobalName("collections", "OrderedDict"): _new_ordered_dict,
+    }
+)
+
+#: The same, and more, which make something simpler: enough to know what there is, and where.
+BUILDERS: Mapping[GlobalName, Builder] = MappingProxyType(
+    {
+        **EXACT_BUILDERS,
+        GlobalName("torch._utils", "_rebuild_tensor"): _tensor,
         GlobalName("torch._utils", "_rebuild_parameter"): _parameter,
         GlobalName("torch._utils", "_rebuild_parameter_with_state"): _parameter,
         _SUBCLASS: _subclass,

@@ -11,10 +11,10 @@ from rankload._checkpoint.index import ByteOrder, FileIndex
 from rankload._checkpoint.pickle_machine import PickleMachine
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.source import Source
-from rankload._checkpoint.torch_objects import BUILDERS, storage_type_of
+from rankload._checkpoint.torch_objects import BUILDERS, EXACT_BUILDERS, storage_type_of
 
 
-def read_zip_index(source: Source, file: str, *, is_remote: bool) -> FileIndex:
+def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool = False) -> FileIndex:
     """Read the index.
 
     Args:
@@ -22,6 +22,7 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool) -> FileIndex:
         file: its name, for the entries.
         is_remote: a read costs a round trip: where payloads begin is inferred from the directory, and only the first
             and the last are looked up.
+        exactly: what would only be made in a simpler way than torch.load does stays `Unbuilt`.
 
     Raises:
         BrokenFileError, NotUnderstoodError: see there.
@@ -32,13 +33,14 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool) -> FileIndex:
     members = {member.name: member for member in directory.members}
     records = _Records(source, directory, members, file, is_remote=is_remote)
     machine = PickleMachine(
-        torch_zip.member_content(source, directory, members[f"{directory.root}/data.pkl"]), BUILDERS, records.storage
+        torch_zip.member_content(source, directory, members[f"{directory.root}/data.pkl"]),
+        EXACT_BUILDERS if exactly else BUILDERS,
+        records.storage,
     )
     content = machine.next_pickle()
-    order = b"little"  # the default of writers before 2.1, which did not say
-    if (member := members.get(f"{directory.root}/byteorder")) is not None:
-        order = torch_zip.member_content(source, directory, member)
-    return FileIndex(content, _byte_order(order))
+    member = members.get(f"{directory.root}/byteorder")  # since torch 2.1
+    order = None if member is None else _byte_order(torch_zip.member_content(source, directory, member))
+    return FileIndex(content, order, exactly and machine.is_exact)
 
 
 class _Records:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankload._checkpoint.open import sniff
-from rankload._checkpoint.sharded import part_names
+from rankload._checkpoint.sharded import has_weight_map, part_names
 from rankload._checkpoint.source import LocalSource
 from rankload._deliver.failures import translated
 
 
 def parts_of(path: Path) -> list[str]:
     """Return the names of the files that a file is the index of."""
-    with translated(path):
-        if sniff(path) != "sharded":
-            return []
-        with path.open("rb", buffering=0) as file:
-            return part_names(LocalSource(file.fileno()))
+    with translated(path), path.open("rb", buffering=0) as file:
+        source = LocalSource(file.fileno())
+        return part_names(source) if has_weight_map(source) else []
 
 
 def all_files(path: Path) -> list[Path]:

@@ -20,23 +20,22 @@ from rankload._cache.failures import reopening
 from rankload._checkpoint import torch_zip
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import CHECKPOINT_FORMATS, Format, describe, sniff
-from rankload._checkpoint.pickle_values import NotUnderstoodError, holds_unbuilt
-from rankload._checkpoint.read_index import read_index
+from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.sharded import read_weight_map
 from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.unpacked import unpacked
 from rankload._deliver.failures import translated
+from rankload._deliver.plain import ALIGNMENT_BYTES, PlainCheckpoint
 from rankload._deliver.private_mapping import torch_maps_privately
 from rankload._deliver.readers import Limits
+from rankload._deliver.restore import Restore, restore_of
 from rankload._deliver.safetensors import read_safetensors
 from rankload._deliver.staging.late_storages import LateStorages
+from rankload._job.devices import Placement
 from rankload._job.environment import identity_from_environment
 from rankload._settings import Settings
 
 logger = logging.getLogger(__name__)
-
-#: Tensors are mapped only where each of their elements is aligned: no element is aligned to more (complex128: 8).
-_ALIGNMENT_BYTES = 8
 
 
 def read_checkpoint(
@@ -69,16 +68,8 @@ def read_checkpoint(
     limits = limits or Limits.of(identity_from_environment(), Settings.from_environment())
     options = _Options(weights_only, mmap, limits, look, torch_load_arguments)
 
-    def read_any() -> Any:
-        file_format = sniff(path)
-        if file_format != "single_member_zip":
-            return _read(path, file_format, map_location, options)
-        with unpacked(path) as descriptor:
-            member_path = Path(f"/dev/fd/{descriptor}")
-            return _read(member_path, sniff(member_path), map_location, options)
-
     with translated(path):
-        return reopening(read_any)
+        return reopening(lambda: _read(path, map_location, options))
 
 
 @dataclass(frozen=True)
@@ -91,55 +82,57 @@ class _Options:
     look: Callable[[], None]
     torch_load_arguments: dict[str, Any]
 
+    @property
+    def may_be_built(self) -> bool:
+        """Whether torch.load is asked for nothing special: then a plain checkpoint is the same however it is made."""
+        return self.weights_only is not False and self.mmap is not False and not self.torch_load_arguments
 
-def _read(path: Path, file_format: Format, map_location: Any, options: _Options) -> Any:
+
+def _read(path: Path, map_location: Any, options: _Options, *, is_member: bool = False) -> Any:
+    if options.may_be_built and (plain := _open_plain(path)) is not None:
+        with _restoring(path, map_location, options, may_be_late=True) as restore:
+            return plain.build(restore)
+    file_format = sniff(path)
     if file_format not in CHECKPOINT_FORMATS:
         # torch.load would take it for a pickle, and talk of weights_only.
         raise BrokenFileError(f"expected a checkpoint, got {describe(path)}")
     if file_format == "single_member_zip":
-        raise BrokenFileError("a zip archive in a zip archive is no checkpoint")
+        if is_member:
+            raise BrokenFileError("a zip archive in a zip archive is no checkpoint")
+        with unpacked(path) as descriptor:
+            return _read(Path(f"/dev/fd/{descriptor}"), map_location, options, is_member=True)
     if file_format == "sharded":
         return _read_parts(path, map_location, options)
     if file_format == "safetensors":
         is_mapped = options.mmap is not False
-        with _filled_late(path, map_location, is_mapped, lambda: True, options) as place:
-            return read_safetensors(path, place, mmap=is_mapped)
+        with _restoring(path, map_location, options, may_be_late=is_mapped) as restore:
+            return read_safetensors(path, restore, mmap=is_mapped)
     is_mapped = options.mmap is not False and _is_mappable(path, file_format, explicitly=options.mmap is True)
-    with (
-        _unsuffixed(path) as name,
-        torch_maps_privately() if is_mapped else contextlib.nullcontext(),
-        _filled_late(path, map_location, is_mapped, lambda: _is_plain(path), options) as place,
-    ):
+    with _unsuffixed(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
         return torch.load(
-            name, place, weights_only=options.weights_only, mmap=is_mapped, **options.torch_load_arguments
+            name, map_location, weights_only=options.weights_only, mmap=is_mapped, **options.torch_load_arguments
         )
 
 
+def _open_plain(path: Path) -> PlainCheckpoint | None:
+    """Open one of torch's zip format, mapped; None for everything else, and for what is broken, which is told later."""
+    try:
+        return PlainCheckpoint(path)
+    except (NotUnderstoodError, BrokenFileError) as reason:
+        logger.debug("%s is not built from an index: %s", path, reason)
+        return None
+
+
 @contextlib.contextmanager
-def _filled_late(
-    path: Path, map_location: Any, is_mapped: bool, is_plain: Callable[[], bool], options: _Options
-) -> Iterator[Any]:
-    """Give a ``map_location`` whose storages on accelerators are filled behind the block, where that is possible."""
-    if not is_mapped or options.weights_only is False or not LateStorages.is_worthwhile(map_location, is_plain):
-        yield map_location
+def _restoring(path: Path, map_location: Any, options: _Options, *, may_be_late: bool) -> Iterator[Restore]:
+    """Give what puts storages where they belong; those on accelerators are filled behind the block, if they may be."""
+    is_users_own = callable(map_location) and not isinstance(map_location, Placement)
+    if is_users_own or not may_be_late:  # it may look at what it gets and returns
+        yield restore_of(map_location)
         return
-    late = LateStorages(map_location, is_plain)
+    late = LateStorages(map_location)
     yield late
     late.fill(options.limits, options.look, str(path))
-
-
-def _is_plain(path: Path) -> bool:
-    """Tell whether a file holds tensors and plain values only: nothing that looks into tensors while it is loaded."""
-    with path.open("rb", buffering=0) as file:
-        try:
-            index = read_index(LocalSource(file.fileno()), path.name, _no_parts, is_remote=False)
-        except (NotUnderstoodError, BrokenFileError):  # torch.load says what is wrong, or knows better
-            return False
-    return not holds_unbuilt(index.content)
-
-
-def _no_parts(name: str) -> LocalSource:
-    raise BrokenFileError(f"an archive does not name other files, such as {name!r}")
 
 
 def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, Any]:
@@ -177,7 +170,7 @@ def _is_mappable(path: Path, file_format: Format, *, explicitly: bool) -> bool:
             directory = torch_zip.read_directory(source)
             offsets = torch_zip.payload_offsets(source, directory)
         storages = [member for member in directory.members if member.name.startswith(f"{directory.root}/data/")]
-        if all(member.is_stored and offsets[member.name] % _ALIGNMENT_BYTES == 0 for member in storages):
+        if all(member.is_stored and offsets[member.name] % ALIGNMENT_BYTES == 0 for member in storages):
             return True
         # Mapped, compressed bytes would be taken for weights without a word.
         reason = "its tensors are compressed or not aligned"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch.serialization import default_restore_location
 
 from rankload._checkpoint.entry import contiguous_stride
 from rankload._checkpoint.safetensors import TORCH_NAMES, Header, HeaderEntry, read_header
 from rankload._checkpoint.source import LocalSource
+from rankload._deliver.restore import Restore
 from rankload._deliver.tensors import fill
 from rankload._errors import LoadError
 
@@ -21,16 +20,16 @@ _DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
     {word: getattr(torch, name) for word, name in TORCH_NAMES.items() if hasattr(torch, name)}
 )
 
-_Place = Callable[[torch.UntypedStorage], torch.UntypedStorage]
-_to_location: Callable[[torch.UntypedStorage, str], torch.UntypedStorage] = default_restore_location
+#: The format has no tags.
+_TAG = "cpu"
 
 
-def read_safetensors(path: Path, map_location: Any, *, mmap: bool) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path, restore: Restore, *, mmap: bool) -> dict[str, torch.Tensor]:
     """Return the tensors by name, in the order in which they lie in the file.
 
     Args:
         path: the file.
-        map_location: any form that torch.load takes; the file's tensors are tagged ``"cpu"``.
+        restore: puts storages where they belong, as if they had been saved on the CPU.
         mmap: views of a private mapping; otherwise private copies.
 
     Raises:
@@ -41,11 +40,10 @@ def read_safetensors(path: Path, map_location: Any, *, mmap: bool) -> dict[str, 
         source = LocalSource(file.fileno())
         header = read_header(source)
         _check_dtypes(path, header)
-        place = _placer(map_location)
         if mmap:
             whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(path), False, source.size_bytes))
-            return {entry.name: _tensor(entry, place(_view(whole, entry))) for entry in header.tensors}
-        return {entry.name: _tensor(entry, place(_copy(source, entry))) for entry in header.tensors}
+            return {entry.name: _tensor(entry, restore(_view(whole, entry), _TAG)) for entry in header.tensors}
+        return {entry.name: _tensor(entry, restore(_copy(source, entry), _TAG)) for entry in header.tensors}
 
 
 def _check_dtypes(path: Path, header: Header) -> None:
@@ -58,18 +56,6 @@ def _check_dtypes(path: Path, header: Header) -> None:
                 tensor=entry.name,
                 dtype=entry.dtype,
             )
-
-
-def _placer(map_location: Any) -> _Place:
-    """Give torch.load's meaning to its argument, for storages that were saved on the CPU."""
-    if callable(map_location):
-        # As for torch.load, None means: as if there were no map_location.
-        return lambda storage: storage if (placed := map_location(storage, "cpu")) is None else placed
-    if isinstance(map_location, dict):
-        location = map_location.get("cpu", "cpu")
-    else:
-        location = "cpu" if map_location is None else str(map_location)
-    return lambda storage: _to_location(storage, location)
 
 
 def _view(whole: torch.UntypedStorage, entry: HeaderEntry) -> torch.UntypedStorage:

@@ -176,7 +176,7 @@ def _has_other_ranks(identity: Identity) -> bool:
 
 def _placement_in_job(own: Callable[[], torch.device]) -> Placement:
     # None for the CPU, meta, and the tags of torch.serialization.register_package
-    return Placement(lambda tag: own() if _accelerator_of(tag) else None)
+    return Placement(functools.cache(lambda tag: own() if _accelerator_of(tag) else None))
 
 
 def _placement_in_single_process(own: Callable[[], torch.device]) -> Placement:
@@ -184,7 +184,7 @@ def _placement_in_single_process(own: Callable[[], torch.device]) -> Placement:
         kind = _accelerator_of(tag)
         return None if kind is None or _exists(kind, tag) else own()
 
-    return Placement(device_of)
+    return Placement(functools.cache(device_of))
 
 
 def _accelerator_of(tag: str) -> str | None:

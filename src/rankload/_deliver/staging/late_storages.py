@@ -1,6 +1,6 @@
-"""torch.load onto accelerators: it gets storages without their content, and threads fill all of them behind it.
+"""Storages on accelerators that get their content late: all at once, from threads, when the tensors are made.
 
-By itself it copies each out of the mapped file, which is pageable memory, at the speed of one core.
+torch.load copies each out of the mapped file, which is pageable memory, at the speed of one core.
 """
 
 from __future__ import annotations
@@ -13,46 +13,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.serialization import default_restore_location
 
 from rankload._deliver.readers import Limits
+from rankload._deliver.restore import restore_of
 from rankload._deliver.staging.pinned import BUFFER_BYTES, is_staged, staged
-from rankload._job.devices import Placement
 
 
 class LateStorages:
-    """A ``map_location`` that puts storages where another one says, but on accelerators without their content.
+    """Puts storages where a ``map_location`` says, but those on accelerators without their content, at first.
+
+    Only for what does not look at the elements of a tensor before all of them are there.
 
     Args:
-        map_location: one for which this `is_worthwhile`.
-        is_plain: tells whether the checkpoint holds nothing but tensors and plain values: what else there is may look
-            at elements while it is loaded, and would see them too early. Asked once, when there is something to gain.
+        map_location: one that goes by tags alone.
     """
 
-    def __init__(self, map_location: Any, is_plain: Callable[[], bool]) -> None:
-        self._map_location, self._is_plain = map_location, functools.cache(is_plain)
-        self._device_of = functools.cache(lambda tag: self._restored(_storage(0, "cpu"), tag).device)
+    def __init__(self, map_location: Any) -> None:
+        self._restore = restore_of(map_location)
+        self._device_of = functools.cache(lambda tag: self._restore(_storage(0, "cpu"), tag).device)
         self._pairs: dict[torch.device, list[tuple[torch.UntypedStorage, torch.UntypedStorage]]] = defaultdict(list)
 
-    @staticmethod
-    def is_worthwhile(map_location: Any, is_plain: Callable[[], bool]) -> bool:
-        """Tell whether to take the place of a ``map_location``: one that goes by tags alone, and may name accelerators.
-
-        torch.load does more with strings, devices and dicts than with functions, such as this is one; but not for plain
-        content.
-        """
-        if isinstance(map_location, Placement):
-            return True
-        if callable(map_location):
-            return False
-        places = map_location.values() if isinstance(map_location, dict) else [map_location]
-        return any(map(_is_on_staged_device, places)) and is_plain()
-
     def __call__(self, storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
-        """Return a storage in the right place; see torch.load."""
+        """Return a storage in the right place; see `Restore`."""
         device = self._device_of(tag)
-        if not is_staged(device) or not self._is_plain():
-            return self._restored(storage, tag)
+        if not is_staged(device):
+            return self._restore(storage, tag)
         empty = _storage(storage.nbytes(), device)
         self._pairs[device].append((empty, storage))
         return empty
@@ -72,21 +57,6 @@ class LateStorages:
                     part = content.narrow(0, begin, piece.length)
                     target.narrow(0, piece.offset, piece.length).copy_(part, non_blocking=True)
         self._pairs.clear()
-
-    def _restored(self, storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
-        place = self._map_location
-        if callable(place):
-            restored = place(storage, tag)
-            return default_restore_location(storage, tag) if restored is None else restored  # type: ignore[no-any-return,no-untyped-call]
-        location = place.get(tag, tag) if isinstance(place, dict) else tag if place is None else place
-        return default_restore_location(storage, str(location))  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _is_on_staged_device(location: Any) -> bool:
-    try:
-        return location is not None and is_staged(torch.device(location))
-    except (RuntimeError, TypeError):  # no device: torch.load says so, or knows it
-        return False
 
 
 def _storage(size_bytes: int, device: torch.device | str) -> torch.UntypedStorage:

@@ -1,0 +1,243 @@
+"""Plain checkpoints are built without torch.load; everything else is left to it. Either way, the result is its own."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from harness.checkpoints import assert_same, training_checkpoint
+from rankload._deliver.read import read_checkpoint
+
+
+@pytest.fixture
+def torch_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes each call of torch.load."""
+    calls: list[str] = []
+    load = torch.load
+
+    def noting(f: Any, *arguments: Any, **keywords: Any) -> Any:
+        calls.append(str(f))
+        return load(f, *arguments, **keywords)
+
+    monkeypatch.setattr(torch, "load", noting)
+    return calls
+
+
+def with_metadata() -> Any:
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).state_dict()
+
+
+def nested() -> Any:
+    shared = {"weight": torch.ones(3)}
+    return [shared, {"again": shared, 5: torch.arange(6).view(2, 3).t(), ("a", 1): None}, [], (1, (2.5, "b")), -(2**70)]
+
+
+def holding_itself() -> Any:
+    content: dict[str, Any] = {"weight": torch.ones(3)}
+    content["self"] = [content]
+    return content
+
+
+def views() -> Any:
+    base = torch.randn(6, 7)
+    return {"base": base, "tied": base, "row": base[2], "column": base[:, 3], "flipped": base.t(), "end": base[5, 6:]}
+
+
+def every_dtype() -> Any:
+    bits = torch.tensor([0, 1, 2, 3, 60, 0, 0, 1], dtype=torch.uint8)
+    names = ("bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex64 "
+             "float8_e4m3fn float8_e5m2")  # fmt: skip
+    dtypes = [getattr(torch, name) for name in names.split()]
+    return {str(dtype): bits > 1 if dtype is torch.bool else bits.view(dtype).clone() for dtype in dtypes}
+
+
+PLAIN: dict[str, Callable[[], Any]] = {
+    "state dict": with_metadata,
+    "training": training_checkpoint,
+    "nested": nested,
+    "views": views,
+    "dtypes": every_dtype,
+    "parameters": lambda: {
+        "parameter": torch.nn.Parameter(torch.ones(3)),
+        "frozen": torch.nn.Parameter(torch.ones(3), requires_grad=False),
+        "leaf": torch.ones(2, requires_grad=True),
+    },
+    "one tensor": lambda: torch.randn(4),
+    "no tensor": lambda: {"epoch": 3},
+    "empty": dict,
+    "empty tensors": lambda: {"a": torch.empty(0), "b": torch.empty(3, 0, 2), "c": torch.tensor(1.5)},
+    "torch's values": lambda: OrderedDict(
+        shape=torch.Size([2, 3]), dtype=torch.bfloat16, device=torch.device("cuda", 1), weight=torch.ones(2)
+    ),
+    "text": lambda: {"naïve 🜁": torch.ones(1), "": "\u20ac", "long": "x" * 70000},
+    "many": lambda: {f"layer.{number}": torch.full((2,), float(number)) for number in range(600)},
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_plain_content_is_built_without_torch_load(tmp_path: Path, torch_loads: list[str], kind: str) -> None:
+    torch.save(PLAIN[kind](), tmp_path / "file.pth")
+    found = read_checkpoint(tmp_path / "file.pth")
+    assert not torch_loads
+    assert_alike(found, torch.load(tmp_path / "file.pth", weights_only=True))
+
+
+def test_what_holds_itself_does_so_again(tmp_path: Path, torch_loads: list[str]) -> None:
+    torch.save(holding_itself(), tmp_path / "file.pth")
+    found = read_checkpoint(tmp_path / "file.pth")
+    assert found["self"][0] is found and found["weight"].tolist() == [1, 1, 1] and not torch_loads
+
+
+def test_what_is_one_object_stays_one(tmp_path: Path) -> None:
+    weight, names = torch.ones(3), ["a"]
+    torch.save({"a": weight, "b": [weight], "names": names, "again": names}, tmp_path / "file.pth")
+    found = read_checkpoint(tmp_path / "file.pth")
+    assert found["a"] is found["b"][0] and found["names"] is found["again"]
+
+
+def in_other_order() -> Any:
+    content = OrderedDict(weight=torch.ones(2))
+    content.note = "an attribute"  # type: ignore[attr-defined]
+    return content
+
+
+class Odd(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+OTHER: dict[str, Callable[[], Any]] = {
+    "conjugated": lambda: {"x": torch.randn(3, dtype=torch.complex64).conj()},
+    "negated": lambda: {"x": torch._neg_view(torch.randn(3))},  # type: ignore[attr-defined]
+    "tuple of tensors": lambda: {"state": (torch.ones(2), torch.zeros(2))},
+    "counter": lambda: {"counts": Counter("abca"), "weight": torch.ones(2)},
+    "set": lambda: {"names": {"a"}, "weight": torch.ones(2)},
+    "attributes of a dict": in_other_order,
+    "surrogates": lambda: {"\udc80": torch.ones(1)},
+    "sparse": lambda: {"x": torch.eye(3).to_sparse()},
+    "bytes": lambda: {"hash": b"\x00\xff", "x": torch.ones(1)},
+    "subclass": lambda: {"x": torch.ones(3).as_subclass(Odd)},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER)
+def test_other_content_is_left_to_torch_load(tmp_path: Path, torch_loads: list[str], kind: str) -> None:
+    torch.save(OTHER[kind](), tmp_path / "file.pth")
+    with torch.serialization.safe_globals([Odd]):
+        found = read_checkpoint(tmp_path / "file.pth")
+        assert len(torch_loads) == 1
+        expected = torch.load(tmp_path / "file.pth", weights_only=True)
+    assert repr(found) == repr(expected) and type(found) is type(expected)
+    assert getattr(found, "__dict__", None) == getattr(expected, "__dict__", None)
+
+
+def test_so_is_what_a_mode_has_a_say_in(tmp_path: Path, torch_loads: list[str]) -> None:
+    torch.save({"weight": torch.ones(3)}, tmp_path / "file.pth")
+    with FakeTensorMode():
+        found = read_checkpoint(tmp_path / "file.pth")
+    assert len(torch_loads) == 1 and type(found["weight"]).__name__ == "FakeTensor"
+
+
+@pytest.mark.parametrize("says", [True, False], ids=["said", "not-said"])
+@pytest.mark.parametrize("default", [None, torch.serialization.LoadEndianness.BIG], ids=["default", "big"])
+def test_elements_of_which_the_file_does_not_say_the_byte_order(
+    tmp_path: Path, torch_loads: list[str], says: bool, default: Any
+) -> None:
+    path = tmp_path / "file.pth"
+    torch.save({"weight": torch.arange(3, dtype=torch.int16)}, path)
+    if not says:  # as before torch 2.1
+        path.write_bytes(path.read_bytes().replace(b"/byteorder", b"/something"))
+    torch.serialization.set_default_load_endianness(default)
+    try:
+        found = read_checkpoint(path)
+    finally:
+        torch.serialization.set_default_load_endianness(None)
+    is_swapped = default is not None and not says
+    assert found["weight"].tolist() == ([0, 256, 512] if is_swapped else [0, 1, 2])
+    assert len(torch_loads) == is_swapped
+
+
+@pytest.mark.parametrize("options", [{"weights_only": False}, {"mmap": False}, {"encoding": "utf-8"}])
+def test_so_is_what_is_asked_for_specially(tmp_path: Path, torch_loads: list[str], options: dict[str, Any]) -> None:
+    torch.save({"weight": torch.ones(3)}, tmp_path / "file.pth")
+    read_checkpoint(tmp_path / "file.pth", **{"weights_only": False, **options} if "encoding" in options else options)
+    assert len(torch_loads) == 1
+
+
+def test_a_function_is_asked_once_for_each_storage_in_the_order_of_the_file(tmp_path: Path) -> None:
+    torch.save({"model": with_metadata(), "late": torch.ones(4)}, tmp_path / "file.pth")
+    path, seen, by_torch = tmp_path / "file.pth", list[Any](), list[Any]()
+    read_checkpoint(path, lambda storage, tag: seen.append((tag, storage.tolist())))
+    torch.load(path, lambda storage, tag: by_torch.append((tag, storage.tolist())))
+    assert seen == by_torch and len(seen) == 8
+
+
+def test_writing_to_a_tensor_does_not_reach_the_file(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(3)}, tmp_path / "file.pth")
+    read_checkpoint(tmp_path / "file.pth")["weight"].zero_()
+    assert read_checkpoint(tmp_path / "file.pth")["weight"].tolist() == [1, 1, 1]
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    if isinstance(expected, (dict, list)):
+        assert_same(found, expected)
+    else:
+        assert_same([found], [expected])
+    assert repr(getattr(found, "_metadata", None)) == repr(getattr(expected, "_metadata", None))
+    for one, other in zip(_tensors(found), _tensors(expected), strict=True):
+        assert (type(one), one.requires_grad) == (type(other), other.requires_grad)
+
+
+def _tensors(content: Any) -> Iterator[torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        yield content
+    for value in (
+        content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
+    ):
+        yield from _tensors(value)
+
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5),
+    st.integers(0, 5).map(lambda size: torch.arange(size * 2.0).view(size, 2)),
+    st.integers(0, 5).map(lambda size: torch.arange(size).to(torch.int16)),
+    st.lists(st.integers(0, 9), max_size=3).map(torch.Size),
+)  # fmt: skip
+CONTENT = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.one_of(st.text(max_size=3), st.integers(), st.booleans()), inner, max_size=4),
+        st.dictionaries(st.text(max_size=3), inner, max_size=4).map(OrderedDict),
+        inner.map(lambda value: [value, value]),
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=CONTENT)
+def test_any_nested_content_is_what_torch_load_makes_of_it(tmp_path: Path, content: Any) -> None:
+    torch.save([content], tmp_path / "file.pth")
+    assert_same(read_checkpoint(tmp_path / "file.pth"), torch.load(tmp_path / "file.pth", weights_only=True))
+
+
+def test_a_pickle_that_does_what_no_writer_does_is_not_plain(tmp_path: Path, torch_loads: list[str]) -> None:
+    """Items for a list that is none: passed over in an index, refused by torch."""
+    buffer = io.BytesIO()
+    torch.save({"weight": [1]}, buffer)
+    broken = buffer.getvalue().replace(pickle.EMPTY_LIST, pickle.EMPTY_TUPLE)
+    (tmp_path / "file.pth").write_bytes(broken)
+    with pytest.raises(Exception, match="append"):
+        read_checkpoint(tmp_path / "file.pth")
+    assert len(torch_loads) == 1
