@@ -1,8 +1,9 @@
 """Sessions: the same ranks, told apart from whoever used the store before.
 
 Restart counters cannot be trusted: TORCHELASTIC_RESTART_COUNT differs between nodes after a restart, torchrun keeps a
-store's keys across restarts, SLURM keeps the job id across a requeue. So every rank says hello with a nonce that
-nobody has used before, and rank 0 answers the nonce with the session's random id. Old keys are never read.
+store's keys across restarts, SLURM keeps the job id across a requeue. So every rank says hello by adding to a counter
+that only grows, and rank 0 welcomes all whom it has counted, with the session's random id: a welcome that counts a
+rank's own hello was given after it. What was there before is never believed.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def join(
     root = f"rankload/{group_name}"
     if identity.rank == 0:
         return _host_session(meeting_point, identity, root, settings, is_current)
-    session_id, port = _say_hello(meeting_point, root, identity, settings).split()
+    session_id, port = _say_hello(meeting_point, root, identity, settings)
     store = meeting_point if port == "-" else neighbour(meeting_point, int(port), settings)
     store.add(f"{root}/{session_id}/joined")
     return Session(store, identity, f"{root}/{session_id}")
@@ -114,20 +115,21 @@ def _host_session(
     return Session(store, identity, prefix, greeter)
 
 
-def _say_hello(store: RankStore, root: str, identity: Identity, settings: Settings) -> str:
-    nonce = secrets.token_hex(8)
-    store.set(f"{root}/hello/{store.add(f'{root}/hellos')}", nonce)
+def _say_hello(store: RankStore, root: str, identity: Identity, settings: Settings) -> tuple[str, str]:
+    """Return the session's id, and the port of its own store."""
+    number = store.add(f"{root}/hellos")
     for _ in until_rank_0_comes(identity, settings):
-        if answer := store.peek(f"{root}/answer/{nonce}"):
-            return answer
+        if welcome := store.peek(f"{root}/welcome"):
+            count, session_id, port = welcome.split()
+            if int(count) >= number:
+                return session_id, port
     raise AssertionError("until_rank_0_comes() ends by raising")
 
 
 class Greeter:
-    """Rank 0's thread that answers hellos until every rank has joined.
+    """Rank 0's thread that welcomes ranks until every one of them has joined.
 
-    One counter numbers the hellos, so a look costs one operation however many ranks there are. Hellos that a former
-    session left behind are answered too; nobody reads those answers.
+    A look costs one operation, and a welcome another, however many ranks there are.
 
     Attributes:
         see_off_seconds: how long this process waits at its end for ranks that have not joined. When rank 0 fails at
@@ -135,10 +137,15 @@ class Greeter:
     """
 
     def __init__(
-        self, store: RankStore, root: str, answer: str, is_current: Callable[[], bool], see_off_seconds: float
+        self,
+        store: RankStore,
+        root: str,
+        session: str,
+        is_current: Callable[[], bool],
+        see_off_seconds: float,
     ) -> None:
         self.is_at_temporary_place, self.see_off_seconds = store.is_temporary, see_off_seconds
-        self._store, self._root, self._answer_text, self._is_current = store, root, answer, is_current
+        self._store, self._root, self._session, self._is_current = store, root, session, is_current
         self._stop_requested = threading.Event()
         self._has_everybody: Callable[[], bool] = lambda: True
         self._thread = threading.Thread(target=self._run, name="rankload-greeter", daemon=True)
@@ -165,22 +172,15 @@ class Greeter:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        seen, unanswered = 0, set[int]()
+        welcomed = 0
         with suppress(StoreLostError):  # the rank's own calls report it
             for _ in backoff(1, sleep=self._stop_requested.wait):
                 count = self._store.add(f"{self._root}/hellos", 0)
                 if not self._is_current():  # asked after the look: who says hello to a namesake does so later
                     break
-                unanswered.update(range(seen + 1, count + 1))
-                seen = count
-                unanswered = {number for number in unanswered if not self._answer(number)}
+                if count > welcomed:
+                    welcomed = count
+                    self._store.set(f"{self._root}/welcome", f"{count} {self._session}")
                 if self._stop_requested.is_set() or self._has_everybody():
                     break
         atexit.unregister(self._see_off)
-
-    def _answer(self, number: int) -> bool:
-        # the counter runs ahead of the nonce for a moment, and for good when that rank died in between
-        nonce = self._store.peek(f"{self._root}/hello/{number}")
-        if nonce is not None:
-            self._store.set(f"{self._root}/answer/{nonce}", self._answer_text)
-        return nonce is not None
