@@ -39,6 +39,8 @@ STORAGE_DTYPES: Mapping[str, str] = MappingProxyType(
     }
 )
 
+#: Where such classes are, and were.
+_STORAGE_MODULES = frozenset({"torch", "torch.storage", "torch.cuda"})
 
 #: torch's own limit.
 _MOST_DIMENSIONS = 64
@@ -53,10 +55,10 @@ def storage_type_of(value: Any) -> str:
     Raises:
         NotUnderstoodError: it is none that is known.
     """
-    name = value.name if isinstance(value, GlobalName) else None
-    if name is None or name not in STORAGE_DTYPES:
+    is_known = isinstance(value, GlobalName) and value.module in _STORAGE_MODULES and value.name in STORAGE_DTYPES
+    if not is_known:
         raise NotUnderstoodError(f"a storage of the type {value}")
-    return STORAGE_DTYPES[name]
+    return STORAGE_DTYPES[value.name]
 
 
 def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> Any:

@@ -126,6 +126,36 @@ def test_saved_views_and_odd_layouts(tmp_path: Path) -> None:
     assert_equal(module, content)
 
 
+@pytest.mark.parametrize("file_format", ["zip", "legacy"])
+def test_views_that_conjugate_or_negate(tmp_path: Path, file_format: str) -> None:
+    """The file holds what they are views of, and a mark."""
+    content = {"a": torch.randn(5, dtype=torch.complex64).conj(), "b": torch._neg_view(torch.randn(5))}  # type: ignore[attr-defined]
+    module = nn.ParameterDict({name: torch.zeros_like(tensor) for name, tensor in content.items()})
+    path = saved(tmp_path, content, file_format)
+    dist_load_into(module, path)
+    assert_equal(module, content)
+    with open_checkpoint(path) as checkpoint:
+        assert not list(checkpoint) and set(checkpoint.remainder) == {"a", "b"}
+
+
+@pytest.mark.parametrize("content_dtype", [torch.float32, torch.float64], ids=["read", "converted"])
+def test_a_backward_that_needs_the_old_values_fails(tmp_path: Path, content_dtype: torch.dtype) -> None:
+    module = nn.Linear(3, 2)
+    loss = module(torch.ones(1, 3, requires_grad=True)).sum()
+    dist_load_into(module, saved(tmp_path, nn.Linear(3, 2, dtype=content_dtype).state_dict()))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    module(torch.ones(1, 3)).sum().backward()
+
+
+def test_tensors_made_in_inference_mode(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        module = nn.Linear(3, 2)
+    source = trained(nn.Linear(3, 2))
+    dist_load_into(module, saved(tmp_path, source.state_dict()))
+    assert_equal(module, source)
+
+
 def test_channels_last_parameters_stay_so(tmp_path: Path) -> None:
     source = trained(nn.Conv2d(4, 8, 3))
     conv = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
