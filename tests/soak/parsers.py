@@ -1,5 +1,7 @@
 """The index of files that were mutated at random: an index or one of two errors, quickly, with nothing executed.
 
+What is loaded by such an index alone is compared with what torch.load makes of the file.
+
 PYTHONPATH=tests:src python -m soak.parsers --runs 1000 --seed 1      # a million files
 """
 
@@ -23,9 +25,12 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_safetensors
 
+from harness.checkpoints import assert_same
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.read_index import read_index
+from rankload._deliver.plain import PlainCheckpoint
+from rankload._deliver.restore import restore_of
 from soak.runs import start
 
 FILES_PER_RUN = 1000
@@ -71,8 +76,11 @@ def run(source: random.Random, directory: Path) -> tuple[str, str]:
     outcomes: Counter[str] = Counter()
     with _limited_memory():
         for _ in range(FILES_PER_RUN):
-            name, content = source.choice(_MAKERS)(source)
+            maker = source.choice(_MAKERS)
+            name, content = maker(source)
             outcomes[_parse(name, content, directory)] += 1
+            if maker is _mapped_zip_with_another_pickle:
+                outcomes[_load(content, directory)] += 1
     return ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())), "fine"
 
 
@@ -101,6 +109,22 @@ def _parse(name: str, content: bytes, directory: Path) -> str:
         _seen.clear()
         raise AssertionError(f"{seconds:.0f} s, and {events}")
     return outcome
+
+
+def _load(content: bytes, directory: Path) -> str:
+    path = directory / "loaded.pth"
+    path.write_bytes(content)
+    try:
+        found = PlainCheckpoint(path).build(restore_of(lambda storage, tag: storage))
+    except (BrokenFileError, NotUnderstoodError):
+        return "left to torch"
+    try:
+        expected = torch.load(path, lambda storage, tag: storage, mmap=True, weights_only=True)
+    except Exception:  # it knows fewer pickle protocols, and counts arguments
+        return "refused by torch alone"
+    assert_same([found], [expected])
+    path.unlink()
+    return "the same as torch's"
 
 
 def _no_parts(name: str) -> Any:
@@ -179,6 +203,20 @@ def _zip_with_another_pickle(source: random.Random) -> tuple[str, bytes]:
     return "file.pth", buffer.getvalue()
 
 
+def _mapped_zip_with_another_pickle(source: random.Random) -> tuple[str, bytes]:
+    """Written by torch, so that its tensors lie where they can be mapped."""
+    buffer = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(buffer)
+    with zipfile.ZipFile(io.BytesIO(source.choice(_ZIPS))) as old:
+        for member in old.infolist():
+            name, content = member.filename.partition("/")[2], old.read(member)
+            if name == "data.pkl" or name.startswith("data/"):
+                content = mutated(source, content) if name == "data.pkl" else content
+                writer.write_record(name, content, len(content))
+    writer.write_end_of_file()
+    return "file.pth", buffer.getvalue()
+
+
 def _legacy(source: random.Random) -> tuple[str, bytes]:
     return "file.pth", mutated(source, source.choice(_LEGACY))
 
@@ -200,7 +238,7 @@ def _sharded(source: random.Random) -> tuple[str, bytes]:
 _MAKERS: list[Callable[[random.Random], tuple[str, bytes]]] = [
     _zip,
     _zip_with_another_pickle,
-    _zip_with_another_pickle,
+    _mapped_zip_with_another_pickle,
     _legacy,
     _legacy,
     _safetensors,
