@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from rankload._errors import ProgressTimeoutError
+from rankload._job.awake import AwakeTime
 from rankload._settings import Settings
 from rankload._types import Identity
 
@@ -100,15 +100,14 @@ def await_reader(future: Future[None], look: Callable[[], None], progress_second
     Raises:
         ProgressTimeoutError: the file has not answered within it.
     """
-    waited, looked_at = 0.0, time.monotonic()
+    waited = AwakeTime(_LONGEST_SECONDS)
     while not wait([future], timeout=min(_LOOK_SECONDS, progress_seconds)).done:
         look()
-        now = time.monotonic()
-        waited, looked_at = waited + min(now - looked_at, _LONGEST_SECONDS), now
-        if waited >= progress_seconds:
+        waited.count()
+        if waited.seconds >= progress_seconds:
             raise ProgressTimeoutError(
-                f"{shown}: no byte of it has come for {waited:.0f} s: a hung filesystem; raise timeout= if this is "
-                "normal here",
+                f"{shown}: no byte of it has come for {waited.seconds:.0f} s: a hung filesystem; raise timeout= if "
+                "this is normal here",
                 path=shown,
             )
     future.result()

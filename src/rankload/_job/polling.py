@@ -1,7 +1,6 @@
 """Polling: how often, and for how long. Every wait in rankload is a loop of short ones.
 
-Between two polls Python's signal handlers run, and the time that counts towards a deadline is the time that this
-process was awake: a job that a scheduler suspends for an hour has not waited for an hour.
+Between two polls Python's signal handlers run.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from rankload._errors import ArrivalTimeoutError
+from rankload._job.awake import AwakeTime
 from rankload._settings import Settings
 from rankload._types import Identity
 
@@ -41,21 +41,19 @@ def until_rank_0_comes(identity: Identity, settings: Settings) -> Iterator[float
     Raises:
         ArrivalTimeoutError: after ``settings.arrival_seconds``.
     """
-    waited = reported = 0.0
-    woken = time.monotonic()
+    waited, reported = AwakeTime(_LONGEST_ROUND_SECONDS), 0.0
     for delay in backoff(identity.world_size):
         yield delay
-        now = time.monotonic()
-        waited, woken = waited + min(now - woken, _LONGEST_ROUND_SECONDS), now
-        if waited >= settings.arrival_seconds:
+        waited.count()
+        if waited.seconds >= settings.arrival_seconds:
             raise ArrivalTimeoutError(
                 f"rank 0 did not make this call within {settings.arrival_seconds:g} s: every rank must make it (and "
                 "MASTER_ADDR and MASTER_PORT must be the same on all of them)",
                 missing="0",
             )
-        if waited - reported >= settings.report_seconds:
-            reported = waited
-            _logger.warning("rank %d: rank 0 has not made the call yet (%.0f s)", identity.rank, waited)
+        if waited.seconds - reported >= settings.report_seconds:
+            reported = waited.seconds
+            _logger.warning("rank %d: rank 0 has not made the call yet (%.0f s)", identity.rank, reported)
 
 
 def silence_limit_seconds(settings: Settings) -> float:

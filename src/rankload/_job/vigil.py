@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 
 from rankload._errors import ArrivalTimeoutError
+from rankload._job.awake import AwakeTime
 from rankload._job.polling import silence_limit_seconds
 from rankload._job.status import Watch
 from rankload._settings import Settings
@@ -28,14 +28,13 @@ class Vigil:
         self._watches, self._identity, self._settings, self._is_logged = watches, identity, settings, is_logged
         self._interval_seconds = max(min(settings.heartbeat_seconds, 0.5), len(watches) / 500)
         # more than that between two looks, and this process was stopped or starved: others may have been as well
-        self._longest_seconds = max(2 * self._interval_seconds, silence_limit_seconds(settings) / 4)
-        self._looked_at = time.monotonic()
-        self._watched_seconds = self._reported_at = 0.0
+        self._watched = AwakeTime(max(2 * self._interval_seconds, silence_limit_seconds(settings) / 4))
+        self._reported_at = 0.0
         self._bytes_reported = 0
 
     def is_due(self) -> bool:
         """Tell whether it is time for the next look."""
-        return time.monotonic() - self._looked_at >= self._interval_seconds
+        return self._watched.uncounted_seconds >= self._interval_seconds
 
     def look(self) -> None:
         """Read and judge everybody's status.
@@ -44,21 +43,19 @@ class Vigil:
             ArrivalTimeoutError: some have shown no sign in this call for ``arrival_seconds``.
             RankLostError, ProgressTimeoutError: see `Watch.look`.
         """
-        now = time.monotonic()
-        elapsed, self._looked_at = min(now - self._looked_at, self._longest_seconds), now
-        self._watched_seconds += elapsed
+        elapsed = self._watched.count()
         for watch in self._watches:
             watch.look(elapsed)
         absent = _ranges([watch.rank for watch in self._watches if watch.is_absent])
-        if absent and self._watched_seconds >= self._settings.arrival_seconds:
+        if absent and self._watched.seconds >= self._settings.arrival_seconds:
             raise ArrivalTimeoutError(
                 f"rank {absent} did not make this call within {self._settings.arrival_seconds:g} s: every rank must "
                 "make it, and in the same order",
                 missing=absent,
             )
-        if self._is_logged and self._watched_seconds - self._reported_at >= self._settings.report_seconds:
-            self._log(absent, self._watched_seconds - self._reported_at)
-            self._reported_at = self._watched_seconds
+        if self._is_logged and self._watched.seconds - self._reported_at >= self._settings.report_seconds:
+            self._log(absent, self._watched.seconds - self._reported_at)
+            self._reported_at = self._watched.seconds
 
     def _log(self, absent: str, elapsed_seconds: float) -> None:
         busy = [watch for watch in self._watches if watch.status and watch.status.progress.phase != "done"]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from rankload._deliver.readers import Readers
 from rankload._deliver.staging.pinned import use_in_thread
 from rankload._errors import ProgressTimeoutError, RankloadError, RankLostError
+from rankload._job.awake import AwakeTime
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -120,18 +121,17 @@ class Sharers:
     def _await(self, is_over: Callable[[], bool], look: Callable[[], None]) -> None:
         """Do what Work.wait() does, but heed signals, deadlines and what another rank has failed with."""
         sleep, longest = _SLEEP_SECONDS
-        waited, woken = 0.0, time.monotonic()
+        waited = AwakeTime(_LONGEST_SECONDS)
         while not is_over():
             look()
-            if waited >= self.progress_seconds:
+            if waited.seconds >= self.progress_seconds:
                 raise ProgressTimeoutError(
-                    f"the ranks have not got on with exchanging what they read for {waited:.0f} s: a hung filesystem "
-                    "or network; raise timeout= if this is normal here"
+                    f"the ranks have not got on with exchanging what they read for {waited.seconds:.0f} s: a hung "
+                    "filesystem or network; raise timeout= if this is normal here"
                 )
             time.sleep(sleep)
             sleep = min(2 * sleep, longest)
-            now = time.monotonic()
-            waited, woken = waited + min(now - woken, _LONGEST_SECONDS), now
+            waited.count()
 
     @contextmanager
     def _broken_means_lost(self, look: Callable[[], None]) -> Iterator[None]:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from rankload._errors import LoadError, ProgressTimeoutError, RankLostError
+from rankload._job.awake import AwakeTime
 from rankload._job.relay.links import Link
 from rankload._types import Phase, Progress
 
@@ -101,7 +102,7 @@ class Relay:
     ) -> None:
         self.upstream, self.downstreams = upstream, downstreams
         self._watch, self._progress_seconds = watch, progress_seconds
-        self._looked_at, self._still_seconds = time.monotonic(), 0.0
+        self._looked_at, self._still = time.monotonic(), AwakeTime(_LONGEST_WAIT_SECONDS)
         self.bytes_passed = 0
         self.bytes_total: int | None = None
 
@@ -168,15 +169,14 @@ class Relay:
             poll.register(self.upstream.socket, select.POLLIN)
         for link in links:
             poll.register(link.socket, select.POLLOUT)
-        began_at = time.monotonic()
         if poll.poll(_LOOK_SECONDS * 1000):
             return
         self._look()
-        self._still_seconds += min(time.monotonic() - began_at, _LONGEST_WAIT_SECONDS)
-        if self._still_seconds >= self._progress_seconds:
+        self._still.count()
+        if self._still.seconds >= self._progress_seconds:
             waited_for = self.upstream if wants_more and self.upstream is not None else links[0]
             raise ProgressTimeoutError(
-                f"no byte went from or to rank {waited_for.rank} on {waited_for.host} for {self._still_seconds:.0f} s: "
+                f"no byte went from or to rank {waited_for.rank} on {waited_for.host} for {self._still.seconds:.0f} s: "
                 "a hung network; raise timeout= if this is normal here",
                 stuck_rank=waited_for.rank,
                 stuck_host=waited_for.host,
@@ -184,7 +184,7 @@ class Relay:
 
     def _note(self, count: int) -> None:
         self.bytes_passed += count
-        self._still_seconds = 0.0
+        self._still.restart()
         if time.monotonic() - self._looked_at >= _LOOK_SECONDS:
             self._look()
 
