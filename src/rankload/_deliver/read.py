@@ -28,10 +28,9 @@ from rankload._deliver.failures import translated
 from rankload._deliver.plain import ALIGNMENT_BYTES, PlainCheckpoint
 from rankload._deliver.private_mapping import torch_maps_privately
 from rankload._deliver.readers import Limits
-from rankload._deliver.restore import Restore, restore_of
+from rankload._deliver.restore import Restore, goes_by_tags, restore_of
 from rankload._deliver.safetensors import read_safetensors
 from rankload._deliver.staging.late_storages import LateStorages
-from rankload._job.devices import Placement
 from rankload._job.environment import identity_from_environment
 from rankload._settings import Settings
 
@@ -126,8 +125,7 @@ def _open_plain(path: Path) -> PlainCheckpoint | None:
 @contextlib.contextmanager
 def _restoring(path: Path, map_location: Any, options: _Options, *, may_be_late: bool) -> Iterator[Restore]:
     """Give what puts storages where they belong; those on accelerators are filled behind the block, if they may be."""
-    is_users_own = callable(map_location) and not isinstance(map_location, Placement)
-    if is_users_own or not may_be_late:  # it may look at what it gets and returns
+    if not may_be_late or not goes_by_tags(map_location):  # a function may look at what it gets and returns
         yield restore_of(map_location)
         return
     late = LateStorages(map_location)

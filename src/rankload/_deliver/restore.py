@@ -8,21 +8,28 @@ from typing import Any
 import torch
 from torch.serialization import default_restore_location
 
+from rankload._job.devices import Placement
+
 #: Puts a storage, which is on the CPU, where it belongs; its second argument is the tag with which it was saved.
 Restore = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
 
 _where_it_was: Restore = default_restore_location
 
 
+def goes_by_tags(map_location: Any) -> bool:
+    """Tell whether no storage's content, and no caller's own function, has a say in where a storage goes."""
+    return map_location is None or isinstance(map_location, (str, torch.device, dict, Placement))
+
+
 def restore_of(map_location: Any) -> Restore:
     """Return what torch.load does with each storage (torch/serialization.py, _get_restore_location)."""
     if map_location is None:
         return _where_it_was
-    if callable(map_location):
-        return lambda storage, tag: (
-            _where_it_was(storage, tag) if (placed := map_location(storage, tag)) is None else placed
-        )
     if isinstance(map_location, dict):
         return lambda storage, tag: _where_it_was(storage, str(map_location.get(tag, tag)))
-    location = str(map_location)
-    return lambda storage, tag: _where_it_was(storage, location)
+    if isinstance(map_location, (str, torch.device)):
+        location = str(map_location)
+        return lambda storage, tag: _where_it_was(storage, location)
+    return lambda storage, tag: (
+        _where_it_was(storage, tag) if (placed := map_location(storage, tag)) is None else placed
+    )

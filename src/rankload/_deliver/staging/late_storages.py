@@ -25,7 +25,7 @@ class LateStorages:
     Only for what does not look at the elements of a tensor before all of them are there.
 
     Args:
-        map_location: one that goes by tags alone.
+        map_location: one that `goes_by_tags`.
     """
 
     def __init__(self, map_location: Any) -> None:
