@@ -231,7 +231,7 @@ def _assert_same(actual: Any, expected: Any, where: str) -> None:
             ours, theirs = getattr(actual, aspect), getattr(expected, aspect)
             assert ours == theirs, f"{where}: {aspect} {ours} is not {theirs}"
         assert actual.stride() == expected.stride(), f"{where}: stride {actual.stride()} is not {expected.stride()}"
-        assert torch.equal(actual, expected), f"{where}: values differ"
+        assert _have_equal_values(actual, expected), f"{where}: values differ"
     elif isinstance(expected, Mapping):
         assert list(actual) == list(expected), f"{where}: keys {list(actual)} are not {list(expected)}"
         for key in expected:
@@ -241,7 +241,15 @@ def _assert_same(actual: Any, expected: Any, where: str) -> None:
         for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
             _assert_same(ours, theirs, f"{where}[{index}]")
     else:
-        assert actual == expected, f"{where}: {actual!r} is not {expected!r}"
+        is_nan = actual != actual and expected != expected
+        assert is_nan or actual == expected, f"{where}: {actual!r} is not {expected!r}"
+
+
+def _have_equal_values(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    if torch.equal(actual, expected) or not expected.is_floating_point():
+        return torch.equal(actual, expected)
+    are_nan = torch.equal(actual.isnan(), expected.isnan())
+    return are_nan and torch.equal(actual.nan_to_num(), expected.nan_to_num())
 
 
 def _leaves(content: Any, where: str = "") -> Iterator[tuple[str, Any]]:
