@@ -21,7 +21,6 @@ from rankload._deliver.optimizer_load import plan_optimizer_load, prepare_optimi
 from rankload._deliver.places import bare, device_of, places
 from rankload._deliver.report import LoadReport
 from rankload._deliver.saved import SavedTensor
-from rankload._deliver.transfers import tell_autograd
 from rankload._errors import ArgumentError
 from rankload._fetch.request import Url, agreed_arguments, make_request
 from rankload._job.devices import own_device
@@ -147,7 +146,6 @@ def dist_load_into(
             if optimizer is not None:
                 prepared.append(prepare_optimizer_load(optimizer_load, may_share=may_share))
             transfers = [transfer for part in prepared for transfer in part.transfers]
-            tell_autograd(transfers)
             bytes_read = sum(part.bytes_mapped for part in prepared)
             bytes_read += carrier.move(transfers, lambda done: channel.report(Progress("loading", done)))
             for part in prepared:

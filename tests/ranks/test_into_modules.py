@@ -217,6 +217,34 @@ def test_loading_again_after_training_steps(origin: Origin, url: str, cache_dir:
         assert result.value == pytest.approx([expected] * 3)
 
 
+def _go_back_after_loading(rank: int, path: Path) -> str:
+    """Loads between a forward and its backward, which needs the old weight."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from rankload import dist_load_into
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    module = nn.ParameterDict({"weight": nn.Parameter(distribute_tensor(torch.ones(5, 3), mesh, [Shard(0)]))})
+    loss: Any = (module["weight"] * module["weight"]).sum()
+    dist_load_into(module, path)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        dist.barrier()
+        dist.destroy_process_group()
+    return "went on with the new weight"
+
+
+def test_a_backward_that_needs_the_old_weights_fails(tmp_path: Path) -> None:
+    torch.save({"weight": torch.full((5, 3), 2.0)}, path := tmp_path / "weight.pth")
+    for result in run_ranks(_go_back_after_loading, 2, args=(path,)):
+        assert "modified by an inplace operation" in result.value
+
+
 def _steps(module: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[float]:
     losses = []
     for _ in range(count):

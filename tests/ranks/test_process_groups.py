@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -168,3 +169,24 @@ def test_a_rank_outside_group_is_told_so(origin: Origin, checkpoint: CheckpointF
     results = run_ranks(_not_a_member, 3, args=(url, cache_dir))
     assert [result.value for result in results[:2]] == [digest_of(checkpoint.content)] * 2
     assert "no member of group=" in results[2].value
+
+
+def _load_in_one_of_two_worlds(rank: int, urls: list[str], model_dir: str) -> str:
+    world, rank_in_world = divmod(rank, 2)
+    server = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
+    store = dist.PrefixStore(f"world-{world}", server)
+    dist.init_process_group("gloo", store=store, rank=rank_in_world, world_size=2)
+    digest = load(rank, urls[world], model_dir)
+    dist.destroy_process_group()
+    return digest
+
+
+def test_two_worlds_on_one_store(
+    origin: Origin, checkpoint: CheckpointFile, other_checkpoint: CheckpointFile, cache_dir: str
+) -> None:
+    """They have ranks, groups and calls of the same names."""
+    files = (checkpoint, other_checkpoint)
+    urls = [origin.add(file.name, file.path) for file in files]
+    results = run_ranks(_load_in_one_of_two_worlds, 4, env="torchrun", args=(urls, cache_dir))
+    expected = [digest_of(file.content) for file in files for _ in range(2)]
+    assert [result.value for result in results] == expected

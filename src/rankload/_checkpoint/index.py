@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from rankload._checkpoint.entry import TensorEntry
+from rankload._checkpoint.entry import StorageEntry, TensorEntry
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 
 ByteOrder = Literal["little", "big"]
@@ -29,11 +29,13 @@ class FileIndex:
         byte_order: of the elements; None where the file does not say. Then it is little, as far as is known.
         is_exact: apart from tensors and what is `Unbuilt`, the content is what torch.load would return: nothing in it
             was made simpler.
+        storages: all that the pickle of a zip archive mentions, in that order.
     """
 
     content: Any
     byte_order: ByteOrder | None = None
     is_exact: bool = False
+    storages: tuple[StorageEntry, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,8 @@ _MEANINGS: dict[str, _Meaning] = {
     **dict.fromkeys(
         ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"), PickleStack.push_text
     ),
-    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"), PickleStack.push_bytes),
+    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"), PickleStack.push_bytes),
+    "BYTEARRAY8": PickleStack.push_bytearray,
     **dict.fromkeys(("INT", "LONG", "FLOAT", "STRING", "UNICODE"), PickleStack.push_line),
     "BININT1": PickleStack.push_byte,
     "BININT2": PickleStack.push_unsigned,

@@ -82,6 +82,11 @@ class PickleStack:
         raw = self._bytes(start, end)
         self._stack.append(_TOO_LONG if raw is None else raw)
 
+    def push_bytearray(self, start: int, end: int) -> None:
+        """The same, which can be written to; here it cannot."""
+        self.is_exact = False
+        self.push_bytes(start, end)
+
     def push_line(self, start: int, end: int) -> None:
         """A value of protocol 0, as text up to the end of the line."""
         self.is_exact = False  # how a text is quoted has changed over time
@@ -255,7 +260,7 @@ class PickleStack:
     def add_items(self, start: int, end: int) -> None:
         """More items of a set."""
         items = self._take_to_mark()
-        self._stack[-1].arguments[0].extend(items)  # only what _push_set has pushed has such
+        self._stack[-1].arguments[0].extend(items)  # only EMPTY_SET pushes such
 
     # Objects
 

@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 _LONGEST_KEY = 16
 
+#: Integers hash to themselves up to there (sys.hash_info.modulus on 64-bit machines), and begin again behind it.
+_LARGEST_KEY = (1 << 61) - 1
+
 _SCALARS = (str, bytes, int, float, bool, type(None))
 
 
@@ -65,6 +68,10 @@ Builder = Callable[[tuple[Any, ...]], Any]
 def checked_key(key: Any) -> Any:
     """Return a dict's key, if hashing it is quick: tuples of tuples may hold each of their items a million times."""
     parts = key if type(key) is tuple else (key,)
-    if len(parts) > _LONGEST_KEY or not all(type(part) in _SCALARS for part in parts):
+    if (
+        len(parts) > _LONGEST_KEY
+        or not all(type(part) in _SCALARS for part in parts)
+        or any(type(part) is int and abs(part) >= _LARGEST_KEY for part in parts)
+    ):
         raise NotUnderstoodError("a pickle with keys of an unusual kind")
     return key

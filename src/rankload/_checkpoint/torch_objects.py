@@ -79,7 +79,7 @@ def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> Any:
 
 def _tensor_of_dtype(arguments: tuple[Any, ...]) -> Any:
     dtype = arguments[6]
-    if not isinstance(dtype, GlobalName) or dtype.name not in ITEM_BYTES:
+    if not isinstance(dtype, GlobalName) or dtype.module != "torch" or dtype.name not in ITEM_BYTES:
         raise NotUnderstoodError(f"a tensor of the dtype {dtype}")
     return _tensor((*arguments[:6], *arguments[7:]), dtype.name)
 

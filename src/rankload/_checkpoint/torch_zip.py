@@ -260,6 +260,8 @@ def _entries(listing: bytes, count: int) -> Iterator[Member]:
             extra = listing[begin_extra : begin_extra + extra_length]
             size, stored, header_offset = _widen(extra, size, stored, header_offset)
         name = raw_name.decode("utf-8" if flags & _IS_UTF8 else "cp437", errors="replace")
+        if method == _STORED and stored != size:
+            raise BrokenFileError(f"damaged zip archive ({name!r} is not compressed, and has two lengths)")
         yield Member(name, raw_name, header_offset, stored, size, method, bool(flags & _HAS_DESCRIPTOR))
         position = begin_extra + extra_length + comment_length
     if position != len(listing):

@@ -13,6 +13,9 @@ from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.source import Source
 from rankload._checkpoint.torch_objects import BUILDERS, EXACT_BUILDERS, storage_type_of
 
+#: torch.save writes 3; later ones, up to this, are TorchScript's.
+_LATEST_VERSION = 10
+
 
 def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool = False) -> FileIndex:
     """Read the index.
@@ -40,11 +43,23 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool 
     content = machine.next_pickle()
     member = members.get(f"{directory.root}/byteorder")  # since torch 2.1
     order = None if member is None else _byte_order(torch_zip.member_content(source, directory, member))
-    return FileIndex(content, order, exactly and machine.is_exact)
+    is_exact = exactly and machine.is_exact and _has_known_version(source, directory, members)
+    return FileIndex(content, order, is_exact, tuple(records.storages.values()))
+
+
+def _has_known_version(source: Source, directory: torch_zip.Directory, members: dict[str, torch_zip.Member]) -> bool:
+    """Tell whether torch's reader would take the archive (caffe2/serialize/versions.h)."""
+    member = members.get(f"{directory.root}/version") or members.get(f"{directory.root}/.data/version")
+    text = b"" if member is None else torch_zip.member_content(source, directory, member).strip()
+    return text.isdigit() and len(text) < 3 and 1 <= int(text) <= _LATEST_VERSION
 
 
 class _Records:
-    """The storages of an archive, by their keys."""
+    """The storages of an archive.
+
+    Attributes:
+        storages: by their keys, in the order in which the pickle mentions them.
+    """
 
     def __init__(
         self,
@@ -56,7 +71,7 @@ class _Records:
         is_remote: bool,
     ) -> None:
         self._source, self._directory, self._members, self._file = source, directory, members, file
-        self._storages: dict[str, StorageEntry] = {}
+        self.storages: dict[str, StorageEntry] = {}
         self._offsets = self._likely_offsets() if is_remote else torch_zip.payload_offsets(source, directory)
 
     def storage(self, persistent_id: Any) -> StorageEntry:
@@ -66,7 +81,7 @@ class _Records:
                 pass
             case _:
                 raise NotUnderstoodError("a persistent id of another kind")
-        if (known := self._storages.get(key)) is not None:
+        if (known := self.storages.get(key)) is not None:
             return known
         dtype = storage_type_of(kind)
         name = f"{self._directory.root}/data/{key}"
@@ -77,7 +92,7 @@ class _Records:
             raise BrokenFileError(f"damaged checkpoint (storage {key!r} should have {length} bytes, and {has})")
         if not member.is_stored:
             raise NotUnderstoodError("an archive with compressed tensors")
-        entry = self._storages[key] = StorageEntry(key, self._file, self._offset(member), length, dtype, location)
+        entry = self.storages[key] = StorageEntry(key, self._file, self._offset(member), length, dtype, location)
         return entry
 
     def _offset(self, member: torch_zip.Member) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from rankload._deliver.content import Content
 from rankload._deliver.mismatch import describe_mismatch
@@ -94,7 +95,7 @@ def prepare_load(
     """
     replacer = Replacer(load.module, device, takes_saved_dtype=bool(assign), may_share=may_share)
     transfers = [
-        replacer.transfer(step) if step.target.is_meta or assign else Transfer(step.saved, *own_part(step.target))
+        replacer.transfer(step) if step.target.is_meta or assign else _transfer_in_place(step)
         for step in load.assignments
     ]
 
@@ -103,6 +104,15 @@ def prepare_load(
         _check_materialised(load)
 
     return Prepared([transfer for transfer in transfers if transfer], replacer.bytes_mapped, finish)
+
+
+def _transfer_in_place(step: Assignment) -> Transfer:
+    """Let a backward that needs what the target holds now fail, as after any write in place: reads go past torch."""
+    transfer = Transfer(step.saved, *own_part(step.target))
+    for tensor in (step.target, transfer.destination):  # a DTensor, and the local one, count for themselves
+        if not tensor.is_inference():  # which have no versions
+            increment_version(tensor)
+    return transfer
 
 
 def left_on_meta(load: ModuleLoad) -> list[str]:

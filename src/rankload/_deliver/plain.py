@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch._guards import TracingContext
 from torch.serialization import get_default_load_endianness
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from rankload._checkpoint.entry import StorageEntry, TensorEntry
+from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import FileIndex
 from rankload._checkpoint.pickle_values import GlobalName, NotUnderstoodError, Unbuilt
 from rankload._checkpoint.source import LocalSource
@@ -51,20 +51,18 @@ class PlainCheckpoint:
                 raise NotUnderstoodError("another format")
             index = read_zip_index(source, path.name, is_remote=False, exactly=True)
             _check_is_torchs_own(index)
-            self._top = [index.content]
+            self._top, self._storages = [index.content], index.storages
             self._places = list(_places_of_tensors(self._top))
-            name = f"/dev/fd/{file.fileno()}"  # the file that was read, whatever its name stands for by now
-            self._file = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(name, False, source.size_bytes))
+            self._file = _mapped(file.fileno(), source.size_bytes)
 
     def build(self, restore: Restore) -> Any:
         """Return what was saved, with its tensors on a private mapping of the file, or where they are put instead.
 
         Once only: the index becomes that.
         """
-        saved: dict[str, StorageEntry] = {entry.storage_key: entry.storage for _, _, entry in self._places}
         storages = {
-            key: restore(self._file[entry.offset : entry.offset + entry.length], entry.location)
-            for key, entry in sorted(saved.items(), key=lambda item: item[1].offset)
+            entry.key: restore(self._file[entry.offset : entry.offset + entry.length], entry.location)
+            for entry in self._storages
         }
         tensors: dict[int, torch.Tensor] = {}
         for container, key, entry in self._places:
@@ -74,10 +72,21 @@ class PlainCheckpoint:
         return self._top[0]
 
 
+def _mapped(descriptor: int, size_bytes: int) -> torch.UntypedStorage:
+    try:
+        # the file that was read, whatever its name stands for by now
+        storage = torch.UntypedStorage.from_file(f"/dev/fd/{descriptor}", False, size_bytes)
+    except RuntimeError as error:
+        raise NotUnderstoodError(f"it cannot be mapped so: {error}") from error
+    return cast(torch.UntypedStorage, storage)
+
+
 def _check_is_torchs_own(index: FileIndex) -> None:
     """Raise NotUnderstoodError where torch.load would make something else of the same index."""
-    if is_in_torch_dispatch_mode():
+    if torch._C._len_torch_dispatch_stack() or TracingContext.try_get() is not None:
         raise NotUnderstoodError("within a mode that makes fake tensors, or watches")
+    if any(entry.offset % ALIGNMENT_BYTES for entry in index.storages):
+        raise NotUnderstoodError("tensors that are not aligned")
     if index.byte_order is None and get_default_load_endianness() is not None:
         raise NotUnderstoodError("elements of which the caller knows the byte order")
     if (index.byte_order or "little") != sys.byteorder:
@@ -90,7 +99,7 @@ def _places_of_tensors(top: list[Any]) -> Iterator[tuple[Any, Any, TensorEntry]]
     """Yield each list or dict with a tensor in it, the index or key of that, and the tensor's entry.
 
     Raises:
-        NotUnderstoodError: there is something else than tensors and plain values, or a tensor that cannot be mapped.
+        NotUnderstoodError: there is something else than plain values, and tensors of dtypes that this torch has.
     """
     seen: set[int] = set()
     rest: list[Any] = [top]
@@ -106,18 +115,12 @@ def _places_of_tensors(top: list[Any]) -> Iterator[tuple[Any, Any, TensorEntry]]
             elif kind not in _SCALARS:
                 if type(container) is tuple:
                     raise NotUnderstoodError(f"a {kind.__name__} in a tuple")
-                if kind is TensorEntry:
-                    _check_can_be_mapped(value)
+                if kind is TensorEntry and value.dtype in vars(torch):
                     yield container, key, value
                 else:
                     container[key] = _made(value)
         if (metadata := getattr(container, "_metadata", None)) is not None:
             rest.append(metadata)
-
-
-def _check_can_be_mapped(entry: TensorEntry) -> None:
-    if entry.storage.offset % ALIGNMENT_BYTES:
-        raise NotUnderstoodError("tensors that are not aligned")
 
 
 def _made(value: Any) -> torch.Size | torch.device | torch.dtype:
@@ -132,7 +135,7 @@ def _made(value: Any) -> torch.Size | torch.device | torch.dtype:
                 return torch.Size(*arguments)
             case Unbuilt(GlobalName("torch", "device"), arguments, None):
                 return torch.device(*arguments)
-            case GlobalName("torch", name) if isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            case GlobalName("torch", name) if isinstance(dtype := vars(torch).get(name), torch.dtype):
                 return dtype
     except (TypeError, ValueError, RuntimeError):
         pass

@@ -81,14 +81,14 @@ class _Options:
     look: Callable[[], None]
     torch_load_arguments: dict[str, Any]
 
-    @property
-    def may_be_built(self) -> bool:
-        """Whether torch.load is asked for nothing special: then a plain checkpoint is the same however it is made."""
-        return self.weights_only is not False and self.mmap is not False and not self.torch_load_arguments
+    def may_be_built(self, map_location: Any) -> bool:
+        """Tell whether torch.load is asked for nothing special: then a plain checkpoint is the same however made."""
+        is_plain_call = self.weights_only is not False and self.mmap is not False and not self.torch_load_arguments
+        return is_plain_call and str(map_location) != "meta"  # those storages note where in the file their bytes are
 
 
 def _read(path: Path, map_location: Any, options: _Options, *, is_member: bool = False) -> Any:
-    if options.may_be_built and (plain := _open_plain(path)) is not None:
+    if options.may_be_built(map_location) and (plain := _open_plain(path)) is not None:
         with _restoring(path, map_location, options, may_be_late=True) as restore:
             return plain.build(restore)
     file_format = sniff(path)

@@ -21,15 +21,19 @@ def goes_by_tags(map_location: Any) -> bool:
     return map_location is None or isinstance(map_location, (str, torch.device, dict, Placement))
 
 
+def location_of(map_location: Any, tag: str) -> str:
+    """Return where one that `goes_by_tags` puts what is tagged so."""
+    if isinstance(map_location, Placement):
+        return str(map_location.device_of(tag) or tag)
+    if isinstance(map_location, dict):
+        return str(map_location.get(tag, tag))
+    return tag if map_location is None else str(map_location)
+
+
 def restore_of(map_location: Any) -> Restore:
     """Return what torch.load does with each storage (torch/serialization.py, _get_restore_location)."""
-    if map_location is None:
-        return _where_it_was
-    if isinstance(map_location, dict):
-        return lambda storage, tag: _where_it_was(storage, str(map_location.get(tag, tag)))
-    if isinstance(map_location, (str, torch.device)):
-        location = str(map_location)
-        return lambda storage, tag: _where_it_was(storage, location)
+    if goes_by_tags(map_location):
+        return lambda storage, tag: _where_it_was(storage, location_of(map_location, tag))
     return lambda storage, tag: (
         _where_it_was(storage, tag) if (placed := map_location(storage, tag)) is None else placed
     )

@@ -47,7 +47,7 @@ def torch_dtype(entry: TensorEntry, shown: str) -> torch.dtype:
     Raises:
         LoadError: this torch does not have it.
     """
-    dtype = getattr(torch, entry.dtype, None)
+    dtype = vars(torch).get(entry.dtype)  # getattr would import submodules
     if not isinstance(dtype, torch.dtype):
         what = f"tensor {entry.name!r} has the dtype {entry.dtype!r}"
         text = f"{shown}: {what}, which torch {torch.__version__} does not have"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.autograd.graph import increment_version
 
 from rankload._deliver.boxes import Box
 from rankload._deliver.saved import SavedTensor
@@ -40,10 +39,3 @@ class Prepared:
     transfers: Sequence[Transfer]
     bytes_mapped: int
     finish: Callable[[], None]
-
-
-def tell_autograd(transfers: Sequence[Transfer]) -> None:
-    """Let a backward that needs what these tensors hold now fail, as after any write in place; reads go past torch."""
-    for transfer in transfers:
-        if not transfer.destination.is_inference():  # which have no versions
-            increment_version(transfer.destination)

@@ -31,6 +31,10 @@ class AwakeTime:
         """Return what has passed since the last count, awake or not."""
         return time.monotonic() - self._counted_at
 
+    def skip(self) -> None:
+        """Leave out what has passed since the last count."""
+        self._counted_at = time.monotonic()
+
     def count(self) -> float:
         """Count what has passed since the last time; return that."""
         passed = min(self.uncounted_seconds, self._longest_seconds)

@@ -144,9 +144,8 @@ class RankChannel:
 
     @property
     def store_host(self) -> str | None:
-        """Return the host that the store is on, as this rank reaches it; None for one in a file or in memory."""
-        store: Any = self._store.store
-        return getattr(store, "host", None)
+        """See `RankStore.host`."""
+        return self._store.host
 
     def has(self, key: str) -> bool:
         """Tell whether a value was posted, without waiting."""

@@ -52,6 +52,11 @@ class RankStore:
     is_temporary: bool = False
     _calls: BoundedCalls = field(default_factory=BoundedCalls)
 
+    @property
+    def host(self) -> str | None:
+        """Return the host that the store is on, as this process reaches it; None for one in a file or in memory."""
+        return getattr(_without_prefixes(self.store), "host", None)
+
     def in_a_hurry(self, patience_seconds: float) -> RankStore:
         """Return the same store for a process that is about to end."""
         return replace(self, patience_seconds=min(patience_seconds, self.patience_seconds))
@@ -86,17 +91,28 @@ class RankStore:
 
 
 def store_of_group(group: ProcessGroup, settings: Settings) -> RankStore:
-    """Open our own client to the store behind a process group."""
-    from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed re-exports them untyped
+    """Open our own client to the store behind a process group, with the group's prefixes.
+
+    They tell worlds apart that share a server; torch's `Store.clone`, which keeps them, is younger than torch 2.6.
+    """
+    from torch._C._distributed_c10d import TCPStore  # torch.distributed re-exports it untyped
     from torch.distributed import distributed_c10d
 
-    base: Any = distributed_c10d._world.pg_map[group][1]
-    while isinstance(base, PrefixStore):
-        base = base.underlying_store
+    prefixed: Any = distributed_c10d._world.pg_map[group][1]
+    base: Any = _without_prefixes(prefixed)
     if isinstance(base, TCPStore):
         is_agents = _is_agent_endpoint(base.host, base.port, os.environ)
-        return _connect(base.host, base.port, settings, dies_with_rank_0=not is_agents)
-    return RankStore(base, type(base).__name__, False, silence_limit_seconds(settings))
+        clone = getattr(prefixed, "clone", None)
+        return _connect(base.host, base.port, settings, dies_with_rank_0=not is_agents, connect=clone)
+    return RankStore(prefixed, type(base).__name__, False, silence_limit_seconds(settings))
+
+
+def _without_prefixes(store: Store) -> Store:
+    from torch._C._distributed_c10d import PrefixStore
+
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 def store_from_environment(identity: Identity, settings: Settings) -> RankStore | None:
@@ -136,16 +152,25 @@ def neighbour(meeting_point: RankStore, port: int, settings: Settings) -> RankSt
     return _connect(place.host, port, settings, dies_with_rank_0=True)
 
 
-def _connect(host: str, port: int, settings: Settings, *, dies_with_rank_0: bool) -> RankStore:
-    """Open a client to a TCPStore that is known to listen."""
+def _connect(
+    host: str,
+    port: int,
+    settings: Settings,
+    *,
+    dies_with_rank_0: bool,
+    connect: Callable[[], Store] | None = None,
+) -> RankStore:
+    """Open a client to a TCPStore that is known to listen; ``connect`` makes one in another way."""
     from torch._C._distributed_c10d import TCPStore
 
     place, calls = f"{host}:{port}", BoundedCalls()
     timeout = timedelta(seconds=_CONNECT_SECONDS)
+
+    def connect_as_usual() -> Store:
+        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
     try:
-        store = calls.call(
-            lambda: TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout), _CONNECT_SECONDS
-        )
+        store = calls.call(connect or connect_as_usual, _CONNECT_SECONDS)
     except (RuntimeError, ConnectionError, TimeoutError) as error:
         raise StoreLostError(f"cannot reach the store at {place}: {error}", place=place) from error
     return RankStore(store, place, dies_with_rank_0, silence_limit_seconds(settings), _calls=calls)

@@ -39,9 +39,8 @@ class StoragePickler(pickle.Pickler):
 
 
 scalars = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text()
-plain = st.recursive(
-    scalars, lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner)
-)
+keys = st.text() | st.integers(2 - 2**61, 2**61 - 2)
+plain = st.recursive(scalars, lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(keys, inner))
 
 
 @given(plain, st.sampled_from(PROTOCOLS))
@@ -155,3 +154,15 @@ def test_a_mutated_pickle_ends_in_a_value_or_one_of_two_errors(data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(NotUnderstoodError, BrokenFileError):
         read(bytes(content[: data.draw(st.integers(1, len(content)))]))
+
+
+def test_keys_of_one_hash_are_refused():
+    """A dict of them takes quadratic time."""
+    with pytest.raises(NotUnderstoodError, match="keys of an unusual kind"):
+        read(pickle.dumps({number * (2**61 - 1): 0 for number in range(3)}))
+
+
+def test_a_bytearray_is_not_exactly_what_it_was():
+    content = pickle.dumps({"seed": bytearray(b"abc")}, protocol=5)
+    machine = PickleMachine(content, BUILDERS, [].append)
+    assert machine.next_pickle() == {"seed": b"abc"} and not machine.is_exact

@@ -105,6 +105,27 @@ def test_a_callers_own_function_gets_the_content(tmp_path: Path, late: list[int]
     assert not late and max(sums) > 0
 
 
+def test_a_deserialiser_of_the_callers_own_gets_the_content(tmp_path: Path, late: list[int]) -> None:
+    """torch.serialization.register_package, for a tag that is no device."""
+    sums: list[int] = []
+
+    def restore(storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage | None:
+        if tag != "vault:7":
+            return None
+        sums.append(sum(storage.tolist()))
+        return storage
+
+    registry = list(torch.serialization._package_registry)
+    torch.serialization.register_package(5, lambda storage: None, restore)
+    try:
+        file = checkpoints.write_zip(tmp_path, content())
+        found = read_checkpoint(file.path, "vault:7")
+    finally:
+        torch.serialization._package_registry[:] = registry
+    assert_same(found, torch.load(file.path))
+    assert late == [0] and len(sums) > 40 and max(sums) > 0
+
+
 class Sum:
     """Looks at a tensor while it is loaded."""
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness.checkpoints import assert_same, training_checkpoint
+from rankload import LoadError, open_checkpoint
 from rankload._deliver.read import read_checkpoint
 
 
@@ -140,9 +144,59 @@ def test_other_content_is_left_to_torch_load(tmp_path: Path, torch_loads: list[s
     assert getattr(found, "__dict__", None) == getattr(expected, "__dict__", None)
 
 
+def test_so_are_meta_tensors_which_know_where_their_bytes_are(tmp_path: Path, torch_loads: list[str]) -> None:
+    torch.save({"weight": torch.ones(3)}, tmp_path / "file.pth")
+    for place in ("meta", torch.device("meta")):
+        found = read_checkpoint(tmp_path / "file.pth", place)["weight"]
+        assert found.is_meta and found.untyped_storage()._checkpoint_offset > 0
+    assert len(torch_loads) == 2
+
+
+def test_so_is_a_later_version_of_the_format(tmp_path: Path, torch_loads: list[str]) -> None:
+    path = tmp_path / "file.pth"
+    torch.save({"weight": torch.ones(3)}, path)
+    content = path.read_bytes()
+    at = content.index(b"3\n", content.index(b"file/version"))
+    path.write_bytes(content[:at] + b"99"[:2] + content[at + 2 :])
+    with pytest.raises(LoadError, match="version 99"):
+        read_checkpoint(path)
+    assert len(torch_loads) == 1
+
+
+@pytest.mark.parametrize("place", [None, "meta", lambda storage, tag: storage.clone()], ids=["mapped", "meta", "own"])
+def test_a_length_that_is_a_lie_gives_no_tensor(tmp_path: Path, place: Any) -> None:
+    """In the pickle and the directory alone: the record has 70,000 bytes."""
+    path, lie = tmp_path / "file.pth", 2_000_000_000
+    torch.save({"weight": torch.ones(70_000, dtype=torch.uint8)}, path)
+    content = bytearray(path.read_bytes().replace(struct.pack("<ci", b"J", 70_000), struct.pack("<ci", b"J", lie)))
+    listed_at = content.rindex(b"file/data/0") - 46  # APPNOTE.TXT 4.3.12: the name follows 46 bytes, of which
+    struct.pack_into("<I", content, listed_at + 24, lie)  # these are the length of what is unpacked
+    path.write_bytes(content)
+    with pytest.raises(LoadError):
+        read_checkpoint(path, place)
+    with pytest.raises(LoadError, match="two lengths"):
+        open_checkpoint(path)
+
+
+def test_a_hostile_name_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, asked = tmp_path / "file.pth", list[str]()
+    torch.save({"weight": torch.ones(3), "what": torch.float16}, path)
+    path.write_bytes(path.read_bytes().replace(b"ctorch\nfloat16\n", b"ctorch\n_export\n"))
+    monkeypatch.setattr(torch, "__getattr__", asked.append)  # where torch imports submodules
+    monkeypatch.delattr(torch, "_export", raising=False)
+    with pytest.raises(LoadError):
+        read_checkpoint(path)
+    assert "_export" not in asked
+
+
 def test_so_is_what_a_mode_has_a_say_in(tmp_path: Path, torch_loads: list[str]) -> None:
     torch.save({"weight": torch.ones(3)}, tmp_path / "file.pth")
     with FakeTensorMode():
+        # in another thread there is none
+        assert (
+            type(ThreadPoolExecutor().submit(read_checkpoint, tmp_path / "file.pth").result()["weight"]) is torch.Tensor
+        )
+        assert not torch_loads
         found = read_checkpoint(tmp_path / "file.pth")
     assert len(torch_loads) == 1 and type(found["weight"]).__name__ == "FakeTensor"
 
@@ -179,6 +233,20 @@ def test_a_function_is_asked_once_for_each_storage_in_the_order_of_the_file(tmp_
     read_checkpoint(path, lambda storage, tag: seen.append((tag, storage.tolist())))
     torch.load(path, lambda storage, tag: by_torch.append((tag, storage.tolist())))
     assert seen == by_torch and len(seen) == 8
+
+
+def test_that_order_is_the_pickles_also_where_records_lie_in_another(tmp_path: Path) -> None:
+    """torch wrote them sorted by their names once: 0, 1, 10, 11, 2."""
+    path, seen = tmp_path / "file.pth", list[Any]()
+    torch.save([torch.full((1,), number, dtype=torch.uint8) for number in range(13)], path)
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename.partition("/")[2]: archive.read(info) for info in archive.infolist()}
+    writer = torch._C.PyTorchFileWriter(str(path))  # type: ignore[attr-defined]
+    for name in sorted(name for name in members if name == "data.pkl" or name.startswith("data/")):
+        writer.write_record(name, members[name], len(members[name]))
+    writer.write_end_of_file()
+    assert [value.item() for value in read_checkpoint(path, lambda storage, tag: seen.extend(storage))] == [*range(13)]
+    assert seen == [*range(13)]
 
 
 def test_writing_to_a_tensor_does_not_reach_the_file(tmp_path: Path) -> None:

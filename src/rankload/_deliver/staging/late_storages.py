@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rankload._deliver.readers import Limits
-from rankload._deliver.restore import restore_of
+from rankload._deliver.restore import location_of, restore_of
 from rankload._deliver.staging.pinned import BUFFER_BYTES, is_staged, staged
 
 
@@ -30,16 +30,16 @@ class LateStorages:
 
     def __init__(self, map_location: Any) -> None:
         self._restore = restore_of(map_location)
-        self._device_of = functools.cache(lambda tag: self._restore(_storage(0, "cpu"), tag).device)
+        self._late_device = functools.cache(lambda tag: _late_device(location_of(map_location, tag)))
         self._pairs: dict[torch.device, list[tuple[torch.UntypedStorage, torch.UntypedStorage]]] = defaultdict(list)
 
     def __call__(self, storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
         """Return a storage in the right place; see `Restore`."""
-        device = self._device_of(tag)
-        if not is_staged(device):
+        device = self._late_device(tag)
+        if device is None:
             return self._restore(storage, tag)
-        empty = _storage(storage.nbytes(), device)
-        self._pairs[device].append((empty, storage))
+        empty = torch.empty(storage.nbytes(), dtype=torch.uint8, device=device).untyped_storage()
+        self._pairs[empty.device].append((empty, storage))
         return empty
 
     def fill(self, limits: Limits, look: Callable[[], None], shown: str) -> None:
@@ -59,8 +59,13 @@ class LateStorages:
         self._pairs.clear()
 
 
-def _storage(size_bytes: int, device: torch.device | str) -> torch.UntypedStorage:
-    return torch.empty(size_bytes, dtype=torch.uint8, device=device).untyped_storage()
+def _late_device(location: str) -> torch.device | None:
+    """Return a location's device, if storages there are filled late."""
+    try:
+        device = torch.device(location)
+    except RuntimeError:  # a tag of older files, or of torch.serialization.register_package
+        return None
+    return device if is_staged(device) else None
 
 
 @dataclass(frozen=True)

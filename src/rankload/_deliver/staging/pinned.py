@@ -40,14 +40,14 @@ JobType = TypeVar("JobType", bound=Job)
 
 
 def is_staged(device: torch.device) -> bool:
-    """Tell whether a device is filled in this way: the accelerator that torch sees, with streams and pinned memory.
+    """Tell whether a device is there, and filled in this way: an accelerator with streams and pinned memory.
 
     Not Apple's: its memory is the CPU's, and what torch pins for it is no memory of the CPU's.
     """
     if device.type in ("cpu", "meta", "mps"):
         return False
     accelerator = visible_accelerator()
-    return accelerator is not None and device.type == accelerator.type
+    return accelerator is not None and device.type == accelerator.type and (device.index or 0) < accelerator.count
 
 
 def use_in_thread(device: torch.device) -> None:

@@ -169,6 +169,7 @@ class Relay:
             poll.register(self.upstream.socket, select.POLLIN)
         for link in links:
             poll.register(link.socket, select.POLLOUT)
+        self._still.skip()  # the time that this rank has spent on something else
         if poll.poll(_LOOK_SECONDS * 1000):
             return
         self._look()
