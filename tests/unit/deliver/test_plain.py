@@ -96,6 +96,15 @@ def test_plain_content_is_built_without_torch_load(tmp_path: Path, torch_loads: 
     assert_alike(found, torch.load(tmp_path / "file.pth", weights_only=True))
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("kind", ["state dict", "training", "views", "many"])
+def test_so_it_is_of_any_pickle_protocol(tmp_path: Path, torch_loads: list[str], kind: str, protocol: int) -> None:
+    torch.save(PLAIN[kind](), tmp_path / "file.pth", pickle_protocol=protocol)
+    found = read_checkpoint(tmp_path / "file.pth")
+    assert not torch_loads
+    assert_alike(found, torch.load(tmp_path / "file.pth", weights_only=False))
+
+
 def test_what_holds_itself_does_so_again(tmp_path: Path, torch_loads: list[str]) -> None:
     torch.save(holding_itself(), tmp_path / "file.pth")
     found = read_checkpoint(tmp_path / "file.pth")
