@@ -116,7 +116,8 @@ def test_a_deserialiser_of_the_callers_own_gets_the_content(tmp_path: Path, late
         return storage
 
     registry = list(torch.serialization._package_registry)
-    torch.serialization.register_package(5, lambda storage: None, restore)
+    # a priority of its own: torch sorts the entries, and cannot compare two functions
+    torch.serialization.register_package(4, lambda storage: None, restore)
     try:
         file = checkpoints.write_zip(tmp_path, content())
         found = read_checkpoint(file.path, "vault:7")
