@@ -79,24 +79,24 @@ def _own_bytes(module: nn.Module) -> int:
     return sum(getattr(tensor, "_local_tensor", tensor).nbytes for tensor in tensors.values())
 
 
-def _load(
-    rank: int, url: str, model_dir: str, kind: str, device: str
-) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, int, int]:
-    """Loads; returns the whole tensors, an output, the bytes read, and those that had to be."""
+def _load_each(rank: int, url: str, model_dir: str) -> dict[str, Any]:
+    """Loads into each case's module; returns the whole tensors, an output, the bytes read, and those that had to be."""
     from rankload import dist_load_into
 
     dist.init_process_group("gloo")
-    with torch.device(device):
-        net = Net()
-    module = _KINDS[kind](net)
-    missing, unexpected = report = dist_load_into(module, url, model_dir)
-    assert missing == unexpected == []
-    assert net.head.weight is net.embedding.weight
-    output = module(torch.arange(8).reshape(2, 4)).detach() if kind in _RUNNABLE else None
-    result = _full(net), output, report.bytes_read, _own_bytes(net)
+    results = {}
+    for kind, device in _CASES:
+        with torch.device(device):
+            net = Net()
+        module = _KINDS[kind](net)
+        missing, unexpected = report = dist_load_into(module, url, model_dir)
+        assert missing == unexpected == [], (kind, device)
+        assert net.head.weight is net.embedding.weight, (kind, device)
+        output = module(torch.arange(8).reshape(2, 4)).detach() if kind in _RUNNABLE else None
+        results[f"{kind} on {device}"] = _full(net), output, report.bytes_read, _own_bytes(net)
     dist.barrier()
     dist.destroy_process_group()
-    return result
+    return results
 
 
 def _replicated(net: Net) -> nn.Module:
@@ -168,25 +168,21 @@ _KINDS = {
     "by-hand": _placed_by_hand,
 }
 _RUNNABLE = {"ddp", "fsdp", "hybrid", "tensor-parallel", "fsdp-and-tensor-parallel"}
+_CASES = [*((kind, "cpu") for kind in _KINDS), ("fsdp", "meta"), ("hybrid", "meta"), ("tensor-parallel", "meta")]
 
 
-@pytest.mark.parametrize(
-    ("kind", "device"),
-    [*((kind, "cpu") for kind in _KINDS), ("fsdp", "meta"), ("hybrid", "meta"), ("tensor-parallel", "meta")],
-)
-def test_each_rank_reads_its_own_part(
-    origin: Origin, url: str, cache_dir: str, source: Net, kind: str, device: str
-) -> None:
-    results = run_ranks(_load, 4, args=(url, cache_dir, kind, device))
+def test_each_rank_reads_its_own_part(origin: Origin, url: str, cache_dir: str, source: Net) -> None:
+    results = run_ranks(_load_each, 4, args=(url, cache_dir))
     expected = source.state_dict()
     for result in results:
-        tensors, output, bytes_read, own_bytes = result.value
-        assert {*tensors} == {*expected}
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, expected[name]), name
-        if output is not None:
-            torch.testing.assert_close(output, source(torch.arange(8).reshape(2, 4)).detach())
-        assert bytes_read == own_bytes
+        assert len(result.value) == len(_CASES)
+        for case, (tensors, output, bytes_read, own_bytes) in result.value.items():
+            assert {*tensors} == {*expected}, case
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, expected[name]), (case, name)
+            if output is not None:
+                torch.testing.assert_close(output, source(torch.arange(8).reshape(2, 4)).detach())
+            assert bytes_read == own_bytes, case
     assert origin.request_count() == 1
 
 

@@ -7,6 +7,7 @@ nothing grows beyond the file: the standard unpickler with harmless stubs would 
 
 from __future__ import annotations
 
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -57,8 +58,8 @@ class PickleStack:
         self._stack.append(value)
 
     def unsigned(self, start: int, end: int) -> int:
-        """Return the integer that stands there."""
-        return int.from_bytes(self._content[start:end], "little")
+        """Return the integer that stands there: of 1, 2, 4 or 8 bytes."""
+        return _UNSIGNED[end - start](self._content, start)[0]  # type: ignore[no-any-return]
 
     def _bytes(self, start: int, end: int) -> bytes | None:
         """Return an argument; None where it is too long to be kept."""
@@ -309,6 +310,9 @@ class PickleStack:
 
 
 _TOO_LONG = Unbuilt(None, ())
+
+#: Twice as quick as int.from_bytes of a slice.
+_UNSIGNED = {length: struct.Struct(f"<{code}").unpack_from for length, code in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))}
 
 #: Stands for bytes that are no text.
 _REPLACED = "\ufffd"

@@ -38,7 +38,9 @@ def tensor_on(storage: torch.UntypedStorage, entry: TensorEntry, offset_bytes: i
     tensor = torch.empty(0, dtype=dtype, device=storage.device)
     tensor.set_(storage, offset_bytes // dtype.itemsize, entry.shape, entry.stride)
     requires_grad = entry.requires_grad and (dtype.is_floating_point or dtype.is_complex)  # others cannot
-    return torch.nn.Parameter(tensor, requires_grad) if entry.is_parameter else tensor.requires_grad_(requires_grad)
+    if entry.is_parameter:
+        return torch.nn.Parameter(tensor, requires_grad)
+    return tensor.requires_grad_() if requires_grad else tensor
 
 
 def torch_dtype(entry: TensorEntry, shown: str) -> torch.dtype:

@@ -129,7 +129,7 @@ def _say_hello(store: RankStore, root: str, identity: Identity, settings: Settin
 class Greeter:
     """Rank 0's thread that welcomes ranks until every one of them has joined.
 
-    A look costs three operations, and a welcome another, however many ranks there are.
+    A look costs two or three operations, however many ranks there are.
 
     Attributes:
         see_off_seconds: how long this process waits at its end for ranks that have not joined. When rank 0 fails at
@@ -179,10 +179,14 @@ class Greeter:
                 if not self._is_current():  # asked after the look: who says hello to a namesake does so later
                     break
                 welcome = f"{count} {self._session}"
-                # one that was on its way from a former session may have come behind our own
-                if count > welcomed or self._store.peek(f"{self._root}/welcome") != welcome:
+                if count > welcomed:
                     welcomed = count
                     self._store.set(f"{self._root}/welcome", welcome)
-                if self._stop_requested.is_set() or self._has_everybody():
+                elif self._has_everybody():
+                    break
+                elif self._store.peek(f"{self._root}/welcome") != welcome:
+                    # one that was on its way from a former session has come behind ours
+                    self._store.set(f"{self._root}/welcome", welcome)
+                if self._stop_requested.is_set():
                     break
         atexit.unregister(self._see_off)
