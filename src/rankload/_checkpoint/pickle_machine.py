@@ -8,7 +8,7 @@ from typing import Any
 
 from rankload._checkpoint.broken import BrokenFileError, CutOffError
 from rankload._checkpoint.pickle_stack import PickleStack
-from rankload._checkpoint.pickle_values import Builder, Content, GlobalName, NotUnderstoodError, Unbuilt
+from rankload._checkpoint.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt
 
 #: More than 50,000 tensors' worth. Bounds time (some seconds) and memory (as much as this many stack items).
 _MOST_OPERATIONS = 4_000_000
@@ -28,7 +28,7 @@ class PickleMachine:
 
     def __init__(
         self,
-        content: Content,
+        content: bytes,
         builders: Mapping[GlobalName, Builder],
         load_persistent: Callable[[Any], Any],
     ) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rankload._checkpoint.pickle_text import float_of_bytes, value_of_line
-from rankload._checkpoint.pickle_values import Builder, Content, GlobalName, NotUnderstoodError, Unbuilt, checked_key
+from rankload._checkpoint.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key
 
 #: Longer texts (a weight saved as text, a dataset) become `Unbuilt`.
 _LONGEST_TEXT_BYTES = 1 << 24
@@ -36,7 +36,7 @@ class PickleStack:
     """
 
     def __init__(
-        self, content: Content, builders: Mapping[GlobalName, Builder], load_persistent: Callable[[Any], Any]
+        self, content: bytes, builders: Mapping[GlobalName, Builder], load_persistent: Callable[[Any], Any]
     ) -> None:
         self._content, self._builders, self._load = content, builders, load_persistent
         self.is_exact = True
@@ -63,7 +63,7 @@ class PickleStack:
 
     def _bytes(self, start: int, end: int) -> bytes | None:
         """Return an argument; None where it is too long to be kept."""
-        return bytes(self._content[start:end]) if end - start <= _LONGEST_TEXT_BYTES else None
+        return self._content[start:end] if end - start <= _LONGEST_TEXT_BYTES else None
 
     # Values
 

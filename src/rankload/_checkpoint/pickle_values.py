@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 _LONGEST_KEY = 16
 
@@ -16,14 +16,6 @@ _SCALARS = (str, bytes, int, float, bool, type(None))
 
 class NotUnderstoodError(ValueError):
     """The pickle is malformed, too long, or uses what this machine does not know. Not a verdict on the file."""
-
-
-class Content(Protocol):
-    """The file's bytes: a mapping, or bytes."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: Any, /) -> Any: ...
-    def find(self, sub: bytes, start: int, /) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
