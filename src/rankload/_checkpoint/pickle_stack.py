@@ -311,7 +311,7 @@ class PickleStack:
 
 _TOO_LONG = Unbuilt(None, ())
 
-#: Twice as quick as int.from_bytes of a slice.
+#: Quicker than int.from_bytes of a slice.
 _UNSIGNED = {length: struct.Struct(f"<{code}").unpack_from for length, code in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))}
 
 #: Stands for bytes that are no text.
