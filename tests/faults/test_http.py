@@ -146,7 +146,7 @@ def test_body_without_length_is_whole(origin, cache, checkpoint):
 @pytest.mark.parametrize("behaviour", [{"hold_at": 0}, {"hold_before_reply": True}])
 def test_stalled_origin(origin, cache, checkpoint, behaviour):
     url = origin.add("model.pth", checkpoint.path, **behaviour)
-    errors = errors_of(load, url, cache, timeout=2)
+    errors = errors_of(load, url, cache, timeout=0.5)
     expect(errors, rankload.FetchTimeoutError, url, "within the deadline", "timeout=")
     assert isinstance(errors[0], TimeoutError)
     assert files_in(cache) == []
