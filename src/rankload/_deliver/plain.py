@@ -22,7 +22,7 @@ from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.torch_zip import LOCAL_SIGNATURE
 from rankload._checkpoint.zip_index import read_zip_index
 from rankload._deliver.restore import Restore
-from rankload._deliver.tensors import tensor_on
+from rankload._deliver.tensors import tensor_on, torch_dtype
 
 #: Tensors are mapped only where each of their elements is aligned: no element is aligned to more (complex128: 8).
 ALIGNMENT_BYTES = 8
@@ -67,7 +67,8 @@ class PlainCheckpoint:
         tensors: dict[int, torch.Tensor] = {}
         for container, key, entry in self._places:
             if id(entry) not in tensors:
-                tensors[id(entry)] = tensor_on(storages[entry.storage_key], entry, entry.storage_offset, self._shown)
+                dtype = torch_dtype(entry, self._shown)
+                tensors[id(entry)] = tensor_on(storages[entry.storage_key], entry, dtype, entry.storage_offset)
             container[key] = tensors[id(entry)]
         return self._top[0]
 

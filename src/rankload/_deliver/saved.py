@@ -8,8 +8,10 @@ left to torch, which knows them; the bytes are moved afterwards, when all ranks 
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -43,7 +45,7 @@ class Assignment:
     saved: SavedTensor
 
 
-class SavedTensor:
+class SavedTensor(ABC):
     """Stands for a tensor of a checkpoint; every copy of it into a real tensor is noted, not made.
 
     Whatever else is done with it (hooks that convert old checkpoints may compute) is done with the tensor itself, which
@@ -75,13 +77,13 @@ class SavedTensor:
         """Whether this process can read it; it may be on its way from another rank."""
         return True
 
+    @abstractmethod
     def view(self) -> torch.Tensor:
         """Return all of it on the CPU: a view of the mapped file where that is possible. Not to be written to.
 
         Raises:
             LoadError: it is not here.
         """
-        raise NotImplementedError
 
     def read_into(self, destination: torch.Tensor, box: Box) -> int:
         """Fill a tensor, of any device, with one part; return the bytes that were read for it."""
@@ -127,7 +129,7 @@ class SavedTensor:
             if function is _MODULE_LOAD:  # torch.__future__.set_swap_module_params_on_conversion
                 saved._assignments.append(Assignment(target, saved))
                 return target.detach()
-        arguments, keywords = tree_map_only(SavedTensor, SavedTensor.view, (arguments, keywords or {}))
+        arguments, keywords = tree_map_only(SavedTensor, methodcaller("view"), (arguments, keywords or {}))
         return function(*arguments, **keywords)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from rankload._deliver.transfers import Transfer
 from rankload._errors import LoadError
 
 
-class Sink:
+class Sink(ABC):
     """Takes the pieces of one tensor, in order, and puts what is this rank's part where it belongs.
 
     Attributes:
@@ -27,11 +28,11 @@ class Sink:
     begin: int
     end: int
 
+    @abstractmethod
     def take(self, begin: int, piece: torch.Tensor) -> None:
         """Take bytes (``uint8[n]``, good until the next call) that are at ``begin`` in the file, all of the tensor."""
-        raise NotImplementedError
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027 - most have nothing left to do
         """All has come."""
 
 

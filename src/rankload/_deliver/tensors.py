@@ -20,21 +20,17 @@ def read_tensor(source: Source, entry: TensorEntry, byte_order: ByteOrder, shown
     Raises:
         LoadError: this torch does not have its dtype, or the file ended early.
     """
+    dtype = torch_dtype(entry, shown)
     storage = torch.empty(entry.length, dtype=torch.uint8, device="cpu").untyped_storage()
     if fill(storage, source, entry.offset) != entry.length:
         raise LoadError(f"{shown}: the file ended within tensor {entry.name!r}: was it cut off since it was opened?")
     if byte_order != sys.byteorder:
-        storage.byteswap(torch_dtype(entry, shown))  # type: ignore[no-untyped-call]
-    return tensor_on(storage, entry, 0, shown)
+        storage.byteswap(dtype)  # type: ignore[no-untyped-call]
+    return tensor_on(storage, entry, dtype, 0)
 
 
-def tensor_on(storage: torch.UntypedStorage, entry: TensorEntry, offset_bytes: int, shown: str) -> torch.Tensor:
-    """Return a saved tensor as a view of a storage that holds its elements from an offset on.
-
-    Raises:
-        LoadError: this torch does not have its dtype.
-    """
-    dtype = torch_dtype(entry, shown)
+def tensor_on(storage: torch.UntypedStorage, entry: TensorEntry, dtype: torch.dtype, offset_bytes: int) -> torch.Tensor:
+    """Return a saved tensor as a view of a storage that holds its elements from an offset on."""
     tensor = torch.empty(0, dtype=dtype, device=storage.device)
     tensor.set_(storage, offset_bytes // dtype.itemsize, entry.shape, entry.stride)
     requires_grad = entry.requires_grad and (dtype.is_floating_point or dtype.is_complex)  # others cannot

@@ -57,15 +57,16 @@ class _Job:
         self.operation = operation
         self.running = threading.Lock()
         self.running.acquire()
+        self.has_ended = False
         self.value: Any = None
         self.error: Exception | None = None
 
     def ends_within(self, seconds: float) -> bool:
         """Wait; tell whether the call has ended."""
-        has_ended = self.running.acquire(timeout=seconds)
-        if has_ended:
+        # a signal may raise between these two: the lock then stays held, and says nothing any more
+        if not self.has_ended and self.running.acquire(timeout=seconds):
             self.running.release()
-        return has_ended
+        return self.has_ended
 
 
 def _run(jobs: queue.SimpleQueue[_Job | None]) -> None:
@@ -74,5 +75,6 @@ def _run(jobs: queue.SimpleQueue[_Job | None]) -> None:
             job.value = job.operation()
         except Exception as error:
             job.error = error
+        job.has_ended = True
         job.running.release()
         del job  # or what it refers to would live until the next call

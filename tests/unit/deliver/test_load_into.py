@@ -286,6 +286,27 @@ def test_module_versions_and_hooks_that_compute(tmp_path: Path, version: int) ->
     assert_equal(module, {"0.weight": weight if version == 2 else -weight, "0.bias": bias})
 
 
+class Joined(nn.Module):
+    """Took its two matrices for one once, and joins them when it is loaded, as torch functions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Parameter(torch.zeros(6, 4))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        joined = torch.cat([state_dict.pop(f"{prefix}first"), state_dict.pop(f"{prefix}second")], dim=0)
+        state_dict[f"{prefix}both"] = torch.add(joined, other=state_dict.pop(f"{prefix}bias"))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_hooks_that_call_torchs_functions(tmp_path: Path, file_format: str) -> None:
+    content = {"first": torch.randn(2, 4), "second": torch.randn(4, 4), "bias": torch.randn(4)}
+    module = Joined()
+    dist_load_into(module, saved(tmp_path, content, file_format))
+    assert torch.equal(module.both.detach(), torch.cat([content["first"], content["second"]]) + content["bias"])
+
+
 def test_hooks_that_copy_the_state_dict(tmp_path: Path) -> None:
     source, net = trained(Net()), Net()
 
