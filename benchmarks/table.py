@@ -49,19 +49,18 @@ class Table:
         return "\n".join([f"\n{self.title}", *map(str.rstrip, rows), *(f"  {line}" for line in self.ratios())])
 
     def ratios(self) -> list[str]:
-        """Return a line for each bound: the ratio of the medians, then the least, median and most of the rounds'.
+        """Return a line for each bound: the median of the rounds' own ratios.
 
-        The verdict is of the medians that the table shows: the ways of a round are a minute apart, and do not share
-        what disturbs them.
+        What disturbs a round disturbs both of its ways.
         """
         lines = []
         for bound in self.bounds:
             if bound.above not in self.seconds or bound.below not in self.seconds:
                 continue  # not installed
-            above, below = self.seconds[bound.above], self.seconds[bound.below]
-            ratio = statistics.median(above) / statistics.median(below)
-            ratios = [one / other for one, other in zip(above, below, strict=True)]
-            spread = f"(rounds {min(ratios):.2f}, {statistics.median(ratios):.2f}, {max(ratios):.2f})"
+            pairs = zip(self.seconds[bound.above], self.seconds[bound.below], strict=True)
+            ratios = [above / below for above, below in pairs]
+            ratio = statistics.median(ratios)
+            spread = f"({min(ratios):.2f}-{max(ratios):.2f})"
             lines.append(f"{bound.above} : {bound.below} = {ratio:.2f} {spread}{bound.verdict(ratio)}")
         return lines
 
