@@ -454,6 +454,14 @@ ALL_CASES = (
         "You have made `MAP_SHARED` torch's default for mapped files: updating a tensor would write to its file.",
         "The cached file is never written.",
     ),
+    Case(
+        58,
+        "filesystem-hangs",
+        DISKS,
+        "The cache's filesystem stops answering on one node, while it downloads or while it loads.",
+        "The ranks of the other nodes raise `ProgressTimeoutError`, which names the node, `timeout=` and a quarter of "
+        "it (5 s at least) later. Those that the kernel holds raise it once the filesystem answers.",
+    ),
 )
 
 CASES: dict[int, Case] = {case.number: case for case in sorted(ALL_CASES, key=lambda case: case.number)}

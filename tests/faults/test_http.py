@@ -143,10 +143,12 @@ def test_body_without_length_is_whole(origin, cache, checkpoint):
 
 
 @pytest.mark.fault(14)
+@pytest.mark.parametrize("timeout", [0.5, 2])
 @pytest.mark.parametrize("behaviour", [{"hold_at": 0}, {"hold_before_reply": True}])
-def test_stalled_origin(origin, cache, checkpoint, behaviour):
+def test_stalled_origin(origin, cache, checkpoint, behaviour, timeout):
+    """The rank that downloads says what is wrong before the others find that it does not move."""
     url = origin.add("model.pth", checkpoint.path, **behaviour)
-    errors = errors_of(load, url, cache, timeout=0.5)
+    errors = errors_of(load, url, cache, timeout=timeout)
     expect(errors, rankload.FetchTimeoutError, url, "within the deadline", "timeout=")
     assert isinstance(errors[0], TimeoutError)
     assert files_in(cache) == []

@@ -19,6 +19,9 @@ from rankload._types import DECLARED_WAITS, Identity, Phase, Progress
 #: How often a rank looks around in a call, at most.
 _LOOK_SECONDS = 0.5
 
+#: A rank's own deadline and others' judgement of it are at least so far apart.
+_LEAST_MARGIN_SECONDS = 5.0
+
 #: Phases that a warm call goes through in milliseconds: they are published with the first beat that they outlast.
 _USUALLY_SHORT: frozenset[Phase] = frozenset({"looking", "loading"})
 
@@ -137,7 +140,7 @@ class Watch:
 
         Raises:
             RankLostError: its beat stands still for ``liveness_seconds``.
-            ProgressTimeoutError: it beats but does not move for ``progress_seconds``.
+            ProgressTimeoutError: it beats but does not move, for longer than it needs to tell of its own deadline.
         """
         text = self._store.peek(self._key)
         if text is None:
@@ -187,7 +190,7 @@ class Watch:
                 lost_host=status.host,
                 phase=status.progress.phase,
             )
-        if self._still_seconds >= 1.25 * self._settings.progress_seconds:  # its own deadline should have fired first
+        if self._still_seconds >= _stillness_limit_seconds(self._settings):
             return ProgressTimeoutError(
                 f"{who} has made no progress for {self._still_seconds:.0f} s while {doing}: a hung filesystem or "
                 "network; raise timeout= if this is normal here",
@@ -205,6 +208,14 @@ def describe(progress: Progress) -> str:
     if total:
         return f"{progress.phase} {done / unit_bytes:.1f} of {total / unit_bytes:.1f} {unit}"
     return f"{progress.phase} {done / unit_bytes:.1f} {unit}" if done else progress.phase
+
+
+def _stillness_limit_seconds(settings: Settings) -> float:
+    """Return after how long without progress a rank counts as stuck: its own deadline, which tells more, comes first.
+
+    What it raises then is known to the others once its threads and files are closed.
+    """
+    return settings.progress_seconds + max(0.25 * settings.progress_seconds, _LEAST_MARGIN_SECONDS)
 
 
 def _position(status: Status) -> tuple[object, ...]:
