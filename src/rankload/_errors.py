@@ -6,7 +6,7 @@
     ├── ArgumentError (ValueError)            an argument is wrong before anything was done
     ├── ArgumentMismatchError (ValueError)    ranks passed different arguments to one call
     ├── FetchError (URLError, an OSError)     the bytes could not be had
-    │   ├── HTTPStatusError                   the origin answered 4xx or 5xx; has ``code``
+    │   ├── HTTPStatusError (HTTPError)       the origin answered 4xx or 5xx; has ``code``
     │   ├── NetworkError (ConnectionError)    no connection, or it broke
     │   ├── FetchTimeoutError (TimeoutError)  no connection or no byte in time
     │   ├── TruncatedError                    fewer (or more) bytes than the origin promised
@@ -16,6 +16,7 @@
     │   ├── DigestMismatchError               SHA-256 or hash prefix differs
     │   └── NotACheckpointError               HTML, a truncated archive, some other file
     ├── CacheError (OSError)                  the cache directory or a file in it cannot be used
+    │   └── MissingFileError (FileNotFoundError)  there is none
     ├── LoadError (RuntimeError)              a verified file could not be turned into tensors
     │   └── UnsafePickleError (UnpicklingError)   weights_only refused what the file wants to import
     ├── DeviceError (RuntimeError)            no device of this process fits
@@ -33,9 +34,10 @@ processes of one host, and as JSON through the store, so that every rank raises 
 
 from __future__ import annotations
 
+import errno
 import pickle
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 
 #: Longest error text that travels between ranks. A store value of more than 8 MiB resets the connection, and
 #: nobody reads that much (a compiler log in an exception text has been seen).
@@ -94,8 +96,23 @@ class FetchError(RankloadError, URLError):
         return self.message
 
 
-class HTTPStatusError(FetchError):
+class HTTPStatusError(FetchError, HTTPError):
     """The origin answered with an error status; ``code`` holds it."""
+
+    hdrs: Any = None  # an answer's headers and body may be secret, and do not travel between ranks
+    fp: Any = None
+
+    @property
+    def msg(self) -> str:  # type: ignore[override]
+        """HTTPError's attribute, for code that reads it."""
+        return self.message
+
+    def read(self, *_: Any) -> bytes:
+        """As HTTPError's; nothing of the body is kept but what the message shows."""
+        return b""
+
+    def close(self) -> None:
+        """As HTTPError's; nothing is open."""
 
 
 class NetworkError(FetchError, ConnectionError):
@@ -133,9 +150,18 @@ class NotACheckpointError(VerificationError):
 class CacheError(RankloadError, OSError):
     """The cache directory, or a file in it, cannot be used; ``errno`` says why."""
 
+    def __new__(cls, message: str, **fields: Any) -> CacheError:
+        """Make a MissingFileError where that is what ``errno`` says, as OSError does."""
+        is_missing = cls is CacheError and fields.get("errno") == errno.ENOENT
+        return super().__new__(MissingFileError if is_missing else cls, message)
+
     def __init__(self, message: str, **fields: Any) -> None:
         super().__init__(message, **fields)
         self.errno = fields.get("errno")  # OSError's own attribute hides the field
+
+
+class MissingFileError(CacheError, FileNotFoundError):
+    """There is no such file, or no such directory."""
 
 
 class LoadError(RankloadError, RuntimeError):

@@ -31,7 +31,7 @@ def load(
 
     What differs from torch.load: ``map_location=None`` and its templates are those of `dist_load_state_dict_from_url`,
     files are mapped wherever their format allows it, safetensors files are loaded, whatever their name, and what goes
-    wrong is a LoadError that names the file.
+    wrong is an error that names the file.
 
     Args:
         f: a path, a file URL, or an open binary file, such as a ``BytesIO``, that can seek.
@@ -42,6 +42,7 @@ def load(
 
     Raises:
         UnsafePickleError: ``weights_only`` refused the file.
+        MissingFileError: there is no such file: a FileNotFoundError.
         LoadError: it could not be loaded for another reason.
         ArgumentError: it is at a URL: see `dist_load_state_dict_from_url`.
     """

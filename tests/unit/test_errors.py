@@ -18,7 +18,7 @@ BUILTINS = {
     "ArgumentError": ValueError,
     "ArgumentMismatchError": ValueError,
     "FetchError": urllib.error.URLError,
-    "HTTPStatusError": urllib.error.URLError,
+    "HTTPStatusError": urllib.error.HTTPError,
     "NetworkError": ConnectionError,
     "FetchTimeoutError": TimeoutError,
     "TruncatedError": OSError,
@@ -28,6 +28,7 @@ BUILTINS = {
     "DigestMismatchError": RuntimeError,
     "NotACheckpointError": RuntimeError,
     "CacheError": OSError,
+    "MissingFileError": FileNotFoundError,
     "LoadError": RuntimeError,
     "UnsafePickleError": pickle.UnpicklingError,
     "DeviceError": RuntimeError,
@@ -78,6 +79,19 @@ def test_crosses_processes(kind, travel):
 def test_error_number_and_reason_are_where_code_looks_for_them():
     assert make(rankload.CacheError).errno == 28
     assert make(rankload.FetchError).reason == "it failed"
+
+
+def test_an_http_error_is_what_urllibs_callers_expect():
+    error = make(rankload.HTTPStatusError)
+    assert (error.code, error.status, error.msg, error.reason) == (404, 404, "it failed", "it failed")
+    assert (error.headers, error.read(), error.url) == (None, b"", "http://host/x.pth")
+    error.close()
+
+
+def test_a_missing_file_is_one_by_its_error_number():
+    error = rankload.CacheError("no such file", path="/x", errno=2)
+    assert type(error) is rankload.MissingFileError and isinstance(error, FileNotFoundError)
+    assert type(make(rankload.CacheError)) is rankload.CacheError
 
 
 def test_unknown_field():

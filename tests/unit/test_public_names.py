@@ -24,6 +24,7 @@ ERRORS = {
     "FetchTimeoutError",
     "HTTPStatusError",
     "LoadError",
+    "MissingFileError",
     "NetworkError",
     "NotACheckpointError",
     "OfflineError",

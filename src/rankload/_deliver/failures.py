@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import describe
-from rankload._errors import LoadError, RankloadError, UnsafePickleError
+from rankload._errors import LoadError, MissingFileError, RankloadError, UnsafePickleError
 
 _ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+) was not an allowed global")
@@ -20,11 +20,17 @@ _TRUST = "Pass weights_only=False only if you trust where the file comes from: i
 
 @contextlib.contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """Raise what goes wrong inside as LoadError or UnsafePickleError, with torch's own text as the cause."""
+    """Raise what goes wrong inside as LoadError or UnsafePickleError, with torch's own text as the cause.
+
+    Where there is no file, it is MissingFileError.
+    """
     try:
         yield
     except RankloadError:
         raise
+    except FileNotFoundError as error:
+        missing = error.filename or path  # a part of it, perhaps
+        raise MissingFileError(f"cannot read {missing}: no such file", path=str(missing), errno=error.errno) from error
     except Exception as error:
         error.args = tuple(_plain(argument) for argument in error.args)
         raise _translate(error, path) from error
