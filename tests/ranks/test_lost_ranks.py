@@ -71,6 +71,27 @@ def test_leader_lost_in_the_middle_of_its_download(
 
 
 @pytest.mark.fault(37)
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_a_waiting_rank_lost_while_rank_0_downloads(
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str, short_deadlines: float, signum: signal.Signals
+) -> None:
+    """A job that has lost a rank is over, however long its download would have taken; that is resumed by the next."""
+    url = _hold_download(origin, checkpoint)
+    with start_ranks(try_and_tell, 3, env="env", args=(url, cache_dir)) as group:
+        _wait_for_partials(cache_dir)
+        wait_until(lambda: all("downloading" in group.stderr(rank) for rank in (1, 2)), 30, "both wait")
+        group.kill(2, signum)
+        killed_at = time.monotonic()
+        ended = outcomes([group.wait_for_end(rank, short_deadlines + 10) for rank in (0, 1)])
+        group.kill(2)
+    for outcome in ended:
+        assert outcome.error == "RankLostError"
+        assert f"rank 2 (pid {group.pids[2]} on {socket.gethostname()})" in outcome.text
+        assert outcome.ended_at - killed_at < short_deadlines + 1
+    _assert_next_run_is_clean(origin, checkpoint, url, cache_dir)
+
+
+@pytest.mark.fault(37)
 @pytest.mark.slow
 def test_by_default_the_others_raise_within_thirty_seconds(
     origin: Origin, checkpoint: CheckpointFile, tmp_path: Path

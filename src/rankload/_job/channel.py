@@ -73,8 +73,8 @@ class RankChannel:
             self._look_around,
             self._note_failure,
         )
-        # whoever leads a download of its own waits for nobody, and would learn last that rank 0 is gone
-        self._vigil_meanwhile = self._vigil_over([] if self.identity.rank == 0 else [0], is_logged=False)
+        # whoever downloads waits for nobody, and would learn last that others are gone
+        self._vigil_meanwhile = self._vigil_over(self._watched, while_working=True)
 
     def agree(self, arguments: dict[str, Any]) -> None:
         """Check that every rank passed the same arguments: each compares its own with the first writer's.
@@ -242,7 +242,7 @@ class RankChannel:
         return shared
 
     def _look_around(self) -> None:
-        """Look for the verdict and at rank 0; the pulse does it."""
+        """Look for the verdict and at those whom this rank watches; the pulse does it."""
         self._verdict.look()
         if self._vigil_meanwhile.is_due():
             self._vigil_meanwhile.look()
@@ -280,12 +280,12 @@ class RankChannel:
                 vigil.look()
                 self._pulse.beat(progress)
 
-    def _vigil_over(self, ranks: Iterable[int], *, is_logged: bool = True) -> Vigil:
+    def _vigil_over(self, ranks: Iterable[int], *, while_working: bool = False) -> Vigil:
         watches = [
             Watch(self._store, self._key(f"status/{rank}"), rank, self._settings, lambda: self._have_all_come)
             for rank in ranks
         ]
-        return Vigil(watches, self._settings, self.identity, is_logged=is_logged)
+        return Vigil(watches, self._settings, self.identity, while_working=while_working)
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"

@@ -47,7 +47,8 @@ def until_rank_0_comes(identity: Identity, settings: Settings) -> Iterator[float
         waited.count()
         if waited.seconds >= settings.arrival_seconds:
             raise ArrivalTimeoutError(
-                f"rank 0 did not make this call within {settings.arrival_seconds:g} s: every rank must make it (and "
+                f"rank 0 did not make this call within {settings.arrival_seconds:g} s (RANKLOAD_ARRIVAL_SECONDS): "
+                "every rank must make it (and "
                 "MASTER_ADDR and MASTER_PORT must be the same on all of them)",
                 missing="0",
             )

@@ -13,6 +13,9 @@ from rankload._types import Identity
 
 _logger = logging.getLogger("rankload")
 
+#: Keys that a rank reads at most, a percent of what a TCPStore serves.
+_LOOKS_PER_SECOND = 500
+
 
 class Vigil:
     """Watches over other ranks during one wait, and logs it once per ``report_seconds``.
@@ -22,11 +25,21 @@ class Vigil:
 
     Time counts only as far as this process is awake: in a job that a scheduler suspends and resumes, everybody's beat
     is unchanged after an hour, and nobody is dead.
+
+    Args:
+        watches: over whom.
+        settings: deadlines.
+        identity: this rank's.
+        while_working: this rank does not wait for them, it works: it looks less often, logs nothing, and nobody is too
+            late yet.
     """
 
-    def __init__(self, watches: list[Watch], settings: Settings, identity: Identity, *, is_logged: bool) -> None:
-        self._watches, self._identity, self._settings, self._is_logged = watches, identity, settings, is_logged
-        self._interval_seconds = max(min(settings.heartbeat_seconds, 0.5), len(watches) / 500)
+    def __init__(
+        self, watches: list[Watch], settings: Settings, identity: Identity, *, while_working: bool = False
+    ) -> None:
+        self._watches, self._identity, self._settings, self._is_working = watches, identity, settings, while_working
+        looks_per_second = _LOOKS_PER_SECOND / 10 if while_working else _LOOKS_PER_SECOND
+        self._interval_seconds = max(min(settings.heartbeat_seconds, 0.5), len(watches) / looks_per_second)
         # more than that between two looks, and this process was stopped or starved: others may have been as well
         self._watched = AwakeTime(max(2 * self._interval_seconds, silence_limit_seconds(settings) / 4))
         self._reported_at = 0.0
@@ -46,21 +59,26 @@ class Vigil:
         elapsed = self._watched.count()
         for watch in self._watches:
             watch.look(elapsed)
+        if self._is_working:
+            return
         absent = _ranges([watch.rank for watch in self._watches if watch.is_absent])
         if absent and self._watched.seconds >= self._settings.arrival_seconds:
             raise ArrivalTimeoutError(
-                f"rank {absent} did not make this call within {self._settings.arrival_seconds:g} s: every rank must "
-                "make it, and in the same order",
+                f"rank {absent} did not make this call within {self._settings.arrival_seconds:g} s "
+                "(RANKLOAD_ARRIVAL_SECONDS): every rank must make it, and in the same order",
                 missing=absent,
             )
-        if self._is_logged and self._watched.seconds - self._reported_at >= self._settings.report_seconds:
+        if self._watched.seconds - self._reported_at >= self._settings.report_seconds:
             self._log(absent, self._watched.seconds - self._reported_at)
             self._reported_at = self._watched.seconds
 
     def _log(self, absent: str, elapsed_seconds: float) -> None:
         busy = [watch for watch in self._watches if watch.status and watch.status.progress.phase != "done"]
         if absent:
-            _logger.warning("rank %d is waiting for rank %s to make this call", self._identity.rank, absent)
+            waited = f"{self._watched.seconds:.0f} of {self._settings.arrival_seconds:g} s"
+            _logger.warning(
+                "rank %d is waiting for rank %s to make this call (%s)", self._identity.rank, absent, waited
+            )
         elif busy:
             first = busy[0]
             assert first.status is not None
