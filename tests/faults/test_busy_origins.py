@@ -152,6 +152,16 @@ def test_unavailable_once(origin, cache, big_content, status):
 
 
 @pytest.mark.fault(10)
+def test_every_pause_is_told(origin, cache, big_content, one_stream, monkeypatch, caplog):
+    monkeypatch.setenv("RANKLOAD_BACKOFF_SECONDS", "0.1")
+    url = origin.add("file.bin", big_content, Reply(status=503), Reply(status=503), Reply())
+    assert rankload.dist_fetch(url + "?sig=SECRET", cache).read_bytes() == big_content
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 2 and all(url in text and "HTTP Error 503" in text and "SECRET" not in text for text in told)
+    assert "trying again in 0." in told[0] and told[0].endswith("(1 of 5)") and told[1].endswith("(2 of 5)")
+
+
+@pytest.mark.fault(10)
 def test_nginx_unavailable_at_first(root, cache, big_content):
     with nginx(root, busy_at_first(2)) as server:
         assert rankload.dist_fetch(server.url("file.bin"), cache).read_bytes() == big_content

@@ -89,6 +89,30 @@ def test_job_that_was_killed(origin, cache, big_content, monkeypatch):
     assert files_in(cache) == [RECORD, "file.bin"]
 
 
+def fetch_noting_often(rank, url, cache):
+    """Fetches; what comes is noted several times a second, not every few seconds."""
+    from rankload._fetch.transfer import stream
+
+    stream._NOTE_SECONDS = 0.1
+    return fetch(rank, url, cache)
+
+
+@pytest.mark.fault(1, 37)
+def test_slow_job_that_was_killed_within_its_first_chunk(origin, cache, big_content, monkeypatch):
+    monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(4 << 20))
+    monkeypatch.setenv("RANKLOAD_STREAMS", "1")
+    url = origin.add("file.bin", big_content, bytes_per_second=4e6)
+    with start_ranks(fetch_noting_often, 1, env="none", args=(url, cache)) as group:
+        wait_until(lambda: list(cache.glob("*.journal")) and left_bytes(cache) > 5e5, 30, "some is noted")
+        group.kill(0)
+        group.wait_for_end(0)
+    there = left_bytes(cache)
+    assert there < 4 << 20
+    origin.wait_until_idle()
+    origin.add("file.bin", big_content)
+    assert fetched_anew(origin, url, cache, big_content) <= len(big_content) - there
+
+
 @pytest.mark.fault(1)
 def test_failed_call_and_a_new_one_in_the_same_process(origin, cache, big_content, broken_off, caplog):
     there = left_bytes(cache)

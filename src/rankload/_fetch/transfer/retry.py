@@ -1,11 +1,14 @@
-"""Which failures are worth another try, and after how long. Pure but for the jitter."""
+"""Which failures are worth another try, and after how long."""
 
 from __future__ import annotations
 
+import logging
 import random
 
 from rankload._errors import FetchError, FetchTimeoutError, HTTPStatusError, NetworkError, TruncatedError
 from rankload._settings import Settings
+
+_logger = logging.getLogger("rankload")
 
 #: Beside all of 5xx: Accepted (and not ready yet), Request Timeout, Too Early, Too Many Requests (RFC 9110, RFC 8470,
 #: RFC 6585).
@@ -64,6 +67,10 @@ class Retries:
         pause: float = self._settings.backoff_seconds * 2**doublings * random.uniform(0.5, 1.0)  # noqa: S311
         asked = error.fields.get("retry_after_seconds")
         if asked is None:
-            return min(pause, _LONGEST_PAUSE_SECONDS)
-        # a little later than asked: all that were told the same second must not come in that second
-        return min(float(asked), self._settings.retry_after_seconds) + min(pause, 1.0)
+            pause = min(pause, _LONGEST_PAUSE_SECONDS)
+        else:  # a little later than asked: all that were told the same second must not come in that second
+            pause = min(float(asked), self._settings.retry_after_seconds) + min(pause, 1.0)
+        if is_new:
+            tries = f"{self._failures} of {self._settings.retries}"
+            _logger.warning("%s; trying again in %.1f s (%s)", error.message, pause, tries)
+        return pause

@@ -11,6 +11,9 @@ from rankload._fetch.transfer.passage import Passage
 from rankload._fetch.transfer.target import Writer
 from rankload._fetch.transfer.work import Span, Work
 
+#: A killed process loses no more of a slow download than what has come in so long.
+_NOTE_SECONDS = 5.0
+
 
 class Stream(threading.Thread):
     """See the module.
@@ -90,14 +93,17 @@ class Stream(threading.Thread):
     def _receive(self, body: Body, span: Span, end: int | None, writer: Writer) -> None:
         work, shown = self._work, self._work.origin.shown
         first = noted = span.begin
+        noted_at = time.monotonic()
         too_slow = _TooSlow(work.settings.minimum_bytes_per_second, work.settings.stall_seconds, shown)
         try:
             with Passage(body, first, end, writer, work) as passage:
                 while not work.is_stopped and (count := passage.move(span.begin)):
                     span.begin += count
-                    if span.begin - noted >= work.settings.chunk_bytes:
+                    if (now := time.monotonic()) - noted_at >= _NOTE_SECONDS or (
+                        span.begin - noted >= work.settings.chunk_bytes
+                    ):
                         writer.finished(noted, span.begin)
-                        noted = span.begin
+                        noted, noted_at = span.begin, now
                     too_slow.check(span.begin - first)
         finally:
             writer.finished(noted, span.begin)
