@@ -1,6 +1,7 @@
 """torch.hub's download surface with rankload's safety: ``import rankload.hub as hub`` is a drop-in.
 
-Signatures, cache directory, file names and error texts are torch.hub's. **Not collective**: any rank may call, alone or
+Signatures, cache directory, file names and error texts are torch.hub's; what is not here is torch.hub's own (``load``,
+``list``, ``help``). **Not collective**: any rank may call, alone or
 with others, as scripts do under ``if rank == 0:``. Processes that share the cache directory download once, through the
 lease between them. What differs: README, "Differences from torch.hub".
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.hub
 from torch.hub import get_dir, set_dir
 
 from rankload._api import load_in_this_process
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
     from rankload._api import MapLocation
 
 __all__ = ["download_url_to_file", "get_dir", "load_state_dict_from_url", "set_dir"]
+
+
+def __getattr__(name: str) -> Any:
+    """Give what else torch.hub has: load, list, help, … Its ``load`` and ``list`` download repositories themselves."""
+    return getattr(torch.hub, name)
 
 
 def load_state_dict_from_url(

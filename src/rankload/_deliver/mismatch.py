@@ -40,8 +40,17 @@ def _listed(what: str, items: Sequence[str]) -> str:
 
 def _advice(missing: Sequence[str], unexpected: Sequence[str], content: Mapping[str, Any]) -> str:
     for wrapper, inner in content.items():
-        if isinstance(inner, Mapping) and any(name in inner for name in missing):
-            return f"  The checkpoint has some of these names under {wrapper!r}: pass adapt=adapt.unwrap({wrapper!r})"
+        if not isinstance(inner, Mapping):
+            continue
+        names = [name for name in inner if isinstance(name, str)]
+        advice = f"pass adapt=adapt.unwrap({wrapper!r})"
+        if any(name in inner for name in missing):
+            return f"  The checkpoint has some of these names under {wrapper!r}: {advice}"
+        if prefix := _common_prefix(missing, names):
+            return (
+                f"  The checkpoint has some of these names under {wrapper!r}, with a prefix: pass "
+                f"adapt=[adapt.unwrap({wrapper!r}), adapt.strip_prefix({prefix!r})]"
+            )
     if prefix := _common_prefix(missing, unexpected):
         return f"  Did you mean adapt=adapt.strip_prefix({prefix!r})?"
     if prefix := _common_prefix(unexpected, missing):

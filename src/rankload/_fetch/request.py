@@ -100,7 +100,9 @@ def checked_urls(url: Url) -> tuple[str, ...]:
     Raises:
         ArgumentError: they are not.
     """
-    candidates = [url] if isinstance(url, (str, os.PathLike)) else list(url)
+    candidates = [url] if isinstance(url, (str, os.PathLike)) else list(url) if isinstance(url, Sequence) else [url]
+    if strange := [candidate for candidate in candidates if not isinstance(candidate, (str, os.PathLike))]:
+        raise ArgumentError(f"url: expected a URL or a sequence of mirrors, got {type(strange[0]).__name__}")
     urls = tuple(os.fspath(candidate) for candidate in candidates)
     if not urls or not all(urls):
         raise ArgumentError(f"url={[_without_secrets(one) for one in urls]}: expected a URL or a sequence of mirrors")
@@ -149,6 +151,8 @@ def checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     Raises:
         ArgumentError: they cannot.
     """
+    if not isinstance(headers, Mapping):
+        raise ArgumentError(f"headers: expected a mapping of names to values, got {type(headers).__name__}")
     for name, value in headers.items():
         # The HTTP library's own complaint would show the value, which is a secret.
         if not all(isinstance(text, str) and text.isascii() and text.isprintable() for text in (name, value)):
