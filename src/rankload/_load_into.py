@@ -16,7 +16,7 @@ from rankload._call import agree_on_delivery, collective_call
 from rankload._deliver.carrier import Plan
 from rankload._deliver.carriers import open_carrier
 from rankload._deliver.content import open_content
-from rankload._deliver.module_load import left_on_meta, plan_load, prepare_load
+from rankload._deliver.module_load import left_on_meta, plan_load, prepare_load, run_post_hooks
 from rankload._deliver.optimizer_load import plan_optimizer_load, prepare_optimizer_load
 from rankload._deliver.places import bare, device_of, places
 from rankload._deliver.report import LoadReport
@@ -64,10 +64,14 @@ def dist_load_into(
 
     The module may be plain, wrapped in DistributedDataParallel or by torch.compile (the names are then those of the
     module within), sharded by ``fully_shard`` (FSDP2), or tensor-parallel, on any mesh. Its hooks, ``_version`` and
-    extra state work as in ``load_state_dict``. Tensors are converted to the dtypes and devices of the module's. What is
-    on the meta device is materialised on the device of the rest of the module, else on this rank's own; on the CPU as
-    views of the mapped file, of which the ranks of a host share one copy. Tied parameters stay tied, and it is enough
-    if the file has them under one of their names.
+    extra state work as in ``load_state_dict``, with two limits: what hooks find in the state dict before the load are
+    stand-ins, no ``torch.Tensor``s, though they can do what tensors can; and what a module does behind its own
+    ``super()._load_from_state_dict(…)`` is done before the tensors are there, unlike what its post-hooks do.
+
+    Tensors are converted to the dtypes and devices of the module's. What is on the meta device is materialised on the
+    device of the rest of the module, else on this rank's own; on the CPU as views of the mapped file, of which the
+    ranks of a host share one copy. Tied parameters stay tied, and it is enough if the file has them under one of their
+    names.
 
     Args:
         module: where to; the same on all ranks, but for how it is sharded. ``(module, optimizer)`` loads both from a
@@ -130,7 +134,12 @@ def dist_load_into(
             inner, _ = bare(target)
             carrier = open_carrier(chosen, path, sender, channel, group, settings, closing)
             content = open_content(
-                carrier.files, adapter, {place.name for place in places(inner)}, weights_only=weights_only, mmap=mmap
+                carrier.files,
+                adapter,
+                {place.name for place in places(inner)},
+                with_optimizer=optimizer is not None,
+                weights_only=weights_only,
+                mmap=mmap,
             )
             load = plan_load(target, content, strict=strict, assign=assign, shown=carrier.files.shown)
             others: list[SavedTensor] = []
@@ -150,6 +159,7 @@ def dist_load_into(
             bytes_read += carrier.move(transfers, lambda done: channel.report(Progress("loading", done)))
             for part in prepared:
                 part.finish()
+        run_post_hooks(load)
         keys = (load.missing_keys, load.unexpected_keys)
         return LoadReport.make(keys, carrier, bytes_read, phases, left_on_meta(load))
 

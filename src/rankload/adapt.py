@@ -27,6 +27,9 @@ _logger = logging.getLogger("rankload")
 #: Under which keys training scripts save the model: torch's tutorials, Lightning, timm, fairseq, detectron2.
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")
 
+#: What DistributedDataParallel and torch.compile put before all names of the module within.
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
 _MOST_SHOWN = 20
 
 
@@ -115,13 +118,13 @@ def add_prefix(prefix: str) -> Adapter:
 
 
 def rename(pattern: str, replacement: str) -> Adapter:
-    r"""Replace a regular expression in every name, as `re.sub` does: ``rename(r"^backbone\\.", "encoder.")``."""
+    r"""Replace a regular expression in every name, as `re.sub` does: ``rename(r"^backbone\.", "encoder.")``."""
     compiled = _compiled(pattern)
     return _renaming(lambda name: compiled.sub(replacement, name))
 
 
 def drop(*patterns: str) -> Adapter:
-    r"""Leave out the tensors in whose names one of the regular expressions is found: ``drop(r"^head\\.")``."""
+    r"""Leave out the tensors in whose names one of the regular expressions is found: ``drop(r"^head\.")``."""
     compiled = [_compiled(pattern) for pattern in patterns]
     return _filtering(lambda name, _: not any(pattern.search(name) for pattern in compiled))
 
@@ -138,11 +141,11 @@ def match_shapes(module: Any) -> Adapter:
     Names that the module does not have stay: whether they matter is for ``strict`` to say.
 
     Args:
-        module: an ``nn.Module``, or its state dict.
+        module: an ``nn.Module``, wrapped (DistributedDataParallel, torch.compile) or not, or its state dict.
     """
 
     def matched(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-        own = module if isinstance(module, Mapping) else module.state_dict()
+        own = module if isinstance(module, Mapping) else _state_dict_of(module)
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items() if _is_tensor(tensor)}
         unfit = {
             name: f"{name} {list(tensor.shape)}, not {list(shapes[name])}"
@@ -210,6 +213,16 @@ def _beneath(checkpoint: Mapping[str, Any], key: str) -> dict[str, Any]:
     prefix = f"{key}."
     names = [name for name in checkpoint if isinstance(name, str) and name.startswith(prefix)]
     return {name.removeprefix(prefix): checkpoint[name] for name in names}
+
+
+def _state_dict_of(module: Any) -> dict[str, Any]:
+    """Return a module's tensors by their names, and by those that they have without its wrappers."""
+    own: dict[str, Any] = dict(module.state_dict())
+    found = {**own}
+    while own and (prefixes := [one for one in _WRAPPER_PREFIXES if all(name.startswith(one) for name in own)]):
+        own = {name.removeprefix(prefixes[0]): tensor for name, tensor in own.items()}
+        found.update(own)
+    return found
 
 
 def _is_tensor(value: Any) -> bool:

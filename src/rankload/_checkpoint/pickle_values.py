@@ -45,12 +45,12 @@ class Unbuilt:
 
 
 def holds_unbuilt(value: Any) -> bool:
-    """Tell whether there is such an object anywhere in nested content."""
+    """Tell whether there is such an object, or the bare name of one, anywhere in nested content."""
     if isinstance(value, Mapping):
         return any(map(holds_unbuilt, value.values()))
     if isinstance(value, (list, tuple)):
         return any(map(holds_unbuilt, value))
-    return isinstance(value, Unbuilt)
+    return isinstance(value, (Unbuilt, GlobalName))
 
 
 #: Makes a value of a call's arguments. It gets whatever the file says: it checks, and raises NotUnderstoodError.

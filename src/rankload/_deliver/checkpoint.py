@@ -36,6 +36,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self.metadata: Mapping[str, str] = index.metadata
         self.shown = shown
         self._index, self._sources, self._closing = index, sources, closing
+        self._is_closed = False
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Read one tensor.
@@ -44,7 +45,10 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             KeyError: there is none of that name.
             LoadError: this torch has no such dtype, or the file ended early.
             FetchError: the origin does not give the bytes.
+            ValueError: it is closed.
         """
+        if self._is_closed:
+            raise ValueError(f"{self.shown}: tensor {name!r} of a closed checkpoint")
         from rankload._deliver.tensors import read_tensor  # imports torch, which a listing does without
 
         entry = self.entries[name]
@@ -70,6 +74,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     def close(self) -> None:
         """Close files and connections."""
+        self._is_closed = True
         self._closing.close()
 
     def __enter__(self) -> Checkpoint:

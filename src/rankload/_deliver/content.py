@@ -22,7 +22,10 @@ from rankload.adapt import Adapter, is_lazy
 
 _logger = logging.getLogger(__name__)
 
-#: How names of extra state end in state dicts (torch/nn/modules/module.py, _EXTRA_STATE_KEY_SUFFIX).
+#: Under which keys training scripts save the optimizer: torch's tutorials, timm, fairseq, Lightning (a list).
+OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "optimizer_states")
+
+#: The last part of names of extra state in state dicts (torch/nn/modules/module.py, _EXTRA_STATE_KEY_SUFFIX).
 _EXTRA_STATE = "_extra_state"
 
 
@@ -48,6 +51,7 @@ def open_content(
     adapter: Adapter,
     wanted: Collection[str],
     *,
+    with_optimizer: bool,
     weights_only: bool,
     mmap: bool | None,
 ) -> Content:
@@ -60,6 +64,7 @@ def open_content(
         files: the checkpoint's.
         adapter: applied to the index's content, or to what was loaded.
         wanted: the names that the module has.
+        with_optimizer: whether an optimizer's state is wanted, too.
         weights_only: for torch.load.
         mmap: for torch.load.
 
@@ -77,6 +82,8 @@ def open_content(
                 raise
             found = None  # what it looks for may be in an object that only torch.load builds
         unbuilt = _unbuilt(found, wanted)
+        if with_optimizer and isinstance(indexed, Mapping):
+            unbuilt += _unbuilt(indexed, OPTIMIZER_KEYS)
         if found is not None and not unbuilt:
             return Content(indexed, _state_dict(found, files.shown, assignments), assignments, index)
         _logger.debug("%s is loaded by torch.load, for its objects: %s", files.shown, unbuilt)
@@ -124,7 +131,7 @@ def _state_dict(found: Any, shown: str, assignments: list[Assignment]) -> Ordere
         OrderedDict(found), _in_memory(assignments), getattr(found, "_metadata", None)
     )
     for name, value in content.items():
-        if name.endswith(_EXTRA_STATE):
+        if _is_extra_state(name):
             # whatever set_extra_state expects, it is no stand-in
             content[name] = _replaced(value, lambda part: part.view() if isinstance(part, SavedTensor) else part)
     return content
@@ -149,7 +156,9 @@ def _unbuilt(found: Any, wanted: Collection[str]) -> list[str]:
     if not isinstance(found, Mapping):
         return ["all"] if holds_unbuilt(found) else []
     return [
-        name
-        for name, value in found.items()
-        if (name in wanted or str(name).endswith(_EXTRA_STATE)) and holds_unbuilt(value)
+        name for name, value in found.items() if (name in wanted or _is_extra_state(str(name))) and holds_unbuilt(value)
     ]
+
+
+def _is_extra_state(name: str) -> bool:
+    return name.rpartition(".")[2] == _EXTRA_STATE

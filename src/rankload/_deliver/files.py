@@ -35,6 +35,8 @@ class CheckpointFiles:
         self.path, self.name, self.shown = path, path.name, str(path)
         self.used: list[TensorEntry] = []
         self._closing = closing
+        self._is_closed = False
+        closing.callback(self._close)
         self._sources: dict[str, LocalSource] = {}
         self._mappings: dict[str, torch.UntypedStorage] = {}
 
@@ -43,7 +45,12 @@ class CheckpointFiles:
 
         Raises:
             CacheError: it cannot be opened.
+            LoadError: it is closed.
         """
+        if self._is_closed:  # and its descriptor may be another file's by now
+            raise LoadError(
+                f"{self.shown}: a tensor of it was kept, and is looked at after the load: clone() what a hook keeps"
+            )
         if name not in self._sources:
             path = self.path.parent / name
             with reading(path):
@@ -76,6 +83,9 @@ class CheckpointFiles:
     def load(self, *, weights_only: bool, mmap: bool | None) -> Any:
         """Load the whole checkpoint on the CPU, as torch.load does."""
         return read_checkpoint(self.path, "cpu", weights_only=weights_only, mmap=mmap)
+
+    def _close(self) -> None:
+        self._is_closed = True
 
     def has(self, entry: TensorEntry) -> bool:
         """Tell whether a tensor's bytes are here."""

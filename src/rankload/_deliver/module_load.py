@@ -13,9 +13,17 @@ from torch.autograd.graph import increment_version
 
 from rankload._deliver.content import Content
 from rankload._deliver.mismatch import describe_mismatch
-from rankload._deliver.places import Place, bare, non_persistent_meta_buffers, own_part, places
+from rankload._deliver.places import (
+    Place,
+    bare,
+    is_distributed,
+    non_persistent_meta_buffers,
+    own_part,
+    places,
+)
+from rankload._deliver.post_hooks import PostHook, postponed, run_hooks
 from rankload._deliver.replace import Replacer
-from rankload._deliver.saved import Assignment
+from rankload._deliver.saved import Assignment, SavedTensor
 from rankload._deliver.transfers import Prepared, Transfer
 from rankload._errors import LoadError
 from rankload.adapt import strip_prefix
@@ -31,12 +39,16 @@ class ModuleLoad:
         module: without its wrappers.
         assignments: one for each tensor of the module that the checkpoint has.
         missing_keys, unexpected_keys: as ``load_state_dict`` returns them.
+        hooks: the module's own, to be run when all is moved; they may change the keys.
+        misfit: makes the error for keys that are missing or unexpected; None where they may be.
     """
 
     module: nn.Module
     assignments: Sequence[Assignment]
-    missing_keys: Sequence[str]
-    unexpected_keys: Sequence[str]
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+    hooks: Sequence[PostHook]
+    misfit: Callable[[], LoadError] | None
 
 
 def plan_load(
@@ -60,23 +72,30 @@ def plan_load(
         LoadError: it does not fit; the message lists what, and what would help.
     """
     module, prefix = bare(module)
-    state_dict, assignments = _without_wrapper(content.of_module, prefix), content.assignments
-    missing, unexpected, unfit = _ask_torch(module, state_dict)
     own = places(module)
+    state_dict, assignments = _without_wrapper(content.of_module, prefix, own), content.assignments
+    with postponed(module) as hooks:
+        missing, unexpected, unfit = _ask_torch(module, state_dict)
+    _let_go_of_stand_ins(module)
     names = {id(place.tensor): place.name for place in reversed(own)}
     for step in assignments:
-        if problem := _problem(step, keeps_dtype=assign is not True):
+        if problem := _problem(step, is_replaced=assign is True):
             unfit.append(f"{names.get(id(step.target), 'a tensor')}: {problem}")
     missing = _truly_missing(missing, own, assignments)
-    if unfit or (strict and (missing or unexpected)):
+
+    def misfit() -> LoadError:
         text = describe_mismatch(missing, unexpected, unfit, state_dict)
-        raise LoadError(
+        return LoadError(
             f"{shown} does not fit the {type(module).__name__}:\n{text}",
             missing_count=len(missing),
             unexpected_count=len(unexpected),
             unfit_count=len(unfit),
         )
-    return ModuleLoad(module, _without_repetitions(assignments), missing, unexpected)
+
+    # a hook may have something to say about keys, and runs only when the tensors are there
+    if unfit or (strict and (missing or unexpected) and not hooks):
+        raise misfit()
+    return ModuleLoad(module, _without_repetitions(assignments), missing, unexpected, hooks, misfit if strict else None)
 
 
 def prepare_load(
@@ -94,8 +113,11 @@ def prepare_load(
         may_share: whether what is replaced may be views of the mapped file.
     """
     replacer = Replacer(load.module, device, takes_saved_dtype=bool(assign), may_share=may_share)
+    own = {id(place.tensor) for place in places(load.module)}  # a module may have something copied into a view of one
     transfers = [
-        replacer.transfer(step) if step.target.is_meta or assign else _transfer_in_place(step)
+        replacer.transfer(step)
+        if (step.target.is_meta or assign) and id(step.target) in own
+        else _transfer_in_place(step)
         for step in load.assignments
     ]
 
@@ -115,6 +137,17 @@ def _transfer_in_place(step: Assignment) -> Transfer:
     return transfer
 
 
+def run_post_hooks(load: ModuleLoad) -> None:
+    """Run what the module has registered to run behind load_state_dict: the last step.
+
+    Raises:
+        LoadError: keys are missing or unexpected, and the hooks have left them so.
+    """
+    run_hooks(load.hooks, load.missing_keys, load.unexpected_keys)
+    if load.misfit is not None and (load.missing_keys or load.unexpected_keys):
+        raise load.misfit()
+
+
 def left_on_meta(load: ModuleLoad) -> list[str]:
     """Return the buffers that the script has to compute, and say so in the log."""
     names = non_persistent_meta_buffers(load.module)
@@ -131,12 +164,24 @@ def _ask_torch(module: nn.Module, content: Mapping[str, Any]) -> tuple[list[str]
         own = {place.name for place in places(module)}
         unfit = str(error).split("\n\t")[1:] or [str(error)]
         return [name for name in own if name not in content], [name for name in content if name not in own], unfit
-    return list(keys.missing_keys), list(keys.unexpected_keys), []
+    missing, unexpected = keys or ([], [])  # one that a module has of its own may return nothing
+    return list(missing), list(unexpected), []
 
 
-def _without_wrapper(content: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+def _let_go_of_stand_ins(module: nn.Module) -> None:
+    """Give the tensors themselves to modules that have kept something of the state dict."""
+    for part in module.modules():
+        for kept in (vars(part), part._buffers):
+            for name, value in list(kept.items()):
+                if isinstance(value, SavedTensor):
+                    kept[name] = value.tensor().clone()
+
+
+def _without_wrapper(content: Mapping[str, Any], prefix: str, own: Sequence[Place]) -> Mapping[str, Any]:
     """Let a wrapped module take what was saved from a wrapped one: ``ddp.state_dict()`` into ``ddp``."""
     if not prefix or not content or not all(name.startswith(prefix) for name in content):
+        return content
+    if any(place.name in content for place in own):  # it has a child of that name
         return content
     return strip_prefix(prefix)(content)  # type: ignore[no-any-return]
 
@@ -153,15 +198,31 @@ def _without_repetitions(assignments: Sequence[Assignment]) -> list[Assignment]:
     return list({id(step.target): step for step in assignments}.values())
 
 
-def _problem(step: Assignment, *, keeps_dtype: bool) -> str:
+def _problem(step: Assignment, *, is_replaced: bool) -> str:
     target, saved = step.target, step.saved
-    if keeps_dtype and not torch.can_cast(saved.dtype, target.dtype):
+    if is_replaced and target.requires_grad and not (saved.dtype.is_floating_point or saved.dtype.is_complex):
+        return f"{saved.dtype} in the checkpoint, and the module's parameter requires a gradient"
+    if not is_replaced and not _can_convert(saved.dtype, target.dtype):
         return f"{saved.dtype} in the checkpoint cannot be converted to the module's {target.dtype}"
+    if not is_replaced and not target.is_meta and not is_distributed(target) and _overlaps_itself(target):
+        return "several of its elements are one in memory (expand); clone() it to load into it"
     try:
         own_part(target)
     except ValueError as error:
         return str(error)
     return ""
+
+
+def _can_convert(saved: torch.dtype, own: torch.dtype) -> bool:
+    """Tell whether torch converts so without a loss of kind; masks were bytes once."""
+    is_mask = own == torch.bool and not (saved.is_floating_point or saved.is_complex)
+    return is_mask or torch.can_cast(saved, own)
+
+
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
 
 
 def _check_materialised(load: ModuleLoad) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from rankload._deliver.content import OPTIMIZER_KEYS
 from rankload._deliver.mismatch import describe_mismatch
 from rankload._deliver.places import bare, empty_copy, is_distributed, own_part
 from rankload._deliver.saved import SavedTensor
 from rankload._deliver.transfers import Prepared, Transfer
 from rankload._errors import LoadError
-
-#: Under which keys training scripts save the optimizer: torch's tutorials, timm, fairseq, Lightning (a list).
-_KEYS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "optimizer_states")
 
 
 @dataclass(frozen=True)
@@ -25,20 +24,20 @@ class OptimizerLoad:
 
     Attributes:
         optimizer: where to.
-        groups: the saved ``param_groups``, with the optimizer's own numbers of parameters.
-        state: by these numbers; stand-ins in the place of tensors.
+        content: for its ``load_state_dict``, with its own numbers of parameters, and stand-ins in the place of tensors.
         parameters: the optimizer's, by number.
     """
 
     optimizer: torch.optim.Optimizer
-    groups: Sequence[Mapping[str, Any]]
-    state: Mapping[int, Mapping[str, Any]]
+    content: Mapping[str, Any]
     parameters: Sequence[torch.Tensor]
 
     @property
     def wanted(self) -> list[SavedTensor]:
         """Return the tensors that it takes."""
-        return [value for values in self.state.values() for value in values.values() if isinstance(value, SavedTensor)]
+        found: list[SavedTensor] = []
+        _with_tensors(self.content, found.append)
+        return found
 
 
 def plan_optimizer_load(optimizer: torch.optim.Optimizer, whole: Any, module: nn.Module, shown: str) -> OptimizerLoad:
@@ -54,19 +53,23 @@ def plan_optimizer_load(optimizer: torch.optim.Optimizer, whole: Any, module: nn
         LoadError: there is no optimizer's state dict, or it is of other parameters.
     """
     saved = _state_dict_in(whole, shown)
-    own_groups = optimizer.param_groups
-    numbers = _numbers(saved["param_groups"], own_groups, module, shown)
-    parameters = [parameter for group in own_groups for parameter in group["params"]]
-    state = {numbers[key]: values for key, values in saved["state"].items() if key in numbers}
-    unfit = [problem for number, values in state.items() for problem in _problems(number, parameters[number], values)]
+    own = _own_keys(optimizer, saved["param_groups"], module)
+    saved_groups = _matched(saved["param_groups"], own, shown)
+    numbers = {key: number for number, key in enumerate(key for keys in own for key in keys)}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # what belongs to no parameter stays as it is, as torch has it
+    state = {numbers.get(key, key): values for key, values in saved["state"].items()}
+    unfit = [
+        problem
+        for number, parameter in enumerate(parameters)
+        for problem in _problems(number, parameter, state.get(number, {}))
+    ]
     if unfit:
         raise LoadError(f"{shown} does not fit the {type(optimizer).__name__}:\n{describe_mismatch([], [], unfit, {})}")
-    first = 0
-    groups = []
-    for group, own in zip(saved["param_groups"], own_groups, strict=True):
-        groups.append({**group, "params": list(range(first, first + len(own["params"])))})
-        first += len(own["params"])
-    return OptimizerLoad(optimizer, groups, state, parameters)
+    groups = [
+        {**group, "params": [numbers[key] for key in keys]} for group, keys in zip(saved_groups, own, strict=True)
+    ]
+    return OptimizerLoad(optimizer, {**saved, "state": state, "param_groups": groups}, parameters)
 
 
 def prepare_optimizer_load(load: OptimizerLoad, *, may_share: bool) -> Prepared:
@@ -77,65 +80,98 @@ def prepare_optimizer_load(load: OptimizerLoad, *, may_share: bool) -> Prepared:
         may_share: on the CPU a state may be a view of the mapped file.
     """
     transfers: list[Transfer] = []
-    bytes_mapped, state = 0, {}
-    for number, values in load.state.items():
-        state[number] = {**values}
-        for key, saved in values.items():
-            if isinstance(saved, SavedTensor):
-                tensor, transfer = _prepared(saved, load.parameters[number], may_share=may_share)
-                state[number][key] = tensor
-                if transfer is None:
-                    bytes_mapped += tensor.nbytes
-                else:
-                    transfers.append(transfer)
+    bytes_mapped = 0
 
-    def finish() -> None:
-        load.optimizer.load_state_dict({"state": state, "param_groups": list(load.groups)})
+    def made(saved: SavedTensor, parameter: torch.Tensor | None = None) -> torch.Tensor:
+        nonlocal bytes_mapped
+        tensor, transfer = _prepared(saved, parameter, may_share=may_share)
+        if transfer is None:
+            bytes_mapped += tensor.nbytes
+        else:
+            transfers.append(transfer)
+        return tensor
 
-    return Prepared(transfers, bytes_mapped, finish)
+    state = {
+        key: _with_tensors(values, partial(made, parameter=_of_number(load.parameters, key)))
+        for key, values in load.content["state"].items()
+    }
+    content = {**_with_tensors({**load.content, "state": {}}, made), "state": state}
+    return Prepared(transfers, bytes_mapped, lambda: load.optimizer.load_state_dict(content))
+
+
+def _of_number(parameters: Sequence[torch.Tensor], key: Any) -> torch.Tensor | None:
+    return parameters[key] if isinstance(key, int) and 0 <= key < len(parameters) else None
+
+
+def _with_tensors(content: Any, made: Callable[[SavedTensor], Any]) -> Any:
+    """Return nested content with something else in the place of each stand-in."""
+    if isinstance(content, SavedTensor):
+        return made(content)
+    if isinstance(content, dict):
+        return {key: _with_tensors(value, made) for key, value in content.items()}
+    if type(content) in (list, tuple):
+        return type(content)(_with_tensors(value, made) for value in content)
+    return content
 
 
 def _state_dict_in(whole: Any, shown: str) -> Mapping[str, Any]:
-    for key in _KEYS if isinstance(whole, Mapping) else ():
+    for key in OPTIMIZER_KEYS if isinstance(whole, Mapping) else ():
         found = whole.get(key)
         if isinstance(found, (list, tuple)) and len(found) == 1:
             found = found[0]
         if isinstance(found, Mapping) and {"state", "param_groups"} <= found.keys():
             return found
     keys = ", ".join(map(repr, whole)) if isinstance(whole, Mapping) else f"a {type(whole).__name__}"
-    raise LoadError(f"{shown}: no optimizer's state dict under any of {', '.join(_KEYS)}; it has {keys[:1000]}")
+    raise LoadError(
+        f"{shown}: no optimizer's state dict under any of {', '.join(OPTIMIZER_KEYS)}; it has {keys[:1000]}"
+    )
 
 
-def _numbers(
-    saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]], module: nn.Module, shown: str
-) -> dict[Any, int]:
-    """Map the saved keys, numbers or names, to the numbers of the optimizer's parameters."""
-    sizes, own_sizes = ([len(group["params"]) for group in groups] for groups in (saved, own))
-    if sizes != own_sizes:
-        what = f"parameter groups of {sizes} parameters, the optimizer's have {own_sizes}"
-        raise LoadError(f"{shown} does not fit the optimizer: it has {what}")
-    keys = [key for group in saved for key in group["params"]]
-    if not any(isinstance(key, str) for key in keys):
-        return {key: number for number, key in enumerate(keys)}
-    names = {id(parameter): name for name, parameter in bare(module)[0].named_parameters()}
-    own_names = [names.get(id(parameter), "") for group in own for parameter in group["params"]]
-    if missing := [name for name in own_names if name not in keys]:
-        unexpected = [key for key in keys if key not in own_names]
+def _own_keys(
+    optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]], module: nn.Module
+) -> list[list[Any]]:
+    """Return the keys of the optimizer's own parameters by group: names if those that were saved are, else numbers."""
+    if any(isinstance(key, str) for group in saved for key in group["params"]):
+        names = {id(parameter): name for name, parameter in bare(module)[0].named_parameters()}
+        return [[names.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups]
+    keys = iter([key for group in saved for key in group["params"]])
+    return [[next(keys, None) for _ in group["params"]] for group in optimizer.param_groups]
+
+
+def _matched(saved: Sequence[Mapping[str, Any]], own: Sequence[Sequence[Any]], shown: str) -> list[Mapping[str, Any]]:
+    """Return the saved group for each of the optimizer's: that of the same parameters; numbers tell nothing but order.
+
+    Raises:
+        LoadError: the parameters are others, or are grouped in another way.
+    """
+    keys, own_keys = ([key for group in groups for key in group] for groups in ([g["params"] for g in saved], own))
+    missing, unexpected = sorted({*own_keys} - {*keys}, key=str), sorted({*keys} - {*own_keys}, key=str)
+    if all(isinstance(key, str) for key in keys) and (missing or unexpected):
         raise LoadError(f"{shown} does not fit the optimizer:\n{describe_mismatch(missing, unexpected, [], {})}")
-    return {name: number for number, name in enumerate(own_names)}
+    groups = {frozenset(group["params"]): group for group in saved}
+    if len(saved) != len(own) or not all(frozenset(group) in groups for group in own):
+        sizes, own_sizes = [len(group["params"]) for group in saved], [len(group) for group in own]
+        what = f"parameter groups of {sizes} parameters, the optimizer's have {own_sizes}"
+        what += " and hold others" * (sizes == own_sizes)
+        raise LoadError(f"{shown} does not fit the optimizer: it has {what}")
+    return [groups[frozenset(group)] for group in own]
 
 
-def _problems(number: int, parameter: torch.Tensor, values: Mapping[str, Any]) -> list[str]:
+def _problems(number: int, parameter: torch.Tensor, values: Any) -> list[str]:
+    if not is_distributed(parameter) or not isinstance(values, Mapping):
+        return []
     return [
         f"{key} of parameter {number} has the shape {list(value.shape)}, the parameter {list(parameter.shape)}"
         for key, value in values.items()
-        if isinstance(value, SavedTensor) and is_distributed(parameter) and value.shape.numel() > 1
+        if isinstance(value, SavedTensor) and value.shape.numel() > 1
         if value.shape != parameter.shape  # how it would be cut into parts, nobody can say
     ]
 
 
-def _prepared(saved: SavedTensor, parameter: torch.Tensor, *, may_share: bool) -> tuple[torch.Tensor, Transfer | None]:
-    if is_distributed(parameter) and saved.shape == parameter.shape and saved.shape:
+def _prepared(
+    saved: SavedTensor, parameter: torch.Tensor | None, *, may_share: bool
+) -> tuple[torch.Tensor, Transfer | None]:
+    if parameter is not None and is_distributed(parameter) and saved.shape == parameter.shape and saved.shape:
         tensor = empty_copy(parameter, own_part(parameter)[0].device, saved.dtype)
         return tensor, Transfer(saved, *own_part(tensor))
     if may_share and saved.shape:

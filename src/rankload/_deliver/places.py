@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,13 +87,16 @@ def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
         ValueError: its parts are sums of which this rank has a summand (``Partial``), or do not follow its placements.
     """
     if not is_distributed(tensor):
-        return tensor.detach(), whole(tuple(tensor.shape))
+        # a quantised one has a scale, which a copy sets in the very tensor
+        return tensor if tensor.is_quantized else tensor.detach(), whole(tuple(tensor.shape))
     from torch.distributed.tensor import Partial
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # as torch's own checkpoints do
 
     distributed: Any = tensor
     if any(isinstance(placement, Partial) for placement in distributed.placements):
         raise ValueError("it has a Partial placement, of which no part can be read")
+    if not _is_one_box(distributed.placements):
+        raise ValueError(f"its placements {distributed.placements} give this rank rows from several places")
     local = distributed._local_tensor.detach()
     if local.numel() == 0:
         return local, Box((0,) * tensor.ndim, tuple(local.shape) if local.ndim == tensor.ndim else (0,) * tensor.ndim)
@@ -101,6 +104,20 @@ def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
     if tuple(shape) != tuple(local.shape):
         raise ValueError(f"its local part has the shape {list(local.shape)}, not {list(shape)} as its placements say")
     return local, Box(tuple(offset), tuple(shape))
+
+
+def holds_plain_elements(tensor: torch.Tensor) -> bool:
+    """Tell whether the elements lie in memory one after the other, as they are: may be written past torch."""
+    is_plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return is_plain and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+
+
+def _is_one_box(placements: Sequence[Any]) -> bool:
+    """Tell whether a rank's part is one box: strided shards must be cut once more, as those of FSDP and TP are."""
+    kinds = [(type(placement).__name__, getattr(placement, "dim", None)) for placement in placements]
+    return all(
+        ("Shard", dim) in kinds[place + 1 :] for place, (kind, dim) in enumerate(kinds) if kind == "_StridedShard"
+    )
 
 
 def empty_copy(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -24,8 +24,8 @@ from rankload._checkpoint.zip_index import read_zip_index
 from rankload._deliver.restore import Restore
 from rankload._deliver.tensors import tensor_on, torch_dtype
 
-#: Tensors are mapped only where each of their elements is aligned: no element is aligned to more (complex128: 8).
-ALIGNMENT_BYTES = 8
+#: Tensors are mapped only where each of their elements is aligned, for torch's kernels: the longest are complex128's.
+ALIGNMENT_BYTES = 16
 
 _SCALARS = frozenset({str, bytes, int, float, bool, type(None)})
 _CONTAINERS = frozenset({dict, OrderedDict, list, tuple})

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rankload._deliver.places import Place, as_parameter_like, empty_copy, is_distributed, own_part, places
+from rankload._deliver.post_hooks import hooks_of_torch, run_hooks
 from rankload._deliver.saved import Assignment
 from rankload._deliver.transfers import Transfer
 
@@ -55,4 +56,4 @@ class Replacer:
             for place in by_tensor[id(target)]:
                 place.put(replacement)
         if any(is_distributed(tensor) for _, tensor in self._replacements):
-            self._module.load_state_dict({}, strict=False)  # FSDP takes notice of new parameters in its hook behind it
+            run_hooks(hooks_of_torch(self._module), [], [])  # in which FSDP takes notice of new parameters

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from rankload._deliver.carrier import Carrier
@@ -53,7 +52,7 @@ class LoadReport(_Keys):
         report = cls(list(keys[0]), list(keys[1]))
         report.path, report.bytes_read = carrier.path, bytes_read
         report.delivery, report.reason = carrier.delivery, carrier.reason
-        report.phases = MappingProxyType(dict(phases))
+        report.phases = dict(phases)
         report.left_on_meta = tuple(left_on_meta)
         return report
 

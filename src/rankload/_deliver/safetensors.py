@@ -41,7 +41,8 @@ def read_safetensors(path: Path, restore: Restore, *, mmap: bool) -> dict[str, t
         header = read_header(source)
         _check_dtypes(path, header)
         if mmap:
-            whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(path), False, source.size_bytes))
+            name = f"/dev/fd/{file.fileno()}"  # the file that was read, whatever its name stands for by now
+            whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(name, False, source.size_bytes))
             return {entry.name: _tensor(entry, restore(_view(whole, entry), _TAG)) for entry in header.tensors}
         return {entry.name: _tensor(entry, restore(_copy(source, entry), _TAG)) for entry in header.tensors}
 

@@ -21,13 +21,11 @@ from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import ByteOrder
 from rankload._deliver.boxes import Box, runs
 from rankload._deliver.files import CheckpointFiles
+from rankload._deliver.places import holds_plain_elements
 from rankload._deliver.tensors import read_tensor, torch_dtype
 
 #: Shorter runs are copied from the mapped file: a system call each would cost more than it moves.
 _SHORTEST_RUN_BYTES = 4096
-
-#: As torch aligns records; no element is aligned to more (complex128: 8).
-_ALIGNMENT_BYTES = 8
 
 _MODULE_LOAD: Any = torch.Tensor.module_load
 
@@ -49,7 +47,7 @@ class SavedTensor(ABC):
     """Stands for a tensor of a checkpoint; every copy of it into a real tensor is noted, not made.
 
     Whatever else is done with it (hooks that convert old checkpoints may compute) is done with the tensor itself, which
-    is read then.
+    is mapped then; if it is changed in place, that is what the module gets.
 
     Attributes:
         shape: sizes.
@@ -61,6 +59,7 @@ class SavedTensor(ABC):
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, assignments: list[Assignment]) -> None:
         self.shape, self.dtype, self._assignments = shape, dtype, assignments
+        self._made: torch.Tensor | None = None
 
     @property
     def in_file(self) -> TensorInFile | None:
@@ -85,6 +84,16 @@ class SavedTensor(ABC):
             LoadError: it is not here.
         """
 
+    def tensor(self) -> torch.Tensor:
+        """Return it for whoever may do anything with it: from now on this is what it holds, and no longer the file's.
+
+        Raises:
+            LoadError: it is not here.
+        """
+        if self._made is None:
+            self._made = self.view()
+        return self._made
+
     def read_into(self, destination: torch.Tensor, box: Box) -> int:
         """Fill a tensor, of any device, with one part; return the bytes that were read for it."""
         if box.element_count == 0:
@@ -95,6 +104,30 @@ class SavedTensor(ABC):
         destination.copy_(part)
         return box.element_count * self.dtype.itemsize
 
+    # What can be told without reading it
+
+    @property
+    def ndim(self) -> int:
+        """As a tensor's."""
+        return len(self.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """As a tensor's."""
+        return torch.device("cpu")
+
+    def dim(self) -> int:
+        """As a tensor's."""
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """As a tensor's."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        """As a tensor's."""
+        return self.shape.numel()
+
     def is_floating_point(self) -> bool:
         """As a tensor's."""
         return self.dtype.is_floating_point
@@ -103,18 +136,18 @@ class SavedTensor(ABC):
         """As a tensor's; to another dtype it is converted when it is read."""
         if len(arguments) == 1 and isinstance(arguments[0], torch.dtype) and not keywords:
             return ConvertedTensor(self, arguments[0])
-        return self.view().to(*arguments, **keywords)
+        return self.tensor().to(*arguments, **keywords)
 
     def __deepcopy__(self, memo: Any) -> SavedTensor:
         return self  # a copy would note where it goes in a list that nobody reads
 
     def __getitem__(self, index: Any) -> SavedTensor:
-        return TensorInMemory(self.view()[index], self._assignments)
+        return TensorInMemory(self.tensor()[index], self._assignments)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.view(), name)
+        return getattr(self.tensor(), name)
 
     @classmethod
     def __torch_function__(
@@ -129,18 +162,27 @@ class SavedTensor(ABC):
             if function is _MODULE_LOAD:  # torch.__future__.set_swap_module_params_on_conversion
                 saved._assignments.append(Assignment(target, saved))
                 return target.detach()
-        arguments, keywords = tree_map_only(SavedTensor, methodcaller("view"), (arguments, keywords or {}))
+        arguments, keywords = tree_map_only(SavedTensor, methodcaller("tensor"), (arguments, keywords or {}))
         return function(*arguments, **keywords)
 
 
 def _operator(name: str) -> Callable[..., Any]:
-    return lambda self, *others: getattr(self.view(), name)(*others)
+    return lambda self, *others: getattr(self.tensor(), name)(*others)
 
 
 # Python looks for operators in the class, and finds no `__getattr__` there.
 for _name in (
-    *(f"__{name}__" for name in ("neg", "abs", "pow", "eq", "ne", "lt", "le", "gt", "ge", "len", "iter", "bool")),
-    *(f"__{side}{name}__" for side in ("", "r") for name in ("add", "sub", "mul", "truediv", "matmul")),
+    *(f"__{name}__" for name in ("neg", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge", "mod")),
+    *(
+        f"__{name}__"
+        for name in ("len", "iter", "bool", "int", "float", "index", "contains", "setitem", "array", "format")
+    ),
+    *(
+        f"__{side}{name}__"
+        for side in ("", "r")
+        for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul")
+    ),
+    *(f"__{side}{name}__" for side in ("", "r") for name in ("and", "or", "xor")),
 ):
     setattr(SavedTensor, _name, _operator(_name))
 
@@ -170,19 +212,19 @@ class TensorInFile(SavedTensor):
         self._shown = shown
 
     @property
-    def in_file(self) -> TensorInFile:
+    def in_file(self) -> TensorInFile | None:
         """See `SavedTensor.in_file`."""
-        return self
+        return self if self._made is None else None
 
     @property
     def position(self) -> tuple[str, int]:
         """See `SavedTensor.position`."""
-        return self.entry.file, self.entry.offset
+        return (self.entry.file, self.entry.offset) if self._made is None else super().position
 
     @property
     def is_here(self) -> bool:
         """See `SavedTensor.is_here`."""
-        return self.files.has(self.entry)
+        return self._made is not None or self.files.has(self.entry)
 
     @property
     def is_native(self) -> bool:
@@ -191,9 +233,11 @@ class TensorInFile(SavedTensor):
 
     def view(self) -> torch.Tensor:
         """See `SavedTensor.view`."""
+        if self._made is not None:
+            return self._made
         entry = self.entry
         self.files.note_use(entry)
-        if not self.is_native or entry.offset % min(entry.item_bytes, _ALIGNMENT_BYTES) or not entry.length:
+        if not self.is_native or entry.offset % entry.item_bytes or not entry.length:
             return read_tensor(self.files.source(entry.file), entry, self.byte_order, self._shown).detach()
         storage: Any = self.files.mapping(entry.file)[entry.offset : entry.offset + entry.length]
         return torch.empty(0, dtype=self.dtype, device="cpu").set_(storage, 0, entry.shape, entry.stride)
@@ -201,8 +245,8 @@ class TensorInFile(SavedTensor):
     def read_into(self, destination: torch.Tensor, box: Box) -> int:
         """See `SavedTensor.read_into`; straight from the file into the destination, where both have the same layout."""
         entry, item_bytes = self.entry, self.dtype.itemsize
-        is_alike = self.is_native and entry.is_contiguous and destination.dtype == self.dtype
-        if is_alike and destination.device.type == "cpu" and destination.is_contiguous():
+        is_alike = self.is_native and entry.is_contiguous and destination.dtype == self.dtype and self._made is None
+        if is_alike and destination.device.type == "cpu" and holds_plain_elements(destination):
             parts = runs(entry.shape, box)
             if parts.length == box.element_count or parts.length * item_bytes >= _SHORTEST_RUN_BYTES:
                 position = destination.data_ptr()
@@ -229,6 +273,11 @@ class TensorInMemory(SavedTensor):
         super().__init__(tensor.shape, tensor.dtype, assignments)
         self._tensor = tensor.detach()
 
+    @property
+    def device(self) -> torch.device:
+        """See `SavedTensor.device`."""
+        return self._tensor.device
+
     def view(self) -> torch.Tensor:
         """See `SavedTensor.view`."""
         return self._tensor
@@ -244,24 +293,29 @@ class ConvertedTensor(SavedTensor):
     @property
     def in_file(self) -> TensorInFile | None:
         """See `SavedTensor.in_file`."""
-        return self._saved.in_file
+        return self._saved.in_file if self._made is None else None
 
     @property
     def position(self) -> tuple[str, int]:
         """See `SavedTensor.position`."""
-        return self._saved.position
+        return self._saved.position if self._made is None else super().position
 
     @property
     def is_here(self) -> bool:
         """See `SavedTensor.is_here`."""
-        return self._saved.is_here
+        return self._made is not None or self._saved.is_here
 
     def view(self) -> torch.Tensor:
         """See `SavedTensor.view`; a copy."""
-        return self._saved.view().to(self.dtype)
+        return self._saved.view().to(self.dtype) if self._made is None else self._made
 
     def read_into(self, destination: torch.Tensor, box: Box) -> int:
         """See `SavedTensor.read_into`; without another copy, where the destination has the new dtype."""
+        if self._made is not None:
+            return super().read_into(destination, box)
         if destination.dtype == self.dtype:
             return self._saved.read_into(destination, box)
-        return super().read_into(destination, box)
+        part = torch.empty(box.shape, dtype=self.dtype, device="cpu")
+        bytes_read = self._saved.read_into(part, box)
+        destination.copy_(part)
+        return bytes_read

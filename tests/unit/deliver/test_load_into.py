@@ -523,6 +523,15 @@ def test_a_wrapper_is_guessed(tmp_path: Path) -> None:
     assert "adapt.unwrap('model_ema')" in text
 
 
+def test_a_wrapper_and_a_prefix_are_guessed(tmp_path: Path) -> None:
+    """What training scripts save of a DistributedDataParallel."""
+    content = {"epoch": 3, "model": {f"module.{name}": tensor for name, tensor in Net().state_dict().items()}}
+    path = saved(tmp_path, content)
+    text = refused(Net(), path)
+    assert "adapt=[adapt.unwrap('model'), adapt.strip_prefix('module.')]" in text
+    dist_load_into(Net(), path, adapt=[adapt.unwrap("model"), adapt.strip_prefix("module.")])
+
+
 def test_long_lists_are_cut(tmp_path: Path) -> None:
     module = nn.Sequential(*(nn.Linear(1, 1) for _ in range(500)))
     text = refused(module, saved(tmp_path, {f"x{n}": torch.zeros(1) for n in range(500)}))

@@ -317,7 +317,7 @@ def test_nothing_is_made_on_another_device(tmp_path: Path) -> None:
     with ExitStack() as closing:
         files = CheckpointFiles(tmp_path / "file", closing)
         names = {*module.state_dict()}
-        content = open_content(files, adapt.compose(), names, weights_only=True, mmap=None)
+        content = open_content(files, adapt.compose(), names, with_optimizer=False, weights_only=True, mmap=None)
         load = plan_load(module, content, strict=True, assign=None, shown="file")
         with FakeTensorMode(allow_non_fake_inputs=True):
             prepared = prepare_load(load, lambda: DEVICE, assign=None, may_share=True)
