@@ -13,8 +13,9 @@ from rankload._types import Identity
 
 _logger = logging.getLogger("rankload")
 
-#: Keys that a rank reads at most, a percent of what a TCPStore serves.
+#: Keys that a rank reads at most, a percent of what a TCPStore serves; and while it has work of its own to do.
 _LOOKS_PER_SECOND = 500
+_LOOKS_PER_SECOND_AT_WORK = 200
 
 
 class Vigil:
@@ -38,7 +39,7 @@ class Vigil:
         self, watches: list[Watch], settings: Settings, identity: Identity, *, while_working: bool = False
     ) -> None:
         self._watches, self._identity, self._settings, self._is_working = watches, identity, settings, while_working
-        looks_per_second = _LOOKS_PER_SECOND / 10 if while_working else _LOOKS_PER_SECOND
+        looks_per_second = _LOOKS_PER_SECOND_AT_WORK if while_working else _LOOKS_PER_SECOND
         self._interval_seconds = max(min(settings.heartbeat_seconds, 0.5), len(watches) / looks_per_second)
         # more than that between two looks, and this process was stopped or starved: others may have been as well
         self._watched = AwakeTime(max(2 * self._interval_seconds, silence_limit_seconds(settings) / 4))
