@@ -16,7 +16,8 @@ from rankload._checkpoint.pickle_values import NotUnderstoodError, holds_unbuilt
 from rankload._checkpoint.read_index import read_index
 from rankload._deliver.failures import translated
 from rankload._deliver.files import CheckpointFiles
-from rankload._deliver.saved import Assignment, SavedTensor, TensorInFile, TensorInMemory
+from rankload._deliver.in_file import TensorInFile
+from rankload._deliver.saved import Assignment, SavedTensor, TensorInMemory
 from rankload._errors import LoadError
 from rankload.adapt import Adapter, is_lazy
 

@@ -12,7 +12,7 @@ import torch
 from rankload._checkpoint.entry import TensorEntry, contiguous_stride
 from rankload._deliver.boxes import Box, boxes_of_range, intersection, whole
 from rankload._deliver.buckets import Bucket
-from rankload._deliver.saved import TensorInFile
+from rankload._deliver.in_file import TensorInFile
 from rankload._deliver.transfers import Transfer
 from rankload._errors import LoadError
 

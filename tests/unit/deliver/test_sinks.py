@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rankload._checkpoint.entry import StorageEntry, TensorEntry
 from rankload._deliver.boxes import Box
 from rankload._deliver.buckets import Bucket
-from rankload._deliver.saved import TensorInFile
+from rankload._deliver.in_file import TensorInFile
 from rankload._deliver.sinks import Sinks
 from rankload._deliver.transfers import Transfer
 

@@ -19,10 +19,10 @@ from rankload._checkpoint.read_index import read_index
 from rankload._deliver.boxes import Box, whole
 from rankload._deliver.content import open_content
 from rankload._deliver.files import CheckpointFiles
+from rankload._deliver.in_file import TensorInFile
 from rankload._deliver.module_load import plan_load, prepare_load
 from rankload._deliver.readers import Limits, Readers
 from rankload._deliver.reading import read_all
-from rankload._deliver.saved import TensorInFile
 from rankload._deliver.staging import own_parts, pinned, whole_tensors
 from rankload._deliver.staging.own_parts import is_of_long_runs, upload_parts
 from rankload._deliver.staging.pinned import staged

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from rankload._deliver.boxes import runs
+from rankload._deliver.in_file import TensorInFile
 from rankload._deliver.readers import Limits
-from rankload._deliver.saved import TensorInFile
 from rankload._deliver.staging.pinned import BUFFER_BYTES, is_staged, staged
 from rankload._deliver.transfers import Transfer
 

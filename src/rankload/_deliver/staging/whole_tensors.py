@@ -14,8 +14,8 @@ import torch
 
 from rankload._deliver.buckets import Bucket, cut, tensor_ranges
 from rankload._deliver.files import CheckpointFiles
+from rankload._deliver.in_file import TensorInFile
 from rankload._deliver.readers import Limits
-from rankload._deliver.saved import TensorInFile
 from rankload._deliver.sinks import Sinks, is_dense
 from rankload._deliver.staging.pinned import BUFFER_BYTES, staged
 from rankload._deliver.staging.sharers import Sharers
