@@ -57,8 +57,12 @@ def plan_optimizer_load(optimizer: torch.optim.Optimizer, whole: Any, module: nn
     saved_groups = _matched(saved["param_groups"], own, shown)
     numbers = {key: number for number, key in enumerate(key for keys in own for key in keys)}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    # what belongs to no parameter stays as it is, as torch has it
-    state = {numbers.get(key, key): values for key, values in saved["state"].items()}
+    # what belongs to no parameter stays as it is, as torch has it; but a number left over would be another's here
+    state = {
+        numbers.get(key, key): values
+        for key, values in saved["state"].items()
+        if key in numbers or not isinstance(key, int)
+    }
     unfit = [
         problem
         for number, parameter in enumerate(parameters)

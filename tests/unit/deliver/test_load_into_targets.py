@@ -209,6 +209,17 @@ def test_what_else_is_in_an_optimizer(tmp_path: Path, extra: Any) -> None:
     assert optimizer.state["steps so far"] == 7
 
 
+def test_state_of_no_parameter_is_not_given_to_another(tmp_path: Path) -> None:
+    source, module = nn.Linear(3, 2), nn.Linear(3, 2)
+    state = torch.optim.SGD(source.parameters(), lr=0.1, momentum=0.9).state_dict()
+    state["param_groups"][0]["params"] = [3, 5]
+    state["state"] = {3: {"momentum_buffer": torch.ones(2, 3)}, 0: {"momentum_buffer": torch.full((2, 3), 7.0)}}
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.9)
+    dist_load_into((module, optimizer), saved(tmp_path, {"model": source.state_dict(), "optimizer": state}))
+    assert torch.equal(optimizer.state[module.weight]["momentum_buffer"], torch.ones(2, 3))
+    assert set(optimizer.state) == {module.weight}
+
+
 def test_strided_shards_alone_are_refused() -> None:
     """As FSDP makes them over tensor parallelism: cut by one mesh dimension they are rows from several places."""
     from torch.distributed.tensor.placement_types import _StridedShard
