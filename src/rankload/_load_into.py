@@ -60,7 +60,9 @@ def dist_load_into(
 
     **Collective** over the ranks of ``group``, else of the default process group, else of the launcher's job, as
     `dist_load_state_dict_from_url` is. Nothing is written before all ranks have found that everything fits: if one
-    finds that it does not, all raise. (Extra state and what a module's own hooks compute is set while that is found.)
+    finds that it does not, all raise. (Extra state and what a module's own hooks compute is set while that is found.
+    Where a module has post-hooks of its own, which may have a say in missing and unexpected names, these are judged
+    behind them, when the tensors are written, as ``load_state_dict`` does.)
 
     The module may be plain, wrapped in DistributedDataParallel or by torch.compile (the names are then those of the
     module within), sharded by ``fully_shard`` (FSDP2), or tensor-parallel, on any mesh. Its hooks, ``_version`` and
