@@ -24,6 +24,7 @@ from benchmarks.broadcast import broadcast
 from benchmarks.fetch import CURL, LIMITED_SIZE_BYTES, fetch
 from benchmarks.gpu import gpu
 from benchmarks.modules import modules
+from benchmarks.rounds import interleaved
 from benchmarks.table import Table
 from benchmarks.ways import WAYS, Way, timed
 from harness.checkpoints import CheckpointFile, write_big
@@ -56,9 +57,8 @@ def warm(server: Nginx, checkpoint: CheckpointFile, world_size: int, rounds: int
     results: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory(dir=scratch) as model_dir:
         dist_fetch(url, model_dir, check_hash=True)
-        for _ in range(rounds):
-            for way in WAYS:
-                results.setdefault(way.name, []).append(_run(way, url, world_size, model_dir))
+        for way in interleaved(WAYS, rounds):
+            results.setdefault(way.name, []).append(_run(way, url, world_size, model_dir))
     return Table(
         "warm",
         f"warm, {world_size} ranks, {size_bytes / 1e9:.2f} GB, medians of {rounds}, slowest rank's call",

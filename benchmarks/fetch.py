@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from benchmarks.bounds import Bound
+from benchmarks.rounds import interleaved
 from benchmarks.table import Table
 from harness import nginx_behaviours as behaviours
 from harness.checkpoints import CheckpointFile
@@ -185,11 +186,10 @@ def _compare(
     ways: Sequence[FetchWay], url: str, file: CheckpointFile, rounds: int, scratch: Path
 ) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
-    for _ in range(rounds):
-        for way in ways:
-            with tempfile.TemporaryDirectory(dir=scratch) as directory:
-                os.sync()  # or this way would wait for what the one before it has written
-                seconds[way.name].append(way.seconds(url, Path(directory), file))
+    for way in interleaved(ways, rounds):
+        with tempfile.TemporaryDirectory(dir=scratch) as directory:
+            os.sync()  # or this way would wait for what the one before it has written
+            seconds[way.name].append(way.seconds(url, Path(directory), file))
     return seconds
 
 

@@ -26,6 +26,7 @@ from benchmarks.bounds import Bound
 from benchmarks.models import Model, make
 from benchmarks.module_ways import MAPPED, RANKLOAD, TORCH_LOAD, Files, Kind, ModuleWay, runai
 from benchmarks.modules import write_files
+from benchmarks.rounds import interleaved
 from benchmarks.table import Table
 from harness.rank import mark_and_wait
 from harness.ranks import start_ranks
@@ -71,12 +72,11 @@ def gpu(only: Sequence[str] | None, layers: int, world_size: int, rounds: int, s
 def _measured(slug: str, files: Files, model: Model, kind: Kind, layers: int, world_size: int, rounds: int) -> Table:
     ways = [way for way in WAYS if kind in way.kinds and way.is_installed]
     results: dict[str, list[list[Measured]]] = defaultdict(list)
-    for _ in range(rounds):
-        for way in ways:
-            with start_ranks(_load_in_rank, world_size, args=(way.name, model, kind, layers, files)) as group:
-                group.wait_for_mark("ready", timeout_seconds=300)
-                group.open_gate("ready")
-                results[way.name].append([result.value for result in group.wait()])
+    for way in interleaved(ways, rounds):
+        with start_ranks(_load_in_rank, world_size, args=(way.name, model, kind, layers, files)) as group:
+            group.wait_for_mark("ready", timeout_seconds=300)
+            group.open_gate("ready")
+            results[way.name].append([result.value for result in group.wait()])
     device = torch.accelerator.current_accelerator()
     return Table(
         slug,

@@ -38,6 +38,7 @@ from benchmarks.module_ways import (
     ModuleWay,
     load_in_rank,
 )
+from benchmarks.rounds import interleaved
 from benchmarks.table import Table
 from harness.ranks import start_ranks
 
@@ -95,11 +96,10 @@ def _measured(case: Case, files: Files, layers: int, world_size: int, rounds: in
     if missing := [way.name for way in MODULE_WAYS if case.kind in way.kinds and not way.is_installed]:
         print(f"\n{case.name}: left out, for they are not installed: {', '.join(missing)}")
     results: dict[str, list[tuple[list[Measured], int]]] = defaultdict(list)
-    for _ in range(rounds):
-        for way in ways:
-            if is_cold:
-                _drop_from_page_cache(files)
-            results[way.name].append(_run(way, case, layers, files, world_size))
+    for way in interleaved(ways, rounds):
+        if is_cold:
+            _drop_from_page_cache(files)
+        results[way.name].append(_run(way, case, layers, files, world_size))
     return Table(
         f"{case.name}-cold" if is_cold else case.name,
         f"{case.name}, {'cold' if is_cold else 'warm'}, {world_size} ranks, {files.size_bytes / 1e9:.2f} GB in "
