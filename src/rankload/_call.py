@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from rankload._errors import ArgumentError
 from rankload._job.channel import RankChannel
 from rankload._job.lone import LoneChannel
 from rankload._job.membership import open_channel
-from rankload._settings import Settings
+from rankload._settings import Settings, misspelt
 from rankload._types import Delivery, Identity
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -32,6 +37,8 @@ def collective_call(
     with open_channel(group, settings) as channel:
         if problem is not None:
             raise problem
+        if channel.identity.rank == 0:
+            _warn_of_misspelt_variables()
         yield channel, settings
 
 
@@ -54,6 +61,12 @@ def agree_on_delivery(
     source = 0 if src is None else _rank_in_channel(src, channel.identity, group)
     channel.agree({**arguments, "delivery": delivery, "src": src})
     return "read" if channel.identity.world_size == 1 else delivery, source
+
+
+@cache  # once a process
+def _warn_of_misspelt_variables() -> None:
+    for name, meant in misspelt(os.environ).items():
+        _logger.warning("%s is set, and no setting has this name: is %s meant?", name, meant)
 
 
 def _settings(timeout: float | None) -> Settings:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 from rankload._errors import ArgumentError
@@ -75,7 +76,17 @@ class Settings:
 
 def variable(name: str) -> str:
     """Return the environment variable of a setting."""
-    return f"RANKLOAD_{name.upper()}"
+    return f"{_PREFIX}{name.upper()}"
+
+
+def misspelt(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that are no setting but look like one, and that one's variable.
+
+    Others may begin so, too: a job script's own.
+    """
+    known = [variable(field.name) for field in fields(Settings)]
+    unknown = sorted(name for name in environ if name.startswith(_PREFIX) and name not in known)
+    return {name: close[0] for name in unknown if (close := get_close_matches(name, known, 1, _LIKENESS))}
 
 
 def _parse(name: str, text: str) -> float | int | bool:
@@ -99,6 +110,11 @@ def _parse(name: str, text: str) -> float | int | bool:
         raise ArgumentError(f"{variable(name)}={text!r}: expected a positive number of seconds")
     return value
 
+
+_PREFIX = "RANKLOAD_"
+
+#: Of 1, what two names have in common at the least (difflib's ratio) for one to be a slip of the other.
+_LIKENESS = 0.85
 
 _KINDS = {field.name: str(field.type) for field in fields(Settings)}
 

@@ -1,11 +1,14 @@
 """RANKLOAD_* variables."""
 
+import logging
 from dataclasses import fields
 
 import pytest
 
+import rankload
+from rankload import _call
 from rankload._errors import ArgumentError
-from rankload._settings import Settings, variable
+from rankload._settings import Settings, misspelt, variable
 
 
 def test_defaults_without_variables():
@@ -74,3 +77,30 @@ def test_whole_number_that_cannot_be(text):
 def test_the_first_wrong_variable_is_named_whatever_else_is_set():
     with pytest.raises(ArgumentError, match="RANKLOAD_STREAMS"):
         Settings.from_environment({"RANKLOAD_RETRIES": "3", "RANKLOAD_STREAMS": "no", "HOME": "/"})
+
+
+def test_misspelt_variables():
+    environ = {
+        "RANKLOAD_RETRY": "3",
+        "RANKLOAD_PROGRES_SECONDS": "60",
+        "RANKLOAD_RETRIES": "3",
+        "RANKLOAD_URL": "https://host/file.pth",  # a job script's own
+        "RANKLOAD_MODEL_DIR": "/cache",
+        "RANKLOAD_PYTHON": "python3",
+        "RETRIES": "3",
+    }
+    assert misspelt(environ) == {
+        "RANKLOAD_PROGRES_SECONDS": "RANKLOAD_PROGRESS_SECONDS",
+        "RANKLOAD_RETRY": "RANKLOAD_RETRIES",
+    }
+
+
+def test_misspelt_variable_is_warned_of_once(caplog, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANKLOAD_STREAM", "3")
+    _call._warn_of_misspelt_variables.cache_clear()
+    file = tmp_path / "file.bin"
+    file.write_bytes(b"content")
+    with caplog.at_level(logging.WARNING, "rankload"):
+        for _ in range(2):
+            rankload.dist_fetch(file)
+    assert caplog.messages == ["RANKLOAD_STREAM is set, and no setting has this name: is RANKLOAD_STREAMS meant?"]

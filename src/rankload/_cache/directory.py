@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankload._cache.failures import why_no_room
+from rankload._cache.failures import CHOOSE_ANOTHER, why_no_room
 from rankload._errors import CacheError
 
 
@@ -18,8 +18,8 @@ def make_directory(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CacheError(
-            f"cannot make the cache directory {directory}: {error.strerror}{why_no_room(directory, error)}; pass "
-            "model_dir= or set TORCH_HOME to a directory that this user can write",
+            f"cannot make the cache directory {directory}: {error.strerror}{why_no_room(directory, error)}; "
+            f"{CHOOSE_ANOTHER}",
             path=str(directory),
             errno=error.errno,
         ) from error

@@ -14,6 +14,9 @@ from rankload._errors import CacheError, RankloadError
 
 T = TypeVar("T")
 
+#: What to do about a directory that cannot be written to, by every name that callers have for it.
+CHOOSE_ANOTHER = "choose another directory (model_dir=, --model-dir, or the environment's TORCH_HOME)"
+
 #: Before a file is opened again whose handle is stale.
 _REOPEN_PAUSES_SECONDS = (0.0, 0.05, 0.2, 0.5, 1.0)
 
@@ -60,8 +63,7 @@ def no_space_error(path: Path, needed_bytes: int | None, error: OSError) -> Cach
     """Return the error for a full disk or an exhausted quota, with the space that is needed and there is."""
     need = f"{_size(needed_bytes)} needed, " if needed_bytes is not None else ""
     return CacheError(
-        f"cannot write {path}: {_words(error)}; {_have(path.parent, need)}, or pass model_dir= or set TORCH_HOME to "
-        "another directory",
+        f"cannot write {path}: {_words(error)}; {_have(path.parent, need)}, or {CHOOSE_ANOTHER}",
         path=str(path),
         errno=error.errno,
         needed_bytes=needed_bytes,
@@ -79,7 +81,7 @@ def _write_error(path: Path, error: OSError) -> CacheError:
     may_not = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
     who = f"this user cannot write {path.parent}: " if may_not else ""
     return CacheError(
-        f"cannot write {path}: {_words(error)}; {who}pass model_dir= or set TORCH_HOME to another directory",
+        f"cannot write {path}: {_words(error)}; {who}{CHOOSE_ANOTHER}",
         path=str(path),
         errno=error.errno,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import mul
 from types import MappingProxyType
 
 from rankload._checkpoint.broken import BrokenFileError
@@ -130,7 +131,7 @@ def span_bytes(shape: Sequence[int], stride: Sequence[int], item_bytes: int) -> 
     """Return the bytes from the first to the last element of a view."""
     if 0 in shape:
         return 0
-    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    last: int = sum(map(mul, shape, stride)) - sum(stride)  # the sum of (size - 1) * step
     return (last + 1) * item_bytes
 
 

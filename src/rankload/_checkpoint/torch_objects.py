@@ -71,7 +71,8 @@ def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> Any:
     dtype = dtype or storage.dtype
     if not (type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= _MOST_DIMENSIONS):
         raise NotUnderstoodError("a tensor of unusual dimensions")
-    if not all(type(size) is int and size >= 0 for size in (offset, *shape, *stride)):
+    numbers = (offset, *shape, *stride)
+    if set(map(type, numbers)) != {int} or min(numbers) < 0:
         raise NotUnderstoodError("a tensor of unusual sizes")
     entry = TensorEntry("", dtype, shape, stride, storage, offset * ITEM_BYTES[dtype], requires_grad is True)
     return checked(entry)

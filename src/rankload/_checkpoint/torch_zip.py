@@ -14,7 +14,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.source import Source, read_exactly
@@ -51,8 +51,7 @@ _LONGEST_EXTRA = 0xFFFF
 _DESCRIPTOR_BYTES = (12, 16, 20, 24)
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One file of the archive.
 
     Attributes:

@@ -71,6 +71,7 @@ class _Records:
         is_remote: bool,
     ) -> None:
         self._source, self._directory, self._members, self._file = source, directory, members, file
+        self._folder = f"{directory.root}/data/"
         self.storages: dict[str, StorageEntry] = {}
         self._offsets = self._likely_offsets() if is_remote else torch_zip.payload_offsets(source, directory)
 
@@ -84,8 +85,7 @@ class _Records:
         if (known := self.storages.get(key)) is not None:
             return known
         dtype = storage_type_of(kind)
-        name = f"{self._directory.root}/data/{key}"
-        member = self._members.get(name)
+        member = self._members.get(self._folder + key)
         length = count * ITEM_BYTES[dtype]
         if member is None or member.size_bytes < length:
             has = "has none" if member is None else f"has {member.size_bytes}"
@@ -101,7 +101,7 @@ class _Records:
 
     def _likely_offsets(self) -> dict[str, int]:
         offsets = torch_zip.likely_offsets(self._directory)
-        likely = [name for name in offsets if name.startswith(f"{self._directory.root}/data/")]
+        likely = [name for name in offsets if name.startswith(self._folder)]
         for name in likely[:1] + likely[-1:]:
             if torch_zip.payload_offset(self._source, self._directory, self._members[name]) != offsets[name]:
                 return {}  # a writer with habits of its own

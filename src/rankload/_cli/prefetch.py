@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +28,9 @@ def prefetch(
     sha256: Annotated[str | None, typer.Option(help="Expected digest, 64 hex digits.")] = None,
     check_hash: Annotated[bool, typer.Option("--check-hash", help="Compare with the prefix in the file name.")] = False,
     verify: Annotated[Verify, typer.Option(help="When to hash a cached file again.")] = Verify.ONCE,
-    header: Annotated[list[str] | None, typer.Option(help="Extra request header, as 'Name: value'.")] = None,
+    header: Annotated[
+        list[str] | None, typer.Option(help="Extra request header, as 'Name: value'; as '@FILE': those in a file.")
+    ] = None,
     any_file: Annotated[bool, typer.Option("--any-file", help="Accept what is no checkpoint, too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
@@ -41,11 +44,23 @@ def prefetch(
         sha256=sha256,
         check_hash=check_hash,
         verify=verify.value,
-        headers=dict(_split(text) for text in header or []),
+        headers=dict(map(_split, _lines(header or []))),
         must_be_checkpoint=not any_file,
         progress=not quiet,
     )
     typer.echo(path)
+
+
+def _lines(headers: list[str]) -> Iterator[str]:
+    """Yield them one by one. A command line can be read by everybody on the host; a file need not be."""
+    for header in headers:
+        if not header.startswith("@"):
+            yield header
+            continue
+        try:
+            yield from filter(str.strip, Path(header[1:]).read_text().splitlines())
+        except OSError as error:
+            raise typer.BadParameter(f"cannot read {header[1:]}: {error.strerror}", param_hint="--header") from None
 
 
 def _split(header: str) -> tuple[str, str]:

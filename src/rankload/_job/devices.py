@@ -187,9 +187,12 @@ def _placement_in_single_process(own: Callable[[], torch.device]) -> Placement:
     return Placement(functools.cache(device_of))
 
 
+_TAG = re.compile(r"([a-z][a-z_]*):?\d*")
+
+
 def _accelerator_of(tag: str) -> str | None:
     """Return the device type of a location tag (``cuda:1``, ``mps``, old ``cuda1``) if it names an accelerator."""
-    parsed = re.fullmatch(r"([a-z][a-z_]*):?\d*", tag)
+    parsed = _TAG.fullmatch(tag)
     if parsed is None or parsed[1] in ("cpu", "meta"):
         return None
     kind = parsed[1]

@@ -1,0 +1,49 @@
+"""``rankload prefetch``, as a shell calls it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TOKEN = "Bearer SECRET-TOKEN"
+
+
+def prefetch(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rankload", "prefetch", "--quiet", *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "300"}  # typer wraps what it says
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+
+
+def test_prints_the_path_and_nothing_else(origin, cache, checkpoint):
+    done = prefetch(origin.add("model.pth", checkpoint.path), "--model-dir", cache)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{cache / 'model.pth'}\n", "")
+    assert (cache / "model.pth").read_bytes() == checkpoint.path.read_bytes()
+
+
+def test_headers_from_a_file(origin, cache, checkpoint, tmp_path):
+    url = origin.add("model.pth", checkpoint.path, required_headers={"Authorization": TOKEN, "X-Site": "a:b"})
+    headers = tmp_path / "headers"
+    headers.write_text(f"Authorization: {TOKEN}\n\nX-Site: a:b\n")
+    done = prefetch(url, "--model-dir", cache, "--header", f"@{headers}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_headers_from_a_file_that_is_not_there(cache, tmp_path):
+    done = prefetch("https://host.invalid/model.pth", "--model-dir", cache, "--header", f"@{tmp_path}/headers")
+    assert done.returncode == 2
+    assert "cannot read" in done.stderr and "No such file" in done.stderr
+
+
+def test_header_without_a_value(cache):
+    done = prefetch("https://host.invalid/model.pth", "--model-dir", cache, "--header", TOKEN)
+    assert done.returncode == 2
+    assert "expected 'Name: value'" in done.stderr and "SECRET" not in done.stderr
+
+
+def test_error_is_one_line(origin, cache):
+    done = prefetch(f"{origin.url('absent.pth')}?sig=SECRET", "--model-dir", cache)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("rankload: ") and "404" in line and "SECRET" not in line
