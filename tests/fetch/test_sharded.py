@@ -90,6 +90,27 @@ def test_place_of_ones_own_that_another_index_has_taken(origin: Origin, url: str
         rankload.dist_fetch(other_url, tmp_path / "cache", file_name=f"mine/other.{INDEX}")
 
 
+@pytest.mark.parametrize(("name", "file_name"), [(INDEX, "b.json"), ("weights.json", None)])
+def test_index_of_another_name_does_not_take_anothers_parts(
+    origin: Origin, tmp_path: Path, name: str, file_name: str | None
+) -> None:
+    """What is an index, its content says: fetched without its parts, it would be of those that lie there already."""
+    write(tmp_path / "other", seed=1)
+    content = write(tmp_path / "repo")
+    part_of_another = origin.add(f"other/{PARTS[0]}", tmp_path / "other" / PARTS[0])
+    publish(origin, tmp_path / "repo")
+    url = origin.add(f"repo/{name}", tmp_path / "repo" / INDEX)
+
+    rankload.dist_load_state_dict_from_url(part_of_another, tmp_path / "cache")
+    with pytest.raises(rankload.CacheError, match=f"{PARTS[0]} is another URL's"):
+        rankload.dist_load_state_dict_from_url(url, tmp_path / "cache", file_name=file_name)
+
+    loaded = rankload.dist_load_state_dict_from_url(url, tmp_path / "empty cache", file_name=file_name)
+    assert all(torch.equal(loaded[key], content[key]) for key in content)
+    with rankload.open_checkpoint(tmp_path / "empty cache" / (file_name or name)) as checkpoint:
+        assert checkpoint.entries.keys() == content.keys()
+
+
 def test_part_that_is_damaged_or_gone_is_fetched_again(
     origin: Origin, url: str, content: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

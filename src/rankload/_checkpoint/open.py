@@ -154,6 +154,8 @@ class _Sniffed:
                 torch_zip.payload_offsets(self._source, self._directory)
             case "safetensors":
                 safetensors.read_header(self._source)
+            case "sharded":
+                sharded.part_names(self._source)
             case "legacy":
                 legacy.check_length(self._source)
             case "legacy_tar":

@@ -11,7 +11,7 @@ from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.entry import StorageEntry, TensorEntry, contiguous_stride
 from rankload._checkpoint.index import Index, flatten
 from rankload._checkpoint.pickle_values import NotUnderstoodError
-from rankload._checkpoint.sharded import claims_to_be_sharded, read_weight_map
+from rankload._checkpoint.sharded import claims_to_be_json, read_weight_map
 from rankload._checkpoint.source import Source
 from rankload._checkpoint.zip_index import read_zip_index
 
@@ -36,7 +36,7 @@ def read_index(source: Source, file: str, open_part: OpenPart, *, is_remote: boo
         BrokenFileError: a file contradicts its format.
         NotUnderstoodError: it is none that has an index.
     """
-    if claims_to_be_sharded(file, source.read(_HEAD_BYTES, 0)):
+    if claims_to_be_json(source.read(_HEAD_BYTES, 0)):
         return _sharded(read_weight_map(source), open_part, is_remote=is_remote)
     return _one(source, file, is_remote=is_remote)
 

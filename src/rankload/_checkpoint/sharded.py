@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import PurePosixPath
+from typing import Any
 
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.source import Source, read_exactly
@@ -17,19 +18,20 @@ _HEAD_BYTES = 64
 _LARGEST_BYTES = 1 << 28
 
 
-def claims_to_be_sharded(name: str, head: bytes) -> bool:
-    """Say whether a file of this name that begins so is such an index."""
-    return name.endswith(".index.json") and head.lstrip()[:1] == b"{"
+def claims_to_be_json(head: bytes) -> bool:
+    """Say whether what begins so may be such an index. Never by its name: a cached file may have any."""
+    return head.lstrip()[:1] == b"{" and b"\0" not in head
 
 
 def has_weight_map(source: Source) -> bool:
-    """Say whether a file is such an index, by all of its content."""
-    if source.read(_HEAD_BYTES, 0).lstrip()[:1] != b"{":
+    """Say whether a file is such an index, be it a damaged one, by all of its content."""
+    if not claims_to_be_json(source.read(_HEAD_BYTES, 0)):
         return False
     try:
-        return bool(read_weight_map(source))
+        _weight_map(source)
     except BrokenFileError:
         return False
+    return True
 
 
 def part_names(source: Source) -> list[str]:
@@ -47,12 +49,7 @@ def read_weight_map(source: Source) -> dict[str, str]:
     Raises:
         BrokenFileError: it is no such index, or names a file that is not beside it.
     """
-    if source.size_bytes > _LARGEST_BYTES:
-        raise BrokenFileError(f"index of a sharded checkpoint of {source.size_bytes} bytes")
-    try:
-        weight_map = json.loads(read_exactly(source, source.size_bytes, 0).decode("utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise BrokenFileError("damaged index of a sharded checkpoint (no JSON with a weight_map)") from None
+    weight_map = _weight_map(source)
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise BrokenFileError("damaged index of a sharded checkpoint (its weight_map names no files)")
     for name in set(weight_map.values()):
@@ -60,3 +57,12 @@ def read_weight_map(source: Source) -> dict[str, str]:
         if not name or path.is_absolute() or ".." in path.parts or "://" in name or "\\" in name or "\0" in name:
             raise BrokenFileError(f"index of a sharded checkpoint with a part that is not beside it: {name[:80]!r}")
     return weight_map
+
+
+def _weight_map(source: Source) -> Any:
+    if source.size_bytes > _LARGEST_BYTES:
+        raise BrokenFileError(f"index of a sharded checkpoint of {source.size_bytes} bytes")
+    try:
+        return json.loads(read_exactly(source, source.size_bytes, 0).decode("utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BrokenFileError("damaged index of a sharded checkpoint (no JSON with a weight_map)") from None

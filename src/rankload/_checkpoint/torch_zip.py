@@ -201,7 +201,8 @@ def _inflated(packed: bytes, member: Member, length: int) -> bytes:
     if member.method != _DEFLATED:
         return b""
     try:
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, length)
+        # a limit of 0 would be none
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, length) if length else b""
     except zlib.error as error:
         raise BrokenFileError(f"damaged zip archive ({member.name!r}: {error})") from None
 

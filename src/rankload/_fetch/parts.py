@@ -9,8 +9,7 @@ from pathlib import Path
 from rankload._cache.failures import reading
 from rankload._cache.layout import beside, local_path_of
 from rankload._checkpoint.broken import BrokenFileError
-from rankload._checkpoint.open import sniff
-from rankload._checkpoint.sharded import part_names
+from rankload._checkpoint.sharded import has_weight_map, part_names
 from rankload._checkpoint.source import LocalSource
 from rankload._errors import CacheError, NotACheckpointError
 from rankload._types import FetchedFile, FetchRequest
@@ -18,7 +17,7 @@ from rankload._types import FetchedFile, FetchRequest
 #: Fetches one file.
 FetchOne = Callable[[FetchRequest], FetchedFile]
 
-#: How such an index is called (huggingface_hub, "split_torch_state_dict"); its content has to be one, too.
+#: How such an index is usually called (huggingface_hub, "split_torch_state_dict"). What is one, its content says.
 INDEX_SUFFIX = ".index.json"
 
 
@@ -36,8 +35,6 @@ def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -
         CacheError: another file has the name of a part.
         RankloadError: a part cannot be fetched.
     """
-    if not index.path.name.endswith(INDEX_SUFFIX) or sniff(index.path) != "sharded":
-        return index
     sizes = []
     for name in _part_names(index.path):
         part = fetch_one(_request_for(name, index, request))
@@ -60,8 +57,9 @@ def files_of(file: FetchedFile) -> list[tuple[Path, int]]:
 
 def _part_names(path: Path) -> list[str]:
     with reading(path), path.open("rb", buffering=0) as file:
+        source = LocalSource(file.fileno())
         try:
-            return part_names(LocalSource(file.fileno()))
+            return part_names(source) if has_weight_map(source) else []
         except BrokenFileError as error:
             raise NotACheckpointError(f"{path}: {error}", path=str(path)) from error
 

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import struct
+import tracemalloc
 import warnings
 import zipfile
 
@@ -261,3 +262,17 @@ def test_what_is_not_there(tmp_path):
     (tmp_path / "pickle").write_bytes(pickle.dumps({"x": 1}))
     with pytest.raises(rankload.LoadError, match="no index"):
         rankload.open_checkpoint(tmp_path / "pickle")
+
+
+def test_member_that_unpacks_to_more_than_it_says(tmp_path):
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/data.pkl", bytes(1 << 26))
+        archive.getinfo("model/data.pkl").file_size = 0  # in the directory, which is written last
+    tracemalloc.start()
+    try:
+        with pytest.raises(rankload.LoadError):
+            rankload.open_checkpoint(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
