@@ -19,7 +19,7 @@ import posixpath
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlparse, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlparse, urlsplit, urlunsplit
 
 from rankload._errors import ArgumentError
 
@@ -36,6 +36,8 @@ _SIGNING = re.compile(
 )
 
 _OWN_DIRECTORY = ".rankload"
+
+_WEB_SCHEMES = ("http", "https")
 
 
 @dataclass(frozen=True)
@@ -134,25 +136,40 @@ def local_path_of(url: str) -> Path | None:
 
 
 def redact(url: str) -> str:
-    """Return a URL fit for logs, errors and records: no user name or password, no query, no fragment."""
+    """Return a URL fit for logs, errors and records: no password, no query; on the web no user and no fragment either.
+
+    Elsewhere these say which file it is: ``abfs://container@account/file``, ``gs://bucket/file#generation``.
+    """
     parts = urlsplit(url)
-    return urlunsplit((parts.scheme, _without_user(parts), parts.path, "…" if parts.query else "", ""))
+    user, at, host = parts.netloc.rpartition("@")
+    query = "…" if parts.query else ""
+    if parts.scheme in _WEB_SCHEMES:
+        return urlunsplit((parts.scheme, host, parts.path, query, ""))
+    return urlunsplit((parts.scheme, f"{user.partition(':')[0]}{at}{host}", parts.path, query, parts.fragment))
 
 
 def beside(url: str, name: str) -> str:
     """Return the URL of another file in the same folder; a query is meant for the first alone."""
     parts = urlsplit(url)
     folder = parts.path.rpartition("/")[0]
-    return urlunsplit(parts._replace(path=f"{folder}/{quote(name)}", query="", fragment=""))
+    file = quote(name) if parts.scheme in _WEB_SCHEMES else name
+    query = parts.query if _grants_folder(parts.query) else ""
+    return urlunsplit(parts._replace(path=f"{folder}/{file}", query=query, fragment=""))
 
 
 def url_key(url: str) -> str:
     """Return a digest that tells two origins apart: hex SHA-256 of the URL without secrets and signatures."""
     parts = urlsplit(url)
     kept = [(name, value) for name, value in parse_qsl(parts.query, True) if not _SIGNING.fullmatch(name)]
-    plain = urlunsplit((parts.scheme.lower(), _without_user(parts).lower(), parts.path, urlencode(kept), ""))
-    return hashlib.sha256(plain.encode()).hexdigest()
+    if parts.scheme in _WEB_SCHEMES:
+        parts = parts._replace(netloc=parts.netloc.rpartition("@")[2].lower(), fragment="")
+    return hashlib.sha256(urlunsplit(parts._replace(query=urlencode(kept))).encode()).hexdigest()
 
 
-def _without_user(parts: SplitResult) -> str:
-    return parts.netloc.rpartition("@")[2]
+def _grants_folder(query: str) -> bool:
+    """Tell whether it is a shared access signature of Azure's for a container, a directory or an account.
+
+    (``sr`` and ``srt`` in learn.microsoft.com, "Create a service SAS" and "Create an account SAS".)
+    """
+    parameters = dict(parse_qsl(query))
+    return "sig" in parameters and (parameters.get("sr") in ("c", "d") or "o" in parameters.get("srt", ""))

@@ -6,6 +6,7 @@ import pytest
 
 from rankload._cache.layout import (
     Entry,
+    beside,
     checked_file_name,
     checkpoints_directory,
     file_name_of,
@@ -50,6 +51,9 @@ def test_hash_prefix_is_what_torch_reads(name, prefix):
         ("https://token@host/m.pth", "https://host/m.pth"),
         ("http://host/m.pth#secret", "http://host/m.pth"),
         ("http://host/m.pth?", "http://host/m.pth"),
+        ("abfs://container@account/m.pth?sig=secret", "abfs://container@account/m.pth?…"),
+        ("gs://bucket/m.pth#1111", "gs://bucket/m.pth#1111"),
+        ("hdfs://user:password@host/m.pth", "hdfs://user@host/m.pth"),
     ],
 )
 def test_redact(url, shown):
@@ -75,6 +79,11 @@ def test_redact(url, shown):
         ("http://host/m.pth?v=1", "http://host/m.pth?v=2", False),
         ("http://host/get?file=a&token=x", "http://host/get?file=b&token=x", False),
         ("http://host/get?file=", "http://host/get", False),
+        ("abfs://one@account/m.pth", "abfs://other@account/m.pth", False),
+        ("gs://bucket/m.pth#1", "gs://bucket/m.pth#2", False),
+        ("github://org:one@main/m.pth", "github://org:other@main/m.pth", False),
+        ("github://org:one@main/m.pth", "github://org:one@Main/m.pth", False),
+        ("s3://bucket/m.pth", "S3://bucket/m.pth", True),
     ],
 )
 def test_key_of_a_url(one, other, are_same):
@@ -120,6 +129,23 @@ def test_file_name_that_stays_inside(name):
 def test_file_name_that_leaves(name):
     with pytest.raises(ArgumentError):
         checked_file_name(name)
+
+
+@pytest.mark.parametrize(
+    ("url", "name", "other"),
+    [
+        ("https://host/a/index.json?sig=x&sr=b#y", "p 1.bin", "https://host/a/p%201.bin"),
+        (
+            "https://account/container/index.json?sv=1&sr=c&sig=x",
+            "p.bin",
+            "https://account/container/p.bin?sv=1&sr=c&sig=x",
+        ),
+        ("https://account/container/index.json?srt=co&sig=x", "p.bin", "https://account/container/p.bin?srt=co&sig=x"),
+        ("s3://bucket/a/index.json", "p 1.bin", "s3://bucket/a/p 1.bin"),
+    ],
+)
+def test_url_of_another_file_in_the_folder(url, name, other):
+    assert beside(url, name) == other
 
 
 def test_what_belongs_to_an_entry():
