@@ -152,3 +152,13 @@ def assert_shared(directory: Path, but_for: list[str] = ()) -> None:
         assert status.st_gid == GROUP, path
         if path.suffix not in but_for:
             assert stat.S_IMODE(status.st_mode) & wanted == wanted, f"{path}: {oct(status.st_mode)}"
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+def test_everybody_keeps_records_where_everybody_writes(origin, mode):
+    """Without them, who comes later would take another URL's file for the one that is asked for."""
+    with public_directory(mode) as cache:
+        run_as(fetch_as, ALICE, 0o022, origin.add("another.bin", b"another"), cache)  # makes the place of the records
+        for number in range(2):
+            url = origin.add(f"{number}/{NAME}", b"content %d" % number)
+            assert run_as(fetch_as, BOB, 0o022, url, cache).value == b"content %d" % number

@@ -261,3 +261,15 @@ def test_good_file_that_another_job_publishes_is_not_set_aside_for_the_damaged_o
         holder.wait()
     assert origin.request_count() == 1
     assert files_in(cache) == [f".rankload/{NAME}.json", NAME]
+
+
+def test_job_without_the_lease_leaves_anothers_file_alone(origin, cache):
+    """Settings that differ are one way not to wait for the lease. What came first was returned, and is in use."""
+    first, second = origin.add(f"x/{NAME}", b"first"), origin.add(f"y/{NAME}", b"other", hold_at=2)
+    with start_job(second, cache, RANKLOAD_LEASE_SECONDS="30") as slow:
+        origin.wait_until_held(f"y/{NAME}")
+        with start_job(first, cache) as quick:
+            assert [result.value for result in quick.wait()] == [b"first"]
+        origin.release(f"y/{NAME}")
+        assert [result.value for result in slow.wait()] == [b"other"]
+    assert (cache / NAME).read_bytes() == b"first"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -99,3 +100,17 @@ def test_default_directory_is_torch_hubs(origin, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch home"))
     assert rankload.dist_fetch(url).parent == Path(torch.hub.get_dir()) / "checkpoints"
     assert rankload.dist_fetch(url).parent == tmp_path / "torch home" / "hub" / "checkpoints"
+
+
+@pytest.mark.parametrize("as_url", [False, True])
+def test_sidecar_vouches(tmp_path, as_url):
+    path, sidecar = tmp_path / "file.bin", tmp_path / "file.bin.sha256"
+    path.write_bytes(b"content")
+    location = path.as_uri() if as_url else path
+    with pytest.raises(rankload.MissingFileError, match=str(sidecar)):
+        rankload.dist_fetch(location, verify="sidecar")
+    sidecar.write_text(f"{'0' * 64}  file.bin\n")
+    with pytest.raises(rankload.DigestMismatchError, match=r"\(sidecar\)"):
+        rankload.dist_fetch(location, verify="sidecar")
+    sidecar.write_text(f"{hashlib.sha256(b'content').hexdigest()}  file.bin\n")
+    assert rankload.dist_fetch(location, verify="sidecar") == path

@@ -14,6 +14,7 @@ from harness.checkpoints import digest_of
 from harness.fetch_calls import errors_of, expect, load
 from harness.ranks import run_ranks
 from harness.scripts import run_script
+from rankload import hub
 
 #: Fails where a socket is made, by anybody, at the level of the interpreter's audit events.
 NO_SOCKETS = """
@@ -92,3 +93,29 @@ def test_damaged_file_is_not_served(origin, cache):
     path.write_bytes(b"cont")
     with pytest.raises(rankload.OfflineError):
         rankload.dist_fetch(url, cache, offline=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"), [({"sha256": "0" * 64}, "another one is expected"), ({"verify": "sidecar"}, "its sidecar")]
+)
+def test_why_a_cached_file_does_not_do(origin, cache, arguments, reason):
+    url = origin.add("file.bin", b"content")
+    path = rankload.dist_fetch(url, cache)
+    with pytest.raises(rankload.OfflineError, match=reason) as caught:
+        rankload.dist_fetch(url, cache, offline=True, **arguments)
+    assert f"{path} cannot be used" in str(caught.value)
+
+
+def test_url_without_a_file_name(origin, cache):
+    with pytest.raises(rankload.OfflineError, match=r"--file-name model\.pth"):
+        rankload.dist_fetch(f"{origin.base_url}/", cache, file_name="model.pth", offline=True)
+
+
+def test_plain_download(origin, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKLOAD_OFFLINE", "1")
+    local = tmp_path / "local.bin"
+    local.write_bytes(b"content")
+    with pytest.raises(rankload.OfflineError, match="offline"):
+        hub.download_url_to_file(origin.add("file.bin", b"content"), str(tmp_path / "file.bin"))
+    hub.download_url_to_file(local.as_uri(), str(tmp_path / "copy.bin"))
+    assert (origin.request_count(), (tmp_path / "copy.bin").read_bytes()) == (0, b"content")

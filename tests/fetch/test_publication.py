@@ -271,3 +271,12 @@ sys.stdin.read()
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate(timeout=20)
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "\N{SNOWMAN}" * 85], ids=["ascii", "utf-8"])
+def test_files_of_one_long_name(origin, cache, name):
+    """The name of a record is as long again, and more: it must not be missing."""
+    for number in range(2):
+        content = b"content %d" % number
+        path = rankload.dist_fetch(origin.add(f"{number}.bin", content), cache, file_name=name)
+        assert (path.name, path.read_bytes()) == (name, content)

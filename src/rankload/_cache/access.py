@@ -1,8 +1,8 @@
 """Who may read and write what we put into a cache directory.
 
 A directory that is setgid and writable by its group is how a group asks for a shared cache (chmod g+ws): what lies in
-it must stay usable by the whole group, whatever the umask of the one who came first. Elsewhere the umask decides, as
-for any file.
+it must stay usable by the whole group, whatever the umask of the one who came first. So must our own directories in one
+that everybody may write to. Elsewhere the umask decides, as for any file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def open_plain(path: Path) -> int:
 
 
 def make_own_directory(directory: Path) -> None:
-    """Make a directory of rankload's own inside a cache directory; the group of a shared one gets access.
+    """Make a directory of rankload's own inside a cache directory; who may write there may write here.
+
+    Without a record, nobody would know whose file it is that another user has published.
 
     Raises:
         CacheError: a symbolic link stands in its place: who put it there would decide where we write.
@@ -58,6 +60,11 @@ def make_own_directory(directory: Path) -> None:
         is_new = True
     if directory.is_symlink():
         raise CacheError(f"{directory} is a symbolic link: refused; remove it", path=str(directory))
-    if is_new and is_group_shared(directory.parent):
+    if is_new:
         with suppress(OSError):
-            directory.chmod(stat.S_IMODE(directory.stat().st_mode) | 0o2770)
+            parent, own = (stat.S_IMODE(path.stat().st_mode) for path in (directory.parent, directory))
+            if is_group_shared(directory.parent):
+                own |= 0o2770
+            if parent & stat.S_IWOTH:
+                own |= parent & 0o1777
+            directory.chmod(own)

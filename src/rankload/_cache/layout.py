@@ -49,17 +49,17 @@ class Entry:
     @property
     def record_path(self) -> Path:
         """The sidecar record."""
-        return self.path.parent / _OWN_DIRECTORY / f"{self.path.name}.json"
+        return self.path.parent / _OWN_DIRECTORY / f"{_fitting(self.path.name, 200)}.json"
 
     @property
     def lease_path(self) -> Path:
         """The lease between jobs."""
-        return self.path.parent / _OWN_DIRECTORY / f"{self.path.name}.lease"
+        return self.path.parent / _OWN_DIRECTORY / f"{_fitting(self.path.name, 200)}.lease"
 
     @property
     def quarantine_path(self) -> Path:
         """Where a file of this entry goes that is not what it should be."""
-        return self.record_path.parent / "quarantine" / self.path.name
+        return self.record_path.parent / "quarantine" / _fitting(self.path.name, 200)
 
     @property
     def own_directories(self) -> list[Path]:
@@ -70,8 +70,8 @@ class Entry:
 
     @property
     def partial_stem(self) -> str:
-        """Start of the name of every partial file of this entry (cut: a file name has at most 255 bytes)."""
-        return self.path.name.encode()[:120].decode(errors="ignore")
+        """Start of the name of every partial file of this entry."""
+        return _fitting(self.path.name, 120)
 
     def separate(self, url: str) -> Entry:
         """Return the entry for another URL that has the same file name."""
@@ -164,6 +164,14 @@ def url_key(url: str) -> str:
     if parts.scheme in _WEB_SCHEMES:
         parts = parts._replace(netloc=parts.netloc.rpartition("@")[2].lower(), fragment="")
     return hashlib.sha256(urlunsplit(parts._replace(query=urlencode(kept))).encode()).hexdigest()
+
+
+def _fitting(name: str, most_bytes: int) -> str:
+    """Return a name, or its beginning and a digest: a file name has at most 255 bytes, and more is to be added."""
+    raw = name.encode()
+    if len(raw) <= most_bytes:
+        return name
+    return f"{raw[: most_bytes - 17].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:16]}"
 
 
 def _grants_folder(query: str) -> bool:

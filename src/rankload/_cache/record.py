@@ -63,17 +63,19 @@ def read_record(path: Path) -> Record | None:
         return None
 
 
-def write_record(path: Path, record: Record) -> None:
-    """Write a record atomically. In a read-only cache nothing is written: the next call looks again."""
-    temporary = path.with_name(f"{path.name[:150]}.{secrets.token_hex(4)}.tmp")
+def write_record(path: Path, record: Record) -> bool:
+    """Write a record atomically; tell whether it was. In a read-only cache it is not: the next call looks again."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         make_own_directory(path.parent)
         with temporary.open("x", encoding="utf-8") as file:
             share_file(file.fileno(), path.parent)
             file.write(json.dumps(asdict(record), indent=1) + "\n")
         temporary.replace(path)
+        return True
     except OSError as error:
         _logger.debug("no record written at %s: %s", path, error)
+        return False
     finally:
         with suppress(OSError):
             temporary.unlink()  # there only if something went wrong, be it a signal

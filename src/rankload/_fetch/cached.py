@@ -35,12 +35,14 @@ class Look:
         version: of the file that was there, None for none: it changes when somebody publishes.
         file: that file, if it can be used.
         damage: what is wrong with it, if that is known and it should be set aside.
+        reason: why it cannot be used.
     """
 
     entry: Entry
     version: FileVersion | None
     file: FetchedFile | None = None
     damage: str | None = None
+    reason: str = ""
 
 
 def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
@@ -63,13 +65,14 @@ def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
         sha256 = cached.record.sha256 if cached.record else None
         return Look(entry, version, FetchedFile(entry.path, cached.status.st_size, sha256, "cache"))
     if plan.action is Action.REPLACE:
-        return Look(entry, version, damage=plan.reason)
+        return Look(entry, version, damage=plan.reason, reason=plan.reason)
     if plan.action is Action.CHECK:
         try:
-            return Look(entry, version, _checked(entry, cached, request, report))
+            file = _checked(entry, cached, request, report)
+            return Look(entry, version, file, reason="it is not what is asked for, or cannot be read")
         except VerificationError as error:
-            return Look(entry, version, damage=error.message)
-    return Look(entry, version)
+            return Look(entry, version, damage=error.message, reason=error.message)
+    return Look(entry, version, reason=plan.reason)
 
 
 def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFile:
@@ -89,6 +92,11 @@ def file_version(entry: Entry) -> FileVersion | None:
         return _version_of(entry.path.stat())
     except OSError:
         return None
+
+
+def is_anothers(entry: Entry, request: FetchRequest) -> bool:
+    """Tell whether another URL's file lies there."""
+    return decide(request, _inspect(entry)).action is Action.SEPARATE
 
 
 def set_damaged_file_aside(look: Look) -> None:

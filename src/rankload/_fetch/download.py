@@ -12,8 +12,9 @@ from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, write_record
 from rankload._checkpoint.open import check_structure
 from rankload._errors import DigestMismatchError, VerificationError
+from rankload._fetch.cached import is_anothers
 from rankload._fetch.partials.adoption import adopt_into, remove_dead_partials
-from rankload._fetch.partials.partial import Partial
+from rankload._fetch.partials.partial import Partial, SupersededError
 from rankload._fetch.receive import Received, Receiver
 from rankload._fetch.verify import check_digest, claims_of
 from rankload._settings import Settings
@@ -32,7 +33,7 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
         FetchError: no URL gave the bytes; the error is the last one's.
         VerificationError: the bytes are not what they should be. Nothing was published.
         CacheError: the directory cannot be written.
-        SupersededError: another process took this one for dead.
+        SupersededError: another process took this one for dead, or has published another URL's file of this name.
     """
     urls, failures = request.urls, Counter[str]()
     while True:
@@ -48,8 +49,11 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
                 urls = _next_urls(urls, received, failures, error)
                 continue
             status = partial.finish(received.size_bytes)
+            if is_anothers(entry, request):  # since the look, by a job that did not wait for the lease
+                raise SupersededError(str(entry.path))
             # Before the file: whoever sees the file must find out whose it is, or would adopt it as its own.
-            write_record(entry.record_path, _record(received, status, vouched_by))
+            if not write_record(entry.record_path, _record(received, status, vouched_by)):
+                _logger.warning("%s cannot be written: another URL of this name would get this file", entry.record_path)
             partial.publish()
         remove_dead_partials(entry, settings, now=status.st_mtime)
         return FetchedFile(entry.path, received.size_bytes, received.sha256, "download")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from rankload._cache.directory import make_directory
 from rankload._cache.layout import Entry, local_path_of
@@ -13,7 +14,7 @@ from rankload._errors import FetchError
 from rankload._fetch.cached import Look, file_version, look_up, set_damaged_file_aside, use_in_place
 from rankload._fetch.download import download
 from rankload._fetch.offline import offline_error
-from rankload._fetch.origins.sidecar import fetch_sidecar
+from rankload._fetch.origins.sidecar import fetch_sidecar, read_sidecar
 from rankload._fetch.partials.adoption import progress_of_partials
 from rankload._fetch.partials.partial import SupersededError
 from rankload._fetch.parts import with_parts
@@ -42,7 +43,7 @@ def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedF
 def _fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedFile:
     report(Progress("looking"))
     if (local_path := local_path_of(request.urls[0])) is not None:
-        return use_in_place(local_path, request, report)
+        return use_in_place(local_path, _with_sidecar_of(local_path, request), report)
     make_directory((request.directory / request.file_name).parent)
     entry = Entry(request.directory / request.file_name)
     while True:
@@ -51,7 +52,7 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
             return look.file
         entry = look.entry
         if request.offline:
-            raise offline_error(entry, request)
+            raise offline_error(entry, request, look.reason if look.version else "")
         # Before there is anything to see of it on disk: a leader that is killed now is known to have made the call.
         report(Progress("connecting"))
         if request.verify == "sidecar" and request.sha256 is None:
@@ -76,6 +77,13 @@ def _download_under_lease(look: Look, request: FetchRequest, report: Report, set
             set_damaged_file_aside(look)
             return download(request, entry, report, settings)
     return None
+
+
+def _with_sidecar_of(path: Path, request: FetchRequest) -> FetchRequest:
+    if request.verify != "sidecar" or request.sha256 is not None:
+        return request
+    claim = read_sidecar(path)
+    return replace(request, sha256=claim.sha256, sha256_source=claim.source)
 
 
 def _with_sidecar(request: FetchRequest, report: Report, settings: Settings) -> FetchRequest:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from rankload._cache.layout import Entry, file_name_of, redact
-from rankload._errors import OfflineError
+from rankload._errors import ArgumentError, OfflineError
 from rankload._types import FetchRequest
 
 #: For hf:// the variables that its users set already (huggingface_hub, transformers: "Offline mode").
@@ -22,11 +22,11 @@ def is_switched_off(url: str, environ: Mapping[str, str] = os.environ) -> bool:
     return any(environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _HUGGING_FACE_VARIABLES)
 
 
-def offline_error(entry: Entry, request: FetchRequest) -> OfflineError:
-    """Return the error, with the command that helps."""
+def offline_error(entry: Entry, request: FetchRequest, damage: str) -> OfflineError:
+    """Return the error, with the command that helps; where there is a file, with what is wrong with it."""
     url = redact(request.urls[0])
     words = ["rankload", "prefetch", url, "--model-dir", str(request.directory)]
-    if request.file_name != file_name_of(request.urls[0]):
+    if request.file_name != _usual_name(request.urls[0]):
         words += ["--file-name", request.file_name]
     if request.sha256 and request.sha256_source == "sha256":
         words += ["--sha256", request.sha256]
@@ -38,9 +38,17 @@ def offline_error(entry: Entry, request: FetchRequest) -> OfflineError:
         words += ["--verify", "sidecar"]
     secrets = [what for what, is_used in (("query", url != request.urls[0]), ("headers", request.headers)) if is_used]
     advice = f" (with the {' and '.join(secrets)} of this call)" if secrets else ""
+    why = f"{entry.path} cannot be used ({damage})" if damage else f"{entry.path} is not in the cache"
     return OfflineError(
-        f"{entry.path} is not in the cache, and offline mode forbids fetching {url}. On a node with internet access, "
+        f"{why}, and offline mode forbids fetching {url}. On a node with internet access, "
         f"run{advice}: {shlex.join(words)}",
         url=url,
         path=str(entry.path),
     )
+
+
+def _usual_name(url: str) -> str | None:
+    try:
+        return file_name_of(url)
+    except ArgumentError:  # it names no file: file_name= was passed
+        return None

@@ -8,8 +8,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rankload._cache.failures import reading
-from rankload._cache.layout import Entry, local_path_of
+from rankload._cache.layout import Entry, local_path_of, redact
+from rankload._errors import OfflineError
 from rankload._fetch.download import verify
+from rankload._fetch.offline import is_switched_off
 from rankload._fetch.partials.adoption import remove_dead_partials
 from rankload._fetch.partials.partial import Partial
 from rankload._fetch.receive import Receiver
@@ -26,6 +28,7 @@ def download_to(url: str, destination: Path, hash_prefix: str | None, *, progres
 
     Raises:
         FetchError, VerificationError, CacheError: see there. What was at the path stays.
+        OfflineError: RANKLOAD_OFFLINE is set, and it is no ``file://`` URL.
     """
     path = destination.expanduser().absolute()
     request = FetchRequest(
@@ -38,6 +41,8 @@ def download_to(url: str, destination: Path, hash_prefix: str | None, *, progres
     )
     entry, source = Entry(path), local_path_of(url)
     settings = Settings.from_environment()
+    if source is None and (settings.offline or is_switched_off(url)):
+        raise OfflineError(f"{redact(url)}: offline mode forbids fetching it", url=redact(url))
     with _cleaning_up_on_sigterm():
         remove_dead_partials(entry, settings, now=0.0)
         with Partial(entry, settings, request.digest, may_be_left=False) as partial:

@@ -85,7 +85,9 @@ def test_machine_differs_by_host_boot_and_fork(monkeypatch):
 def test_partials_of_one_entry(tmp_path):
     entry, longer = Entry(tmp_path / "file.bin"), Entry(tmp_path / "file.bin.old")
     ours = [own_path(entry), abandoned_path(entry)]
-    for path in (*ours, own_path(Entry(tmp_path / "other.bin"))):
+    for other in ("other.bin", "file.bin.new", "file.bin.index.json"):
+        own_path(Entry(tmp_path / other)).touch()
+    for path in ours:
         path.touch()
     entry.path.touch()
     assert sorted(partials_of(entry)) == sorted(ours) == sorted(siblings_of(entry))
@@ -98,6 +100,7 @@ def test_partials_of_a_directory_that_is_gone(tmp_path):
 
 def test_long_names_are_cut(tmp_path):
     entry = Entry(tmp_path / ("ü" * 120 + ".bin"))
-    path = own_path(entry)
+    path, others = own_path(entry), own_path(Entry(tmp_path / ("ü" * 120 + ".txt")))
     path.touch()
+    others.touch()
     assert len(path.name.encode()) < 240 and partials_of(entry) == [path]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import time
 from contextlib import closing
+from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+from rankload._cache.failures import reading
 from rankload._errors import FetchError
 from rankload._fetch.origins.choice import origin_for
 from rankload._fetch.origins.credentials import Headers
@@ -37,6 +39,18 @@ def fetch_sidecar(url: str, headers: Headers, report: Report, settings: Settings
                 pause = retries.pause_after(error)
             report(Progress("backoff"))
             time.sleep(pause)
+
+
+def read_sidecar(path: Path) -> Claim:
+    """Read the sidecar of a local file.
+
+    Raises:
+        CacheError: there is none.
+        FetchError: it holds no SHA-256, or not exactly one for this file.
+    """
+    sidecar = path.with_name(f"{path.name}.sha256")
+    with reading(sidecar), sidecar.open("rb") as file:
+        return _parsed(file.read(_MAX_BYTES), path.name, str(sidecar))
 
 
 def _content_of(origin: Origin) -> bytes:

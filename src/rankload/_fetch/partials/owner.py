@@ -13,7 +13,9 @@ from pathlib import Path
 
 from rankload._cache.layout import Entry
 
-_NAME = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}\.partial$")
+#: What follows the stem in the name of a partial file; its journal's goes on.
+_REST = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}\.partial")
+_NAME = re.compile(f"{_REST.pattern}$")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def siblings_of(entry: Entry) -> list[Path]:
         siblings = list(entry.path.parent.iterdir())
     except OSError:
         return []
-    return [path for path in siblings if path.name.startswith(f"{entry.partial_stem}.")]
+    stem = entry.partial_stem  # another entry's may begin so, too: model, and model.pth
+    return [path for path in siblings if path.name.startswith(stem) and _REST.match(path.name, len(stem))]
 
 
 def boot_id() -> str:

@@ -26,7 +26,7 @@ from rankload._settings import Settings
 
 
 class SupersededError(Exception):
-    """Somebody took this process for dead, and has removed its partial file: look into the cache again."""
+    """Somebody took this process for dead, or the file's name for another URL: look into the cache again."""
 
 
 class Partial:
