@@ -6,6 +6,7 @@ Every one has a default that is right for a large cluster. Set them alike on all
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -29,7 +30,7 @@ class Settings:
         visibility_seconds: how long a published file may stay invisible on another node. Linux NFS clients
             keep negative name entries for up to 60 s (``acdirmax``, nfs(5)).
         stall_seconds: a connection on which no byte comes for so long is given up, and the range asked for anew.
-        retries: how often a request is repeated when it fails and no byte has come meanwhile.
+        retries: how often a request is repeated when it fails and next to nothing (64 KiB) has come meanwhile.
         backoff_seconds: pause before the first repetition; it doubles with each.
         retry_after_seconds: longest pause that an origin can ask for with Retry-After.
         minimum_bytes_per_second: a connection that is slower over ``stall_seconds`` is given up as well; 0: any rate
@@ -99,14 +100,14 @@ def _parse(name: str, text: str) -> float | int | bool:
         raise ArgumentError(f"{variable(name)}={text!r}: expected 1 or 0")
     least = _LEAST.get(name, 1)
     if kind == "int":
-        if text.strip().isdecimal() and int(text) >= least:
+        if text.strip().isdecimal() and len(text) <= _MOST_DIGITS and int(text) >= least:
             return int(text)
         raise ArgumentError(f"{variable(name)}={text!r}: expected a whole number, at least {least}")
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 < value < float("inf"):
+    if not 0 < value <= threading.TIMEOUT_MAX:
         raise ArgumentError(f"{variable(name)}={text!r}: expected a positive number of seconds")
     return value
 
@@ -117,6 +118,8 @@ _PREFIX = "RANKLOAD_"
 _LIKENESS = 0.85
 
 _KINDS = {field.name: str(field.type) for field in fields(Settings)}
+
+_MOST_DIGITS = 18
 
 #: Whole numbers may be as small as this; 1 where it is not said.
 _LEAST = {"retries": 0, "minimum_bytes_per_second": 0}

@@ -86,7 +86,6 @@ class FetchRequest:
         scope: who shares one download.
         progress: show a progress bar on the downloading rank.
         offline: never open a socket.
-        force: fetch even when the cache has the file.
     """
 
     urls: tuple[str, ...] = field(repr=False)  # signed queries have no place in a log
@@ -101,7 +100,6 @@ class FetchRequest:
     scope: Scope = "auto"
     progress: bool = True
     offline: bool = False
-    force: bool = False
 
     @property
     def digest(self) -> str | None:

@@ -181,6 +181,12 @@ def test_plain_download_to_a_directory_that_is_not_there(origin, tmp_path):
         rankload.hub.download_url_to_file(origin.add("f", b"content"), str(tmp_path / "none" / "file.bin"))
 
 
+def test_plain_download_to_a_directory(origin, tmp_path):
+    with pytest.raises(rankload.CacheError, match="it is a directory"):
+        rankload.hub.download_url_to_file(origin.add("f", b"content"), str(tmp_path))
+    assert origin.request_count() == 0
+
+
 @pytest.mark.parametrize("prefix", [None, "ed7002b439e9ac84"])
 def test_plain_download_of_a_file_url(tmp_path, prefix):
     """torch.hub copies it."""

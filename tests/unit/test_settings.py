@@ -23,7 +23,7 @@ def test_every_number_can_be_set(name):
     assert sum(getattr(settings, field.name) != getattr(Settings(), field.name) for field in fields(Settings)) == 1
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "soon", "", "nan", "inf", "1 s"])
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "", "nan", "inf", "1 s", "1e10"])
 def test_number_that_cannot_be(text):
     with pytest.raises(ArgumentError) as caught:
         Settings.from_environment({"RANKLOAD_LEASE_SECONDS": text})
@@ -56,6 +56,11 @@ def test_whole_numbers_are_those_that_count_things():
 def test_every_whole_number_can_be_set(name):
     settings = Settings.from_environment({variable(name): " 7 "})
     assert getattr(settings, name) == 7 and type(getattr(settings, name)) is int
+
+
+def test_whole_number_that_is_too_long():
+    with pytest.raises(ArgumentError, match="RANKLOAD_STREAMS"):
+        Settings.from_environment({"RANKLOAD_STREAMS": "1" * 5000})
 
 
 @pytest.mark.parametrize("name", sorted(WHOLE))

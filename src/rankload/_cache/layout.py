@@ -123,16 +123,30 @@ def local_path_of(url: str) -> Path | None:
     """Return the path that a ``file://`` URL or a plain path means, ``~`` expanded; None for anything else.
 
     Raises:
-        ArgumentError: a file URL names another host.
+        ArgumentError: a file URL names another host; there is no such home directory; no path has zero bytes.
     """
     parts = urlsplit(url)
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):
             raise ArgumentError(f"{url}: a file URL cannot name another host; write file:///path")
-        return Path(unquote(parts.path))
+        return expanded(unquote(parts.path), is_url=True)
     if "://" in url:
         return None
-    return Path(url).expanduser().absolute()
+    return expanded(url).absolute()
+
+
+def expanded(path: str | os.PathLike[str], *, is_url: bool = False) -> Path:
+    """Return a user's path, with its ``~`` expanded; none in a URL.
+
+    Raises:
+        ArgumentError: there is no such home directory, or the path has a zero byte.
+    """
+    if "\0" in os.fspath(path):
+        raise ArgumentError(f"{os.fspath(path)!r}: a path cannot have a zero byte")
+    try:
+        return Path(path) if is_url else Path(path).expanduser()
+    except RuntimeError as error:
+        raise ArgumentError(f"{os.fspath(path)}: {error}") from None
 
 
 def redact(url: str) -> str:

@@ -58,7 +58,7 @@ def read_record(path: Path) -> Record | None:
         return _checked(Record(**{field.name: found[field.name] for field in fields(Record)}))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         _logger.warning("ignoring the unreadable record %s: %s", path, error)
         return None
 

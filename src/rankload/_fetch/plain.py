@@ -8,13 +8,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rankload._cache.failures import reading
-from rankload._cache.layout import Entry, local_path_of, redact
-from rankload._errors import OfflineError
+from rankload._cache.layout import Entry, expanded, local_path_of, redact
+from rankload._errors import CacheError, OfflineError
 from rankload._fetch.download import verify
 from rankload._fetch.offline import is_switched_off
 from rankload._fetch.partials.adoption import remove_dead_partials
 from rankload._fetch.partials.partial import Partial
 from rankload._fetch.receive import Receiver
+from rankload._fetch.request import checked_urls
 from rankload._fetch.verify import check_digest, claims_of
 from rankload._job.signals import TerminationAsException
 from rankload._settings import Settings
@@ -30,9 +31,11 @@ def download_to(url: str, destination: Path, hash_prefix: str | None, *, progres
         FetchError, VerificationError, CacheError: see there. What was at the path stays.
         OfflineError: RANKLOAD_OFFLINE is set, and it is no ``file://`` URL.
     """
-    path = destination.expanduser().absolute()
+    path = expanded(destination).absolute()
+    if path.is_dir():
+        raise CacheError(f"cannot write {path}: it is a directory; name a file in it", path=str(path))
     request = FetchRequest(
-        urls=(url,),
+        urls=checked_urls(url),
         directory=path.parent,
         file_name=path.name,
         hash_prefix=hash_prefix or None,

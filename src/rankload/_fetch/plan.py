@@ -44,8 +44,6 @@ def decide(request: FetchRequest, cached: Cached) -> Plan:
     status, record = cached.status, cached.record
     if status is None:
         return Plan(Action.DOWNLOAD, "not cached")
-    if request.force:
-        return Plan(Action.DOWNLOAD, "a fresh copy was asked for")
     if status.st_size == 0:
         return Plan(Action.DOWNLOAD, "the cached file is empty")
     if record is None and request.verify == "sidecar" and request.sha256 is None:

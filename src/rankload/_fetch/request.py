@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from rankload._cache.layout import (
     checked_file_name,
     checkpoints_directory,
+    expanded,
     file_name_of,
     hash_prefix_of,
     local_path_of,
@@ -50,7 +51,7 @@ def make_request(
     urls = checked_urls(url)
     local_path = local_path_of(urls[0])
     name = checked_file_name(file_name) if file_name else local_path.name if local_path else _name_for(urls[0])
-    directory = Path(model_dir).expanduser().absolute() if model_dir is not None else default_directory()
+    directory = expanded(model_dir).absolute() if model_dir is not None else default_directory()
     return FetchRequest(
         urls=urls,
         directory=directory,
@@ -168,7 +169,7 @@ def checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 def _checked_sha256(sha256: str | None) -> str | None:
     if sha256 is None:
         return None
-    digest = sha256.lower().removeprefix("sha256:")
+    digest = sha256.lower().removeprefix("sha256:") if isinstance(sha256, str) else ""
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise ArgumentError(
             f"sha256={sha256!r}: expected 64 hex digits; for a prefix in the file name there is check_hash=True"

@@ -30,3 +30,9 @@ def test_failure_to_write_leaves_nothing(tmp_path):
     (tmp_path / "r.json" / "full").touch()
     write_record(tmp_path / "r.json", RECORD)
     assert os.listdir(tmp_path) == ["r.json"]
+
+
+def test_record_that_is_nested_too_deep(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text("[" * 100_000)
+    assert read_record(path) is None

@@ -35,7 +35,6 @@ TABLE = [
     # the request, the file's status, its record, what to do, a word of the reason
     (request(), None, None, DOWNLOAD, "not cached"),
     (request(), None, record(), DOWNLOAD, "not cached"),
-    (request(force=True), status(), record(), DOWNLOAD, "fresh"),
     (request(), status(size=0), None, DOWNLOAD, "empty"),
     (request(), status(size=0), record(), DOWNLOAD, "empty"),
     (request(), status(), None, CHECK, "torch.hub"),

@@ -45,18 +45,22 @@ def test_an_error_about_a_url_shows_no_password_and_no_query(url: str | list[str
         ({"url": 5}, "url: expected a URL or a sequence of mirrors, got int"),
         ({"url": ["https://host/x.pth", None]}, "url: expected a URL or a sequence of mirrors, got NoneType"),
         ({"headers": "Authorization: Bearer hunter2"}, "headers: expected a mapping of names to values, got str"),
+        ({"sha256": b"0" * 64}, "sha256=.*: expected 64 hex digits"),
+        ({"url": "file:///a%00b.pth"}, "zero byte"),
+        ({"model_dir": "a\0b"}, "zero byte"),
+        ({"model_dir": "~nobody-of-this-name/cache"}, "~nobody-of-this-name/cache: "),
     ],
 )
-def test_arguments_of_other_types(arguments: Any, text: str) -> None:
-    given: Any = {"url": "https://host/x.pth", "headers": None, **arguments}
+def test_arguments_that_are_none(arguments: Any, text: str) -> None:
+    given: Any = {"url": "https://host/x.pth", "headers": None, "sha256": None, "model_dir": "cache", **arguments}
     with pytest.raises(ArgumentError, match=text):
         make_request(
             given["url"],
-            default_directory(),
+            given["model_dir"],
             check_hash=False,
             file_name=None,
             progress=False,
-            sha256=None,
+            sha256=given["sha256"],
             headers=given["headers"],
             scope="auto",
             verify="once",
