@@ -317,6 +317,30 @@ def test_ranks_that_want_other_tensors_than_the_source(tmp_path: Path) -> None:
         assert all(torch.equal(tensor, content[name]) for name, tensor in result.value.items())
 
 
+_TIMEOUT_SECONDS = 2
+_STILL_SECONDS = _TIMEOUT_SECONDS + 5  # after which others take a rank for stuck
+
+
+def _load_from_a_busy_source(rank: int, path: Path, directory: Path) -> dict[str, torch.Tensor]:
+    from rankload import dist_load_into
+
+    become_node(rank, directory)
+
+    def adapt(content: Any) -> Any:
+        while rank == 0 and time.thread_time() < _STILL_SECONDS + 2:
+            pass
+        return content
+
+    dist_load_into(module := nn.Linear(40, 40), path, delivery="broadcast", adapt=adapt, timeout=_TIMEOUT_SECONDS)
+    return module.state_dict()
+
+
+def test_source_that_computes_is_no_hung_network(tmp_path: Path) -> None:
+    torch.save(content := nn.Linear(40, 40).state_dict(), tmp_path / "linear.pth")
+    for result in run_ranks(_load_from_a_busy_source, 3, args=(tmp_path / "linear.pth", tmp_path)):
+        assert torch.equal(result.value["weight"], content["weight"])
+
+
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import Index
 from rankload._checkpoint.source import LocalSource
 from rankload._deliver.broadcast.memory_file import folder_of, make_memory_file, writable
-from rankload._deliver.broadcast.sending import ALL_KEY, LENGTH_BYTES
+from rankload._deliver.broadcast.sending import ALL_KEY, COMING_KEY, LENGTH_BYTES
 from rankload._deliver.broadcast.whole_file import receive_files
 from rankload._deliver.buckets import BUCKET_BYTES, Range, cut, is_kept, tensor_ranges
 from rankload._deliver.carrier import Carrier, Plan
@@ -35,15 +35,17 @@ class Receiving(Carrier):
 
     Args:
         relay: from the source, and on to others.
+        source: its rank.
         channel: of the call.
         settings: deadlines.
         closing: lets go of the headers.
     """
 
-    def __init__(self, relay: Relay, channel: RankChannel, settings: Settings, closing: ExitStack) -> None:
+    def __init__(self, relay: Relay, source: int, channel: RankChannel, settings: Settings, closing: ExitStack) -> None:
         self._relay, self._channel, self._limits = relay, channel, Limits.of(channel.identity, settings)
         self._index: Index | None = None
         self.path, self.delivery = None, "broadcast"
+        channel.wait_for(COMING_KEY, from_rank=source)
         header = json.loads(self._receive_bytes(int.from_bytes(self._receive_bytes(LENGTH_BYTES), "little")))
         self._ranges = _ranges(header.get("ranges", {}))
         self.files = self._receive(header, closing)

@@ -22,9 +22,13 @@ from rankload._deliver.transfers import Transfer
 from rankload._job.channel import RankChannel
 from rankload._job.relay.relay import BytesBlock, FileBlock, Relay
 from rankload._settings import Settings
+from rankload._types import Progress
 
 #: Of the length of the words that come first.
 LENGTH_BYTES = 8
+
+#: The source posts it when the words are on their way: before, it loads, which may take longer than a byte should.
+COMING_KEY = "broadcast/coming"
 
 #: A rank posts it that needs tensors which the source does not.
 ALL_KEY = "broadcast/all"
@@ -46,6 +50,7 @@ class Sending(Carrier):
         self._index: Index | None = None
         self._kept: dict[str, list[Range]] = {}
         self._ranges: dict[str, list[Range]] = {}
+        channel.report(Progress("loading"))  # in which effort counts
 
     def planned(self, plan: Plan) -> bool:
         """Send the headers: this rank has found that the checkpoint fits.
@@ -90,4 +95,5 @@ class Sending(Carrier):
 
     def _send_json(self, value: Any) -> None:
         text = json.dumps(value).encode()
+        self._channel.post(COMING_KEY, {})
         self._relay.send(BytesBlock(memoryview(len(text).to_bytes(LENGTH_BYTES, "little") + text)))
