@@ -52,7 +52,8 @@ def header_ranges(sizes: Mapping[str, int], tensors: Iterable[TensorEntry]) -> d
         sizes: of the files, in bytes.
         tensors: all of them.
     """
-    storages = {(entry.storage.file, entry.storage.offset): entry.storage for entry in tensors}.values()
+    # an empty one may begin where another does
+    storages = {(entry.file, entry.storage.offset): entry.storage for entry in tensors if entry.storage.length}.values()
     small = next(limit for limit in _SMALL_BYTES if not limit or _bytes_up_to(limit, storages) <= _ALL_SMALL_BYTES)
     left_out = defaultdict(list)
     for storage in storages:

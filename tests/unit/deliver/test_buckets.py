@@ -31,6 +31,12 @@ def test_headers_are_all_but_large_tensors() -> None:
     }
 
 
+def test_an_empty_tensor_puts_no_large_one_into_the_headers() -> None:
+    large, empty = entry("large", 100, 100 * K), entry("empty", 100, 0)
+    for tensors in ([large, empty], [empty, large]):
+        assert header_ranges({"a": 100 * K + 100}, tensors) == {"a": [(0, 100)]}
+
+
 @pytest.mark.parametrize(("size", "are_kept"), [(60 * K, False), (4 * K, True)])
 def test_many_small_tensors_are_too_much_for_the_headers(size: int, are_kept: bool) -> None:
     count = 2000
