@@ -29,7 +29,7 @@ class FileIndex:
         byte_order: of the elements; None where the file does not say. Then it is little, as far as is known.
         is_exact: apart from tensors and what is `Unbuilt`, the content is what torch.load would return: nothing in it
             was made simpler.
-        storages: all that the pickle of a zip archive mentions, in that order.
+        storages: all that the pickle mentions, in that order.
     """
 
     content: Any
@@ -49,6 +49,7 @@ class Index:
         byte_orders: of the elements, by file.
         metadata: the free-form texts of safetensors files.
         content: as saved, nested as it is, with entries in the place of tensors.
+        storages: all that there are, of tensors or not.
     """
 
     tensors: Mapping[str, TensorEntry]
@@ -56,6 +57,7 @@ class Index:
     byte_orders: Mapping[str, ByteOrder]
     metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     content: Any = None
+    storages: tuple[StorageEntry, ...] = ()
 
 
 def flatten(index: FileIndex, file: str) -> Index:
@@ -81,6 +83,7 @@ def flatten(index: FileIndex, file: str) -> Index:
         MappingProxyType(remainder),
         MappingProxyType({file: index.byte_order or "little"}),
         content=index.content,
+        storages=index.storages,
     )
 
 

@@ -90,7 +90,8 @@ class _Pickles:
         self._place(keys, machine.position)
         again = PickleMachine(self._head, BUILDERS, self._placed)
         again.position = begin
-        return FileIndex(again.next_pickle())
+        content = again.next_pickle()
+        return FileIndex(content, storages=tuple(storage for storage in self._storages.values() if storage.offset))
 
     def _place(self, keys: Any, position: int) -> None:
         if type(keys) is not list or not all(type(key) is str and key in self._storages for key in keys):

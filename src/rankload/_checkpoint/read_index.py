@@ -66,6 +66,7 @@ def _sharded(weight_map: dict[str, str], open_part: OpenPart, *, is_remote: bool
         _merged(part.byte_orders for part in parts.values()),
         _merged(part.metadata for part in parts.values()),
         content=dict(tensors),
+        storages=tuple(storage for part in parts.values() for storage in part.storages),
     )
 
 
@@ -86,4 +87,5 @@ def _of_header(header: safetensors.Header, file: str) -> Index:
         MappingProxyType({file: "little"}),
         MappingProxyType(header.metadata),
         content=dict(tensors),
+        storages=tuple(tensor.storage for tensor in tensors.values()),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rankload._checkpoint.entry import StorageEntry, TensorEntry
@@ -45,15 +45,13 @@ class Bucket:
         return self.end - self.begin
 
 
-def header_ranges(sizes: Mapping[str, int], tensors: Iterable[TensorEntry]) -> dict[str, list[Range]]:
-    """Return what is no tensor, by file: all that an index is read from; and tensors that are too small to matter.
+def header_ranges(sizes: Mapping[str, int], storages: Collection[StorageEntry]) -> dict[str, list[Range]]:
+    """Return what is in no storage, by file: all that an index is read from; and storages too small to matter.
 
     Args:
         sizes: of the files, in bytes.
-        tensors: all of them.
+        storages: all of them; those of objects that only torch.load builds, too, which nobody can build from headers.
     """
-    # an empty one may begin where another does
-    storages = {(entry.file, entry.storage.offset): entry.storage for entry in tensors if entry.storage.length}.values()
     small = next(limit for limit in _SMALL_BYTES if not limit or _bytes_up_to(limit, storages) <= _ALL_SMALL_BYTES)
     left_out = defaultdict(list)
     for storage in storages:

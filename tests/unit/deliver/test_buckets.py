@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rankload._checkpoint.entry import StorageEntry, TensorEntry
+from rankload._checkpoint.read_index import read_index
+from rankload._checkpoint.source import LocalSource, Source
 from rankload._deliver import buckets
 from rankload._deliver.buckets import Bucket, covers, cut, header_ranges, tensor_ranges
 
@@ -24,7 +29,7 @@ M = 1 << 20
 def test_headers_are_all_but_large_tensors() -> None:
     tensors = [entry("x", 100, 100 * K), entry("small", 100 * K + 100, 1 * K), entry("y", 200 * K, 100 * K, "b")]
     sizes = {"a": 200 * K, "b": 300 * K, "index": 50}
-    assert header_ranges(sizes, tensors) == {
+    assert header_ranges(sizes, [tensor.storage for tensor in tensors]) == {
         "a": [(0, 100), (100 * K + 100, 200 * K)],
         "b": [(0, 200 * K)],
         "index": [(0, 50)],
@@ -34,14 +39,60 @@ def test_headers_are_all_but_large_tensors() -> None:
 def test_an_empty_tensor_puts_no_large_one_into_the_headers() -> None:
     large, empty = entry("large", 100, 100 * K), entry("empty", 100, 0)
     for tensors in ([large, empty], [empty, large]):
-        assert header_ranges({"a": 100 * K + 100}, tensors) == {"a": [(0, 100)]}
+        assert header_ranges({"a": 100 * K + 100}, [tensor.storage for tensor in tensors]) == {"a": [(0, 100)]}
+
+
+def _parameter_with_state() -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(torch.ones(100 * K))
+    parameter.group = "slow"
+    return parameter
+
+
+_ODD = {
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(100 * K), 0.1, 0, torch.qint8),
+    "sparse": lambda: torch.sparse_coo_tensor(torch.arange(100 * K)[None], torch.ones(100 * K)),
+    "conjugated": lambda: torch.ones(100 * K, dtype=torch.complex64).conj(),
+    "storage": lambda: torch.ones(100 * K).untyped_storage(),
+    "parameter-with-state": _parameter_with_state,
+}
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("odd", _ODD)
+def test_the_bytes_of_what_is_no_plain_tensor_are_no_headers(tmp_path: Path, odd: str, is_zip: bool) -> None:
+    path = tmp_path / "checkpoint"
+    torch.save({"odd": _ODD[odd](), "weight": torch.ones(3)}, path, _use_new_zipfile_serialization=is_zip)
+    with path.open("rb") as file:
+        source = LocalSource(file.fileno())
+        index = read_index(source, "checkpoint", _no_part, is_remote=False)
+        kept = header_ranges({"checkpoint": source.size_bytes}, index.storages)["checkpoint"]
+        assert sum(end - begin for begin, end in kept) < 10 * K
+        received = bytearray(source.size_bytes)
+        for begin, end in kept:
+            received[begin:end] = source.read(end - begin, begin)
+    again = read_index(_Received(received), "checkpoint", _no_part, is_remote=False)
+    assert again.tensors == index.tensors and again.storages == index.storages
+
+
+def _no_part(name: str) -> Source:
+    raise AssertionError(f"one file, without {name}")
+
+
+class _Received:
+    """What has come of a file."""
+
+    def __init__(self, content: bytearray) -> None:
+        self.content, self.size_bytes = content, len(content)
+
+    def read(self, length: int, offset: int) -> bytes:
+        return bytes(self.content[offset : offset + length])
 
 
 @pytest.mark.parametrize(("size", "are_kept"), [(60 * K, False), (4 * K, True)])
 def test_many_small_tensors_are_too_much_for_the_headers(size: int, are_kept: bool) -> None:
     count = 2000
     tensors = [entry(str(number), number * size, size) for number in range(count)]
-    kept = header_ranges({"a": count * size}, tensors)["a"]
+    kept = header_ranges({"a": count * size}, [tensor.storage for tensor in tensors])["a"]
     assert (kept == [(0, count * size)]) == are_kept and (kept == []) == (not are_kept)
 
 

@@ -60,7 +60,7 @@ class Sending(Carrier):
         index = plan.index
         if index is not None:
             sizes = {file: self.files.source(file).size_bytes for file in self._file_names(index)}
-            self._kept = header_ranges(sizes, index.tensors.values())
+            self._kept = header_ranges(sizes, index.storages)
             if any(not is_kept(entry, self._kept) for entry in self.files.used):
                 index = None  # a hook, or extra state, has to see tensors, on every rank
         if index is None:
