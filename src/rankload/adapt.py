@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -161,13 +162,28 @@ def match_shapes(module: Any) -> Adapter:
 
 
 def to_dtype(dtype: Any) -> Adapter:
-    """Convert floating-point tensors to a ``torch.dtype``; integers, such as batch norm's counters, stay."""
+    """Convert floating-point tensors to a ``torch.dtype``; integers, such as batch norm's counters, stay.
+
+    A tensor under several names stays one; parameters stay parameters, and what requires gradients still does.
+    """
 
     def converted(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-        pairs = ((name, value.to(dtype) if _is_floating(value) else value) for name, value in state_dict.items())
-        return _like(state_dict, pairs)
+        floating = {id(value): value for value in state_dict.values() if _is_floating(value)}
+        made = {number: _converted(value, dtype) for number, value in floating.items()}
+        return _like(state_dict, ((name, made.get(id(value), value)) for name, value in state_dict.items()))
 
     return _lazy(converted)
+
+
+def _converted(value: Any, dtype: Any) -> Any:
+    """Return a tensor, or a stand-in for one, with another dtype; a leaf, or it would keep the old one alive."""
+    torch = sys.modules["torch"]  # a dtype is here; an import would have `rankload prefetch` import it
+    if value.dtype == dtype or not isinstance(value, torch.Tensor):
+        return value.to(dtype)
+    result = value.detach().to(dtype)
+    if isinstance(value, torch.nn.Parameter):
+        return torch.nn.Parameter(result, value.requires_grad)
+    return result.requires_grad_(value.requires_grad)
 
 
 def _renaming(new_name: Callable[[str], str]) -> Adapter:

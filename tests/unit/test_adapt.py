@@ -106,6 +106,17 @@ def test_to_dtype_leaves_integers(state_dict):
     assert state_dict["0.weight"].dtype == torch.float32
 
 
+def test_to_dtype_makes_leaves_and_keeps_ties(state_dict):
+    weight, frozen = torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.randn(3), requires_grad=False)
+    plain = torch.randn(3, requires_grad=True)
+    found = adapt.to_dtype(torch.float16)({"a": weight, "b": weight, "frozen": frozen, "plain": plain})
+    assert found["a"] is found["b"] and all(tensor.is_leaf for tensor in found.values())
+    assert [type(tensor) for tensor in found.values()] == [torch.nn.Parameter] * 3 + [torch.Tensor]
+    assert [tensor.requires_grad for tensor in found.values()] == [True, True, False, True]
+    assert torch.equal(found["a"], weight.half()) and found["plain"].dtype == torch.float16
+    assert adapt.to_dtype(torch.float32)({"a": weight})["a"] is weight
+
+
 def test_works_on_the_entries_of_an_opened_checkpoint(tmp_path, state_dict):
     torch.save({"model": torch.nn.DataParallel(model()).state_dict(), "epoch": 1}, tmp_path / "file")
     entries = rankload.open_checkpoint(tmp_path / "file").entries
