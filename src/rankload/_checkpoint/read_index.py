@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rankload._checkpoint import legacy, safetensors, torch_zip
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.entry import StorageEntry, TensorEntry, contiguous_stride
-from rankload._checkpoint.index import Index, flatten
+from rankload._checkpoint.index import FileIndex, Index, flatten
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.sharded import claims_to_be_json, read_weight_map
 from rankload._checkpoint.source import Source
@@ -55,17 +56,17 @@ def _one(source: Source, file: str, *, is_remote: bool) -> Index:
 def _sharded(weight_map: dict[str, str], open_part: OpenPart, *, is_remote: bool) -> Index:
     """Put the parts together, in the order of the weight map."""
     parts = {file: _one(open_part(file), file, is_remote=is_remote) for file in sorted(set(weight_map.values()))}
-    tensors: dict[str, TensorEntry] = {}
+    content: dict[str, Any] = {}
     for name, file in weight_map.items():
-        if name not in parts[file].tensors:
+        of_part = parts[file].content
+        if not isinstance(of_part, dict) or name not in of_part:
             raise BrokenFileError(f"index of a sharded checkpoint that says {name!r} is in {file}, where it is not")
-        tensors[name] = parts[file].tensors[name]
-    return Index(
-        MappingProxyType(tensors),
-        _merged(part.remainder for part in parts.values()),
-        _merged(part.byte_orders for part in parts.values()),
-        _merged(part.metadata for part in parts.values()),
-        content=dict(tensors),
+        value = of_part[name]
+        content[name] = value.named(name) if isinstance(value, TensorEntry) else value
+    return replace(
+        flatten(FileIndex(content), ""),
+        byte_orders=_merged(part.byte_orders for part in parts.values()),
+        metadata=_merged(part.metadata for part in parts.values()),
         storages=tuple(storage for part in parts.values() for storage in part.storages),
     )
 

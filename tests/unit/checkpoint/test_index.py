@@ -151,6 +151,22 @@ def test_hugging_face_index_of_several_files(tmp_path, write, suffix):
         assert checkpoint.size_bytes == 48
 
 
+def test_several_files_with_what_is_no_plain_tensor(tmp_path):
+    quantised = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    torch.save({"w": torch.ones(2), "q": quantised, "epoch": 3, "nested": {"t": torch.zeros(1)}}, tmp_path / "one.bin")
+    index = tmp_path / "model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(["q", "epoch", "w", "nested"], "one.bin")}))
+    assert [*rankload.load(index)] == ["q", "epoch", "w", "nested"]
+    with rankload.open_checkpoint(index) as checkpoint:
+        assert [*checkpoint] == ["w", "nested.t"] and checkpoint["nested.t"].tolist() == [0.0]
+        assert checkpoint.remainder["epoch"] == 3 and isinstance(checkpoint.remainder["q"], Unbuilt)
+    module = torch.nn.Module()
+    module.register_buffer("w", torch.zeros(2))
+    module.register_buffer("q", torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8))
+    rankload.dist_load_into(module, index, strict=False)
+    assert torch.equal(module.w, torch.ones(2)) and torch.equal(module.q.dequantize(), quantised.dequantize())
+
+
 @pytest.mark.parametrize(
     "text",
     [
