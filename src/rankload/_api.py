@@ -125,8 +125,8 @@ def dist_load_state_dict_from_url(
         chosen, source = agree_on_delivery(channel, agreed_arguments(request, "load"), delivery, src, group)
         path = fetch_for(chosen, request, channel, settings, source)
         with ExitStack() as closing:
-            path = _delivered(chosen, path, source, channel, settings, closing)
-            state_dict = _read(path, map_location, channel, group, settings, weights_only, mmap)
+            path, shown = _delivered(chosen, path, source, channel, settings, closing)
+            state_dict = _read(path, shown, map_location, channel, group, settings, weights_only, mmap)
         return adapter(state_dict)  # type: ignore[no-any-return]
 
 
@@ -184,7 +184,7 @@ def load_in_this_process(
     """
     path = fetch_in_this_process(url, model_dir, progress=progress, check_hash=check_hash, file_name=file_name)
     channel = LoneChannel(identity_from_environment())
-    return _read(path, map_location, channel, None, Settings.from_environment(), weights_only, None)
+    return _read(path, str(path), map_location, channel, None, Settings.from_environment(), weights_only, None)
 
 
 def fetch_in_this_process(
@@ -225,8 +225,8 @@ def _delivered(
     channel: LoneChannel | RankChannel,
     settings: Settings,
     closing: ExitStack,
-) -> Path:
-    """Return where this rank is to load from. Collective."""
+) -> tuple[Path, str]:
+    """Return where this rank is to load from, and what messages call it. Collective."""
     from rankload._deliver.broadcast.whole_file import broadcast_files  # imports torch
     from rankload._deliver.parts import all_files
     from rankload._deliver.read_ahead import read_ahead
@@ -237,11 +237,12 @@ def _delivered(
     assert path is not None
     _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", channel.identity.rank)
     read_ahead(all_files(path), channel, settings.progress_seconds)
-    return path
+    return path, str(path)
 
 
 def _read(
     path: Path,
+    shown: str,
     map_location: MapLocation,
     channel: LoneChannel | RankChannel,
     group: ProcessGroup | None,
@@ -260,6 +261,7 @@ def _read(
         mmap=mmap,
         limits=Limits.of(channel.identity, settings),
         look=lambda: channel.report(Progress("loading")),
+        shown=shown,
     )
 
 

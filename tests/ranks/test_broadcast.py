@@ -365,6 +365,28 @@ def test_one_rank_whose_module_differs_keeps_all_from_writing(tmp_path: Path) ->
         assert "blocks.1.up.weight" in text and "rank 2" in text and is_untouched
 
 
+def _refuse_on_a_receiver(rank: int, path: Path, directory: Path, is_module: bool) -> tuple[str, str]:
+    from rankload import UnsafePickleError, dist_load_into, dist_load_state_dict_from_url
+
+    become_node(rank, directory)
+    options = {"delivery": "broadcast", "weights_only": rank == 1, "adapt": dict}
+    with pytest.raises(UnsafePickleError) as caught:
+        if is_module:
+            dist_load_into(nn.Linear(4, 4), path, strict=False, **options)
+        else:
+            dist_load_state_dict_from_url(path, **options)
+    return str(caught.value), caught.value.fields["path"]
+
+
+@pytest.mark.parametrize("is_module", [True, False])
+def test_receivers_name_the_sources_file(tmp_path: Path, is_module: bool) -> None:
+    path = tmp_path / "linear.pth"
+    torch.save({**nn.Linear(4, 4).state_dict(), "path": path}, path)
+    for result in run_ranks(_refuse_on_a_receiver, 2, args=(path, tmp_path, is_module)):
+        text, field = result.value
+        assert text.startswith(f"{path}: ") and field == str(path) and "[rank 1 " in text
+
+
 _MEGABYTES = 40
 
 

@@ -115,7 +115,7 @@ def _load(content: bytes, directory: Path) -> str:
     path = directory / "loaded.pth"
     path.write_bytes(content)
     try:
-        found = PlainCheckpoint(path).build(restore_of(lambda storage, tag: storage))
+        found = PlainCheckpoint(path, str(path)).build(restore_of(lambda storage, tag: storage))
     except (BrokenFileError, NotUnderstoodError):
         return "left to torch"
     try:

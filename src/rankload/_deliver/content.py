@@ -97,7 +97,7 @@ def open_content(
 
 def _read_index(files: CheckpointFiles) -> Index | None:
     """Return None where there is no index."""
-    with translated(files.path):
+    with translated(files.path, files.shown):
         try:
             return read_index(files.source(files.name), files.name, files.source, is_remote=False)
         except NotUnderstoodError as error:

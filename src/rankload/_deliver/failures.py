@@ -19,10 +19,14 @@ _TRUST = "Pass weights_only=False only if you trust where the file comes from: i
 
 
 @contextlib.contextmanager
-def translated(path: Path) -> Iterator[None]:
+def translated(path: Path, shown: str | None = None) -> Iterator[None]:
     """Raise what goes wrong inside as LoadError or UnsafePickleError, with torch's own text as the cause.
 
     Where there is no file, it is MissingFileError.
+
+    Args:
+        path: of the file.
+        shown: what messages call it; default: its path.
     """
     try:
         yield
@@ -33,30 +37,30 @@ def translated(path: Path) -> Iterator[None]:
         raise MissingFileError(f"cannot read {missing}: no such file", path=str(missing), errno=error.errno) from error
     except Exception as error:
         error.args = tuple(_plain(argument) for argument in error.args)
-        raise _translate(error, path) from error
+        raise _translate(error, path, shown or str(path)) from error
 
 
-def _translate(error: Exception, path: Path) -> LoadError:
+def _translate(error: Exception, path: Path, shown: str) -> LoadError:
     text = str(error) or type(error).__name__
-    facts = {"path": str(path), "size_bytes": _size_bytes(path)}
+    facts = {"path": shown, "size_bytes": _size_bytes(path)}
     if isinstance(error, BrokenFileError):
-        return LoadError(f"{path}: {text}", **facts)
+        return LoadError(f"{shown}: {text}", **facts)
     if refused := _REFUSED_GLOBAL.search(text):
         name = refused[1]
         return UnsafePickleError(
-            f"{path}: weights_only=True refused the file, which wants to use {name}. If that is harmless, allow it "
+            f"{shown}: weights_only=True refused the file, which wants to use {name}. If that is harmless, allow it "
             f"with torch.serialization.add_safe_globals([{name}]). {_TRUST}",
             **facts,
             refused=name,
         )
     if _REFUSED_FORMAT in text:
-        return UnsafePickleError(f"{path}: weights_only=True cannot load {_describe(path)}. {_TRUST}", **facts)
+        return UnsafePickleError(f"{shown}: weights_only=True cannot load {_describe(path)}. {_TRUST}", **facts)
     if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in text:
-        return UnsafePickleError(f"{path}: weights_only=True refused the file: {_core(text)}. {_TRUST}", **facts)
+        return UnsafePickleError(f"{shown}: weights_only=True refused the file: {_core(text)}. {_TRUST}", **facts)
     if isinstance(error, MemoryError):
-        return LoadError(f"{path}: not enough memory to load {facts['size_bytes']} bytes ({text})", **facts)
+        return LoadError(f"{shown}: not enough memory to load {facts['size_bytes']} bytes ({text})", **facts)
     what = _describe(path) + ("" if facts["size_bytes"] is None else f" of {facts['size_bytes']} bytes")
-    return LoadError(f"{path}: torch could not load {what}: {type(error).__name__}: {text}", **facts)
+    return LoadError(f"{shown}: torch could not load {what}: {type(error).__name__}: {text}", **facts)
 
 
 def _plain(argument: object) -> object:

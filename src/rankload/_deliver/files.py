@@ -82,7 +82,7 @@ class CheckpointFiles:
 
     def load(self, *, weights_only: bool, mmap: bool | None) -> Any:
         """Load the whole checkpoint on the CPU, as torch.load does."""
-        return read_checkpoint(self.path, "cpu", weights_only=weights_only, mmap=mmap)
+        return read_checkpoint(self.path, "cpu", weights_only=weights_only, mmap=mmap, shown=self.shown)
 
     def _close(self) -> None:
         self._is_closed = True

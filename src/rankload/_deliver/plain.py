@@ -36,6 +36,7 @@ class PlainCheckpoint:
 
     Args:
         path: the file.
+        shown: what messages call it.
 
     Raises (the constructor):
         NotUnderstoodError: it is none, or its tensors cannot be mapped: torch.load knows what to do.
@@ -43,8 +44,8 @@ class PlainCheckpoint:
         OSError: it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._shown = str(path)
+    def __init__(self, path: Path, shown: str) -> None:
+        self._shown = shown
         with path.open("rb", buffering=0) as file:
             source = LocalSource(file.fileno())
             if source.read(len(LOCAL_SIGNATURE), 0) != LOCAL_SIGNATURE:

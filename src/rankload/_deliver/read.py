@@ -45,6 +45,7 @@ def read_checkpoint(
     mmap: bool | None = None,
     limits: Limits | None = None,
     look: Callable[[], None] = lambda: None,
+    shown: str | None = None,
     **torch_load_arguments: Any,
 ) -> Any:
     """Load a checkpoint; equal to ``torch.load`` of it. Not collective.
@@ -57,6 +58,7 @@ def read_checkpoint(
             copies, for files that may be truncated or rewritten while they are in use.
         limits: how many threads read what goes to an accelerator, and how long a file may not answer them.
         look: called now and then while they wait for a file; raises what ends the wait.
+        shown: what messages call the file; default: its path.
         **torch_load_arguments: passed on (``pickle_module``, ``encoding``, …).
 
     Raises:
@@ -65,9 +67,9 @@ def read_checkpoint(
     """
     path = Path(path)
     limits = limits or Limits.of(identity_from_environment(), Settings.from_environment())
-    options = _Options(weights_only, mmap, limits, look, torch_load_arguments)
+    options = _Options(weights_only, mmap, limits, look, shown or str(path), torch_load_arguments)
 
-    with translated(path):
+    with translated(path, shown):
         return reopening(lambda: _read(path, map_location, options))
 
 
@@ -79,6 +81,7 @@ class _Options:
     mmap: bool | None
     limits: Limits
     look: Callable[[], None]
+    shown: str
     torch_load_arguments: dict[str, Any]
 
     def may_be_built(self, map_location: Any) -> bool:
@@ -88,8 +91,8 @@ class _Options:
 
 
 def _read(path: Path, map_location: Any, options: _Options, *, is_member: bool = False) -> Any:
-    if options.may_be_built(map_location) and (plain := _open_plain(path)) is not None:
-        with _restoring(path, map_location, options, may_be_late=True) as restore:
+    if options.may_be_built(map_location) and (plain := _open_plain(path, options.shown)) is not None:
+        with _restoring(map_location, options, may_be_late=True) as restore:
             return plain.build(restore)
     file_format = sniff(path)
     if file_format not in CHECKPOINT_FORMATS:
@@ -104,8 +107,8 @@ def _read(path: Path, map_location: Any, options: _Options, *, is_member: bool =
         return _read_parts(path, map_location, options)
     if file_format == "safetensors":
         is_mapped = options.mmap is not False
-        with _restoring(path, map_location, options, may_be_late=is_mapped) as restore:
-            return read_safetensors(path, restore, mmap=is_mapped)
+        with _restoring(map_location, options, may_be_late=is_mapped) as restore:
+            return read_safetensors(path, restore, mmap=is_mapped, shown=options.shown)
     is_mapped = options.mmap is not False and _is_mappable(path, file_format, explicitly=options.mmap is True)
     with _unsuffixed(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
         return torch.load(
@@ -113,24 +116,24 @@ def _read(path: Path, map_location: Any, options: _Options, *, is_member: bool =
         )
 
 
-def _open_plain(path: Path) -> PlainCheckpoint | None:
+def _open_plain(path: Path, shown: str) -> PlainCheckpoint | None:
     """Open one of torch's zip format, mapped; None for everything else, and for what is broken, which is told later."""
     try:
-        return PlainCheckpoint(path)
+        return PlainCheckpoint(path, shown)
     except (NotUnderstoodError, BrokenFileError) as reason:
         logger.debug("%s is not built from an index: %s", path, reason)
         return None
 
 
 @contextlib.contextmanager
-def _restoring(path: Path, map_location: Any, options: _Options, *, may_be_late: bool) -> Iterator[Restore]:
+def _restoring(map_location: Any, options: _Options, *, may_be_late: bool) -> Iterator[Restore]:
     """Give what puts storages where they belong; those on accelerators are filled behind the block, if they may be."""
     if not may_be_late or not goes_by_tags(map_location):  # a function may look at what it gets and returns
         yield restore_of(map_location)
         return
     late = LateStorages(map_location)
     yield late
-    late.fill(options.limits, options.look, str(path))
+    late.fill(options.limits, options.look, options.shown)
 
 
 def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, Any]:
@@ -148,6 +151,7 @@ def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, A
             mmap=options.mmap,
             limits=options.limits,
             look=options.look,
+            shown=str(Path(options.shown).parent / name),
             **options.torch_load_arguments,
         )
         for name, part in paths.items()

@@ -24,13 +24,14 @@ _DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
 _TAG = "cpu"
 
 
-def read_safetensors(path: Path, restore: Restore, *, mmap: bool) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path, restore: Restore, *, mmap: bool, shown: str) -> dict[str, torch.Tensor]:
     """Return the tensors by name, in the order in which they lie in the file.
 
     Args:
         path: the file.
         restore: puts storages where they belong, as if they had been saved on the CPU.
         mmap: views of a private mapping; otherwise private copies.
+        shown: what messages call the file.
 
     Raises:
         BrokenFileError: the header does not fit the file.
@@ -39,7 +40,7 @@ def read_safetensors(path: Path, restore: Restore, *, mmap: bool) -> dict[str, t
     with path.open("rb", buffering=0) as file:
         source = LocalSource(file.fileno())
         header = read_header(source)
-        _check_dtypes(path, header)
+        _check_dtypes(shown, header)
         if mmap:
             name = f"/dev/fd/{file.fileno()}"  # the file that was read, whatever its name stands for by now
             whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(name, False, source.size_bytes))
@@ -47,13 +48,13 @@ def read_safetensors(path: Path, restore: Restore, *, mmap: bool) -> dict[str, t
         return {entry.name: _tensor(entry, restore(_copy(source, entry), _TAG)) for entry in header.tensors}
 
 
-def _check_dtypes(path: Path, header: Header) -> None:
+def _check_dtypes(shown: str, header: Header) -> None:
     for entry in header.tensors:
         if entry.dtype not in _DTYPES:
             raise LoadError(
-                f"{path}: tensor {entry.name!r} has the dtype {entry.dtype!r}, which torch {torch.__version__} "
+                f"{shown}: tensor {entry.name!r} has the dtype {entry.dtype!r}, which torch {torch.__version__} "
                 "does not have",
-                path=str(path),
+                path=shown,
                 tensor=entry.name,
                 dtype=entry.dtype,
             )

@@ -25,8 +25,10 @@ from rankload._settings import Settings
 
 def broadcast_files(
     path: Path | None, source: int, channel: RankChannel, settings: Settings, closing: ExitStack
-) -> Path:
+) -> tuple[Path, str]:
     """Return where this rank finds the source's checkpoint: on disk, or what has come of it in memory. Collective.
+
+    And where it is at the source, for messages.
 
     Ranks under the source's kernel that can open its files use these; of the others one for each node receives the
     bytes, and the rest of the node opens its memory.
@@ -51,10 +53,10 @@ def broadcast_files(
             assert memory is not None
             receive_files(relay, memory.descriptors, sizes)
     if here is not None:
-        return here
+        return here, str(here)
     assert memory is not None
     memory.tell_or_wait(channel)
-    return folder_of(memory.descriptors, closing) / next(iter(sizes))
+    return folder_of(memory.descriptors, closing) / next(iter(sizes)), announced["path"]
 
 
 def announce(path: Path | None, source: int, channel: RankChannel) -> dict[str, Any]:
