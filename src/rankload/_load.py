@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 from rankload._cache.layout import local_path_of, redact
+from rankload._checkpoint.broken import BrokenFileError
+from rankload._checkpoint.open import Format, describe, sniff
 from rankload._deliver.failures import translated
 from rankload._deliver.read import read_checkpoint
 from rankload._errors import ArgumentError
@@ -17,6 +24,13 @@ from rankload._job.environment import identity_from_environment
 
 if TYPE_CHECKING:
     from rankload._api import MapLocation
+
+_HEAD_BYTES = 1024
+
+#: What the first bytes may look like of what torch.load loads from open files.
+_FORMATS_OF_TORCH: frozenset[Format] = frozenset(
+    {"torch_zip", "torchscript", "single_member_zip", "zip", "legacy", "legacy_tar", "tar"}
+)
 
 
 def load(
@@ -34,7 +48,8 @@ def load(
     wrong is an error that names the file.
 
     Args:
-        f: a path, a file URL, or an open binary file, such as a ``BytesIO``, that can seek.
+        f: a path, a file URL, or an open binary file, such as a ``BytesIO``, that can seek; it is read from where it
+            stands. Of safetensors files a temporary copy is made.
         map_location: any form that torch.load takes.
         weights_only: refuse whatever is not tensors and plain containers.
         mmap: map the file; default: wherever its format allows. Not for open files.
@@ -55,5 +70,35 @@ def load(
         return read_checkpoint(path, target, weights_only=weights_only, mmap=mmap, **torch_load_arguments)
     if mmap:
         raise ArgumentError("load(…, mmap=True): an open file cannot be mapped; give its path")
-    with translated(Path(str(getattr(f, "name", "an open file")))):
+    shown = str(getattr(f, "name", "an open file"))
+    with translated(Path(shown)):
+        if (head := _head(f)) is not None:
+            with _copied(io.BytesIO(head)) as path:
+                file_format, got = sniff(path), describe(path)
+            if file_format == "safetensors":
+                with _copied(f) as path:
+                    return read_checkpoint(path, target, weights_only=weights_only, mmap=mmap, shown=shown)
+            if file_format not in _FORMATS_OF_TORCH:
+                # torch.load would take it for a pickle, and talk of weights_only
+                raise BrokenFileError(f"expected a checkpoint, got {got}")
         return torch.load(f, target, weights_only=weights_only, **torch_load_arguments)
+
+
+def _head(f: IO[bytes]) -> bytes | None:
+    """Return a file's first bytes from where it stands, and leave it there; None if it cannot do that."""
+    try:
+        position = f.tell()
+        head = f.read(_HEAD_BYTES)
+        f.seek(position)
+    except (AttributeError, OSError):
+        return None
+    return head if isinstance(head, bytes) else None
+
+
+@contextmanager
+def _copied(f: IO[bytes]) -> Iterator[Path]:
+    """Give the rest of a file a path."""
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(f, copy, length=1 << 20)
+        copy.flush()
+        yield Path(f"/dev/fd/{copy.fileno()}")

@@ -32,6 +32,34 @@ def test_open_files(tmp_path, is_zip):
         checkpoints.assert_same(rankload.load(file), saved)
 
 
+def test_open_files_of_safetensors(tmp_path):
+    formats.write_safetensors(tmp_path / "file")
+    content = b"before" + (tmp_path / "file").read_bytes()
+    for mmap in (None, False):
+        (file := io.BytesIO(content)).seek(6)
+        found = rankload.load(file, {"cpu": "meta"} if mmap is None else None, mmap=mmap)
+        assert {tensor.device.type for tensor in found.values()} == {"meta" if mmap is None else "cpu"}
+    assert found["weight"].tolist() == [[0, 1, 2], [3, 4, 5]] and found["steps"] == 7
+    with (tmp_path / "file").open("rb") as file:
+        assert rankload.load(file)["steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (b"<html>no such model</html>", "text that begins '<html>"),
+        (b"", "an empty file"),
+        (b"GGUF\1\2\xff", "GGUF"),
+        (pickle.dumps({}), "plain pickle"),
+    ],
+)
+def test_open_files_that_are_no_checkpoints(content, got):
+    file = io.BytesIO(content)
+    with pytest.raises(rankload.LoadError, match=got) as caught:
+        rankload.load(file)
+    assert "trust" not in str(caught.value) and file.tell() == 0
+
+
 def test_arguments_of_torch_load(tmp_path):
     torch.save({"weight": torch.ones(1)}, tmp_path / "file", _use_new_zipfile_serialization=False)
     names = []
