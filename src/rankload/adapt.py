@@ -7,7 +7,7 @@
 
 Each maps a dict to a new one and leaves the old one as it is; no tensor is copied but by `to_dtype`. They work on any
 dict of tensors, on the ``entries`` of an opened checkpoint (all but `to_dtype`), and on state dicts whose ``_metadata``
-has to follow the names. None is collective.
+has to follow the names; keys that are no names stay. None is collective.
 """
 
 from __future__ import annotations
@@ -71,6 +71,17 @@ def _lazy(adapter: Adapter) -> Adapter:
     return adapter
 
 
+def _of_dicts(name: str, adapter: Adapter) -> Adapter:
+    """Return an adapter that gets dicts only, with the name that messages call it."""
+
+    def checked(checkpoint: Any) -> Any:
+        if not isinstance(checkpoint, Mapping):
+            raise LoadError(f"{name}: the checkpoint is no dict but a {type(checkpoint).__name__}")
+        return adapter(checkpoint)
+
+    return _lazy(checked)
+
+
 def unwrap(key: str = "auto") -> Adapter:
     """Take the state dict out of a training checkpoint.
 
@@ -83,9 +94,7 @@ def unwrap(key: str = "auto") -> Adapter:
         LoadError: there is none; the message tells the keys that there are.
     """
 
-    def unwrapped(checkpoint: Any) -> Any:
-        if not isinstance(checkpoint, Mapping):
-            raise LoadError(f"unwrap({key!r}): the checkpoint is no dict but a {type(checkpoint).__name__}")
+    def unwrapped(checkpoint: Mapping[str, Any]) -> Any:
         for candidate in _WRAPPERS if key == "auto" else (key,):
             inner = checkpoint.get(candidate)
             if isinstance(inner, Mapping):
@@ -99,7 +108,7 @@ def unwrap(key: str = "auto") -> Adapter:
         keys = ", ".join(repr(name) for name in list(checkpoint)[:_MOST_SHOWN])
         raise LoadError(f"unwrap({key!r}): no state dict is there; the checkpoint has {keys or 'nothing'}")
 
-    return _lazy(unwrapped)
+    return _of_dicts(f"unwrap({key!r})", unwrapped)
 
 
 def strip_prefix(*prefixes: str) -> Adapter:
@@ -110,30 +119,34 @@ def strip_prefix(*prefixes: str) -> Adapter:
             name = name.removeprefix(prefix)
         return name
 
-    return _renaming(stripped)
+    return _renaming("strip_prefix", stripped)
 
 
 def add_prefix(prefix: str) -> Adapter:
     """Put a prefix before every name."""
-    return _renaming(lambda name: prefix + name)
+    return _renaming("add_prefix", lambda name: prefix + name)
 
 
 def rename(pattern: str, replacement: str) -> Adapter:
     r"""Replace a regular expression in every name, as `re.sub` does: ``rename(r"^backbone\.", "encoder.")``."""
     compiled = _compiled(pattern)
-    return _renaming(lambda name: compiled.sub(replacement, name))
+    try:
+        compiled.sub(replacement, "")
+    except (re.error, IndexError, TypeError) as error:
+        raise ArgumentError(f"rename({pattern!r}, {replacement!r}): no replacement: {error}") from None
+    return _renaming("rename", lambda name: compiled.sub(replacement, name))
 
 
 def drop(*patterns: str) -> Adapter:
     r"""Leave out the tensors in whose names one of the regular expressions is found: ``drop(r"^head\.")``."""
     compiled = [_compiled(pattern) for pattern in patterns]
-    return _filtering(lambda name, _: not any(pattern.search(name) for pattern in compiled))
+    return _filtering("drop", lambda name: not any(pattern.search(name) for pattern in compiled))
 
 
 def keep(*patterns: str) -> Adapter:
     """Leave out all tensors but those in whose names one of the regular expressions is found."""
     compiled = [_compiled(pattern) for pattern in patterns]
-    return _filtering(lambda name, _: any(pattern.search(name) for pattern in compiled))
+    return _filtering("keep", lambda name: any(pattern.search(name) for pattern in compiled))
 
 
 def match_shapes(module: Any) -> Adapter:
@@ -158,7 +171,7 @@ def match_shapes(module: Any) -> Adapter:
             _logger.warning("left out for their shapes: %s%s", "; ".join([*unfit.values()][:_MOST_SHOWN]), more)
         return _kept(state_dict, (name for name in state_dict if name not in unfit))
 
-    return _lazy(matched)
+    return _of_dicts("match_shapes", matched)
 
 
 def to_dtype(dtype: Any) -> Adapter:
@@ -172,7 +185,7 @@ def to_dtype(dtype: Any) -> Adapter:
         made = {number: _converted(value, dtype) for number, value in floating.items()}
         return _like(state_dict, ((name, made.get(id(value), value)) for name, value in state_dict.items()))
 
-    return _lazy(converted)
+    return _of_dicts("to_dtype", converted)
 
 
 def _converted(value: Any, dtype: Any) -> Any:
@@ -186,7 +199,10 @@ def _converted(value: Any, dtype: Any) -> Any:
     return result.requires_grad_(value.requires_grad)
 
 
-def _renaming(new_name: Callable[[str], str]) -> Adapter:
+def _renaming(what: str, rename_one: Callable[[str], str]) -> Adapter:
+    def new_name(name: Any) -> Any:
+        return rename_one(name) if isinstance(name, str) else name
+
     def renamed(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         sources: dict[str, str] = {}
         for name in state_dict:
@@ -200,14 +216,14 @@ def _renaming(new_name: Callable[[str], str]) -> Adapter:
             result._metadata = _like(metadata, pairs)  # type: ignore[attr-defined]
         return result
 
-    return _lazy(renamed)
+    return _of_dicts(what, renamed)
 
 
-def _filtering(is_wanted: Callable[[str, Any], bool]) -> Adapter:
+def _filtering(what: str, is_wanted: Callable[[str], bool]) -> Adapter:
     def filtered(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-        return _kept(state_dict, (name for name, value in state_dict.items() if is_wanted(name, value)))
+        return _kept(state_dict, (name for name in state_dict if not isinstance(name, str) or is_wanted(name)))
 
-    return _lazy(filtered)
+    return _of_dicts(what, filtered)
 
 
 def _kept(state_dict: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:

@@ -100,6 +100,31 @@ def test_match_shapes_on_meta(state_dict):
     assert dict(adapt.match_shapes(target)(state_dict)) == dict(state_dict)
 
 
+ADAPTERS = {
+    "unwrap": adapt.unwrap(),
+    "strip_prefix": adapt.strip_prefix("module."),
+    "add_prefix": adapt.add_prefix("module."),
+    "rename": adapt.rename("a", "b"),
+    "drop": adapt.drop("a"),
+    "keep": adapt.keep("a"),
+    "match_shapes": adapt.match_shapes({}),
+    "to_dtype": adapt.to_dtype(torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_what_is_no_dict_and_keys_that_are_no_names(name):
+    with pytest.raises(rankload.LoadError, match=rf"^{name}.*no dict but a list"):
+        ADAPTERS[name]([torch.ones(1)])
+    assert ADAPTERS[name]({0: (step := torch.tensor(1)), "a": torch.ones(1)})[0] is step
+
+
+@pytest.mark.parametrize(("pattern", "replacement"), [("a", r"\2"), ("a", r"\g<name>"), ("a", "\\"), ("a", None)])
+def test_rename_with_a_wrong_replacement(pattern, replacement):
+    with pytest.raises(rankload.ArgumentError, match="rename"):
+        adapt.rename(pattern, replacement)
+
+
 def test_to_dtype_leaves_integers(state_dict):
     found = adapt.to_dtype(torch.bfloat16)(state_dict)
     assert found["0.weight"].dtype == torch.bfloat16 and found["1.num_batches_tracked"].dtype == torch.int64
