@@ -138,17 +138,33 @@ def _state_dict(found: Any, shown: str, assignments: list[Assignment]) -> Ordere
     return content
 
 
-def _replaced(content: Any, stand_in: Callable[[Any], Any], metadata: Any = None) -> Any:
-    """Return nested content with other leaves; state dicts keep their module versions."""
-    if type(content) is OrderedDict:
-        result = OrderedDict((name, _replaced(value, stand_in)) for name, value in content.items())
-        if (metadata := getattr(content, "_metadata", metadata)) is not None:
-            result._metadata = metadata  # type: ignore[attr-defined]
+def _replaced(
+    content: Any, stand_in: Callable[[Any], Any], metadata: Any = None, made: dict[int, Any] | None = None
+) -> Any:
+    """Return nested content with other leaves; state dicts keep their module versions.
+
+    Args:
+        content: it; it may contain itself.
+        stand_in: makes the leaves.
+        metadata: module versions, for a state dict without.
+        made: what has been made of dicts and lists already, by their ids.
+    """
+    made = {} if made is None else made
+    if id(content) in made:
+        return made[id(content)]
+    result: Any
+    if type(content) in (dict, OrderedDict):
+        result = made[id(content)] = type(content)()
+        result.update((name, _replaced(value, stand_in, made=made)) for name, value in content.items())
+        if type(content) is OrderedDict and (metadata := getattr(content, "_metadata", metadata)) is not None:
+            result._metadata = metadata
         return result
-    if type(content) is dict:
-        return {name: _replaced(value, stand_in) for name, value in content.items()}
-    if type(content) in (list, tuple):
-        return type(content)(_replaced(value, stand_in) for value in content)
+    if type(content) is list:
+        result = made[id(content)] = []
+        result.extend(_replaced(value, stand_in, made=made) for value in content)
+        return result
+    if type(content) is tuple:
+        return tuple(_replaced(value, stand_in, made=made) for value in content)
     return stand_in(content)
 
 
