@@ -77,9 +77,17 @@ class HeaderEntry:
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
-        """Its sizes as torch counts them: of ``"F4"`` pairs."""
-        is_pairs = self.dtype == "F4" and self.shape
-        return (*self.shape[:-1], self.shape[-1] // 2) if is_pairs else self.shape
+        """Its sizes as torch counts them: of ``"F4"`` pairs.
+
+        Raises:
+            BrokenFileError: a pair would be of two rows.
+        """
+        if self.dtype != "F4" or not self.shape:
+            return self.shape
+        *rows, size = self.shape
+        if size % 2:
+            raise BrokenFileError(f"safetensors file with half a pair in {self.name!r}, F4 {list(self.shape)}")
+        return *rows, size // 2
 
 
 @dataclass(frozen=True, slots=True)

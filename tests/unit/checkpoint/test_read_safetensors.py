@@ -7,8 +7,10 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from rankload import open_checkpoint
 from rankload._deliver.read import read_checkpoint
 from rankload._errors import LoadError
 
@@ -91,6 +93,17 @@ def test_a_dtype_that_torch_lacks_is_named(tmp_path, dtype, bits_each):
     with pytest.raises(LoadError, match=f"tensor 'odd.weight' has the dtype '{dtype}'") as caught:
         read_checkpoint(path)
     assert (caught.value.tensor, caught.value.dtype) == ("odd.weight", dtype)
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no pairs of 4-bit floats")
+def test_half_a_pair_is_refused_as_by_the_reference(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_raw(path, {"even": ("F4", [2, 4], bytes(4)), "odd": ("F4", [2, 3], bytes(3))})
+    with pytest.raises(SafetensorError):
+        load_file(path)
+    for load in (read_checkpoint, open_checkpoint):
+        with pytest.raises(LoadError, match=r"'odd', F4 \[2, 3\]"):
+            load(path)
 
 
 def test_tensors_are_apart(tmp_path):
