@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 
@@ -278,3 +279,39 @@ def test_mirror_with_another_file_is_found_out(origin, cache, big_content, monke
     path = rankload.dist_fetch([first, second], cache, sha256=sha256)
     assert path.read_bytes() == big_content
     assert ranges_asked(origin, "file.bin")[-1] is None
+
+
+@pytest.fixture
+def digest_header(sha256):
+    return {"Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:"}
+
+
+def test_mirror_goes_on_under_the_first_ones_digest(origin, cache, big_content, monkeypatch, digest_header):
+    monkeypatch.setenv("RANKLOAD_STREAMS", "1")
+    told = Reply(headers=digest_header)
+    first = origin.add("file.bin", big_content, told, told, Reply(status=404))
+    second = origin.add("mirror/file.bin", big_content, etag='"another server"')
+    assert fetched_anew(origin, [first, second], cache, big_content) == len(big_content)
+    assert json.loads((cache / RECORD).read_text())["vouched_by"] == "repr-digest"
+
+
+def test_mirror_with_another_file_is_found_out_by_the_first_ones_digest(
+    origin, cache, big_content, monkeypatch, digest_header
+):
+    monkeypatch.setenv("RANKLOAD_STREAMS", "1")
+    told = Reply(headers=digest_header)
+    first = origin.add("file.bin", big_content, told, told, Reply(status=404), told)
+    second = origin.add("mirror/file.bin", big_content[::-1])
+    assert rankload.dist_fetch([first, second], cache).read_bytes() == big_content
+
+
+def test_bytes_of_two_mirrors_are_not_left_without_their_digest(origin, cache, big_content, monkeypatch, digest_header):
+    """No later download would know what they are to be held to."""
+    monkeypatch.setenv("RANKLOAD_STREAMS", "1")
+    told = Reply(headers=digest_header)
+    first = origin.add("file.bin", big_content, told, told, Reply(status=404))
+    second = origin.add("mirror/file.bin", big_content[::-1], Reply(), Reply(), Reply(status=404))
+    with pytest.raises(rankload.HTTPStatusError):
+        rankload.dist_fetch([first, second], cache)
+    assert origin.request_count("mirror/file.bin") == 3
+    assert files_in(cache) == []

@@ -153,8 +153,11 @@ class Receiver:
         there, version = self._there
         if there == key:
             return version
-        # Another origin has other validators for the same file. A digest tells: at the end, or because both give one.
+        # Another origin has other validators for the same file. A digest tells at the end: the caller's, or the one
+        # that an origin gave, which all further bytes are held to.
         if self._has_digest or version.claim:
+            if not self._has_digest:
+                self._partial.mix()
             return Version(version.size_bytes, claim=version.claim)
         self._partial.clear()
         return None

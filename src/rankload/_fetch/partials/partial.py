@@ -60,7 +60,7 @@ class Partial:
         self._writers: list[PartialWriter] = []
         self._size_bytes: int | None = None
         self._lock = threading.Lock()
-        self._may_be_left, self._is_gone = may_be_left, False
+        self._may_be_left, self._is_mixed, self._is_gone = may_be_left, False, False
         with self.writing():
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._file = OpenFile(os.open(self.path, flags, 0o666))  # the umask decides, as for any file
@@ -85,11 +85,16 @@ class Partial:
     def clear(self) -> None:
         """Forget all bytes."""
         self.take_writers_back()
-        self._end_journal()
-        journal_path(self.path).unlink(missing_ok=True)
+        self._remove_journal()
+        self._is_mixed = False
         self.content, self.spans = None, Spans()
         with self.writing():
             os.ftruncate(self.descriptor, 0)
+
+    def mix(self) -> None:
+        """Take another origin's bytes, too, whose digest no journal holds: no later download can tell them apart."""
+        self._remove_journal()
+        self._is_mixed = True
 
     # A transfer's target
 
@@ -100,7 +105,7 @@ class Partial:
             self._check_space(version.size_bytes)
             with self.writing():
                 allocate(self.descriptor, version.size_bytes)
-            if is_resumable and self._may_be_left and self._journal is None:
+            if is_resumable and self._may_be_left and not self._is_mixed and self._journal is None:
                 content = Content(self.url_key, version.size_bytes, version.etag, version.last_modified, self._sha256)
                 self._journal = Journal(self.path, content, self.spans)
                 self._keeper = _Keeper(self._file, self._journal, self._settings.lease_heartbeat_seconds)
@@ -195,6 +200,10 @@ class Partial:
         if self._journal is not None:
             self._journal.close()
             self._journal = None
+
+    def _remove_journal(self) -> None:
+        self._end_journal()
+        journal_path(self.path).unlink(missing_ok=True)
 
     def _check_space(self, size_bytes: int) -> None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rankload._errors import ContentChangedError, FetchError
 from rankload._fetch.origins.origin import Body, Origin, UnusableRange, Version
@@ -268,6 +268,9 @@ class Work:
 
     def _learn(self, body: Body) -> None:
         version = body.version
+        if self._known is not None and self._known.claim and not version.claim and not body.is_whole:
+            # what is there came under it, from another mirror perhaps: what is put beside it must be held to it, too
+            version = replace(version, claim=self._known.claim)
         is_split = not body.is_whole and body.end != version.size_bytes
         may_be_split = version.size_bytes is not None and (version.has_validator or self._has_digest)
         if is_split and not may_be_split:
