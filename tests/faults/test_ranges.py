@@ -240,6 +240,29 @@ def test_weak_etag_is_compared_but_never_sent(origin, cache, big_content, other_
     assert [begin for begin, _ in bounds(ranges_asked(origin))].count(0) == 2  # the change was seen
 
 
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("bare", [{"last_modified": None}, {}], ids=["none", "date"])
+def test_range_that_has_no_validator_in_common_is_not_taken(origin, cache, big_content, other_content, bare):
+    """Another server of a farm, which may have another version: not until one answer has it all."""
+    first = Reply(last_modified=None, hold_at=CHUNK)
+    url = origin.add("file.bin", big_content, first)
+    with start_ranks(fetch, 1, env="none", args=(url, cache)) as group:
+        origin.wait_until_held("file.bin")
+        origin.add("file.bin", other_content, etag=False, ranges="if-range-ignored", **bare)
+        origin.release("file.bin")
+        [result] = group.wait()
+    assert result.value == str(cache / "file.bin")
+    assert (cache / "file.bin").read_bytes() == other_content
+    assert ranges_asked(origin)[-1] is None
+
+
+def test_range_without_date_is_taken_if_the_etag_is_the_same(origin, cache, big_content):
+    """As some CDNs answer."""
+    url = origin.add("file.bin", big_content, Reply(), Reply(last_modified=None))
+    assert rankload.dist_fetch(url, cache).read_bytes() == big_content
+    assert origin.bytes_sent() == len(big_content)
+
+
 def test_last_modified_serves_where_there_is_no_etag(origin, cache, big_content):
     url = origin.add("file.bin", big_content, etag=False)
     assert rankload.dist_fetch(url, cache).read_bytes() == big_content

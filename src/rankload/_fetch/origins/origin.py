@@ -43,6 +43,11 @@ class Version:
         """Whether a change of the content would show."""
         return bool(self.etag or self.last_modified or self.claim)
 
+    def can_be_told_from(self, earlier: Version) -> bool:
+        """Tell whether it shows, now or by a digest in the end, if this is another content than an earlier answer's."""
+        has_common = (self.etag and earlier.etag) or (self.last_modified and earlier.last_modified)
+        return bool(earlier.claim or has_common)
+
     def is_same_as(self, other: Version) -> bool:
         """Tell whether two answers speak of the same content, as far as both tell."""
         pairs = (

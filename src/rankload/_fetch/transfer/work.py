@@ -160,6 +160,7 @@ class Work:
 
         Raises:
             Restart: it cannot be used like this.
+            UnusableRange: nothing tells whether it is of the same version as the bytes that are there.
             CacheError: there is no room for the file.
         """
         with self.changed:
@@ -168,6 +169,9 @@ class Work:
             if body.is_whole and not self.is_whole:
                 self.is_whole = True
                 self._taken.add(0, 1)
+            first = self.expected
+            if first and not (body.is_whole or self._has_digest or body.version.can_be_told_from(first)):
+                raise UnusableRange(f"{self.origin.shown}: it may be of another version: no ETag or date to compare")
             if self.version is None:
                 self._learn(body)
             return Span(body.begin, body.end)
