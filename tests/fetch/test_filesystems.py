@@ -107,6 +107,24 @@ def test_sidecar_on_another_filesystem(memory, cache, checkpoint):
     assert path.read_bytes() == checkpoint.path.read_bytes()
 
 
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+def test_object_that_is_replaced_while_it_is_read(memory, cache, monkeypatch, pieces):
+    """After the look at its version, before the last range: reads name no version."""
+    size_bytes = 20 << 20
+    memory.pipe("/models/file.bin", b"A" * size_bytes)
+    read, reads = type(memory).cat_file, []
+
+    def replace_then_read(self, path, **arguments):
+        reads.append(path)
+        if len(reads) == pieces:
+            self.pipe_file(path, b"B" * size_bytes)
+        return read(self, path, **arguments)
+
+    monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(size_bytes))
+    monkeypatch.setattr(type(memory), "cat_file", replace_then_read)
+    assert rankload.dist_fetch("memory://models/file.bin", cache).read_bytes() == b"B" * size_bytes
+
+
 def test_directory_is_no_file(memory, cache):
     memory.pipe("/models/folder/file.bin", b"content")
     with pytest.raises(rankload.FetchError, match="no such file"):

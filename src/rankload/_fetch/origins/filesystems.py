@@ -34,11 +34,8 @@ class FilesystemOrigin:
     @contextlib.contextmanager
     def open(self, begin: int, end: int | None, version: Version | None) -> Iterator[FilesystemBody]:
         """See `Origin`."""
-        with translating_any(self.url, self.shown):
-            filesystem, path = self._found
-            found = _version_of(filesystem, path)
-        if version is not None and not version.is_same_as(found):
-            raise ContentChangedError(f"{self.shown}: the file has changed while it was fetched", url=self.shown)
+        found = self.look(version)
+        filesystem, path = self._found
         size_bytes = found.size_bytes
         if end is None or size_bytes is None or begin >= size_bytes:
             with translating_any(self.url, self.shown), filesystem.open(path, "rb") as file:
@@ -46,6 +43,19 @@ class FilesystemOrigin:
         else:
             read = functools.partial(_read_range, filesystem, path)
             yield FilesystemBody(found, begin, min(end, size_bytes), False, self, read)
+
+    def look(self, expected: Version | None) -> Version:
+        """Ask for the file's version now.
+
+        Raises:
+            ContentChangedError: it is another than expected.
+            FetchError: there was no answer, or an error.
+        """
+        with translating_any(self.url, self.shown):
+            found = _version_of(*self._found)
+        if expected is not None and not expected.is_same_as(found):
+            raise ContentChangedError(f"{self.shown}: the file has changed while it was fetched", url=self.shown)
+        return found
 
     @functools.cached_property
     def _found(self) -> tuple[Any, str]:
@@ -104,6 +114,9 @@ class FilesystemBody:
         with translating_any(self._origin.url, self._origin.shown):
             piece = self._read(self._position, count) if count > 0 else b""
         self._position += len(piece)
+        is_at_end = self._position == self.end
+        if is_at_end if piece else not is_at_end:  # its last piece, or its end came earlier than was known
+            self._origin.look(self.version)  # a read names no version: it may be of one that came after the first look
         return piece
 
     def splice(self, pipe: int, count: int) -> int | None:
