@@ -84,6 +84,22 @@ def test_signed_url_that_has_expired_for_good(origin, cache, big_content, one_st
     assert not (cache / "file.bin").exists()
 
 
+DEATHS = {"status": {"status": 500}, "no answer": {"close_before_reply": True}, "silence": {"hold_before_reply": True}}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_redirects_target_that_dies(origin, cache, big_content, one_stream, monkeypatch, death):
+    """Your own URL may lead to another one by then."""
+    monkeypatch.setenv("RANKLOAD_STALL_SECONDS", "0.3")
+    monkeypatch.setenv("RANKLOAD_RETRIES", "1")
+    origin.add("mirror/1", big_content, Reply(), Reply(), Reply(**DEATHS[death]))
+    origin.add("mirror/2", big_content)
+    url = origin.add("file.bin", b"", *(Reply(redirect_to=f"/mirror/{number}") for number in (1, 2)))
+    assert rankload.dist_fetch(url, cache).read_bytes() == big_content
+    assert (origin.request_count("file.bin"), origin.request_count("mirror/1")) == (2, 3)
+    assert origin.bytes_sent("mirror/1") + origin.bytes_sent("mirror/2") < len(big_content) + 1000
+
+
 def test_redirect_is_followed_once(origin, cache, big_content, one_stream):
     """Later ranges are asked for where it led: a redirect may cost a round trip across an ocean."""
     origin.add("elsewhere", big_content)

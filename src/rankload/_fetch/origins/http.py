@@ -80,7 +80,7 @@ class HttpOrigin:
 
     @contextlib.contextmanager
     def open(self, begin: int, end: int | None, version: Version | None) -> Iterator[HttpBody]:
-        """See `Origin`. Once redirects have been followed, where they led is asked directly, until it refuses."""
+        """See `Origin`. Once redirects have been followed, where they led is asked, until it refuses or fails."""
         with self._session() as session, contextlib.ExitStack() as stack:
             response = self._ask(stack, session, _range_headers(begin, end, version))
             if response.status_code == 416 and end is not None:
@@ -95,10 +95,16 @@ class HttpOrigin:
         self, stack: contextlib.ExitStack, session: requests.Session, range_headers: dict[str, str]
     ) -> requests.Response:
         was_redirected = self._target.url != self.url
-        response = self._follow(stack, session, range_headers)
+        try:
+            response = self._follow(stack, session, range_headers)
+        except FetchError:
+            self._target = _Target(self.url)
+            raise
         if was_redirected and response.status_code in _EXPIRED:
             self._target = _Target(self.url)
             response = self._follow(stack, session, range_headers)
+        elif response.status_code not in _SUCCESSES:
+            self._target = _Target(self.url)
         return response
 
     def _follow(
