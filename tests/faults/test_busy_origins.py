@@ -45,7 +45,7 @@ SIGNED = [Reply(redirect_to=f"/signed/{number}?sig=SECRET") for number in (1, 2)
 
 
 @pytest.mark.fault(8)
-@pytest.mark.parametrize("status", [401, 403, 404, 410])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
 def test_signed_url_that_expires(origin, cache, big_content, one_stream, status):
     """Your own URL is asked for a fresh one, and the download goes on where it was."""
     signed = [Reply(), Reply(), Reply(status=status)]

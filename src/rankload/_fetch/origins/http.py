@@ -34,8 +34,9 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 #: archive first; nor is a redirect that does not say where.
 _SUCCESSES = frozenset({200, 203, 206})
 
-#: What a signed URL answers when it has expired, depending on who signed it.
-_EXPIRED = frozenset({401, 403, 404, 410})
+#: What a signed URL answers when it has expired, depending on who signed it. 400 is S3's (of temporary credentials) and
+#: Google Cloud Storage's: ExpiredToken.
+_EXPIRED = frozenset({400, 401, 403, 404, 410})
 
 
 @dataclass(frozen=True)
