@@ -73,6 +73,14 @@ def test_redirect_is_followed(origin, cache, checkpoint):
     assert "SECRET" not in all_texts(cache) + "".join(result.stderr for result in results)
 
 
+def test_redirect_in_utf_8(origin, cache):
+    """Which some servers write as it is: a header's bytes, that a client sees as latin-1."""
+    origin.add("modèle/a b.bin", b"content")
+    url = origin.add("model.bin", b"", redirect_to="/modèle/a%20b.bin?x=é".encode().decode("latin-1"))
+    assert rankload.dist_fetch(url, cache).read_bytes() == b"content"
+    assert origin.requests()[1].query == "x=%C3%A9"
+
+
 FAILURES = {
     "status": {"status": 403},
     "truncated": {"truncate_at": 10},

@@ -8,12 +8,15 @@ import email.utils
 import re
 import time
 from collections.abc import Mapping
+from urllib.parse import quote
 
 from rankload._fetch.origins.origin import Claim, Version
 
 #: 18 digits hold an exabyte; Python refuses to read numbers of thousands of digits.
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE | re.ASCII)
 _LENGTH = re.compile(r"\d{1,18}", re.ASCII)
+
+_ASCII = "".join(map(chr, range(128)))
 
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -51,6 +54,15 @@ def content_length_of(headers: Mapping[str, str]) -> int | None:
     """Return Content-Length, None where it is missing or no number."""
     text = headers.get("Content-Length", "")
     return int(text) if _LENGTH.fullmatch(text) else None
+
+
+def location_of(headers: Mapping[str, str]) -> str | None:
+    """Return where a redirect leads, None where it does not say.
+
+    Some servers write a path in UTF-8 as it is; the HTTP library gives header bytes as latin-1. Browsers quote them.
+    """
+    text = headers.get("Location")
+    return None if text is None else quote(text.encode("latin-1"), safe=_ASCII)
 
 
 def retry_after_of(headers: Mapping[str, str]) -> float | None:

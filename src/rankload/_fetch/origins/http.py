@@ -14,7 +14,14 @@ from requests.adapters import HTTPAdapter
 
 from rankload._cache.layout import redact
 from rankload._errors import ContentChangedError, FetchError, HTTPStatusError
-from rankload._fetch.origins.answers import claim_of, content_length_of, content_range_of, retry_after_of, version_of
+from rankload._fetch.origins.answers import (
+    claim_of,
+    content_length_of,
+    content_range_of,
+    location_of,
+    retry_after_of,
+    version_of,
+)
 from rankload._fetch.origins.credentials import Headers, headers_for
 from rankload._fetch.origins.logs import without_queries
 from rankload._fetch.origins.origin import Claim, UnusableRange, Version
@@ -115,14 +122,13 @@ class HttpOrigin:
         target = self._target
         for _ in range(_MAX_REDIRECTS + 1):
             response = self._send(stack, session, target.url, range_headers)
-            if response.status_code not in _REDIRECTS or "Location" not in response.headers:
+            location = location_of(response.headers)
+            if response.status_code not in _REDIRECTS or location is None:
                 if response.status_code in _SUCCESSES:
                     self._target = target
                 return response
             response.close()
-            target = _Target(
-                self._redirected(target.url, response.headers["Location"]), target.claim or claim_of(response.headers)
-            )
+            target = _Target(self._redirected(target.url, location), target.claim or claim_of(response.headers))
         raise FetchError(f"{self.shown}: too many redirects", url=self.shown)
 
     def _redirected(self, url: str, location: str) -> str:
