@@ -69,3 +69,12 @@ def fetch_error(rank, url, cache):
     with pytest.raises(rankload.DigestMismatchError) as caught:
         rankload.dist_fetch(url, cache)
     return caught.value.source
+
+
+@pytest.mark.parametrize("endpoint", ["http://[mirror", "http://mirror:port", "mirror.example"])
+def test_endpoint_that_is_no_url(origin, cache, monkeypatch, endpoint):
+    """It is named where it counts, and disturbs nobody else."""
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(rankload.ArgumentError, match="HF_ENDPOINT"):
+        rankload.dist_fetch("hf://org/tiny/weights.bin", cache)
+    assert rankload.dist_fetch(origin.add("file.bin", b"content"), cache).read_bytes() == b"content"

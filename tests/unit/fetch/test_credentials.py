@@ -73,6 +73,8 @@ def test_headers_of_the_caller(url, is_for):
         ("https://huggingface.co/c.pth", {**HUB, "HF_ENDPOINT": "https://mirror.lan"}, "hf"),
         ("http://mirror.lan/c.pth", {**HUB, "HF_ENDPOINT": ""}, None),
         ("http://mirror.lan/c.pth", {**HUB, "HF_ENDPOINT": "nonsense"}, None),
+        ("http://mirror.lan/c.pth", {**HUB, "HF_ENDPOINT": "http://[mirror.lan"}, None),
+        ("https://huggingface.co/c.pth", {**HUB, "HF_ENDPOINT": "http://mirror.lan:port"}, "hf"),
         ("http://mirror.lan/c.pth", {**GITHUB, "HF_ENDPOINT": "http://mirror.lan"}, None),
     ],
 )

@@ -10,6 +10,9 @@ from urllib.parse import SplitResult, urlsplit
 
 Headers = tuple[tuple[str, str], ...]
 
+#: Scheme, host and port.
+Server = tuple[str, str | None, int | None]
+
 
 @dataclass(frozen=True)
 class TokenRule:
@@ -53,10 +56,19 @@ def headers_for(url: str, origin_url: str, given: Headers, environ: Mapping[str,
     return (*sent, ("Authorization", f"Bearer {token}")) if token else sent
 
 
+def server_of(url: str) -> Server | None:
+    """Return scheme, host and port of an http or https URL; None for what is no such URL."""
+    try:
+        server = _server(urlsplit(url))
+    except ValueError:  # brackets that do not match, a port that is no number
+        return None
+    return server if server[0] in ("http", "https") and server[1] else None
+
+
 def _token_for(parts: SplitResult, environ: Mapping[str, str]) -> str | None:
     for rule in TOKEN_RULES:
-        endpoint = urlsplit(environ.get(rule.endpoint_variable, "")) if rule.endpoint_variable else None
-        is_its_own = endpoint is not None and bool(endpoint.hostname) and _server(parts) == _server(endpoint)
+        endpoint = server_of(environ.get(rule.endpoint_variable, "")) if rule.endpoint_variable else None
+        is_its_own = endpoint is not None and _server(parts) == endpoint
         if is_its_own or (parts.scheme == "https" and parts.port in (None, 443) and parts.hostname in rule.hosts):
             found = next((environ[name].strip() for name in rule.variables if environ.get(name, "").strip()), None)
             found = found or (_hugging_face_login(environ) if rule.endpoint_variable else None)
@@ -78,6 +90,6 @@ def _hugging_face_login(environ: Mapping[str, str]) -> str | None:
         return None
 
 
-def _server(parts: SplitResult) -> tuple[str, str | None, int | None]:
+def _server(parts: SplitResult) -> Server:
     default = {"https": 443, "http": 80}.get(parts.scheme)
     return parts.scheme, parts.hostname, parts.port or default

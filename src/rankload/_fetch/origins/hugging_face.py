@@ -7,10 +7,12 @@ checked, and the digest that the Hub gives is used.
 from __future__ import annotations
 
 import functools
+import os
 from contextlib import AbstractContextManager
 
 from rankload._cache.layout import redact
-from rankload._fetch.origins.credentials import Headers
+from rankload._errors import ArgumentError
+from rankload._fetch.origins.credentials import Headers, server_of
 from rankload._fetch.origins.filesystems import filesystem_of, translating_any
 from rankload._fetch.origins.http import HttpBody, HttpOrigin
 from rankload._fetch.origins.origin import Version
@@ -35,6 +37,9 @@ class HuggingFaceOrigin:
 
     @functools.cached_property
     def _http(self) -> HttpOrigin:
+        if (endpoint := os.environ.get("HF_ENDPOINT")) and server_of(endpoint) is None:
+            # its client fails over it when it is imported, and would be taken for missing
+            raise ArgumentError("HF_ENDPOINT is not an http or https URL with a host: correct it, or unset it")
         with translating_any(self.url, self.shown):
             filesystem, path = filesystem_of(self.url)
             return HttpOrigin(filesystem.url(path), self._headers, self._settings)
