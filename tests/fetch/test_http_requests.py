@@ -151,6 +151,13 @@ def test_all_mirrors_fail(origin, cache):
     assert files_in(cache) == []
 
 
+def test_mirror_that_is_named_twice(origin, cache):
+    """The next one is asked all the same."""
+    first, second = origin.add("a.bin", b"", status=404), origin.add("b.bin", b"content")
+    assert rankload.dist_fetch([first, second, first], cache).read_bytes() == b"content"
+    assert origin.request_count("a.bin") == 1
+
+
 def test_cached_file_of_one_mirror_serves_the_other(origin, cache):
     first, second = origin.add("a/file.bin", b"content"), origin.add("b/file.bin", b"content")
     rankload.dist_fetch(first, cache)

@@ -96,7 +96,7 @@ def default_directory() -> Path:
 
 
 def checked_urls(url: Url) -> tuple[str, ...]:
-    """Return the URL and its mirrors, if they are such that can be fetched.
+    """Return the URL and its mirrors, each once, if they are such that can be fetched.
 
     Raises:
         ArgumentError: they are not.
@@ -116,7 +116,7 @@ def checked_urls(url: Url) -> tuple[str, ...]:
             )
     if len(urls) > 1 and any(local_path_of(one) for one in urls):
         raise ArgumentError("mirrors must be remote URLs: a local file is used in place, it needs no mirror")
-    return urls
+    return tuple(dict.fromkeys(urls))
 
 
 @functools.cache
