@@ -26,6 +26,9 @@ from rankload._fetch.offline import is_switched_off
 from rankload._fetch.parts import INDEX_SUFFIX
 from rankload._types import FetchRequest, Scope, Verify
 
+#: A header's name (RFC 9110, 5.6.2).
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
 Url = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -161,8 +164,14 @@ def checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
                 f"headers[{name!r}]: expected printable ASCII text; a token that was read from a file ends in a line "
                 "break: strip() it"
             )
-        if not name.strip() or value != value.strip():
-            raise ArgumentError(f"headers[{name!r}]: expected a name, and a value without blanks around it")
+        if not _TOKEN.fullmatch(name):
+            shown = _TOKEN.match(name)  # behind it there may be the value
+            raise ArgumentError(
+                f"headers[{shown[0] + '…' if shown else name[:1]!r}]: expected a header's name, without blanks, colons "
+                "or a value in it"
+            )
+        if value != value.strip():
+            raise ArgumentError(f"headers[{name!r}]: expected a value without blanks around it")
     return tuple(headers.items())
 
 

@@ -45,6 +45,10 @@ def test_an_error_about_a_url_shows_no_password_and_no_query(url: str | list[str
         ({"url": 5}, "url: expected a URL or a sequence of mirrors, got int"),
         ({"url": ["https://host/x.pth", None]}, "url: expected a URL or a sequence of mirrors, got NoneType"),
         ({"headers": "Authorization: Bearer hunter2"}, "headers: expected a mapping of names to values, got str"),
+        ({"headers": {"Authorization: Bearer hunter2": ""}}, r"headers\['Authorization…'\]: expected a header's name"),
+        ({"headers": {"X Token": "hunter2"}}, r"headers\['X…'\]: expected a header's name"),
+        ({"headers": {":path": "hunter2"}}, r"headers\[':'\]: expected a header's name"),
+        ({"headers": {"": "hunter2"}}, r"headers\[''\]: expected a header's name"),
         ({"sha256": b"0" * 64}, "sha256=.*: expected 64 hex digits"),
         ({"url": "file:///a%00b.pth"}, "zero byte"),
         ({"model_dir": "a\0b"}, "zero byte"),
@@ -53,7 +57,7 @@ def test_an_error_about_a_url_shows_no_password_and_no_query(url: str | list[str
 )
 def test_arguments_that_are_none(arguments: Any, text: str) -> None:
     given: Any = {"url": "https://host/x.pth", "headers": None, "sha256": None, "model_dir": "cache", **arguments}
-    with pytest.raises(ArgumentError, match=text):
+    with pytest.raises(ArgumentError, match=text) as caught:
         make_request(
             given["url"],
             given["model_dir"],
@@ -67,3 +71,4 @@ def test_arguments_that_are_none(arguments: Any, text: str) -> None:
             offline=False,
             must_be_checkpoint=True,
         )
+    assert "hunter2" not in str(caught.value)
