@@ -12,6 +12,8 @@ import rankload
 from harness.fetch_calls import errors_of, expect, fetch, files_in, whole_log
 from harness.ranks import run_ranks
 from harness.replies import Reply
+from rankload._fetch.origins.sidecar import fetch_sidecar
+from rankload._settings import Settings
 
 CONTENT = b"content of a file\n" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -212,6 +214,22 @@ def test_sidecar_that_is_unavailable_once(origin, cache):
     url = origin.add("file.bin", CONTENT)
     origin.add("file.bin.sha256", SHA256.encode(), Reply(status=503), Reply())
     assert rankload.dist_fetch(url, cache, verify="sidecar").read_bytes() == CONTENT
+
+
+def test_busy_sidecar_is_given_up_when_another_rank_fails(origin):
+    """Long before its Retry-After is over."""
+    url, reports = origin.add("file.bin", CONTENT), []
+    origin.add("file.bin.sha256", b"", Reply.busy(60))
+
+    def report(progress):
+        reports.append(progress)
+        if len(reports) == 4:
+            raise InterruptedError("another rank's")
+
+    with pytest.raises(InterruptedError):
+        fetch_sidecar(url, (), report, Settings())
+    assert [progress.phase for progress in reports] == ["connecting", "backoff", "backoff", "backoff"]
+    assert origin.request_count() == 1
 
 
 def test_sidecar_of_a_mirror(origin, cache):

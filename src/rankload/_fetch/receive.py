@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter, defaultdict
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from rankload._fetch.origins.origin import Origin, Version
 from rankload._fetch.partials.partial import Partial
 from rankload._fetch.progress_bar import ProgressBar
 from rankload._fetch.transfer.front import Front
-from rankload._fetch.transfer.retry import Retries
+from rankload._fetch.transfer.retry import Retries, pause
 from rankload._fetch.transfer.transfer import Transfer
 from rankload._fetch.transfer.work import Restart, Work
 from rankload._settings import Settings
@@ -26,8 +25,6 @@ _logger = logging.getLogger("rankload")
 
 #: How often a download starts over because the file has changed or ranges make no sense; the last times without them.
 _MAX_RESTARTS = 4
-
-_REPORT_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ class Receiver:
                     self._lengths[_identity(key, work.version)][work.version.size_bytes] += 1
                 front.abort()
                 self._partial.clear()
-                self._pause(restart.pause_seconds)
+                pause(restart.pause_seconds, self._checked_report, self._attempt)
             except FetchError:
                 if work.is_whole:
                     self._there = None
@@ -178,12 +175,6 @@ class Receiver:
 
         sha256 = front.finish(on_bytes, self._settings.progress_seconds)
         return Received(origin.url, work.version, size_bytes, sha256, work.is_whole)
-
-    def _pause(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            self._checked_report(Progress("backoff", 0, None, self._attempt))
-            time.sleep(min(left, _REPORT_SECONDS))
 
     def _checked_report(self, progress: Progress) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -13,7 +12,7 @@ from rankload._errors import FetchError
 from rankload._fetch.origins.choice import origin_for
 from rankload._fetch.origins.credentials import Headers
 from rankload._fetch.origins.origin import Claim, Origin
-from rankload._fetch.transfer.retry import Retries
+from rankload._fetch.transfer.retry import Retries, pause
 from rankload._settings import Settings
 from rankload._types import Progress, Report
 
@@ -36,9 +35,8 @@ def fetch_sidecar(url: str, headers: Headers, report: Report, settings: Settings
             try:
                 return _parsed(_content_of(origin), parts.path.rpartition("/")[2], origin.shown)
             except FetchError as error:
-                pause = retries.pause_after(error)
-            report(Progress("backoff"))
-            time.sleep(pause)
+                seconds = retries.pause_after(error)
+            pause(seconds, report)
 
 
 def read_sidecar(path: Path) -> Claim:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 
 from rankload._errors import FetchError, FetchTimeoutError, HTTPStatusError, NetworkError, TruncatedError
 from rankload._settings import Settings
+from rankload._types import Progress, Report
 
 _logger = logging.getLogger("rankload")
 
@@ -18,6 +20,9 @@ _TEMPORARY_CODES = frozenset({202, 408, 425, 429})
 _PERMANENT_CODES = frozenset({501, 505})
 
 _LONGEST_PAUSE_SECONDS = 60.0
+
+#: So soon another rank's failure ends a pause.
+_REPORT_SECONDS = 0.2
 
 #: Far beyond the longest pause; a float ends at 1024.
 _MOST_DOUBLINGS = 64
@@ -74,3 +79,11 @@ class Retries:
             tries = f"{self._failures} of {self._settings.retries}"
             _logger.warning("%s; trying again in %.1f s (%s)", error.message, pause, tries)
         return pause
+
+
+def pause(seconds: float, report: Report, attempt: int = 1) -> None:
+    """Wait, and report it all the while: what another rank has failed with comes out of that."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        report(Progress("backoff", 0, None, attempt))
+        time.sleep(min(left, _REPORT_SECONDS))
