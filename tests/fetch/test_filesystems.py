@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import fsspec
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import rankload
 from harness.chaos import Fault, chaos
 from harness.checkpoints import digest_of
-from harness.fetch_calls import errors_of, expect, files_in, left_in, load
+from harness.fetch_calls import error_in, errors_of, expect, files_in, left_in, load
 from harness.ranks import run_ranks
 from harness.s3 import s3
 from harness.scripts import run_script
@@ -69,6 +70,20 @@ def test_object_that_is_not_there(in_s3, cache):
     errors = errors_of(load, "s3://models/missing.pth", cache)
     expect(errors, rankload.FetchError, "s3://models/missing.pth", "no such file there")
     assert files_in(cache) == []
+
+
+def test_object_without_credentials(in_s3, cache, monkeypatch, tmp_path):
+    """Said at once: no second try finds any."""
+    url = in_s3.put("models/private.bin", b"content")
+    for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_ENDPOINT_URL"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    [result] = run_ranks(fetch_bytes, 1, env="none", args=(url, str(cache)))
+    error = error_in(result)
+    assert type(error) is rankload.FetchError and "no credentials" in str(error) and url in str(error)
+    assert "trying again" not in result.stderr
 
 
 def test_connection_that_breaks_is_tried_again(in_s3, cache, big_content, monkeypatch):

@@ -21,6 +21,9 @@ _READ_BYTES = 8 << 20
 #: The package that a scheme needs, and the extra of ours that brings it.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
 
+#: botocore's and google-auth's, by name: neither need be installed. No second try finds credentials.
+_WITHOUT_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"})
+
 
 class FilesystemOrigin:
     """A file at an fsspec URL. Credentials and endpoints are for fsspec to find, as it always does."""
@@ -84,6 +87,8 @@ def translating_any(url: str, shown: str) -> Iterator[None]:
         advice = f"; pip install 'rankload[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
         raise FetchError(f"{shown}: {_without_secrets(error)}{advice}", url=shown) from None
     except Exception as error:
+        if type(error).__name__ in _WITHOUT_CREDENTIALS:
+            raise FetchError(f"{shown}: no credentials for it: {_without_secrets(error)}", url=shown) from None
         raise NetworkError(f"{shown}: {type(error).__name__}: {_without_secrets(error)}", url=shown) from None
 
 
