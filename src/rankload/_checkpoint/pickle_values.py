@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rankload._checkpoint.entry import StorageEntry
+
 _LONGEST_KEY = 16
 
 #: Integers hash to themselves up to there (sys.hash_info.modulus on 64-bit machines), and begin again behind it.
@@ -45,12 +47,12 @@ class Unbuilt:
 
 
 def holds_unbuilt(value: Any) -> bool:
-    """Tell whether there is such an object, or the bare name of one, anywhere in nested content."""
+    """Tell whether there is such an object, the bare name of one, or a bare storage, anywhere in nested content."""
     if isinstance(value, Mapping):
         return any(map(holds_unbuilt, value.values()))
     if isinstance(value, (list, tuple)):
         return any(map(holds_unbuilt, value))
-    return isinstance(value, (Unbuilt, GlobalName))
+    return isinstance(value, (Unbuilt, GlobalName, StorageEntry))
 
 
 #: Makes a value of a call's arguments. It gets whatever the file says: it checks, and raises NotUnderstoodError.

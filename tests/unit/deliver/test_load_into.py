@@ -574,3 +574,21 @@ def test_checkpoint_that_contains_itself(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "file.pth")
     dist_load_into(module := nn.Linear(2, 3), tmp_path / "file.pth", adapt=adapt.unwrap("model"))
     assert torch.equal(module.weight, state_dict["weight"])
+
+
+class WithStorage(nn.Module):
+    """Has a bare storage as its extra state."""
+
+    state: Any = None
+
+    def get_extra_state(self) -> Any:
+        return torch.ones(3).untyped_storage()
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+
+def test_extra_state_that_is_a_storage(tmp_path: Path) -> None:
+    torch.save(WithStorage().state_dict(), tmp_path / "file.pth")
+    dist_load_into(module := WithStorage(), tmp_path / "file.pth")
+    assert module.state.nbytes() == 12 and type(module.state) is type(torch.load(tmp_path / "file.pth")["_extra_state"])
