@@ -31,6 +31,13 @@ def fetch_with_umask(rank, url, model_dir, umask):
     return fetch(rank, url, model_dir)
 
 
+def fetch_to(rank, url, destination):
+    try:
+        rankload.hub.download_url_to_file(url, destination)
+    except rankload.CacheError as error:
+        return str(error)
+
+
 def test_only_the_partial_is_there_during_the_download(origin, cache, big_content):
     url = origin.add("file.bin", big_content, hold_at=HALF)
     with start_ranks(fetch_and_mark, 2, args=(url, cache)) as group:
@@ -85,10 +92,13 @@ def test_group_of_a_setgid_directory_is_kept(origin, cache):
 
 
 def test_destination_that_cannot_be_replaced_leaves_no_partial(origin, tmp_path):
-    target = tmp_path / "directory"
-    target.mkdir()
-    with pytest.raises(rankload.CacheError, match="Is a directory"):
-        rankload.hub.download_url_to_file(origin.add("file.bin", b"content"), str(target))
+    target = tmp_path / "target"
+    url = origin.add("file.bin", b"content", hold_at=3)
+    with start_ranks(fetch_to, 1, env="none", args=(url, str(target))) as group:
+        origin.wait_until_held("file.bin")
+        target.mkdir()
+        origin.release("file.bin")
+        assert "Is a directory" in group.wait()[0].value
     assert files_in(tmp_path) == []
 
 

@@ -182,7 +182,7 @@ def test_plain_download_to_a_directory_that_is_not_there(origin, tmp_path):
 
 
 def test_plain_download_to_a_directory(origin, tmp_path):
-    with pytest.raises(rankload.CacheError, match="it is a directory"):
+    with pytest.raises(rankload.CacheError, match="Is a directory"):
         rankload.hub.download_url_to_file(origin.add("f", b"content"), str(tmp_path))
     assert origin.request_count() == 0
 

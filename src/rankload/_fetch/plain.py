@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -33,7 +34,7 @@ def download_to(url: str, destination: Path, hash_prefix: str | None, *, progres
     """
     path = expanded(destination).absolute()
     if path.is_dir():
-        raise CacheError(f"cannot write {path}: it is a directory; name a file in it", path=str(path))
+        raise CacheError(f"cannot write {path}: Is a directory; name a file in it", path=str(path), errno=errno.EISDIR)
     request = FetchRequest(
         urls=checked_urls(url),
         directory=path.parent,
