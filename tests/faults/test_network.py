@@ -162,7 +162,12 @@ def test_redirect_from_http_to_https(root, tmp_path, cache, authority, big_conte
         assert rankload.dist_fetch(plain.url("file.bin"), cache).read_bytes() == big_content
 
 
-def test_certificate_of_an_authority_in_the_environment(root, cache, authority, big_content):
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"])
+def test_certificate_of_an_authority_in_the_environment(root, cache, authority, big_content, monkeypatch, variable):
+    """requests' own variable, and the one that Python's ssl module, and so torch.hub, goes by."""
+    bundle = os.environ["REQUESTS_CA_BUNDLE"]
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE")
+    monkeypatch.setenv(variable, bundle)
     with nginx(root, tls=authority.certificate("127.0.0.1")) as server:
         results = run_ranks(fetch, 2, args=(server.url("file.bin"), cache))
         expect_fetched(results, cache, big_content)

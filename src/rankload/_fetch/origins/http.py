@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -166,6 +167,8 @@ class HttpOrigin:
             session = self._idle_sessions.pop()
         except IndexError:
             session = requests.Session()
+            # Python's own variables, which urllib and torch.hub go by; requests' REQUESTS_CA_BUNDLE wins
+            session.verify = os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR") or True
             self._sessions.append(session)
         try:
             yield session

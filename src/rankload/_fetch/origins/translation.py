@@ -13,13 +13,15 @@ import urllib3
 
 from rankload._errors import FetchError, FetchTimeoutError, NetworkError, TruncatedError
 
+_PROXY = "the proxy that the environment names"
+
 
 @contextlib.contextmanager
 def translating(shown: str) -> Iterator[None]:
     """Translate the exceptions of requests, urllib3 and sockets.
 
     Theirs hold the full URL, with its signatures and tokens, and so do the tracebacks of what they are chained to: none
-    of them goes along.
+    of them is shown.
     """
     try:
         yield
@@ -36,13 +38,17 @@ def _translated(error: Exception, shown: str) -> FetchError:
             what = "no connection to the proxy" if is_proxys else "no connection"
         text = f"{shown}: {what} within the deadline; raise timeout= or pass a mirror"
         return FetchTimeoutError(text, url=shown)
+    if isinstance(error, requests.exceptions.InvalidProxyURL):
+        return FetchError(f"{shown}: {_PROXY} is no URL of one: correct it, or unset it", url=shown)
+    if "SOCKS" in str(error):
+        return FetchError(f"{shown}: {_PROXY} speaks SOCKS: pip install 'requests[socks]'", url=shown)
     if isinstance(error, requests.exceptions.InvalidSchema):
         return FetchError(f"{shown}: it redirects to a URL that is not http or https", url=shown)
     if isinstance(error, ValueError):  # requests' own subclasses, and what urllib.parse raises out of a redirect
         return FetchError(f"{shown}: not a URL that can be fetched, or it redirects to one", url=shown)
     if isinstance(error, urllib3.exceptions.ProtocolError) and "IncompleteRead" in str(error):
         return TruncatedError(f"{shown}: the body ended in the middle of a chunk", url=shown)
-    who = "the proxy that the environment names: " if is_proxys else ""
+    who = f"{_PROXY}: " if is_proxys else ""
     return NetworkError(f"{shown}: {who}{_words(innermost)}", url=shown, is_permanent=_is_permanent(innermost))
 
 
