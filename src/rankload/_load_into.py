@@ -96,8 +96,9 @@ def dist_load_into(
             ``"auto"`` is ``"gather"`` for replicated modules on accelerators whose process group has NCCL or the like,
             if the ranks are on one node or the file is on the network, and else ``"read"``; the report says why.
             With ``"broadcast"`` each rank takes its own bytes out of what comes by, and holds 8 MiB beyond its own
-            tensors, and up to 64 MiB of ones that are too small to be sent one by one. Where the source itself has to load the whole file (it has no index, an ``adapt`` of your own or a
-            hook of the module wants to see tensors), each receiver gets all of it first.
+            tensors, and up to 64 MiB of ones that are too small to be sent one by one. Where the source itself has to
+            load the whole file (it has no index, an ``adapt`` of your own or a hook of the module wants to see
+            tensors), each receiver gets all of it first.
         mmap: False makes private copies of what would be views of the mapped file.
         adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt` are applied
             to the index, before a byte is read; your own get the tensors, mapped. With an optimizer they are applied

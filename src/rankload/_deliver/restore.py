@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,8 @@ def location_of(map_location: Any, tag: str) -> str:
 def restore_of(map_location: Any) -> Restore:
     """Return what torch.load does with each storage (torch/serialization.py, _get_restore_location)."""
     if goes_by_tags(map_location):
-        return lambda storage, tag: _where_it_was(storage, location_of(map_location, tag))
+        where = functools.cache(lambda tag: location_of(map_location, tag))
+        return lambda storage, tag: _where_it_was(storage, where(tag))
     return lambda storage, tag: (
         _where_it_was(storage, tag) if (placed := map_location(storage, tag)) is None else placed
     )
