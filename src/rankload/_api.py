@@ -13,9 +13,8 @@ from rankload._call import agree_on_delivery, collective_call
 from rankload._fetch.once import fetch_at, fetch_once
 from rankload._fetch.request import Url, agreed_arguments, make_request
 from rankload._job.channel import RankChannel
-from rankload._job.environment import identity_from_environment
 from rankload._job.lone import LoneChannel
-from rankload._job.membership import open_lone_channel
+from rankload._job.membership import open_lone_channel, own_identity
 from rankload._settings import Settings
 from rankload._types import Delivery, FetchRequest, Progress, Scope, Verify
 from rankload.adapt import Adapter, as_adapter
@@ -183,7 +182,7 @@ def load_in_this_process(
     Processes that share the directory still download once, through the lease.
     """
     path = fetch_in_this_process(url, model_dir, progress=progress, check_hash=check_hash, file_name=file_name)
-    channel = LoneChannel(identity_from_environment())
+    channel = LoneChannel(own_identity())
     return _read(path, str(path), map_location, channel, None, Settings.from_environment(), weights_only, None)
 
 

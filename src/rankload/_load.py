@@ -20,7 +20,7 @@ from rankload._deliver.failures import translated
 from rankload._deliver.read import read_checkpoint
 from rankload._errors import ArgumentError
 from rankload._job.devices import resolve_map_location
-from rankload._job.environment import identity_from_environment
+from rankload._job.membership import own_identity
 
 if TYPE_CHECKING:
     from rankload._api import MapLocation
@@ -61,7 +61,7 @@ def load(
         LoadError: it could not be loaded for another reason.
         ArgumentError: it is at a URL: see `dist_load_state_dict_from_url`.
     """
-    target = resolve_map_location(map_location, identity_from_environment())
+    target = resolve_map_location(map_location, own_identity())
     if isinstance(f, (str, os.PathLike)):
         path = local_path_of(os.fspath(f))
         if path is None:

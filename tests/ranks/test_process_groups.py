@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from rank_functions import load
 
 from harness.checkpoints import CheckpointFile, digest_of
 from harness.origin import Origin, Reply
+from harness.ports import reserved_port
 from harness.rank import mark, wait_for_gate
 from harness.ranks import run_ranks, start_ranks, wait_until
 
@@ -190,3 +192,36 @@ def test_two_worlds_on_one_store(
     results = run_ranks(_load_in_one_of_two_worlds, 4, env="torchrun", args=(urls, cache_dir))
     expected = [digest_of(file.content) for file in files for _ in range(2)]
     assert [result.value for result in results] == expected
+
+
+def _ask_for_own_device_alone(rank: int, file: str, model_dir: str, port: int) -> list[str]:
+    """Loads without the others in each way that there is; returns the errors. Rank 0 knows its device."""
+    import rankload
+    from rankload import hub
+    from rankload._job import devices
+
+    devices.visible_accelerator = lambda: devices.Accelerator("cuda", 4, 0, False)  # the machine may have none
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+    single = [dist.new_group([member]) for member in range(3)][rank]
+    calls: list[Callable[[], object]] = [
+        lambda: rankload.load(file, "{device}"),
+        lambda: hub.load_state_dict_from_url(f"file://{file}", model_dir, "{device}"),
+        lambda: rankload.dist_load_state_dict_from_url(file, map_location="{device}", group=single),
+    ]
+    errors = []
+    for call in calls if rank else []:
+        with pytest.raises(rankload.RankloadError) as caught:
+            call()
+        errors.append(f"{type(caught.value).__name__}: {caught.value}")
+    return errors
+
+
+def test_a_rank_spawned_without_launcher_does_not_take_itself_for_local_rank_0_when_it_loads_alone(
+    checkpoint: CheckpointFile, cache_dir: str
+) -> None:
+    with reserved_port() as port:
+        results = run_ranks(_ask_for_own_device_alone, 3, env="none", args=(str(checkpoint.path), cache_dir, port))
+    for result in results[1:]:
+        assert len(result.value) == 3
+        for error in result.value:
+            assert error.startswith("DeviceError: no cuda device is known to belong to rank"), error

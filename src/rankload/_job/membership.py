@@ -42,7 +42,16 @@ def open_channel(group: ProcessGroup | None, settings: Settings) -> LoneChannel 
 
 def open_lone_channel() -> LoneChannel:
     """Open the channel of a process that acts without the others. Not collective."""
-    return LoneChannel(replace(identity_from_environment(), rank=0, world_size=1))
+    return LoneChannel(replace(own_identity(), rank=0, world_size=1))
+
+
+def own_identity() -> Identity:
+    """Find out who this process is in the job, which the default process group knows best.
+
+    Devices are chosen by it: to a launcher that has not started the others, every rank is local rank 0.
+    """
+    world = _default_group()
+    return identity_from_environment() if world is None or world.size() == 1 else _identity_in_group(world)
 
 
 def _default_group() -> ProcessGroup | None:
