@@ -57,6 +57,7 @@ class Identity:
         node_rank: index of this node in the job; None where the launcher does not tell.
         host: host name.
         launcher: which rule found it: ``"group"``, ``"torchrun"``, ``"ompi"``, …, ``"single"``.
+        job_size: number of ranks in the job where ``world_size`` is a group's; local ranks are counted in the job.
     """
 
     rank: int
@@ -66,6 +67,17 @@ class Identity:
     node_rank: int | None
     host: str
     launcher: str
+    job_size: int | None = None
+
+    @property
+    def is_whole_job(self) -> bool:
+        """Whether all ranks of the job take part."""
+        return self.job_size in (None, self.world_size)
+
+    @property
+    def is_on_one_node(self) -> bool:
+        """Whether all ranks that take part are known to be on this node."""
+        return self.local_world_size == (self.job_size or self.world_size)
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Gathering(Reading):
             _backend(self._group, device.type),
             shared_bytes,
             sum(entry.length for entry in plan.entries) - shared_bytes,
-            identity.local_world_size == identity.world_size,
+            identity.is_on_one_node,
             is_on_local_disk(self.files.source(self.files.name).descriptor),
         )
 

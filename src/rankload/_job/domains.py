@@ -57,7 +57,7 @@ def find_domain(channel: Channel, scope: Scope, directory: Path) -> Domain:
     if scope == "job":
         return Domain("0", 0, is_leader=identity.rank == 0)
     if identity.rank == 0:
-        is_probed = scope == "auto" and identity.local_world_size != identity.world_size
+        is_probed = scope == "auto" and not identity.is_on_one_node
         probe = _leave_probe_file(channel, directory) if is_probed else None
         channel.post("lead", {"place": _place(identity, scope, directory), "probe": probe})
         return Domain("0", 0, is_leader=True)
@@ -79,8 +79,9 @@ def _leader_of(channel: Channel, scope: Scope, directory: Path) -> int:
 
 def _ask_place(channel: Channel, place: str, probe: str | None, directory: Path) -> int:
     """Let one rank of the place look for rank 0's probe file; return who leads there."""
-    rank = channel.identity.rank
-    if channel.identity.local_rank != 0 and channel.identity.local_rank is not None:
+    rank, identity = channel.identity.rank, channel.identity
+    # of some ranks of the job, the node's local rank 0 need not be one
+    if identity.is_whole_job and not identity.is_on_one_node and identity.local_rank not in (0, None):
         _leave_it_to_local_rank_0(channel, place)
     prober = channel.claim(f"prober/{place}")
     if prober != rank:

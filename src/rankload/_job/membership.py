@@ -42,7 +42,7 @@ def open_channel(group: ProcessGroup | None, settings: Settings) -> LoneChannel 
 
 def open_lone_channel() -> LoneChannel:
     """Open the channel of a process that acts without the others. Not collective."""
-    return LoneChannel(replace(own_identity(), rank=0, world_size=1))
+    return LoneChannel(replace(own_identity(), rank=0, world_size=1, job_size=None))
 
 
 def own_identity() -> Identity:
@@ -120,7 +120,13 @@ def _identity_in_group(group: ProcessGroup) -> Identity:
     launched = identity_from_environment()
     is_same_job = launched.world_size == dist.get_world_size()
     known = launched if is_same_job else replace(launched, local_rank=None, local_world_size=None, node_rank=None)
-    return replace(known, rank=dist.get_rank(group), world_size=dist.get_world_size(group), launcher="group")
+    return replace(
+        known,
+        rank=dist.get_rank(group),
+        world_size=dist.get_world_size(group),
+        job_size=dist.get_world_size(),
+        launcher="group",
+    )
 
 
 def _name_of(group: ProcessGroup) -> str:
