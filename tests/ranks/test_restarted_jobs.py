@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from rank_functions import at_store_operation, leftovers, load, marking, try_to_load
+from rank_functions import at_store_operation, leftovers, load, marking, try_and_tell, try_to_load
 
 from harness.checkpoints import CheckpointFile, digest_of
 from harness.origin import Origin, Reply
@@ -150,3 +150,37 @@ def test_ranks_that_outlive_rank_0_and_its_store_meet_its_successor(
     digest = digest_of(checkpoint.content)
     assert successor.value == digest
     assert [result.value for result in results[1:]] == [(digest, "StoreLostError", digest)] * 2
+
+
+def _load_again_when_told(rank: int, urls: list[str], model_dir: str) -> list[str | None]:
+    first = try_and_tell(rank, urls[0], model_dir)
+    mark("first", first.error)
+    wait_for_gate("again")
+    return [try_to_load(rank, url, model_dir).digest for url in urls]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "env"])
+def test_after_a_call_in_which_rank_0_was_frozen_all_ranks_meet_again(
+    origin: Origin,
+    checkpoint: CheckpointFile,
+    other_checkpoint: CheckpointFile,
+    cache_dir: str,
+    short_deadlines: float,
+    monkeypatch: pytest.MonkeyPatch,
+    launcher: str,
+) -> None:
+    monkeypatch.setenv("RANKLOAD_ARRIVAL_SECONDS", "20")
+    files = [checkpoint, other_checkpoint]
+    urls = [origin.add(checkpoint.name, checkpoint.path, Reply(hold_at=1000), Reply())]
+    urls.append(origin.add(other_checkpoint.name, other_checkpoint.path))
+    with start_ranks(_load_again_when_told, 3, env=launcher, args=(urls, cache_dir)) as group:
+        group.wait_for_mark("waiting", [1, 2])
+        wait_until(lambda: all("downloading" in group.stderr(rank) for rank in (1, 2)), 30, "both wait for rank 0")
+        group.stop(0)
+        lost = group.wait_for_mark("first", [1, 2])
+        group.cont(0)
+        origin.release(checkpoint.name)
+        assert {*lost, *group.wait_for_mark("first", [0])} <= {"StoreLostError", "RankLostError"}
+        group.open_gate("again")
+        results = group.wait()
+    assert [result.value for result in results] == [[digest_of(file.content) for file in files]] * 3

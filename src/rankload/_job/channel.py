@@ -18,8 +18,6 @@ from typing import Any
 from rankload._errors import (
     ArgumentMismatchError,
     ArrivalTimeoutError,
-    CallCancelledError,
-    RankFailedError,
     RankloadError,
     RankLostError,
     StoreLostError,
@@ -29,7 +27,7 @@ from rankload._job.polling import backoff
 from rankload._job.session import Session
 from rankload._job.signals import Terminated, TerminationAsException
 from rankload._job.status import Pulse, Watch
-from rankload._job.verdict import Verdict
+from rankload._job.verdict import Verdict, as_shared_error
 from rankload._job.vigil import Vigil
 from rankload._settings import Settings
 from rankload._types import Progress
@@ -208,38 +206,26 @@ class RankChannel:
 
     def _tell(self, error: BaseException) -> None:
         """Tell the other ranks why this one fails; if another failed first, raise its error."""
-        if isinstance(error, StoreLostError):
-            self._session.is_lost = True
         if isinstance(error, _GIVING_UP):
             self._session.give_up_absent_ranks()
         patience_seconds = _HURRIED_SECONDS if isinstance(error, _GIVING_UP) else _FAREWELL_SECONDS
         if isinstance(error, Terminated):
             patience_seconds = _HURRIED_SECONDS
             self._verdict.hurry(patience_seconds)
-        mine = self._as_shared_error(error)
+        mine = as_shared_error(error, self.identity)
         with suppress(StoreLostError):  # nobody can be told any more; our own error says more than that
             if not isinstance(error, StoreLostError):
                 self._verdict.fail(mine)
             if not self._verdict.outlast_readers(patience_seconds) and not isinstance(mine, _GIVING_UP):
                 atexit.register(self._verdict.outlast_readers, self._settings.liveness_seconds)
         first = self._verdict.failure
+        is_told = self._verdict.is_known and not isinstance(error, StoreLostError)
+        self._session.is_over = not is_told or self._session.is_ended_by(first)
         if isinstance(error, Exception) and error is not first:
             if first is None or (first.rank, first.host, type(first)) == (mine.rank, mine.host, type(mine)):
                 first = mine
             if error is not first:
                 raise first from error
-
-    def _as_shared_error(self, error: BaseException) -> RankloadError:
-        if isinstance(error, RankloadError):
-            shared: RankloadError = error
-        elif isinstance(error, Exception):
-            shared = RankFailedError(f"{type(error).__name__}: {error}", cause_type=type(error).__name__)
-        else:
-            name = "SIGTERM" if isinstance(error, Terminated) else type(error).__name__
-            shared = CallCancelledError(f"a rank left the call on {name}")
-        if shared.rank is None:
-            shared.rank, shared.host = self.identity.rank, self.identity.host
-        return shared
 
     def _look_around(self) -> None:
         """Look for the verdict and at those whom this rank watches; the pulse does it."""

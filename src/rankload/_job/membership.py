@@ -71,9 +71,10 @@ def _session_of_group(group: ProcessGroup, settings: Settings) -> Session | None
     if dist.get_world_size(group) == 1:
         return None
     session = _sessions_of_groups.get(group)
-    if session is None or session.is_lost:
+    if session is None or session.is_over:
         store, known = store_of_group(group, settings), weakref.ref(group)
-        session = join(store, _identity_in_group(group), _name_of(group), settings, lambda: _exists(known()))
+        identity, name = _identity_in_group(group), _name_of(group)
+        session = join(store, identity, name, settings, lambda: _exists(known()), session)
         _sessions_of_groups[group] = session
     return session if session.pid == os.getpid() else None
 
@@ -84,21 +85,21 @@ def _session_of_environment(settings: Settings) -> Session | None:
         return None
     meeting_point = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     session = _sessions_of_environments.get((identity, meeting_point))
-    if session is None or session.is_lost:
-        session = _join_by_environment(identity, settings)
+    if session is None or session.is_over:
+        session = _join_by_environment(identity, settings, session)
         if session is None:
             return None
         _sessions_of_environments[identity, meeting_point] = session
     return session if session.pid == os.getpid() else None
 
 
-def _join_by_environment(identity: Identity, settings: Settings) -> Session | None:
+def _join_by_environment(identity: Identity, settings: Settings, former: Session | None) -> Session | None:
     for is_last in (False, True):
         store = store_from_environment(identity, settings)
         if store is None:
             return None
         try:
-            return join(store, identity, "environment", settings)
+            return join(store, identity, "environment", settings, former=former)
         except StoreLostError:
             if is_last or identity.rank == 0 or not store.dies_with_rank_0:
                 raise

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from rankload._errors import StoreLostError
+from rankload._errors import ArrivalTimeoutError, ProgressTimeoutError, RankloadError, RankLostError, StoreLostError
 from rankload._job.polling import backoff, until_rank_0_comes
 from rankload._job.store import RankStore, host_neighbour, neighbour
 from rankload._settings import Settings
@@ -35,7 +35,7 @@ class Session:
         pid: the process that joined; a forked child must not use its parent's connection.
         calls: number of calls made; equal on all ranks, since every rank makes every call.
         remembered: facts that stay true for the session (which directories are shared).
-        is_lost: the store is gone; the next call needs another session.
+        is_over: the next call needs another session.
     """
 
     store: RankStore
@@ -45,7 +45,7 @@ class Session:
     pid: int = field(default_factory=os.getpid)
     calls: int = 0
     remembered: dict[str, str] = field(default_factory=dict)
-    is_lost: bool = False
+    is_over: bool = False
 
     def next_call_prefix(self) -> str:
         """Return the key prefix of this rank's next call."""
@@ -62,6 +62,21 @@ class Session:
             self.greeter = None
         return self.greeter is None or not self.greeter.is_at_temporary_place
 
+    def is_ended_by(self, failure: RankloadError | None) -> bool:
+        """Tell whether after a call that failed so the ranks have to meet anew: they may have lost each other.
+
+        They all have read the same verdict, but for those to whom the store was lost: rank 0, frozen for a while, has
+        seen nothing of that. Who never came has lost nothing, unless to it rank 0's store was.
+        """
+        if isinstance(failure, ArrivalTimeoutError):
+            return self.store.dies_with_rank_0
+        return isinstance(failure, (RankLostError, ProgressTimeoutError, StoreLostError))
+
+    def close(self) -> None:
+        """Welcome nobody any more."""
+        if self.greeter is not None:
+            self.greeter.stop()
+
     def give_up_absent_ranks(self) -> None:
         """Let this process end without them."""
         if self.greeter is not None:
@@ -74,6 +89,7 @@ def join(
     group_name: str,
     settings: Settings,
     is_current: Callable[[], bool] = lambda: True,
+    former: Session | None = None,
 ) -> Session:
     """Agree on a session id with rank 0. Collective over the ranks of the group, but rank 0 does not wait.
 
@@ -93,11 +109,17 @@ def join(
     """
     root = f"rankload/{group_name}"
     if identity.rank == 0:
+        if former is not None:
+            former.close()
         return _host_session(meeting_point, identity, root, settings, is_current)
-    session_id, port = _say_hello(meeting_point, root, identity, settings)
+    session_id, port = _say_hello(meeting_point, root, identity, settings, former)
     store = meeting_point if port == "-" else neighbour(meeting_point, int(port), settings)
     store.add(f"{root}/{session_id}/joined")
-    return Session(store, identity, f"{root}/{session_id}")
+    return Session(store, identity, _prefix(root, session_id))
+
+
+def _prefix(root: str, session_id: str) -> str:
+    return f"{root}/{session_id}"
 
 
 def _host_session(
@@ -105,7 +127,7 @@ def _host_session(
 ) -> Session:
     session_id = secrets.token_hex(8)
     store, port = host_neighbour(meeting_point, settings) if meeting_point.is_temporary else (meeting_point, "-")
-    prefix = f"{root}/{session_id}"
+    prefix = _prefix(root, session_id)
     greeter = Greeter(meeting_point, root, f"{session_id} {port}", is_current, settings.liveness_seconds)
 
     def has_everybody() -> bool:
@@ -115,13 +137,16 @@ def _host_session(
     return Session(store, identity, prefix, greeter)
 
 
-def _say_hello(store: RankStore, root: str, identity: Identity, settings: Settings) -> tuple[str, str]:
+def _say_hello(
+    store: RankStore, root: str, identity: Identity, settings: Settings, former: Session | None
+) -> tuple[str, str]:
     """Return the session's id, and the port of its own store."""
     number = store.add(f"{root}/hellos")
     for _ in until_rank_0_comes(identity, settings):
         if welcome := store.peek(f"{root}/welcome"):
             count, session_id, port = welcome.split()
-            if int(count) >= number:
+            is_over = former is not None and former.prefix == _prefix(root, session_id)
+            if int(count) >= number and not is_over:
                 return session_id, port
     raise AssertionError("until_rank_0_comes() ends by raising")
 
@@ -159,15 +184,16 @@ class Greeter:
     def is_over(self) -> bool:
         """End the thread if every rank has joined; tell whether it has ended."""
         if self._thread.is_alive() and self._has_everybody():
-            self._stop()
+            self.stop()
         return not self._thread.is_alive()
 
     def _see_off(self) -> None:
         self._thread.join(timeout=self.see_off_seconds)
         # a daemon thread that wakes up inside torch while the interpreter is torn down aborts the process
-        self._stop()
+        self.stop()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """End the thread."""
         self._stop_requested.set()
         self._thread.join(timeout=5)
 

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from rankload._errors import RankloadError, StoreLostError, from_wire, to_wire
+from rankload._errors import CallCancelledError, RankFailedError, RankloadError, StoreLostError, from_wire, to_wire
 from rankload._job.polling import backoff
+from rankload._job.signals import Terminated
 from rankload._job.store import RankStore
 from rankload._types import Identity
 
@@ -74,3 +75,17 @@ class Verdict:
         self.is_known = True
         if self._store.dies_with_rank_0 and self._identity.rank != 0:
             self._store.add(self._key("seen"))
+
+
+def as_shared_error(error: BaseException, identity: Identity) -> RankloadError:
+    """Return what the other ranks are to raise, naming this one if it is the first to."""
+    if isinstance(error, RankloadError):
+        shared: RankloadError = error
+    elif isinstance(error, Exception):
+        shared = RankFailedError(f"{type(error).__name__}: {error}", cause_type=type(error).__name__)
+    else:
+        name = "SIGTERM" if isinstance(error, Terminated) else type(error).__name__
+        shared = CallCancelledError(f"a rank left the call on {name}")
+    if shared.rank is None:
+        shared.rank, shared.host = identity.rank, identity.host
+    return shared

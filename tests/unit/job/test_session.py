@@ -37,7 +37,7 @@ def meet(store: RankStore) -> Iterator[Callable[..., Session]]:
     yield as_rank
     for session in sessions:
         if session.greeter is not None:
-            session.greeter._stop()
+            session.greeter.stop()
 
 
 def test_all_ranks_get_the_session_whoever_comes_first(store: RankStore, meet: Callable[..., Session]) -> None:
