@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -161,6 +162,31 @@ def test_a_rank_killed_while_it_loads_and_the_others_wait_for_the_verdict(
     for outcome in ended:
         assert f"rank 3 (pid {group.pids[3]} on {socket.gethostname()})" in outcome.text
         assert outcome.ended_at - killed_at < short_deadlines
+
+
+def _be_killed_in_a_warm_call(rank: int, url: str, model_dir: str, victim: int) -> object:
+    def adapt(state_dict: dict[str, object]) -> dict[str, object]:
+        if rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL)  # as for memory
+        return state_dict
+
+    load(rank, url, model_dir)
+    return try_to_load(rank, url, model_dir, adapt=adapt)
+
+
+@pytest.mark.fault(37)
+@pytest.mark.parametrize(("launcher", "victim"), [("torchrun", 0), ("torchrun", 2), ("env", 1)])
+def test_a_rank_killed_in_a_warm_call_before_its_first_sign_of_life(
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str, short_deadlines: float, launcher: str, victim: int
+) -> None:
+    url = origin.add(checkpoint.name, checkpoint.path)
+    with start_ranks(_be_killed_in_a_warm_call, 3, env=launcher, args=(url, cache_dir, victim)) as group:
+        killed_at = group.wait_for_end(victim).ended_at
+        ended = outcomes([group.wait_for_end(rank) for rank in range(3) if rank != victim])
+    for outcome in ended:
+        assert outcome.error == "RankLostError", outcome
+        assert f"rank {victim} made the call and has given no sign of life" in outcome.text
+        assert outcome.ended_at - killed_at < short_deadlines + 1
 
 
 @pytest.mark.fault(39)

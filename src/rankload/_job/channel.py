@@ -16,12 +16,12 @@ from types import TracebackType
 from typing import Any
 
 from rankload._errors import (
-    ArgumentMismatchError,
     ArrivalTimeoutError,
     RankloadError,
     RankLostError,
     StoreLostError,
 )
+from rankload._job.agreement import Agreement
 from rankload._job.lone import run_all
 from rankload._job.polling import backoff
 from rankload._job.session import Session
@@ -57,7 +57,7 @@ class RankChannel:
         self._session, self._settings = session, settings
         self._store, self._prefix = session.store, session.next_call_prefix()
         self._watched = range(1, self.identity.world_size) if self.identity.rank == 0 else [0]
-        self._have_all_come = False
+        self._agreement = Agreement(self._store, self._key, self.identity, session.calls)
         self._facts: dict[str, str] = {}
         self._on_exit: list[Callable[[], None]] = []
         self._termination = TerminationAsException()
@@ -75,26 +75,13 @@ class RankChannel:
         self._vigil_meanwhile = self._vigil_over(self._watched, while_working=True)
 
     def agree(self, arguments: dict[str, Any]) -> None:
-        """Check that every rank passed the same arguments: each compares its own with the first writer's.
+        """Say that this rank has come, and check that every rank passed the same arguments (see `Agreement`).
 
         Raises:
             ArgumentMismatchError: they differ; names both ranks and both values.
         """
-        mine = {"rank": self.identity.rank, "host": self.identity.host, "arguments": arguments}
-        first = json.loads(self._store.set_first(self._key("arguments"), json.dumps(mine)))
-        names = sorted(first["arguments"].keys() | arguments.keys())
-        if differing := [name for name in names if first["arguments"].get(name) != arguments.get(name)]:
-            details = "; ".join(
-                f"{name}: rank {first['rank']} has {first['arguments'].get(name)!r}, "
-                f"rank {self.identity.rank} has {arguments.get(name)!r}"
-                for name in differing
-            )
-            raise ArgumentMismatchError(
-                f"ranks disagree on the arguments of call {self._session.calls} ({details}): every rank must make the "
-                "same calls in the same order",
-                first_rank=first["rank"],
-                other_rank=self.identity.rank,
-            )
+        if not self._agreement.enter(arguments):
+            self._agreement.compare(self._wait_for("arguments", self._watched))
 
     def report(self, progress: Progress) -> None:
         """Publish this rank's progress; raise what another rank failed with."""
@@ -123,7 +110,7 @@ class RankChannel:
         if come == self.identity.world_size:
             self.post(f"met/{key}/all", {"agree": agreeing == come})
         agreed = bool(self._wait_for(f"met/{key}/all", self._watched)["agree"])
-        self._have_all_come = True
+        self._agreement.have_all_come = True
         return agreed
 
     def watch_over(self, ranks: Iterable[int]) -> Callable[[Progress], None]:
@@ -229,6 +216,7 @@ class RankChannel:
 
     def _look_around(self) -> None:
         """Look for the verdict and at those whom this rank watches; the pulse does it."""
+        self._agreement.support()
         self._verdict.look()
         if self._vigil_meanwhile.is_due():
             self._vigil_meanwhile.look()
@@ -268,7 +256,7 @@ class RankChannel:
 
     def _vigil_over(self, ranks: Iterable[int], *, while_working: bool = False) -> Vigil:
         watches = [
-            Watch(self._store, self._key(f"status/{rank}"), rank, self._settings, lambda: self._have_all_come)
+            Watch(self._store, self._key(f"status/{rank}"), rank, self._settings, self._agreement.look)
             for rank in ranks
         ]
         return Vigil(watches, self._settings, self.identity, while_working=while_working)
