@@ -18,9 +18,11 @@ from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import Format, describe, sniff
 from rankload._deliver.failures import translated
 from rankload._deliver.read import read_checkpoint
+from rankload._deliver.readers import Limits
 from rankload._errors import ArgumentError
 from rankload._job.devices import resolve_map_location
 from rankload._job.membership import own_identity
+from rankload._settings import Settings
 
 if TYPE_CHECKING:
     from rankload._api import MapLocation
@@ -61,13 +63,17 @@ def load(
         LoadError: it could not be loaded for another reason.
         ArgumentError: it is at a URL: see `dist_load_state_dict_from_url`.
     """
-    target = resolve_map_location(map_location, own_identity())
+    identity = own_identity()
+    target = resolve_map_location(map_location, identity)
     if isinstance(f, (str, os.PathLike)):
         path = local_path_of(os.fspath(f))
         if path is None:
             shown = redact(os.fspath(f))
             raise ArgumentError(f"load({shown!r}): not a local file; dist_load_state_dict_from_url loads from URLs")
-        return read_checkpoint(path, target, weights_only=weights_only, mmap=mmap, **torch_load_arguments)
+        limits = Limits.of(identity, Settings.from_environment())
+        return read_checkpoint(
+            path, target, weights_only=weights_only, mmap=mmap, limits=limits, **torch_load_arguments
+        )
     if mmap:
         raise ArgumentError("load(…, mmap=True): an open file cannot be mapped; give its path")
     shown = str(getattr(f, "name", "an open file"))

@@ -225,3 +225,25 @@ def test_a_rank_spawned_without_launcher_does_not_take_itself_for_local_rank_0_w
         assert len(result.value) == 3
         for error in result.value:
             assert error.startswith("DeviceError: no cuda device is known to belong to rank"), error
+
+
+def _load_beside_variables(rank: int, url: str, model_dir: str, port: int) -> tuple[str, str]:
+    import rankload
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    singles = [dist.new_group([member]) for member in range(2)]
+    path = rankload.dist_fetch(url, model_dir)
+    rankload.load(path)
+    return load(rank, url, model_dir), load(rank, url, model_dir, group=singles[rank])
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "0"}, {"PMIX_RANK": "0", "PMIX_NAMESPACE": "prterun-x@1"}])
+@pytest.mark.parametrize("ranks", [(0, 1), (1,)])
+def test_a_group_counts_more_than_variables_that_say_half(
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str, variables: dict[str, str], ranks: tuple[int, ...]
+) -> None:
+    url = origin.add(checkpoint.name, checkpoint.path)
+    with reserved_port() as port:
+        environment = dict.fromkeys(ranks, variables)
+        results = run_ranks(_load_beside_variables, 2, env="none", rank_env=environment, args=(url, cache_dir, port))
+    assert [result.value for result in results] == [(digest_of(checkpoint.content),) * 2] * 2

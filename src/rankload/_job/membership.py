@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import sys
 import weakref
 from dataclasses import replace
@@ -51,7 +52,9 @@ def own_identity() -> Identity:
     Devices are chosen by it: to a launcher that has not started the others, every rank is local rank 0.
     """
     world = _default_group()
-    return identity_from_environment() if world is None or world.size() == 1 else _identity_in_group(world)
+    if world is None:
+        return identity_from_environment()
+    return _launched_identity() if world.size() == 1 else _identity_in_group(world)
 
 
 def _default_group() -> ProcessGroup | None:
@@ -118,7 +121,7 @@ def _identity_in_group(group: ProcessGroup) -> Identity:
     """Take rank and size from the group, and what the group does not know from the launcher."""
     import torch.distributed as dist
 
-    launched = identity_from_environment()
+    launched = _launched_identity()
     is_same_job = launched.world_size == dist.get_world_size()
     known = launched if is_same_job else replace(launched, local_rank=None, local_world_size=None, node_rank=None)
     return replace(
@@ -128,6 +131,14 @@ def _identity_in_group(group: ProcessGroup) -> Identity:
         job_size=dist.get_world_size(),
         launcher="group",
     )
+
+
+def _launched_identity() -> Identity:
+    """Return what the launcher tells, for a process that has a group: it counts more than variables that say half."""
+    try:
+        return identity_from_environment()
+    except ArgumentError:
+        return Identity(0, 1, None, None, None, socket.gethostname(), "group")
 
 
 def _name_of(group: ProcessGroup) -> str:
