@@ -71,6 +71,29 @@ def test_one_rank_cannot_load_and_every_rank_names_it(
     assert [result.value[1].digest for result in results] == [digest_of(checkpoint.content)] * 4
 
 
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("cannot be shown")
+
+
+def _fail_unspeakably(rank: int, url: str, model_dir: str) -> Outcome:
+    def adapt(state_dict: dict[str, Any]) -> dict[str, Any]:
+        if rank == 1:
+            raise Unspeakable
+        return state_dict
+
+    return try_to_load(rank, url, model_dir, adapt=adapt)
+
+
+def test_an_exception_that_cannot_be_shown_is_told_all_the_same(
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str
+) -> None:
+    url = origin.add(checkpoint.name, checkpoint.path)
+    for outcome in outcomes(run_ranks(_fail_unspeakably, 3, args=(url, cache_dir))):
+        assert outcome.error == "RankFailedError"
+        assert "Unspeakable: (no text: ValueError in its __str__) [rank 1 on " in outcome.text
+
+
 @pytest.mark.fault(52)
 @pytest.mark.parametrize("launcher", ["torchrun", "env"])
 def test_an_error_text_of_megabytes_is_cut_and_the_store_survives_it(

@@ -82,10 +82,17 @@ def as_shared_error(error: BaseException, identity: Identity) -> RankloadError:
     if isinstance(error, RankloadError):
         shared: RankloadError = error
     elif isinstance(error, Exception):
-        shared = RankFailedError(f"{type(error).__name__}: {error}", cause_type=type(error).__name__)
+        shared = RankFailedError(f"{type(error).__name__}: {_text_of(error)}", cause_type=type(error).__name__)
     else:
         name = "SIGTERM" if isinstance(error, Terminated) else type(error).__name__
         shared = CallCancelledError(f"a rank left the call on {name}")
     if shared.rank is None:
         shared.rank, shared.host = identity.rank, identity.host
     return shared
+
+
+def _text_of(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception as problem:  # the others are to hear of it all the same
+        return f"(no text: {type(problem).__name__} in its __str__)"
