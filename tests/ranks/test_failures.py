@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from typing import Any
 
 import pytest
@@ -69,6 +71,33 @@ def test_one_rank_cannot_load_and_every_rank_names_it(
     assert firsts[0].error is not None and str(error) in firsts[0].text
     assert f"[rank {failing} on " in firsts[0].text
     assert [result.value[1].digest for result in results] == [digest_of(checkpoint.content)] * 4
+
+
+def _load_without_threads(rank: int, url: str, model_dir: str) -> tuple[Outcome, bool, Outcome]:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "rankload-pulse":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    if rank == 1:
+        threading.Thread.start = refuse  # type: ignore[method-assign]
+    first = try_to_load(rank, url, model_dir)
+    threading.Thread.start = start  # type: ignore[method-assign]
+    return first, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, try_to_load(rank, url, model_dir)
+
+
+def test_a_rank_that_cannot_begin_the_call_says_so_and_leaves_nothing_behind(
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str
+) -> None:
+    url = origin.add(checkpoint.name, checkpoint.path)
+    for result in run_ranks(_load_without_threads, 3, args=(url, cache_dir)):
+        first, is_default, second = result.value
+        assert first.error == "RankFailedError"
+        assert "can't start new thread [rank 1 on " in first.text
+        assert is_default
+        assert second.digest == digest_of(checkpoint.content)
 
 
 class Unspeakable(Exception):

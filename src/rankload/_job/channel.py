@@ -156,7 +156,11 @@ class RankChannel:
 
     def __enter__(self) -> RankChannel:
         self._termination.install()
-        self._pulse.start()
+        try:
+            self._pulse.start()
+        except BaseException as error:  # no more threads, or SIGTERM
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
