@@ -229,7 +229,8 @@ class RankChannel:
         self._failure = error
 
     def _raise_failure(self) -> None:
-        if failure := self._verdict.failure or self._failure:
+        # once there is a verdict, what the pulse has noted counts no more: others may have gone on, and left
+        if failure := self._verdict.failure if self._verdict.is_known else self._failure:
             raise failure
 
     def _wait_for(self, key: str, ranks: Iterable[int]) -> dict[str, Any]:
