@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from rankload._errors import CoordinationError, ProgressTimeoutError, RankloadError, RankLostError
+from rankload._errors import CoordinationError, ProgressTimeoutError, RankFailedError, RankloadError, RankLostError
 from rankload._job.polling import silence_limit_seconds
 from rankload._job.store import RankStore
 from rankload._settings import Settings
@@ -18,6 +18,9 @@ from rankload._types import DECLARED_WAITS, Identity, Phase, Progress
 
 #: How often a rank looks around in a call, at most.
 _LOOK_SECONDS = 0.5
+
+#: The least between two looks, however short the deadlines are.
+_LEAST_TICK_SECONDS = 0.05
 
 #: A rank's own deadline and others' judgement of it are at least so far apart.
 _LEAST_MARGIN_SECONDS = 5.0
@@ -95,7 +98,8 @@ class Pulse:
             self._thread.join(patience_seconds)
 
     def _run(self) -> None:
-        tick_seconds = min(self._interval_seconds, max(_LOOK_SECONDS, self._identity.world_size / 4000))
+        longest_seconds = max(_LOOK_SECONDS, self._identity.world_size / 4000)
+        tick_seconds = max(_LEAST_TICK_SECONDS, min(self._interval_seconds, longest_seconds))
         published_at = -self._interval_seconds
         try:
             while not self._stop_requested.wait(tick_seconds):
@@ -105,6 +109,8 @@ class Pulse:
                 self._look_around()
         except RankloadError as error:
             self._on_error(error)
+        except Exception as error:  # silent, this rank would count as lost
+            self._on_error(RankFailedError(f"{type(error).__name__}: {error}", cause_type=type(error).__name__))
 
     def _publish(self) -> None:
         with self._publishing:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 from torch.distributed import HashStore
 
-from rankload._errors import ProgressTimeoutError, RankLostError
-from rankload._job.status import Status, Watch
+from harness.ranks import wait_until
+from rankload._errors import ProgressTimeoutError, RankFailedError, RankloadError, RankLostError
+from rankload._job.status import Pulse, Status, Watch
 from rankload._job.store import RankStore
 from rankload._settings import Settings
-from rankload._types import Progress
+from rankload._types import Identity, Progress
 
 DOWNLOADING = Status("there", 1, Progress("downloading", 5, 10), beat=1)
 SETTINGS = Settings(progress_seconds=2, liveness_seconds=30)
@@ -109,3 +113,39 @@ def test_a_rank_that_has_published_nothing_is_absent_or_lost(store: RankStore, h
             watch.look(1.0)
     else:
         watch.look(1.0)
+
+
+@pytest.fixture
+def pulse(store: RankStore) -> Iterator[Callable[[float, Callable[[], None]], list[RankloadError]]]:
+    """Starts a pulse; gives the list of what it notes."""
+    with ExitStack() as stopping:
+
+        def start(interval_seconds: float, look_around: Callable[[], None]) -> list[RankloadError]:
+            noted: list[RankloadError] = []
+            identity = Identity(3, 4, None, None, None, "here", "test")
+            beating = Pulse(store, "status", identity, interval_seconds, look_around, noted.append)
+            stopping.callback(beating.stop)
+            beating.start()
+            return noted
+
+        yield start
+
+
+def test_whatever_ends_the_pulse_is_noted(
+    pulse: Callable[[float, Callable[[], None]], list[RankloadError]],
+) -> None:
+    def look_around() -> None:
+        raise ValueError("no such verdict")
+
+    noted = pulse(0.1, look_around)
+    wait_until(lambda: noted, 10, "a note")
+    assert isinstance(noted[0], RankFailedError) and "ValueError: no such verdict" in str(noted[0])
+
+
+def test_a_tiny_timeout_does_not_make_the_pulse_race(
+    pulse: Callable[[float, Callable[[], None]], list[RankloadError]],
+) -> None:
+    looks: list[float] = []
+    pulse(1e-6, lambda: looks.append(time.monotonic()))
+    wait_until(lambda: len(looks) > 3, 10, "four looks")
+    assert looks[3] - looks[0] >= 3 * 0.05
