@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rank_functions import load
 
 from harness.checkpoints import CheckpointFile, digest_of
@@ -79,3 +80,40 @@ def test_a_call_in_a_forked_child_does_not_disturb_its_parents(
     results = run_ranks(_fork_between_calls, 3, env=launcher, args=(urls, cache_dir))
     assert [result.value for result in results] == [[digest_of(file.content) for file in files]] * 3
     assert origin.request_count() == 2
+
+
+class Weights(torch.utils.data.Dataset[str]):
+    """Loads in the DataLoader's workers."""
+
+    def __init__(self, url: str, model_dir: str) -> None:
+        self.url, self.model_dir = url, model_dir
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> str:
+        return load(-1, self.url, self.model_dir)
+
+
+def _load_in_workers_first(rank: int, url: str, model_dir: str, context: str, *, in_group: bool) -> list[str]:
+    if in_group:
+        torch.distributed.init_process_group("gloo")
+    loader = torch.utils.data.DataLoader(
+        Weights(url, model_dir), batch_size=None, num_workers=2, multiprocessing_context=context
+    )
+    return [*loader, load(rank, url, model_dir)]
+
+
+@pytest.mark.parametrize(("context", "in_group"), [("fork", False), ("fork", True), ("spawn", False)])
+def test_dataloader_workers_do_not_take_the_place_of_their_rank(
+    origin: Origin,
+    checkpoint: CheckpointFile,
+    cache_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    context: str,
+    in_group: bool,
+) -> None:
+    monkeypatch.setenv("RANKLOAD_ARRIVAL_SECONDS", "20")
+    url = origin.add(checkpoint.name, checkpoint.path)
+    results = run_ranks(_load_in_workers_first, 2, args=(url, cache_dir, context), kwargs={"in_group": in_group})
+    assert [result.value for result in results] == [[digest_of(checkpoint.content)] * 5] * 2

@@ -30,12 +30,15 @@ _sessions_of_environments: dict[tuple[Identity, str], Session] = {}
 def open_channel(group: ProcessGroup | None, settings: Settings) -> LoneChannel | RankChannel:
     """Open the channel for one call: of the given group, else of the default group, else of the launcher's job.
 
-    Collective over those ranks. Without a store to meet at, or with a single rank, the channel is a lone one.
+    Collective over those ranks. Without a store to meet at, or with a single rank, the channel is a lone one; so it is
+    in a DataLoader's worker, which has its rank's environment and, if forked, its process group.
 
     Raises:
         ArgumentError: this rank is no member of the group.
         ArrivalTimeoutError: rank 0 does not make the call.
     """
+    if _is_dataloader_worker():
+        return open_lone_channel()
     group = group if group is not None else _default_group()
     session = _session_of_environment(settings) if group is None else _session_of_group(group, settings)
     return open_lone_channel() if session is None else RankChannel(session, settings)
@@ -55,6 +58,11 @@ def own_identity() -> Identity:
     if world is None:
         return identity_from_environment()
     return _launched_identity() if world.size() == 1 else _identity_in_group(world)
+
+
+def _is_dataloader_worker() -> bool:
+    data = sys.modules.get("torch.utils.data")
+    return data is not None and data.get_worker_info() is not None
 
 
 def _default_group() -> ProcessGroup | None:
