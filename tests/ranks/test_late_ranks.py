@@ -67,6 +67,18 @@ def test_without_rank_0_nobody_hosts_the_store_and_the_error_says_where(
     assert re.search(r"rank 0 did not make this call within 1 s.*no store at 127\.0\.0\.1:\d+", ended.text)
 
 
+def test_an_address_that_no_host_has_is_told_at_once(
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str
+) -> None:
+    url = origin.add(checkpoint.name, checkpoint.path)
+    nowhere = {0: {"MASTER_ADDR": "no.such.host.invalid"}}
+    with start_ranks(try_to_load, 2, env="env", args=(url, cache_dir), rank_env=nowhere, held=[1]) as group:
+        [ended] = outcomes([group.wait_for_end(0, 80)])
+    assert ended.error == "CoordinationError"
+    assert "rank 0 cannot open a store at no.such.host.invalid:" in ended.text and "Set MASTER_ADDR" in ended.text
+    assert ended.ended_at - ended.started_at < 30  # a name server may be slow to say so
+
+
 _REPORT = re.compile(r"waiting for rank 0 on \S+: (downloading|publishing) \d+\.\d of \d+\.\d MB(, \d+ MB/s)?$")
 
 

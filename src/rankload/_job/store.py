@@ -179,17 +179,22 @@ def _connect(
 def _host(host: str, port: int, settings: Settings) -> RankStore:
     from torch._C._distributed_c10d import TCPStore
 
-    timeout = timedelta(seconds=_CONNECT_SECONDS)
-    try:
+    calls, timeout = BoundedCalls(), timedelta(seconds=_CONNECT_SECONDS)
+
+    def host_store() -> TCPStore:
+        socket.getaddrinfo(host, port)  # torch would try for a minute and a half
         # multi_tenant: whoever hosts at the same address in this process (init_process_group) shares the server
-        store = TCPStore(host, port, is_master=True, multi_tenant=port != 0, wait_for_workers=False, timeout=timeout)
-    except RuntimeError as error:
+        return TCPStore(host, port, is_master=True, multi_tenant=port != 0, wait_for_workers=False, timeout=timeout)
+
+    try:
+        store = calls.call(host_store, _CONNECT_SECONDS)
+    except (RuntimeError, OSError) as error:
         raise CoordinationError(
             f"rank 0 cannot open a store at {host}:{port}: {error}. Set MASTER_ADDR to rank 0's host and "
             "MASTER_PORT to a free port, alike on all ranks",
             place=f"{host}:{port}",
         ) from error
-    return RankStore(store, f"{host}:{store.port}", True, silence_limit_seconds(settings))
+    return RankStore(store, f"{host}:{store.port}", True, silence_limit_seconds(settings), _calls=calls)
 
 
 def _await_listener(host: str, port: int, identity: Identity, settings: Settings) -> None:
