@@ -151,9 +151,35 @@ def test_strangers_are_turned_away() -> None:
             stranger.sendall(bytes(32))
             assert stranger.recv(1) == b""  # closed
         with connect(1, "there", listener.way, 5, lambda: None).socket as ours, result.result(10).socket as theirs:
-            ours.send(b"x")
-            theirs.setblocking(True)
-            assert theirs.recv(1) == b"x"
+            assert _are_connected(ours, theirs)
+
+
+def test_silent_and_slow_strangers_keep_nobody_waiting() -> None:
+    with closing(Listener(["127.0.0.1"])) as listener, ThreadPoolExecutor() as pool, ExitStack() as strangers:
+        address = ("127.0.0.1", listener.way["port"])
+        for said in (b"", b"", bytes.fromhex(listener.way["asked"])[:3]):
+            strangers.enter_context(socket.create_connection(address)).sendall(said)
+        result = pool.submit(listener.accept, 0, "here", _limit(20))
+        began_at = time.monotonic()
+        with connect(1, "there", listener.way, 20, lambda: None).socket as ours, result.result(20).socket as theirs:
+            assert time.monotonic() - began_at < 4
+            assert _are_connected(ours, theirs)
+
+
+def test_connection_that_upstream_has_given_up_is_not_taken() -> None:
+    """Downstream comes to accept late: upstream has asked, waited, and connected anew."""
+    with closing(Listener(["127.0.0.1"])) as listener, ThreadPoolExecutor() as pool:
+        with socket.create_connection(("127.0.0.1", listener.way["port"])) as given_up:
+            given_up.sendall(bytes.fromhex(listener.way["asked"]))
+        result = pool.submit(listener.accept, 0, "here", _limit(20))
+        with connect(1, "there", listener.way, 20, lambda: None).socket as ours, result.result(20).socket as theirs:
+            assert _are_connected(ours, theirs)
+
+
+def _are_connected(ours: socket.socket, theirs: socket.socket) -> bool:
+    ours.send(b"x")
+    theirs.setblocking(True)
+    return theirs.recv(1) == b"x"
 
 
 def test_address_of_another_process_is_passed_over() -> None:
