@@ -12,6 +12,7 @@ from rank_functions import load
 
 from harness.checkpoints import CheckpointFile, digest_of
 from harness.origin import Origin, Reply
+from harness.rank import mark_and_wait
 from harness.ranks import run_ranks, start_ranks, wait_until
 
 
@@ -101,8 +102,9 @@ def _load_in_workers_first(rank: int, url: str, model_dir: str, context: str, *,
     loader = torch.utils.data.DataLoader(
         Weights(url, model_dir), batch_size=None, num_workers=2, multiprocessing_context=context
     )
-    # of one rank alone: its workers have nobody to take for their like
-    return [*(loader if rank == 0 else ()), load(rank, url, model_dir)]
+    loaded = list(loader) if rank == 0 else []
+    mark_and_wait("workers")  # or rank 1 would wait for rank 0 while workers start
+    return [*loaded, load(rank, url, model_dir)]
 
 
 @pytest.mark.parametrize(("context", "in_group"), [("fork", False), ("fork", True), ("spawn", False)])
@@ -116,5 +118,9 @@ def test_dataloader_workers_do_not_take_the_place_of_their_rank(
 ) -> None:
     monkeypatch.setenv("RANKLOAD_ARRIVAL_SECONDS", "10")
     url = origin.add(checkpoint.name, checkpoint.path)
-    results = run_ranks(_load_in_workers_first, 2, args=(url, cache_dir, context), kwargs={"in_group": in_group})
+    kwargs = {"in_group": in_group}
+    with start_ranks(_load_in_workers_first, 2, args=(url, cache_dir, context), kwargs=kwargs) as group:
+        group.wait_for_mark("workers", timeout_seconds=60)
+        group.open_gate("workers")
+        results = group.wait()
     assert [result.value for result in results] == [[digest_of(checkpoint.content)] * count for count in (5, 1)]
