@@ -162,15 +162,34 @@ def test_redirect_from_http_to_https(root, tmp_path, cache, authority, big_conte
         assert rankload.dist_fetch(plain.url("file.bin"), cache).read_bytes() == big_content
 
 
+@pytest.fixture
+def no_certificates(authority, monkeypatch):
+    """The environment names none; the authority's are there."""
+    for name in authority.environment:
+        monkeypatch.delenv(name)
+
+
 @pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"])
+@pytest.mark.usefixtures("no_certificates")
 def test_certificate_of_an_authority_in_the_environment(root, cache, authority, big_content, monkeypatch, variable):
     """requests' own variable, and the one that Python's ssl module, and so torch.hub, goes by."""
-    bundle = os.environ["REQUESTS_CA_BUNDLE"]
-    monkeypatch.delenv("REQUESTS_CA_BUNDLE")
-    monkeypatch.setenv(variable, bundle)
+    monkeypatch.setenv(variable, str(authority.path))
     with nginx(root, tls=authority.certificate("127.0.0.1")) as server:
         results = run_ranks(fetch, 2, args=(server.url("file.bin"), cache))
         expect_fetched(results, cache, big_content)
+
+
+@pytest.mark.parametrize("name", [None, "moved.pem"])
+@pytest.mark.usefixtures("no_certificates")
+def test_certificates_that_are_not_there_are_none(root, cache, authority, monkeypatch, tmp_path, name):
+    """As for Python's ssl module; environments that somebody has moved set such variables."""
+    if name is not None:
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / name))
+    with (
+        nginx(root, tls=authority.certificate("127.0.0.1")) as server,
+        pytest.raises(rankload.NetworkError, match="certificate verify failed"),
+    ):
+        rankload.dist_fetch(server.url("file.bin"), cache)
 
 
 @pytest.mark.parametrize("kind", ["wrong name", "expired", "unknown authority"])

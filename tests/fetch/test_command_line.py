@@ -36,6 +36,14 @@ def test_headers_from_a_file_that_is_not_there(cache, tmp_path):
     assert "cannot read" in done.stderr and "No such file" in done.stderr
 
 
+def test_headers_from_a_file_that_is_no_text(cache, tmp_path):
+    headers = tmp_path / "headers"
+    headers.write_bytes(b"Authorization: \xff")
+    done = prefetch("https://host.invalid/model.pth", "--model-dir", cache, "--header", f"@{headers}")
+    assert done.returncode == 2
+    assert "it is no text" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_header_without_a_value(cache):
     done = prefetch("https://host.invalid/model.pth", "--model-dir", cache, "--header", TOKEN)
     assert done.returncode == 2

@@ -172,7 +172,11 @@ def beside(url: str, name: str) -> str:
 
 
 def url_key(url: str) -> str:
-    """Return a digest that tells two origins apart: hex SHA-256 of the URL without secrets and signatures."""
+    """Return a digest that tells two origins apart: hex SHA-256 of the URL without signatures.
+
+    On the web it is without the user, too. Elsewhere what stands before the ``@`` says which file it is, even behind a
+    colon (``github://org:repo@main/file``).
+    """
     parts = urlsplit(url)
     kept = [(name, value) for name, value in parse_qsl(parts.query, True) if not _SIGNING.fullmatch(name)]
     if parts.scheme in _WEB_SCHEMES:

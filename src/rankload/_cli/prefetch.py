@@ -59,8 +59,9 @@ def _lines(headers: list[str]) -> Iterator[str]:
             continue
         try:
             yield from filter(str.strip, Path(header[1:]).read_text().splitlines())
-        except OSError as error:
-            raise typer.BadParameter(f"cannot read {header[1:]}: {error.strerror}", param_hint="--header") from None
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise typer.BadParameter(f"cannot read {header[1:]}: {why}", param_hint="--header") from None
 
 
 def _split(header: str) -> tuple[str, str]:

@@ -167,8 +167,9 @@ class HttpOrigin:
             session = self._idle_sessions.pop()
         except IndexError:
             session = requests.Session()
-            # Python's own variables, which urllib and torch.hub go by; requests' REQUESTS_CA_BUNDLE wins
-            session.verify = os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR") or True
+            # Python's own variable, which urllib and torch.hub go by; requests' REQUESTS_CA_BUNDLE wins
+            bundle = os.environ.get("SSL_CERT_FILE", "")
+            session.verify = bundle if os.path.isfile(bundle) else True  # noqa: PTH113 - no file is no error in Python
             self._sessions.append(session)
         try:
             yield session

@@ -40,9 +40,9 @@ def _translated(error: Exception, shown: str) -> FetchError:
         return FetchTimeoutError(text, url=shown)
     if isinstance(error, requests.exceptions.InvalidProxyURL):
         return FetchError(f"{shown}: {_PROXY} is no URL of one: correct it, or unset it", url=shown)
-    if "SOCKS" in str(error):
-        return FetchError(f"{shown}: {_PROXY} speaks SOCKS: pip install 'requests[socks]'", url=shown)
     if isinstance(error, requests.exceptions.InvalidSchema):
+        if "SOCKS" in str(error):
+            return FetchError(f"{shown}: {_PROXY} speaks SOCKS: pip install 'requests[socks]'", url=shown)
         return FetchError(f"{shown}: it redirects to a URL that is not http or https", url=shown)
     if isinstance(error, ValueError):  # requests' own subclasses, and what urllib.parse raises out of a redirect
         return FetchError(f"{shown}: not a URL that can be fetched, or it redirects to one", url=shown)
