@@ -88,6 +88,8 @@ def mounted(backing: Path, mountpoint: Path, **vices: Any) -> Iterator[Mount]:
             program.kill(signal.SIGCONT)  # a stalled server would keep the kernel from handing over what is mapped
             if mountpoint in _mountpoints():
                 mounts.unmount(mountpoint)
+        if program.stderr:  # it may be in the middle of telling
+            wait_until(lambda: not program.is_alive, 20, f"the filesystem that has failed ends:\n{program.stderr}")
         assert not program.stderr, f"the filesystem had an error:\n{program.stderr}"
 
 
