@@ -100,7 +100,7 @@ def _leaves(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
             raise NotUnderstoodError("content that is nested too deeply")
         if isinstance(value, dict) and (value or not path):
             rest.extend(((*path, str(key)), item) for key, item in reversed(value.items()))
-        elif type(value) in (list, tuple) and any(isinstance(item, (TensorEntry, dict, list, tuple)) for item in value):
+        elif type(value) in (list, tuple) and any(type(item) in (TensorEntry, *_CONTAINERS) for item in value):
             rest.extend(((*path, str(number)), item) for number, item in reversed(list(enumerate(value))))
         else:
             yield path, value

@@ -100,8 +100,8 @@ class PickleStack:
         self._stack.append(self._content[start])
 
     def push_unsigned(self, start: int, end: int) -> None:
-        """A short integer."""
-        self._stack.append(self.unsigned(start, end))
+        """An integer of two bytes."""
+        self._stack.append(_UNSIGNED_2(self._content, start)[0])
 
     def push_signed(self, start: int, end: int) -> None:
         """An integer."""
@@ -133,11 +133,11 @@ class PickleStack:
 
     def push_memo(self, start: int, end: int) -> None:
         """What was kept."""
-        self._stack.append(self._memo[self.unsigned(start, end)])
+        self._stack.append(self._memo[_UNSIGNED_4(self._content, start)[0]])
 
     def put_memo(self, start: int, end: int) -> None:
         """Keep the uppermost value."""
-        self._memo[self.unsigned(start, end)] = self._stack[-1]
+        self._memo[_UNSIGNED_4(self._content, start)[0]] = self._stack[-1]
 
     def push_memo_of_byte(self, start: int, end: int) -> None:
         """The same as push_memo, with a number of one byte."""
@@ -313,6 +313,7 @@ _TOO_LONG = Unbuilt(None, ())
 
 #: Quicker than int.from_bytes of a slice.
 _UNSIGNED = {length: struct.Struct(f"<{code}").unpack_from for length, code in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))}
+_UNSIGNED_2, _UNSIGNED_4 = _UNSIGNED[2], _UNSIGNED[4]
 
 #: Stands for bytes that are no text.
 _REPLACED = "\ufffd"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from rankload._checkpoint.entry import StorageEntry
 
@@ -20,8 +20,7 @@ class NotUnderstoodError(ValueError):
     """The pickle is malformed, too long, or uses what this machine does not know. Not a verdict on the file."""
 
 
-@dataclass(frozen=True, slots=True)
-class GlobalName:
+class GlobalName(NamedTuple):
     """A class or function that the pickle mentions; never imported."""
 
     module: str
@@ -48,11 +47,11 @@ class Unbuilt:
 
 def holds_unbuilt(value: Any) -> bool:
     """Tell whether there is such an object, the bare name of one, or a bare storage, anywhere in nested content."""
+    if isinstance(value, (Unbuilt, GlobalName, StorageEntry)):
+        return True
     if isinstance(value, Mapping):
         return any(map(holds_unbuilt, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(holds_unbuilt, value))
-    return isinstance(value, (Unbuilt, GlobalName, StorageEntry))
+    return isinstance(value, (list, tuple)) and any(map(holds_unbuilt, value))
 
 
 #: Makes a value of a call's arguments. It gets whatever the file says: it checks, and raises NotUnderstoodError.
@@ -61,6 +60,8 @@ Builder = Callable[[tuple[Any, ...]], Any]
 
 def checked_key(key: Any) -> Any:
     """Return a dict's key, if hashing it is quick: tuples of tuples may hold each of their items a million times."""
+    if type(key) is str:  # as nearly all are
+        return key
     parts = key if type(key) is tuple else (key,)
     if (
         len(parts) > _LONGEST_KEY

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import ByteOrder
-from rankload._deliver.boxes import Box, runs
+from rankload._deliver.boxes import Box, Runs, runs
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.places import holds_plain_elements
 from rankload._deliver.saved import Assignment, SavedTensor
@@ -74,19 +76,23 @@ class TensorInFile(SavedTensor):
         storage: Any = self.files.mapping(entry.file)[entry.offset : entry.offset + entry.length]
         return torch.empty(0, dtype=self.dtype, device="cpu").set_(storage, 0, entry.shape, entry.stride)
 
-    def read_into(self, destination: torch.Tensor, box: Box) -> int:
-        """See `SavedTensor.read_into`; straight from the file into the destination, where both have the same layout."""
+    def reader(self, destination: torch.Tensor, box: Box) -> Callable[[], int]:
+        """See `SavedTensor.reader`; straight from the file into the destination, where both have the same layout."""
         entry, item_bytes = self.entry, self.dtype.itemsize
         is_alike = self.is_native and entry.is_contiguous and destination.dtype == self.dtype and self._made is None
         if is_alike and destination.device.type == "cpu" and holds_plain_elements(destination):
             parts = runs(entry.shape, box)
             if parts.length == box.element_count or parts.length * item_bytes >= _SHORTEST_RUN_BYTES:
-                position = destination.data_ptr()
-                for start in parts.starts:
-                    self.read_bytes(position, entry.offset + start * item_bytes, parts.length * item_bytes)
-                    position += parts.length * item_bytes
-                return box.element_count * item_bytes
-        return super().read_into(destination, box)
+                return functools.partial(self._read_runs, parts, destination)
+        return super().reader(destination, box)
+
+    def _read_runs(self, parts: Runs, destination: torch.Tensor) -> int:
+        item_bytes, position = self.dtype.itemsize, destination.data_ptr()
+        length = parts.length * item_bytes
+        for start in parts.starts:
+            self.read_bytes(position, self.entry.offset + start * item_bytes, length)
+            position += length
+        return position - destination.data_ptr()
 
     def read_bytes(self, address: int, offset: int, length: int) -> None:
         """Read bytes of the file to an address in memory.

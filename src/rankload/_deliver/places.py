@@ -63,15 +63,18 @@ def non_persistent_meta_buffers(module: nn.Module) -> list[str]:
 
 
 def _places(module: nn.Module, *, is_persistent: bool) -> Iterator[Place]:
-    for path, owner in module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        tensors = [] if not is_persistent else list(owner._parameters.items())
-        tensors += [
-            (leaf, buffer)
-            for leaf, buffer in owner._buffers.items()
-            if (leaf not in owner._non_persistent_buffers_set) == is_persistent
-        ]
-        yield from (Place(prefix + leaf, owner, leaf, tensor) for leaf, tensor in tensors if tensor is not None)
+    rest = [("", module)]
+    while rest:  # in the order of named_modules(remove_duplicate=False), which passes each name through its parents
+        prefix, owner = rest.pop()
+        if is_persistent:
+            for leaf, parameter in owner._parameters.items():
+                if parameter is not None:
+                    yield Place(prefix + leaf, owner, leaf, parameter)
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None and (leaf not in owner._non_persistent_buffers_set) == is_persistent:
+                yield Place(prefix + leaf, owner, leaf, buffer)
+        children = [(f"{prefix}{name}.", child) for name, child in owner._modules.items() if child is not None]
+        rest.extend(reversed(children))
 
 
 def device_of(module: nn.Module) -> torch.device | None:

@@ -41,9 +41,9 @@ def read_all(transfers: Sequence[Transfer], report: ReportBytes, limits: Limits)
         done += upload_whole(of_device, device, limits, _after(done, report))
     for device, of_device in parts.items():
         done += upload_parts(of_device, device, limits, _after(done, report))
-    for transfer in direct:
+    for read in [transfer.saved.reader(transfer.destination, transfer.box) for transfer in direct]:
         report(done)
-        done += transfer.saved.read_into(transfer.destination, transfer.box)
+        done += read()
     return done
 
 

@@ -48,6 +48,8 @@ class Replacer:
 
     def finish(self) -> None:
         """Put the new tensors in their places, when all has been moved."""
+        if not self._replacements:
+            return
         by_tensor: dict[int, list[Place]] = defaultdict(list)
         for place in places(self._module):
             by_tensor[id(place.tensor)].append(place)

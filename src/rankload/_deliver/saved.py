@@ -7,7 +7,6 @@ left to torch, which knows them; the bytes are moved afterwards, when all ranks 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import methodcaller
@@ -37,7 +36,7 @@ class Assignment:
     saved: SavedTensor
 
 
-class SavedTensor(ABC):
+class SavedTensor:
     """Stands for a tensor of a checkpoint; every copy of it into a real tensor is noted, not made.
 
     Whatever else is done with it (hooks that convert old checkpoints may compute) is done with the tensor itself, which
@@ -70,13 +69,13 @@ class SavedTensor(ABC):
         """Whether this process can read it; it may be on its way from another rank."""
         return True
 
-    @abstractmethod
     def view(self) -> torch.Tensor:
         """Return all of it on the CPU: a view of the mapped file where that is possible. Not to be written to.
 
         Raises:
             LoadError: it is not here.
         """
+        raise NotImplementedError
 
     def tensor(self) -> torch.Tensor:
         """Return it for whoever may do anything with it: from now on this is what it holds, and no longer the file's.
@@ -88,15 +87,23 @@ class SavedTensor(ABC):
             self._made = self.view()
         return self._made
 
-    def read_into(self, destination: torch.Tensor, box: Box) -> int:
-        """Fill a tensor, of any device, with one part; return the bytes that were read for it."""
-        if box.element_count == 0:
-            return 0
-        part = self.view()
-        for dimension, (start, size) in enumerate(zip(box.offset, box.shape, strict=True)):
-            part = part.narrow(dimension, start, size)
-        destination.copy_(part)
-        return box.element_count * self.dtype.itemsize
+    def reader(self, destination: torch.Tensor, box: Box) -> Callable[[], int]:
+        """Return what fills a tensor, of any device, with one part, and returns the bytes that were read for it.
+
+        How it is to be done is decided now, and not between two reads, which drive all else out of the processor's
+        caches.
+        """
+
+        def read() -> int:
+            if box.element_count == 0:
+                return 0
+            part = self.view()
+            for dimension, (start, size) in enumerate(zip(box.offset, box.shape, strict=True)):
+                part = part.narrow(dimension, start, size)
+            destination.copy_(part)
+            return box.element_count * self.dtype.itemsize
+
+        return read
 
     # What can be told without reading it
 
@@ -224,13 +231,17 @@ class ConvertedTensor(SavedTensor):
         """See `SavedTensor.view`; a copy."""
         return self._saved.view().to(self.dtype) if self._made is None else self._made
 
-    def read_into(self, destination: torch.Tensor, box: Box) -> int:
-        """See `SavedTensor.read_into`; without another copy, where the destination has the new dtype."""
+    def reader(self, destination: torch.Tensor, box: Box) -> Callable[[], int]:
+        """See `SavedTensor.reader`; without another copy, where the destination has the new dtype."""
         if self._made is not None:
-            return super().read_into(destination, box)
+            return super().reader(destination, box)
         if destination.dtype == self.dtype:
-            return self._saved.read_into(destination, box)
-        part = torch.empty(box.shape, dtype=self.dtype, device="cpu")
-        bytes_read = self._saved.read_into(part, box)
-        destination.copy_(part)
-        return bytes_read
+            return self._saved.reader(destination, box)
+
+        def read() -> int:
+            part = torch.empty(box.shape, dtype=self.dtype, device="cpu")
+            bytes_read = self._saved.reader(part, box)()
+            destination.copy_(part)
+            return bytes_read
+
+        return read
