@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,27 +54,30 @@ def bare(module: nn.Module) -> tuple[nn.Module, str]:
 
 def places(module: nn.Module) -> list[Place]:
     """Return every name of the module's parameters and persistent buffers; tied ones have several."""
-    return list(_places(module, is_persistent=True))
+    found: list[Place] = []
+    _add_places(found, module, "", is_persistent=True)
+    return found
 
 
 def non_persistent_meta_buffers(module: nn.Module) -> list[str]:
     """Return the names of buffers on the meta device that no state dict has."""
-    return [place.name for place in _places(module, is_persistent=False) if place.tensor.is_meta]
+    found: list[Place] = []
+    _add_places(found, module, "", is_persistent=False)
+    return [place.name for place in found if place.tensor.is_meta]
 
 
-def _places(module: nn.Module, *, is_persistent: bool) -> Iterator[Place]:
-    rest = [("", module)]
-    while rest:  # in the order of named_modules(remove_duplicate=False), which passes each name through its parents
-        prefix, owner = rest.pop()
-        if is_persistent:
-            for leaf, parameter in owner._parameters.items():
-                if parameter is not None:
-                    yield Place(prefix + leaf, owner, leaf, parameter)
-        for leaf, buffer in owner._buffers.items():
-            if buffer is not None and (leaf not in owner._non_persistent_buffers_set) == is_persistent:
-                yield Place(prefix + leaf, owner, leaf, buffer)
-        children = [(f"{prefix}{name}.", child) for name, child in owner._modules.items() if child is not None]
-        rest.extend(reversed(children))
+def _add_places(found: list[Place], owner: nn.Module, prefix: str, *, is_persistent: bool) -> None:
+    """Go through modules in the order of state_dict(); generators would pass each place on through all its parents."""
+    if is_persistent:
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                found.append(Place(prefix + leaf, owner, leaf, parameter))
+    for leaf, buffer in owner._buffers.items():
+        if buffer is not None and (leaf not in owner._non_persistent_buffers_set) == is_persistent:
+            found.append(Place(prefix + leaf, owner, leaf, buffer))
+    for name, child in owner._modules.items():
+        if child is not None:
+            _add_places(found, child, f"{prefix}{name}.", is_persistent=is_persistent)
 
 
 def device_of(module: nn.Module) -> torch.device | None:
