@@ -51,7 +51,7 @@ class Filesystem:
             try:
                 request = connection.receive(RETRY_SECONDS if locks.has_blocked else None)
             except OSError as error:
-                if error.errno in (errno.ENODEV, errno.ECONNABORTED):  # fuse_dev_do_read in fs/fuse/dev.c
+                if error.errno == errno.ENODEV:
                     return
                 raise
             locks.retry(connection)

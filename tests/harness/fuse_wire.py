@@ -149,7 +149,7 @@ class Connection:
         """The next request; ``None`` when none came within the time.
 
         Raises:
-            OSError: ENODEV, once it is unmounted; ECONNABORTED, once the connection is aborted.
+            OSError: ENODEV, once it is unmounted.
         """
         if timeout_seconds is not None and not self._poll.poll(timeout_seconds * 1000):
             return None

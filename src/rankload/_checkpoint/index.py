@@ -18,6 +18,7 @@ _MOST_VALUES = 2_000_000
 _DEEPEST = 100
 
 _CONTAINERS = (dict, OrderedDict, list, tuple)
+_TENSORS_AND_CONTAINERS = (TensorEntry, *_CONTAINERS)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _leaves(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
             raise NotUnderstoodError("content that is nested too deeply")
         if isinstance(value, dict) and (value or not path):
             rest.extend(((*path, str(key)), item) for key, item in reversed(value.items()))
-        elif type(value) in (list, tuple) and any(type(item) in (TensorEntry, *_CONTAINERS) for item in value):
+        elif type(value) in (list, tuple) and any(type(item) in _TENSORS_AND_CONTAINERS for item in value):
             rest.extend(((*path, str(number)), item) for number, item in reversed(list(enumerate(value))))
         else:
             yield path, value

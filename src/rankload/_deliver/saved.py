@@ -42,6 +42,8 @@ class SavedTensor:
     Whatever else is done with it (hooks that convert old checkpoints may compute) is done with the tensor itself, which
     is mapped then; if it is changed in place, that is what the module gets.
 
+    Not an ABC, which are slow to tell what is an instance: that is asked of everything that a module holds.
+
     Attributes:
         shape: sizes.
         dtype: as saved.
