@@ -184,7 +184,14 @@ def _content(protocol: int, *, is_zip: bool) -> bytes:
     return buffer.getvalue()
 
 
-_ZIPS = [_content(protocol, is_zip=True) for protocol in (2, 4)]
+def _state_dict() -> bytes:
+    module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Linear(3, 4))
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    return buffer.getvalue()
+
+
+_ZIPS = [*(_content(protocol, is_zip=True) for protocol in (2, 4)), _state_dict()]
 _LEGACY = [_content(protocol, is_zip=False) for protocol in (2, 4)]
 _SAFETENSORS = save_safetensors({"a": torch.ones(3, 4), "b": torch.arange(5)}, {"format": "pt"})
 _SHARDED = json.dumps({"weight_map": {"a": "one", "b": "two"}}).encode()

@@ -71,8 +71,7 @@ def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> Any:
     dtype = dtype or storage.dtype
     if not (type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= _MOST_DIMENSIONS):
         raise NotUnderstoodError("a tensor of unusual dimensions")
-    numbers = (offset, *shape, *stride)
-    if set(map(type, numbers)) != {int} or min(numbers) < 0:
+    if set(map(type, (offset, *shape, *stride))) != {int}:
         raise NotUnderstoodError("a tensor of unusual sizes")
     entry = TensorEntry("", dtype, shape, stride, storage, offset * ITEM_BYTES[dtype], requires_grad is True)
     return checked(entry)

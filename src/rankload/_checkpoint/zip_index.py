@@ -11,6 +11,7 @@ from rankload._checkpoint.index import ByteOrder, FileIndex
 from rankload._checkpoint.pickle_machine import PickleMachine
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.source import Source
+from rankload._checkpoint.state_dict_pickle import read_state_dict
 from rankload._checkpoint.torch_objects import BUILDERS, EXACT_BUILDERS, storage_type_of
 
 #: torch.save writes 3; later ones, up to this, are TorchScript's.
@@ -35,15 +36,16 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool 
         raise NotUnderstoodError(f"a zip archive of the kind {directory.kind}")
     members = {member.name: member for member in directory.members}
     records = _Records(source, directory, members, file, is_remote=is_remote)
-    machine = PickleMachine(
-        torch_zip.member_content(source, directory, members[f"{directory.root}/data.pkl"]),
-        EXACT_BUILDERS if exactly else BUILDERS,
-        records.storage,
-    )
-    content = machine.next_pickle()
+    pickled = torch_zip.member_content(source, directory, members[f"{directory.root}/data.pkl"])
+    builders, is_exact = EXACT_BUILDERS if exactly else BUILDERS, exactly
+    content: Any = read_state_dict(pickled, builders, records.storage)
+    if content is None:
+        machine = PickleMachine(pickled, builders, records.storage)
+        content = machine.next_pickle()
+        is_exact = exactly and machine.is_exact
     member = members.get(f"{directory.root}/byteorder")  # since torch 2.1
     order = None if member is None else _byte_order(torch_zip.member_content(source, directory, member))
-    is_exact = exactly and machine.is_exact and _has_known_version(source, directory, members)
+    is_exact = is_exact and _has_known_version(source, directory, members)
     return FileIndex(content, order, is_exact, tuple(records.storages.values()))
 
 
@@ -77,14 +79,14 @@ class _Records:
 
     def storage(self, persistent_id: Any) -> StorageEntry:
         """Return the storage that a pickle names."""
-        match persistent_id:
-            case ("storage", kind, str(key), str(location), int(count)) if count >= 0:
-                pass
-            case _:
-                raise NotUnderstoodError("a persistent id of another kind")
+        if type(persistent_id) is not tuple or len(persistent_id) != 5:
+            raise NotUnderstoodError("a persistent id of another kind")
+        tag, kind, key, location, count = persistent_id
+        if tag != "storage" or not (type(key) is type(location) is str and type(count) is int and count >= 0):
+            raise NotUnderstoodError("a persistent id of another kind")
+        dtype = storage_type_of(kind)
         if (known := self.storages.get(key)) is not None:
             return known
-        dtype = storage_type_of(kind)
         member = self._members.get(self._folder + key)
         length = count * ITEM_BYTES[dtype]
         if member is None or member.size_bytes < length:
