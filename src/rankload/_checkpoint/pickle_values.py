@@ -45,6 +45,11 @@ class Unbuilt:
     state: Any = field(default=None, repr=False)
 
 
+def shown(value: Any) -> str:
+    """Return a name as text, and of anything else its type: tuples of tuples may hold each of their items for ever."""
+    return str(value) if isinstance(value, GlobalName) else type(value).__name__
+
+
 def holds_unbuilt(value: Any) -> bool:
     """Tell whether there is such an object, the bare name of one, or a bare storage, anywhere in nested content."""
     if isinstance(value, (Unbuilt, GlobalName, StorageEntry)):

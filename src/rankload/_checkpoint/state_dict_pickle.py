@@ -1,4 +1,4 @@
-"""The pickle of a state dict, as torch.save writes it: read by the standard unpickler, in a fifth of the time.
+"""The pickle of a state dict, as torch.save writes it: read by the standard unpickler, in a third of the time.
 
 Only what patterns match from the first byte to the last is handed to it. What a crafted file could do to it (see
 `pickle_stack`) does not fit into them: names are those of tensors, storages and dicts; keys are texts; the memo has at
@@ -15,55 +15,73 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rankload._checkpoint.pickle_values import Builder, GlobalName, NotUnderstoodError
+from rankload._checkpoint.pickle_values import Builder, GlobalName
 
 #: Such a pickle has about 100 bytes a tensor.
 _MOST_BYTES = 1 << 23
 
+# Operations of protocol 2, with their arguments (pickletools.py).
 _PUT = rb"(?:q.|r..[\0-\x07]\0)"
 _GET = rb"(?:h.|j....)"
 _INTEGER = rb"(?:K.|M..|J....)"
-_TEXT = rb"X(.)\0\0\0([\w.:/-]*)" + _PUT  # its length in bytes, and itself
-_ORDERED_DICT = rb"(?:ccollections\nOrderedDict\n%b|%b)\)R%b" % (_PUT, _GET, _PUT)
-_SIZES = rb"(?:\)|(?:%b\x85|%b{2}\x86|%b{3}\x87|\(%b{4,64}t)%b)" % (*(_INTEGER,) * 4, _PUT)
+_TEXT = rb"X(.)\0\0\0([\w.:/-]*)"  # its length in bytes, and itself
 
-_STORAGE = rb"\((?:X\x07\0\0\0storage%b|%b)(?:ctorch\n[A-Za-z0-9]+Storage\n%b|%b)(?:%b|%b)(?:%b|%b)%bt%bQ" % (
-    *(_PUT, _GET),  # "storage"
-    *(_PUT, _GET),  # the class
-    *(_TEXT, _GET),  # the key
-    *(_TEXT, _GET),  # the location
-    *(_INTEGER, _PUT),  # the number of elements; the tuple of all these
+
+def _memoized(pattern: bytes) -> bytes:
+    """Something that is put into the memo, or taken from there."""
+    return rb"(?:%b%b|%b)" % (pattern, _PUT, _GET)
+
+
+_ORDERED_DICT = _memoized(rb"ccollections\nOrderedDict\n") + rb"\)R" + _PUT
+_STORAGE = b"".join(
+    (
+        rb"\(",
+        _memoized(rb"X\x07\0\0\0storage"),
+        _memoized(rb"ctorch\n[A-Za-z0-9]+Storage\n"),
+        _memoized(_TEXT),  # its key
+        _memoized(_TEXT),  # its location
+        _INTEGER,  # its number of elements
+        rb"t%bQ" % _PUT,
+    )
 )
-_TENSOR = rb"(?:ctorch\._utils\n_rebuild_tensor_v2\n%b|%b)\(%b%b%b%b[\x88\x89]%bt%bR%b" % (
-    *(_PUT, _GET),
-    *(_STORAGE, _INTEGER, _SIZES, _SIZES),  # and offset, shape and strides
-    _ORDERED_DICT,  # no hooks
-    *(_PUT, _PUT),
+_SIZES = rb"(?:\)|(?:%b\x85|%b{2}\x86|%b{3}\x87|\(%b{4,64}t)%b)" % (*(_INTEGER,) * 4, _PUT)
+_TENSOR = b"".join(
+    (
+        _memoized(rb"ctorch\._utils\n_rebuild_tensor_v2\n"),
+        rb"\(",
+        _STORAGE,
+        _INTEGER,  # its offset
+        rb"%b{2}" % _SIZES,  # its shape and strides
+        rb"[\x88\x89]",  # whether it requires a gradient
+        _ORDERED_DICT,  # no hooks
+        rb"t%bR%b" % (_PUT, _PUT),
+    )
 )
-_VERSION = rb"}%b(?:X\x07\0\0\0version%b|%b)K.s" % (_PUT, _PUT, _GET)  # of a module
+_VERSION = rb"}%b%bK.s" % (_PUT, _memoized(rb"X\x07\0\0\0version"))
 
 #: A tensor with its name, or a module's version with the module's.
-_ITEM = re.compile(rb"%b(?:%b|%b)" % (_TEXT, _TENSOR, _VERSION), re.DOTALL)
+_ITEM = re.compile(rb"%b%b(?:%b|%b)" % (_TEXT, _PUT, _TENSOR, _VERSION), re.DOTALL)
 _TEXTS_PER_ITEM = 3
 
-#: What stands before, between and behind items: they come by the thousand, and behind tensors there may be versions.
-_BEGIN = re.compile(rb"\x80\x02(?:}%b|%b)\(" % (_PUT, _ORDERED_DICT), re.DOTALL)
+#: What stands before all items, between two of them, since they come by the thousand and versions behind all tensors,
+#: and behind them.
+_BEGINS = (b"\x80\x02}q\0(", b"\x80\x02ccollections\nOrderedDict\nq\0)Rq\x01(")
 _BETWEEN = re.compile(rb"|u\(|u}%bX\x09\0\0\0_metadata%b%b\(" % (_PUT, _PUT, _ORDERED_DICT), re.DOTALL)
-_END = re.compile(rb"u(?:sb)?\.")
+_ENDS = (b"u.", b"usb.")
 
-#: What the standard unpickler raises where an index into the memo has nothing behind it, or something else.
-_UNLIKE = (NotUnderstoodError, pickle.UnpicklingError, LookupError, TypeError, AttributeError, ValueError)
+#: Where a place of the memo holds nothing, or something else, and what builders find (ValueErrors): the machine tells.
+_NOT_READ = (pickle.UnpicklingError, LookupError, TypeError, AttributeError, ValueError)
 
 
 def read_state_dict(
     content: bytes, builders: Mapping[GlobalName, Builder], load_persistent: Callable[[Any], Any]
 ) -> dict[str, Any] | None:
-    """Return what `PickleMachine` makes of the same, exactly; None if the pickle is of another kind."""
+    """Return what `PickleMachine` makes of the same, exactly; None if that is to read it: see there."""
     if not _is_state_dict(content):
         return None
     try:
         found: dict[str, Any] = _Unpickler(content, builders, load_persistent).load()
-    except _UNLIKE:
+    except _NOT_READ:
         return None
     # a key out of the memo may be any value of these patterns: names of storages, shapes
     items = (*found.values(), *getattr(found, "_metadata", {}).values())
@@ -76,10 +94,10 @@ def _is_state_dict(content: bytes) -> bool:
     parts = _ITEM.split(content)
     step = 1 + 2 * _TEXTS_PER_ITEM
     begin, *between, end = parts[::step] if len(parts) > 1 else (content, content)
-    return bool(
-        _BEGIN.fullmatch(begin)
+    return (
+        begin in _BEGINS
         and all(map(_BETWEEN.fullmatch, between))
-        and _END.fullmatch(end)
+        and end in _ENDS
         and all(_have_their_lengths(parts[i::step], parts[i + 1 :: step]) for i in range(1, step, 2))
     )
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rankload._checkpoint.entry import ITEM_BYTES, StorageEntry, TensorEntry, checked
-from rankload._checkpoint.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key
+from rankload._checkpoint.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key, shown
 
 #: torch's names of dtypes, by the name of the storage class that a persistent id tells.
 STORAGE_DTYPES: Mapping[str, str] = MappingProxyType(
@@ -57,7 +57,7 @@ def storage_type_of(value: Any) -> str:
     """
     is_known = isinstance(value, GlobalName) and value.module in _STORAGE_MODULES and value.name in STORAGE_DTYPES
     if not is_known:
-        raise NotUnderstoodError(f"a storage of the type {value}")
+        raise NotUnderstoodError(f"a storage of the type {shown(value)}")
     return STORAGE_DTYPES[value.name]
 
 
@@ -80,7 +80,7 @@ def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> Any:
 def _tensor_of_dtype(arguments: tuple[Any, ...]) -> Any:
     dtype = arguments[6]
     if not isinstance(dtype, GlobalName) or dtype.module != "torch" or dtype.name not in ITEM_BYTES:
-        raise NotUnderstoodError(f"a tensor of the dtype {dtype}")
+        raise NotUnderstoodError(f"a tensor of the dtype {shown(dtype)}")
     return _tensor((*arguments[:6], *arguments[7:]), dtype.name)
 
 

@@ -19,14 +19,13 @@ from hypothesis import strategies as st
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.pickle_machine import PickleMachine
 from rankload._checkpoint.pickle_stack import GlobalName, NotUnderstoodError, Unbuilt
-from rankload._checkpoint.torch_objects import BUILDERS
+from rankload._checkpoint.torch_objects import BUILDERS, storage_type_of
 
 PROTOCOLS = [0, 1, 2, 3, 4, 5]
 
 
-def read(content: bytes, persistent_ids: list[object] | None = None) -> object:
-    ids = [] if persistent_ids is None else persistent_ids
-    return PickleMachine(content, BUILDERS, ids.append).next_pickle()
+def read(content: bytes) -> object:
+    return PickleMachine(content, BUILDERS, lambda persistent_id: storage_type_of(persistent_id[1])).next_pickle()
 
 
 class Storage:
@@ -125,6 +124,7 @@ def many(operations: bytes, count: int) -> bytes:
 LONG_LIST = b"\x80\x02](" + many(b"K\x01", 200_000) + b"eq\x01"
 LONG_TUPLE = b"\x80\x02(" + many(b"K\x01", 200_000) + b"tq\x01"
 PAIRS = b"\x80\x02](" + many(b"K\x01K\x02\x86", 100_000) + b"eq\x01"
+TUPLE_OF_TUPLES = b"\x80\x02)q\x01" + many(b"h\x01h\x01\x86q\x01", 80)
 LONG_TEXT = b"\x80\x02X\x00\x00\x20\x00" + b"a" * (2 << 20) + b"q\x01"
 CRAFTED = {
     "size": LONG_LIST + many(b"ctorch\nSize\nh\x01\x85R0", 100_000) + b".",
@@ -133,6 +133,8 @@ CRAFTED = {
     "device": LONG_TEXT + many(b"ctorch\ndevice\nh\x01\x85R", 100_000) + b".",
     "bytes": LONG_TEXT + many(b"c_codecs\nencode\nh\x01X\x06\x00\x00\x00latin1\x86R", 100_000) + b".",
     "shape": LONG_TUPLE + many(b"ctorch._utils\n_rebuild_tensor\n(NK\x00h\x01h\x01tR0", 100_000) + b".",
+    "dtype": TUPLE_OF_TUPLES + b"ctorch._utils\n_rebuild_tensor_v3\n(NK\x00))\x89Nh\x01tR.",
+    "storage-type": TUPLE_OF_TUPLES + b"(X\x07\x00\x00\x00storageh\x01X\x01\x00\x00\x000Nh\x01tQ.",
     "long-integer": b"\x80\x02\x8b\x00\x00\x10\x00" + b"\x7f" * (1 << 20) + b".",
     "decimal": b"L" + b"9" * 1_000_000 + b"L\n.",
 }

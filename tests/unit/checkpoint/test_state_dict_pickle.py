@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.entry import ITEM_BYTES, StorageEntry
 from rankload._checkpoint.pickle_machine import PickleMachine
 from rankload._checkpoint.pickle_values import NotUnderstoodError
@@ -181,15 +180,5 @@ def test_what_of_a_mutated_one_is_read_our_own_reads_alike(original, changes):
         else:
             begin = other % len(content)
             content[at : at + 8 * (kind - 2)] = content[begin : begin + 8]
-    assert_read_alike(bytes(content))
-
-
-def assert_read_alike(content: bytes) -> None:
-    try:
-        found = read(content)
-    except BrokenFileError as error:
-        with pytest.raises(BrokenFileError, match="damaged checkpoint") as caught:
-            read_by_machine(content)
-        assert str(caught.value) == str(error)
-        return
-    assert found is None or found == read_by_machine(content)
+    found = read(bytes(content))
+    assert found is None or found == read_by_machine(bytes(content))
