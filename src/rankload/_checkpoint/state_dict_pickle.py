@@ -67,7 +67,7 @@ _TEXTS_PER_ITEM = 3
 #: and behind them.
 _BEGINS = (b"\x80\x02}q\0(", b"\x80\x02ccollections\nOrderedDict\nq\0)Rq\x01(")
 _BETWEEN = re.compile(rb"|u\(|u}%bX\x09\0\0\0_metadata%b%b\(" % (_PUT, _PUT, _ORDERED_DICT), re.DOTALL)
-_ENDS = (b"u.", b"usb.")
+_ENDS = (b"u.", b"u(u.", b"usb.")
 
 #: Where a place of the memo holds nothing, or something else, and what builders find (ValueErrors): the machine tells.
 _NOT_READ = (pickle.UnpicklingError, LookupError, TypeError, AttributeError, ValueError)

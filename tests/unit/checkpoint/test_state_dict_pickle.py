@@ -69,6 +69,7 @@ STATE_DICTS = {
     "plain-dict": dict(module().state_dict()),
     "tied": tied(),
     "no-elements": OrderedDict(a=torch.empty(0, 3), b=torch.tensor(1)),
+    "thousand": {str(number): torch.ones(()) for number in range(1000)},
     "thousands": {f"layers.{number}.weight": torch.zeros(2, 3, dtype=torch.bfloat16) for number in range(2500)},
     "every-module-twice": nn.ModuleList([module()] * 2).state_dict(),
 }
