@@ -231,6 +231,11 @@ def cut(text: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
     return f"{text[:half]} … ({len(text) - 2 * half} characters left out) … {text[-half:]}"
 
 
+def shown_key(key: object) -> str:
+    """Show a dict's key in a message; of what is neither text nor number, and may be endless, its type."""
+    return cut(repr(key), 200) if isinstance(key, (str, int, float, bool)) else type(key).__name__
+
+
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float)):
         return value

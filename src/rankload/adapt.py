@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rankload._errors import ArgumentError, LoadError
+from rankload._errors import ArgumentError, LoadError, shown_key
 
 Adapter = Callable[[Any], Any]
 
@@ -105,7 +105,7 @@ def unwrap(key: str = "auto") -> Adapter:
             return checkpoint
         if key != "auto" and (flat := _beneath(checkpoint, key)):
             return flat
-        keys = ", ".join(repr(name) for name in list(checkpoint)[:_MOST_SHOWN])
+        keys = ", ".join(shown_key(name) for name in list(checkpoint)[:_MOST_SHOWN])
         raise LoadError(f"unwrap({key!r}): no state dict is there; the checkpoint has {keys or 'nothing'}")
 
     return _of_dicts(f"unwrap({key!r})", unwrapped)

@@ -118,6 +118,11 @@ class TensorEntry:
         return replace(self, name=name)
 
 
+#: torch's own limits.
+MOST_DIMENSIONS = 64
+_LARGEST_SIZE = (1 << 63) - 1
+
+
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the strides, in elements, of a tensor whose elements lie in order."""
     strides, stride = [], 1
@@ -135,6 +140,11 @@ def span_bytes(shape: Sequence[int], stride: Sequence[int], item_bytes: int) -> 
     return (last + 1) * item_bytes
 
 
+def are_sizes(*numbers: int) -> bool:
+    """Tell whether torch could count so: it does in 64 bits, with a sign."""
+    return not numbers or (min(numbers) >= 0 and max(numbers) <= _LARGEST_SIZE)
+
+
 def checked(entry: TensorEntry) -> TensorEntry:
     """Return a tensor's entry if it lies within its storage.
 
@@ -142,7 +152,8 @@ def checked(entry: TensorEntry) -> TensorEntry:
         BrokenFileError: it does not: it would read what is not its own.
     """
     end = entry.storage_offset + entry.length
-    if entry.storage_offset < 0 or min((*entry.shape, *entry.stride), default=0) < 0 or end > entry.storage.length:
+    are_sound = entry.storage_offset >= 0 and are_sizes(entry.element_count, *entry.shape, *entry.stride)
+    if not are_sound or end > entry.storage.length:
         raise BrokenFileError(
             f"damaged checkpoint (a tensor of shape {list(entry.shape)} reaches beyond storage {entry.storage.key!r})"
         )

@@ -13,8 +13,9 @@ from rankload._checkpoint.pickle_values import NotUnderstoodError
 
 ByteOrder = Literal["little", "big"]
 
-#: Bounds the walk through content whose parts are in it many times over.
+#: Bound the walk through content whose parts are in it many times over: a million tensors have names of 100 MB.
 _MOST_VALUES = 2_000_000
+_MOST_CHARACTERS = 1 << 27
 _DEEPEST = 100
 
 _CONTAINERS = (dict, OrderedDict, list, tuple)
@@ -65,12 +66,16 @@ def flatten(index: FileIndex, file: str) -> Index:
     """Name the tensors of nested content by their keys, joined with dots.
 
     Raises:
-        NotUnderstoodError: it is nested too deeply, or for ever.
+        NotUnderstoodError: it is nested too deeply, or for ever, or long keys are repeated in too many names.
     """
     tensors: dict[str, TensorEntry] = {}
     remainder: dict[str, Any] = {}
     repeated: Counter[str] = Counter()
+    characters_left = _MOST_CHARACTERS
     for path, value in _leaves(index.content):
+        characters_left -= sum(map(len, path))
+        if characters_left < 0:
+            raise NotUnderstoodError("content with names that are too long")
         name = stem = ".".join(path)
         while name in tensors or name in remainder:  # {"a.b": …, "a": {"b": …}}
             repeated[stem] += 1
@@ -90,18 +95,30 @@ def flatten(index: FileIndex, file: str) -> Index:
 
 def _leaves(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield what is no container, with the keys that lead to it. Lists without a tensor in them stay whole."""
-    rest: list[tuple[tuple[str, ...], Any]] = [((), content)]
-    count = 0
-    while rest:
-        path, value = rest.pop()
-        count += 1
-        if type(value) in _CONTAINERS:
-            count += len(value)
+    levels: list[tuple[tuple[str, ...], Iterator[tuple[Any, Any]]]] = []
+    path: tuple[str, ...] = ()
+    value, count = content, 0
+    while True:
+        count += 1 + (len(value) if type(value) in _CONTAINERS else 0)
         if count > _MOST_VALUES or len(path) > _DEEPEST:
             raise NotUnderstoodError("content that is nested too deeply")
-        if isinstance(value, dict) and (value or not path):
-            rest.extend(((*path, str(key)), item) for key, item in reversed(value.items()))
-        elif type(value) in (list, tuple) and any(type(item) in _TENSORS_AND_CONTAINERS for item in value):
-            rest.extend(((*path, str(number)), item) for number, item in reversed(list(enumerate(value))))
+        if (items := _items(value, is_top=not path)) is not None:
+            levels.append((path, items))
         else:
             yield path, value
+        item = None
+        while levels and (item := next(levels[-1][1], None)) is None:
+            levels.pop()
+        if item is None:
+            return
+        key, value = item
+        path = (*levels[-1][0], str(key))
+
+
+def _items(value: Any, *, is_top: bool) -> Iterator[tuple[Any, Any]] | None:
+    """Return what is in a container whose parts have names of their own; None for anything else."""
+    if isinstance(value, dict) and (value or is_top):
+        return iter(value.items())
+    if type(value) in (list, tuple) and any(type(item) in _TENSORS_AND_CONTAINERS for item in value):
+        return enumerate(value)
+    return None

@@ -46,7 +46,8 @@ class PickleStack:
         """Begin with another pickle."""
         self._stack: list[Any] = []
         self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
+        self._memo: list[Any] = []  # of a dict, the file could choose numbers that take it long to find
+        self._gaps_left = _MOST_GAPS
 
     @property
     def top(self) -> Any:
@@ -133,27 +134,27 @@ class PickleStack:
 
     def push_memo(self, start: int, end: int) -> None:
         """What was kept."""
-        self._stack.append(self._memo[_UNSIGNED_4(self._content, start)[0]])
+        self._push_memo(_UNSIGNED_4(self._content, start)[0])
 
     def put_memo(self, start: int, end: int) -> None:
         """Keep the uppermost value."""
-        self._memo[_UNSIGNED_4(self._content, start)[0]] = self._stack[-1]
+        self._put_memo(_UNSIGNED_4(self._content, start)[0])
 
     def push_memo_of_byte(self, start: int, end: int) -> None:
         """The same as push_memo, with a number of one byte."""
-        self._stack.append(self._memo[self._content[start]])
+        self._push_memo(self._content[start])
 
     def put_memo_of_byte(self, start: int, end: int) -> None:
         """The same as put_memo, with a number of one byte."""
-        self._memo[self._content[start]] = self._stack[-1]
+        self._put_memo(self._content[start])
 
     def push_memo_line(self, start: int, end: int) -> None:
         """The same as push_memo, of protocol 0."""
-        self._stack.append(self._memo[self._line_number(start, end)])
+        self._push_memo(self._line_number(start, end))
 
     def put_memo_line(self, start: int, end: int) -> None:
         """The same as put_memo, of protocol 0."""
-        self._memo[self._line_number(start, end)] = self._stack[-1]
+        self._put_memo(self._line_number(start, end))
 
     def _line_number(self, start: int, end: int) -> int:
         digits = self._content[start : min(end, start + 20)].strip()
@@ -163,7 +164,22 @@ class PickleStack:
 
     def memoize(self, start: int, end: int) -> None:
         """Keep the uppermost value under the next number."""
-        self._memo[len(self._memo)] = self._stack[-1]
+        self._memo.append(self._stack[-1])
+
+    def _push_memo(self, number: int) -> None:
+        value = self._memo[number]
+        if value is _NOT_KEPT:
+            raise NotUnderstoodError("a malformed pickle")
+        self._stack.append(value)
+
+    def _put_memo(self, number: int) -> None:
+        memo = self._memo
+        if number > len(memo):  # Python 2 began at 1
+            self._gaps_left -= number - len(memo)
+            if self._gaps_left < 0:
+                raise NotUnderstoodError("a pickle with a memo of unusual numbers")
+            memo.extend([_NOT_KEPT] * (number - len(memo)))
+        memo[number : number + 1] = [self._stack[-1]]
 
     # The stack
 
@@ -250,7 +266,7 @@ class PickleStack:
             raise NotUnderstoodError("a malformed pickle")
         if type(target) in (dict, OrderedDict):
             for key, value in zip(items[::2], items[1::2], strict=True):
-                target[checked_key(key)] = value
+                target[checked_key(key, len(target))] = value
         else:
             self.is_exact = False
 
@@ -289,7 +305,7 @@ class PickleStack:
     def _call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, GlobalName) or type(arguments) is not tuple:
             return Unbuilt(None, ())
-        builder = self._builders.get(function)
+        builder = self._builders.get(function) if len(arguments) <= _MOST_ARGUMENTS else None
         return Unbuilt(function, arguments) if builder is None else builder(arguments)
 
     def build(self, start: int, end: int) -> None:
@@ -310,6 +326,13 @@ class PickleStack:
 
 
 _TOO_LONG = Unbuilt(None, ())
+
+#: Stands in the memo where nothing has been put, between two numbers.
+_NOT_KEPT = object()
+_MOST_GAPS = 1024
+
+#: Nobody has a use for more; and a short pickle can give the same ones a million times.
+_MOST_ARGUMENTS = 16
 
 #: Quicker than int.from_bytes of a slice.
 _UNSIGNED = {length: struct.Struct(f"<{code}").unpack_from for length, code in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))}

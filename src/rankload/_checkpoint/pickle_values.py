@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 
 from rankload._checkpoint.entry import StorageEntry
 
+#: How many values a tuple that is a key has, and how long a text is in it, or bytes.
 _LONGEST_KEY = 16
+_LONGEST_PART = 64
 
-#: Integers hash to themselves up to there (sys.hash_info.modulus on 64-bit machines), and begin again behind it.
-_LARGEST_KEY = (1 << 61) - 1
+#: Behind so many keys only texts, whose hashes nobody foresees, and numbers that leave few out, as of parameters.
+_MOST_UNUSUAL_KEYS = 256
+_LARGEST_GAP = 1024
 
 _SCALARS = (str, bytes, int, float, bool, type(None))
 
@@ -52,26 +55,36 @@ def shown(value: Any) -> str:
 
 def holds_unbuilt(value: Any) -> bool:
     """Tell whether there is such an object, the bare name of one, or a bare storage, anywhere in nested content."""
-    if isinstance(value, (Unbuilt, GlobalName, StorageEntry)):
-        return True
-    if isinstance(value, Mapping):
-        return any(map(holds_unbuilt, value.values()))
-    return isinstance(value, (list, tuple)) and any(map(holds_unbuilt, value))
+    rest, seen = [value], set[int]()
+    while rest:
+        value = rest.pop()
+        if isinstance(value, (Unbuilt, GlobalName, StorageEntry)):
+            return True
+        if isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            rest.extend(value.values() if isinstance(value, Mapping) else value)
+    return False
 
 
 #: Makes a value of a call's arguments. It gets whatever the file says: it checks, and raises NotUnderstoodError.
 Builder = Callable[[tuple[Any, ...]], Any]
 
 
-def checked_key(key: Any) -> Any:
-    """Return a dict's key, if hashing it is quick: tuples of tuples may hold each of their items a million times."""
+def checked_key(key: Any, count: int) -> Any:
+    """Return a key for a dict that has so many already, if it is quick to hash, to find and to show.
+
+    Tuples of tuples may hold each of their items a million times, and numbers may be such that a dict has to look at
+    all of them for each.
+    """
     if type(key) is str:  # as nearly all are
         return key
+    if count >= _MOST_UNUSUAL_KEYS and not (type(key) is int and 0 <= key <= count + _LARGEST_GAP):
+        raise NotUnderstoodError("a pickle with many keys of an unusual kind")
     parts = key if type(key) is tuple else (key,)
     if (
         len(parts) > _LONGEST_KEY
         or not all(type(part) in _SCALARS for part in parts)
-        or any(type(part) is int and abs(part) >= _LARGEST_KEY for part in parts)
+        or any(type(part) in (str, bytes) and len(part) > _LONGEST_PART for part in parts)
     ):
         raise NotUnderstoodError("a pickle with keys of an unusual kind")
     return key

@@ -7,11 +7,13 @@ The format's own rules (huggingface/safetensors, README "Format"): the header be
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from rankload._checkpoint.broken import BrokenFileError
+from rankload._checkpoint.entry import MOST_DIMENSIONS, are_sizes
 from rankload._checkpoint.source import Source, read_exactly
 
 PREFIX_BYTES = 8
@@ -163,7 +165,9 @@ def _entry(name: str, fields: Any, first_byte: int) -> HeaderEntry:
         is_sound = False
     if not is_sound:
         raise BrokenFileError(f"safetensors file whose header describes {name!r} wrongly")
-    if not 0 <= begin <= end or min(shape, default=0) < 0:
+    if len(shape) > MOST_DIMENSIONS or not are_sizes(*shape, math.prod(filter(None, shape))):
+        raise BrokenFileError(f"safetensors file in which {name!r} has sizes that no tensor can have")
+    if not 0 <= begin <= end:
         raise BrokenFileError(f"safetensors file that puts {name!r} at bytes {begin} to {end}")
     if dtype in BITS and not _fits(shape, BITS[dtype], end - begin):
         raise BrokenFileError(f"safetensors file that gives {end - begin} bytes to {name!r}, {dtype} {shape}")

@@ -56,7 +56,8 @@ def read_weight_map(source: Source) -> dict[str, str]:
         path = PurePosixPath(name)
         if not name or path.is_absolute() or ".." in path.parts or "://" in name or "\\" in name or "\0" in name:
             raise BrokenFileError(f"index of a sharded checkpoint with a part that is not beside it: {name[:80]!r}")
-    return weight_map
+    # one name for one file: "./part" is no other than "part"
+    return {tensor: str(PurePosixPath(name)) for tensor, name in weight_map.items()}
 
 
 def _weight_map(source: Source) -> Any:

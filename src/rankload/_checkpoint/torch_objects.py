@@ -12,7 +12,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from rankload._checkpoint.entry import ITEM_BYTES, StorageEntry, TensorEntry, checked
+from rankload._checkpoint.entry import ITEM_BYTES, MOST_DIMENSIONS, StorageEntry, TensorEntry, checked
 from rankload._checkpoint.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key, shown
 
 #: torch's names of dtypes, by the name of the storage class that a persistent id tells.
@@ -42,9 +42,6 @@ STORAGE_DTYPES: Mapping[str, str] = MappingProxyType(
 #: Where such classes are, and were.
 _STORAGE_MODULES = frozenset({"torch", "torch.storage", "torch.cuda"})
 
-#: torch's own limit.
-_MOST_DIMENSIONS = 64
-
 #: A short pickle can ask for a copy of one long text a million times.
 _LONGEST_COPY = 64
 
@@ -69,7 +66,7 @@ def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> Any:
     if not isinstance(storage, StorageEntry):
         raise NotUnderstoodError("a tensor without a storage")
     dtype = dtype or storage.dtype
-    if not (type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= _MOST_DIMENSIONS):
+    if not (type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= MOST_DIMENSIONS):
         raise NotUnderstoodError("a tensor of unusual dimensions")
     if set(map(type, (offset, *shape, *stride))) != {int}:
         raise NotUnderstoodError("a tensor of unusual sizes")
@@ -105,7 +102,9 @@ def _dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
         found: dict[Any, Any] = arguments[0]
         return found
     pairs = arguments[0] if arguments and type(arguments[0]) is list else []
-    found = {checked_key(key): value for key, value in pairs}
+    found = {}
+    for key, value in pairs:
+        found[checked_key(key, len(found))] = value
     pairs.clear()  # or a short pickle could have it copied a million times
     return found
 
@@ -118,7 +117,7 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
 
 def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     (sizes,) = arguments
-    if type(sizes) not in (list, tuple) or len(sizes) > _MOST_DIMENSIONS:
+    if type(sizes) not in (list, tuple) or len(sizes) > MOST_DIMENSIONS:
         raise NotUnderstoodError("a size of unusual dimensions")
     return tuple(sizes)
 

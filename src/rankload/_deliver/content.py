@@ -18,7 +18,7 @@ from rankload._deliver.failures import translated
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.in_file import TensorInFile
 from rankload._deliver.saved import Assignment, SavedTensor, TensorInMemory
-from rankload._errors import LoadError
+from rankload._errors import LoadError, shown_key
 from rankload.adapt import Adapter, is_lazy
 
 _logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def open_content(
     assignments: list[Assignment] = []
     index = _read_index(files) if is_lazy(adapter) else None
     if index is not None:
-        indexed = _replaced(index.content, _in_file(index, files, assignments))
+        indexed = with_leaves(index.content, _in_file(index, files, assignments))
         try:
             found = adapter(indexed)
         except LoadError:
@@ -91,7 +91,7 @@ def open_content(
     loaded = files.load(weights_only=weights_only, mmap=mmap)
     found = adapter(loaded)
     return Content(
-        _replaced(loaded, _in_memory(assignments)), _state_dict(found, files.shown, assignments), assignments
+        with_leaves(loaded, _in_memory(assignments)), _state_dict(found, files.shown, assignments), assignments
     )
 
 
@@ -127,18 +127,18 @@ def _state_dict(found: Any, shown: str, assignments: list[Assignment]) -> Ordere
     if not isinstance(found, Mapping):
         raise LoadError(f"{shown}: holds no state dict, but a {type(found).__name__}", path=shown)
     if strange := [key for key in found if not isinstance(key, str)]:
-        raise LoadError(f"{shown}: holds no state dict, for it has the key {strange[0]!r}", path=shown)
-    content: OrderedDict[str, Any] = _replaced(
+        raise LoadError(f"{shown}: holds no state dict, for it has the key {shown_key(strange[0])}", path=shown)
+    content: OrderedDict[str, Any] = with_leaves(
         OrderedDict(found), _in_memory(assignments), getattr(found, "_metadata", None)
     )
     for name, value in content.items():
         if _is_extra_state(name):
             # whatever set_extra_state expects, it is no stand-in
-            content[name] = _replaced(value, lambda part: part.view() if isinstance(part, SavedTensor) else part)
+            content[name] = with_leaves(value, lambda part: part.view() if isinstance(part, SavedTensor) else part)
     return content
 
 
-def _replaced(
+def with_leaves(
     content: Any, stand_in: Callable[[Any], Any], metadata: Any = None, made: dict[int, Any] | None = None
 ) -> Any:
     """Return nested content with other leaves; state dicts keep their module versions.
@@ -147,7 +147,7 @@ def _replaced(
         content: it; it may contain itself.
         stand_in: makes the leaves.
         metadata: module versions, for a state dict without.
-        made: what has been made of dicts and lists already, by their ids.
+        made: what has been made of containers already, by their ids: each may be in the content many times over.
     """
     made = {} if made is None else made
     if id(content) in made:
@@ -155,16 +155,17 @@ def _replaced(
     result: Any
     if type(content) in (dict, OrderedDict):
         result = made[id(content)] = type(content)()
-        result.update((name, _replaced(value, stand_in, made=made)) for name, value in content.items())
+        result.update((name, with_leaves(value, stand_in, made=made)) for name, value in content.items())
         if type(content) is OrderedDict and (metadata := getattr(content, "_metadata", metadata)) is not None:
             result._metadata = metadata
         return result
     if type(content) is list:
         result = made[id(content)] = []
-        result.extend(_replaced(value, stand_in, made=made) for value in content)
+        result.extend(with_leaves(value, stand_in, made=made) for value in content)
         return result
     if type(content) is tuple:
-        return tuple(_replaced(value, stand_in, made=made) for value in content)
+        result = made[id(content)] = tuple(with_leaves(value, stand_in, made=made) for value in content)
+        return result
     return stand_in(content)
 
 

@@ -61,12 +61,12 @@ def _advice(missing: Sequence[str], unexpected: Sequence[str], content: Mapping[
 def _common_prefix(short: Sequence[str], long: Sequence[str]) -> str:
     """Return what most often stands before one of the short names to make a long one; none if that is seldom."""
     wanted = set(short)
+    longest = max(map(len, wanted), default=0)
     found: Counter[str] = Counter()
     for name in long:
-        parts = name.split(".")
-        for count in range(1, len(parts)):
-            if ".".join(parts[count:]) in wanted:
-                found[".".join(parts[:count]) + "."] += 1
+        # no part of it that is longer: a name may have any number of dots
+        dots = (i for i in range(max(0, len(name) - 1 - longest), len(name)) if name[i] == ".")
+        found.update(name[: dot + 1] for dot in dots if name[dot + 1 :] in wanted)
     if not found:
         return ""
     prefix, times = found.most_common(1)[0]

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
-from rankload._deliver.content import OPTIMIZER_KEYS
+from rankload._deliver.content import OPTIMIZER_KEYS, with_leaves
 from rankload._deliver.mismatch import describe_mismatch
 from rankload._deliver.places import bare, empty_copy, is_distributed, own_part
 from rankload._deliver.saved import SavedTensor
 from rankload._deliver.transfers import Prepared, Transfer
-from rankload._errors import LoadError
+from rankload._errors import LoadError, shown_key
+
+#: Larger numbers are of no parameters, and may be such that a set has to look at all of them for each.
+_MOST_PARAMETERS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,9 @@ def plan_optimizer_load(optimizer: torch.optim.Optimizer, whole: Any, module: nn
         LoadError: there is no optimizer's state dict, or it is of other parameters.
     """
     saved = _state_dict_in(whole, shown)
-    own = _own_keys(optimizer, saved["param_groups"], module)
-    saved_groups = _matched(saved["param_groups"], own, shown)
+    groups_in_file = _checked_groups(saved["param_groups"], shown)
+    own = _own_keys(optimizer, groups_in_file, module)
+    saved_groups = _matched(groups_in_file, own, shown)
     numbers = {key: number for number, key in enumerate(key for keys in own for key in keys)}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # what belongs to no parameter stays as it is, as torch has it; but a number left over would be another's here
@@ -109,13 +114,7 @@ def _of_number(parameters: Sequence[torch.Tensor], key: Any) -> torch.Tensor | N
 
 def _with_tensors(content: Any, made: Callable[[SavedTensor], Any]) -> Any:
     """Return nested content with something else in the place of each stand-in."""
-    if isinstance(content, SavedTensor):
-        return made(content)
-    if isinstance(content, dict):
-        return {key: _with_tensors(value, made) for key, value in content.items()}
-    if type(content) in (list, tuple):
-        return type(content)(_with_tensors(value, made) for value in content)
-    return content
+    return with_leaves(content, lambda leaf: made(leaf) if isinstance(leaf, SavedTensor) else leaf)
 
 
 def _state_dict_in(whole: Any, shown: str) -> Mapping[str, Any]:
@@ -125,10 +124,23 @@ def _state_dict_in(whole: Any, shown: str) -> Mapping[str, Any]:
             found = found[0]
         if isinstance(found, Mapping) and {"state", "param_groups"} <= found.keys():
             return found
-    keys = ", ".join(map(repr, whole)) if isinstance(whole, Mapping) else f"a {type(whole).__name__}"
-    raise LoadError(
-        f"{shown}: no optimizer's state dict under any of {', '.join(OPTIMIZER_KEYS)}; it has {keys[:1000]}"
+    keys = ", ".join(map(shown_key, islice(whole, 20))) if isinstance(whole, Mapping) else f"a {type(whole).__name__}"
+    raise LoadError(f"{shown}: no optimizer's state dict under any of {', '.join(OPTIMIZER_KEYS)}; it has {keys}")
+
+
+def _checked_groups(groups: Any, shown: str) -> Sequence[Mapping[str, Any]]:
+    """Return the groups that were saved, if their parameters are named, or counted, as torch.optim does.
+
+    Raises:
+        LoadError: they are not.
+    """
+    are_groups = type(groups) is list and all(
+        isinstance(group, Mapping) and type(group.get("params")) is list for group in groups
     )
+    keys = [key for group in groups for key in group["params"]] if are_groups else [None]
+    if not all(type(key) is str or (type(key) is int and 0 <= key < _MOST_PARAMETERS) for key in keys):
+        raise LoadError(f"{shown}: its param_groups are not as torch.optim.Optimizer.state_dict() makes them")
+    return groups  # type: ignore[no-any-return]
 
 
 def _own_keys(

@@ -15,7 +15,7 @@ import torch
 from torch._guards import TracingContext
 from torch.serialization import get_default_load_endianness
 
-from rankload._checkpoint.entry import TensorEntry
+from rankload._checkpoint.entry import MOST_DIMENSIONS, TensorEntry
 from rankload._checkpoint.index import FileIndex
 from rankload._checkpoint.pickle_values import GlobalName, NotUnderstoodError, Unbuilt
 from rankload._checkpoint.source import LocalSource
@@ -133,8 +133,8 @@ def _made(value: Any) -> torch.Size | torch.device | torch.dtype:
     """
     try:
         match value:
-            case Unbuilt(GlobalName("torch", "Size"), arguments, None):
-                return torch.Size(*arguments)
+            case Unbuilt(GlobalName("torch", "Size"), (sizes,), None) if len(sizes) <= MOST_DIMENSIONS:
+                return torch.Size(sizes)
             case Unbuilt(GlobalName("torch", "device"), arguments, None):
                 return torch.device(*arguments)
             case GlobalName("torch", name) if isinstance(dtype := vars(torch).get(name), torch.dtype):
