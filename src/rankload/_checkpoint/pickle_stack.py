@@ -266,7 +266,7 @@ class PickleStack:
             raise NotUnderstoodError("a malformed pickle")
         if type(target) in (dict, OrderedDict):
             for key, value in zip(items[::2], items[1::2], strict=True):
-                target[checked_key(key, len(target))] = value
+                target[checked_key(key, target)] = value
         else:
             self.is_exact = False
 

@@ -70,15 +70,15 @@ def holds_unbuilt(value: Any) -> bool:
 Builder = Callable[[tuple[Any, ...]], Any]
 
 
-def checked_key(key: Any, count: int) -> Any:
-    """Return a key for a dict that has so many already, if it is quick to hash, to find and to show.
+def checked_key(key: Any, target: Mapping[Any, Any]) -> Any:
+    """Return another key for a dict, if it is quick to hash, to find and to show.
 
     Tuples of tuples may hold each of their items a million times, and numbers may be such that a dict has to look at
     all of them for each.
     """
     if type(key) is str:  # as nearly all are
         return key
-    if count >= _MOST_UNUSUAL_KEYS and not (type(key) is int and 0 <= key <= count + _LARGEST_GAP):
+    if len(target) >= _MOST_UNUSUAL_KEYS and not _is_in_row(key, target):
         raise NotUnderstoodError("a pickle with many keys of an unusual kind")
     parts = key if type(key) is tuple else (key,)
     if (
@@ -88,3 +88,9 @@ def checked_key(key: Any, count: int) -> Any:
     ):
         raise NotUnderstoodError("a pickle with keys of an unusual kind")
     return key
+
+
+def _is_in_row(key: Any, target: Mapping[Any, Any]) -> bool:
+    first = next(iter(target))
+    begin = first if type(first) is int else 0
+    return type(key) is int and 0 <= key - begin <= len(target) + _LARGEST_GAP

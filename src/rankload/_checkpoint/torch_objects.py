@@ -104,7 +104,7 @@ def _dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
     pairs = arguments[0] if arguments and type(arguments[0]) is list else []
     found = {}
     for key, value in pairs:
-        found[checked_key(key, len(found))] = value
+        found[checked_key(key, found)] = value
     pairs.clear()  # or a short pickle could have it copied a million times
     return found
 

@@ -84,7 +84,7 @@ def test_keys_of_one_hash():
 
 
 def test_numbers_that_leave_much_out():
-    parameters = dict.fromkeys(range(500, 3000), 0)
+    parameters = {number: None for number in range(5000, 9000) if number % 5}  # as of those that are trained
     assert read(pickle.dumps(parameters, 2)) == parameters
     with pytest.raises(NotUnderstoodError, match="many keys"):
         read(pickle.dumps({number << 20: 0 for number in range(3000)}, 2))
