@@ -40,14 +40,14 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=cast(BinaryIO, _Bounded(file)), mode="r:") as archive:
             yield from iter(archive.next, None)
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise BrokenFileError(f"damaged tar archive ({error})") from None
 
 
 def is_legacy_tar(file: BinaryIO) -> bool:
     """Say whether the first member is one of those that torch wrote."""
     try:
-        first = next(iter(_members(file)), None)
+        first = next(_members(file), None)
     except BrokenFileError:
         return False
     return first is not None and first.name in _MEMBERS

@@ -12,7 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rankload._checkpoint.pickle_text import float_of_bytes, value_of_line
+from rankload._checkpoint.pickle_memo import PickleMemo
+from rankload._checkpoint.pickle_text import float_of_bytes, number_of_line, value_of_line
 from rankload._checkpoint.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key
 
 #: Longer texts (a weight saved as text, a dataset) become `Unbuilt`.
@@ -46,8 +47,7 @@ class PickleStack:
         """Begin with another pickle."""
         self._stack: list[Any] = []
         self._marks: list[int] = []
-        self._memo: list[Any] = []  # of a dict, the file could choose numbers that take it long to find
-        self._gaps_left = _MOST_GAPS
+        self._memo = PickleMemo()
 
     @property
     def top(self) -> Any:
@@ -134,52 +134,31 @@ class PickleStack:
 
     def push_memo(self, start: int, end: int) -> None:
         """What was kept."""
-        self._push_memo(_UNSIGNED_4(self._content, start)[0])
+        self._stack.append(self._memo.get(_UNSIGNED_4(self._content, start)[0]))
 
     def put_memo(self, start: int, end: int) -> None:
         """Keep the uppermost value."""
-        self._put_memo(_UNSIGNED_4(self._content, start)[0])
+        self._memo.put(_UNSIGNED_4(self._content, start)[0], self._stack[-1])
 
     def push_memo_of_byte(self, start: int, end: int) -> None:
         """The same as push_memo, with a number of one byte."""
-        self._push_memo(self._content[start])
+        self._stack.append(self._memo.get(self._content[start]))
 
     def put_memo_of_byte(self, start: int, end: int) -> None:
         """The same as put_memo, with a number of one byte."""
-        self._put_memo(self._content[start])
+        self._memo.put(self._content[start], self._stack[-1])
 
     def push_memo_line(self, start: int, end: int) -> None:
         """The same as push_memo, of protocol 0."""
-        self._push_memo(self._line_number(start, end))
+        self._stack.append(self._memo.get(number_of_line(self._content[start:end])))
 
     def put_memo_line(self, start: int, end: int) -> None:
         """The same as put_memo, of protocol 0."""
-        self._put_memo(self._line_number(start, end))
-
-    def _line_number(self, start: int, end: int) -> int:
-        digits = self._content[start : min(end, start + 20)].strip()
-        if not digits.isdigit():
-            raise NotUnderstoodError("a malformed pickle")
-        return int(digits)
+        self._memo.put(number_of_line(self._content[start:end]), self._stack[-1])
 
     def memoize(self, start: int, end: int) -> None:
         """Keep the uppermost value under the next number."""
         self._memo.append(self._stack[-1])
-
-    def _push_memo(self, number: int) -> None:
-        value = self._memo[number]
-        if value is _NOT_KEPT:
-            raise NotUnderstoodError("a malformed pickle")
-        self._stack.append(value)
-
-    def _put_memo(self, number: int) -> None:
-        memo = self._memo
-        if number > len(memo):  # Python 2 began at 1
-            self._gaps_left -= number - len(memo)
-            if self._gaps_left < 0:
-                raise NotUnderstoodError("a pickle with a memo of unusual numbers")
-            memo.extend([_NOT_KEPT] * (number - len(memo)))
-        memo[number : number + 1] = [self._stack[-1]]
 
     # The stack
 
@@ -326,10 +305,6 @@ class PickleStack:
 
 
 _TOO_LONG = Unbuilt(None, ())
-
-#: Stands in the memo where nothing has been put, between two numbers.
-_NOT_KEPT = object()
-_MOST_GAPS = 1024
 
 #: Nobody has a use for more; and a short pickle can give the same ones a million times.
 _MOST_ARGUMENTS = 16

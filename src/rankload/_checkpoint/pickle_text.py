@@ -8,6 +8,9 @@ import struct
 #: More digits would take quadratic time.
 _MOST_DIGITS = 1000
 
+#: A place of the memo; no memo has more.
+_LONGEST_NUMBER = 20
+
 
 def value_of_line(operation: str, raw: bytes) -> object:
     """Return the value of an ``I``, ``L``, ``F``, ``S`` or ``V`` line, without its end.
@@ -30,6 +33,18 @@ def value_of_line(operation: str, raw: bytes) -> object:
         return int(text.removesuffix("L"))
     except ValueError as error:
         raise TypeError(str(error)) from None
+
+
+def number_of_line(raw: bytes) -> int:
+    """Return the number of a ``g`` or ``p`` line.
+
+    Raises:
+        TypeError: it is malformed.
+    """
+    digits = raw[:_LONGEST_NUMBER].strip()
+    if not digits.isdigit():
+        raise TypeError("a malformed number")
+    return int(digits)
 
 
 def float_of_bytes(raw: bytes) -> float:

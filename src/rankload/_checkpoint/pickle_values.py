@@ -12,6 +12,9 @@ from rankload._checkpoint.entry import StorageEntry
 _LONGEST_KEY = 16
 _LONGEST_PART = 64
 
+#: Integers hash to themselves up to there (sys.hash_info.modulus on 64-bit machines), and begin again behind it.
+_LARGEST_KEY = (1 << 61) - 1
+
 #: Behind so many keys only texts, whose hashes nobody foresees, and numbers that leave few out, as of parameters.
 _MOST_UNUSUAL_KEYS = 256
 _LARGEST_GAP = 1024
@@ -84,6 +87,7 @@ def checked_key(key: Any, target: Mapping[Any, Any]) -> Any:
     if (
         len(parts) > _LONGEST_KEY
         or not all(type(part) in _SCALARS for part in parts)
+        or any(type(part) is int and abs(part) >= _LARGEST_KEY for part in parts)
         or any(type(part) in (str, bytes) and len(part) > _LONGEST_PART for part in parts)
     ):
         raise NotUnderstoodError("a pickle with keys of an unusual kind")

@@ -76,7 +76,14 @@ _NOT_READ = (pickle.UnpicklingError, LookupError, TypeError, AttributeError, Val
 def read_state_dict(
     content: bytes, builders: Mapping[GlobalName, Builder], load_persistent: Callable[[Any], Any]
 ) -> dict[str, Any] | None:
-    """Return what `PickleMachine` makes of the same, exactly; None if that is to read it: see there."""
+    """Return what `PickleMachine` makes of the same, exactly; None if that is to read it: see there.
+
+    Args:
+        content: the pickle.
+        builders: as for the machine.
+        load_persistent: as for the machine. It has to refuse ids with anything in them but texts, numbers and names: of
+            tuples, each in the next one, a key could be made whose hash overflows the interpreter's stack.
+    """
     if not _is_state_dict(content):
         return None
     try:
