@@ -14,12 +14,12 @@ import torch
 from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import Index
 from rankload._checkpoint.source import LocalSource
-from rankload._deliver.broadcast.memory_file import folder_of, make_memory_file, writable
 from rankload._deliver.broadcast.sending import ALL_KEY, COMING_KEY, LENGTH_BYTES
 from rankload._deliver.broadcast.whole_file import receive_files
 from rankload._deliver.buckets import BUCKET_BYTES, Range, cut, is_kept, tensor_ranges
 from rankload._deliver.carrier import Carrier, Plan
 from rankload._deliver.files import CheckpointFiles
+from rankload._deliver.memory_file import folder_of, make_memory_file, writable
 from rankload._deliver.readers import Limits
 from rankload._deliver.reading import ReportBytes, read_all
 from rankload._deliver.sinks import Sinks

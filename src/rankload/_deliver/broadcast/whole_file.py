@@ -6,18 +6,17 @@ ranks of a node share one copy, as they would share the pages of a file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rankload._cache.failures import reading
-from rankload._deliver.broadcast.memory_file import folder_of, make_memory_file, path_for_others, writable
+from rankload._deliver.memory_file import folder_of, writable
+from rankload._deliver.node_memory import NodeMemory
 from rankload._deliver.parts import parts_of
 from rankload._job.channel import RankChannel
-from rankload._job.machine import kernel_id, process_space_id
+from rankload._job.machine import kernel_id
 from rankload._job.relay.opening import open_relay
 from rankload._job.relay.relay import FileBlock, Relay
 from rankload._settings import Settings
@@ -43,7 +42,7 @@ def broadcast_files(
     announced = announce(path, source, channel)
     sizes: dict[str, int] = announced["sizes"]
     here = path if path is not None else find(announced)
-    memory = None if here is not None else _Memory.claim(sizes, channel, closing)
+    memory = None if here is not None else NodeMemory.claim(sizes, channel, closing)
     relay = open_relay(channel, source, settings, takes_part=memory is not None and memory.is_received_here)
     if relay is not None:
         relay.bytes_total = sum(sizes.values())
@@ -97,48 +96,3 @@ def receive_files(relay: Relay, descriptors: Mapping[str, int], sizes: Mapping[s
 def _identity(path: Path) -> str:
     status = path.stat()
     return "-".join(map(str, (kernel_id(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)))
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """A node's memory for the files.
-
-    Attributes:
-        descriptors: of the files in memory, by name.
-        receiver: the rank that receives into them.
-        is_received_here: whether that is this rank.
-    """
-
-    descriptors: dict[str, int]
-    receiver: int
-    is_received_here: bool
-
-    @classmethod
-    def claim(cls, sizes: Mapping[str, int], channel: RankChannel, closing: ExitStack) -> _Memory:
-        """Open the memory of the rank of this node that came first; make our own where there is none to be opened."""
-        rank, space = channel.identity.rank, process_space_id()
-        first = rank if space is None else channel.claim(f"broadcast/memory/{space}")
-        if first != rank:
-            paths = channel.wait_for(f"broadcast/memory of {first}", from_rank=first)["paths"]
-            with suppress(OSError):
-                return cls(_opened(paths, closing), first, is_received_here=False)
-        descriptors = {name: make_memory_file(size_bytes, closing) for name, size_bytes in sizes.items()}
-        if first == rank:
-            paths = {name: path_for_others(descriptor) for name, descriptor in descriptors.items()}
-            channel.post(f"broadcast/memory of {rank}", {"paths": paths})
-        return cls(descriptors, rank, is_received_here=True)
-
-    def tell_or_wait(self, channel: RankChannel) -> None:
-        """Tell the others of the node that all has come, or wait for that."""
-        if self.is_received_here:
-            channel.post(f"broadcast/received by {self.receiver}", {})
-        else:
-            channel.wait_for(f"broadcast/received by {self.receiver}", from_rank=self.receiver)
-
-
-def _opened(paths: Mapping[str, str], closing: ExitStack) -> dict[str, int]:
-    descriptors = {}
-    for name, path in paths.items():
-        descriptors[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        closing.callback(os.close, descriptors[name])
-    return descriptors

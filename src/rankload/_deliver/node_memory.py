@@ -1,0 +1,57 @@
+"""One copy of a checkpoint's files in the memory of a node, shared by its ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+from rankload._deliver.memory_file import make_memory_file, path_for_others
+from rankload._job.machine import process_space_id
+from rankload._types import Channel
+
+
+@dataclass(frozen=True)
+class NodeMemory:
+    """A node's memory for the files.
+
+    Attributes:
+        descriptors: of the files in memory, by name.
+        receiver: the rank that receives into them.
+        is_received_here: whether that is this rank.
+    """
+
+    descriptors: dict[str, int]
+    receiver: int
+    is_received_here: bool
+
+    @classmethod
+    def claim(cls, sizes: Mapping[str, int], channel: Channel, closing: ExitStack) -> NodeMemory:
+        """Open the memory of the rank of this node that came first; make our own where there is none to be opened."""
+        rank, space = channel.identity.rank, process_space_id()
+        first = rank if space is None else channel.claim(f"broadcast/memory/{space}")
+        if first != rank:
+            paths = channel.wait_for(f"broadcast/memory of {first}", from_rank=first)["paths"]
+            with suppress(OSError):
+                return cls(_opened(paths, closing), first, is_received_here=False)
+        descriptors = {name: make_memory_file(size_bytes, closing) for name, size_bytes in sizes.items()}
+        if first == rank:
+            paths = {name: path_for_others(descriptor) for name, descriptor in descriptors.items()}
+            channel.post(f"broadcast/memory of {rank}", {"paths": paths})
+        return cls(descriptors, rank, is_received_here=True)
+
+    def tell_or_wait(self, channel: Channel) -> None:
+        """Tell the others of the node that all has come, or wait for that."""
+        if self.is_received_here:
+            channel.post(f"broadcast/received by {self.receiver}", {})
+        else:
+            channel.wait_for(f"broadcast/received by {self.receiver}", from_rank=self.receiver)
+
+
+def _opened(paths: Mapping[str, str], closing: ExitStack) -> dict[str, int]:
+    descriptors = {}
+    for name, path in paths.items():
+        descriptors[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        closing.callback(os.close, descriptors[name])
+    return descriptors
