@@ -6,7 +6,7 @@ JSON: ``{"metadata": {...}, "weight_map": {tensor name: file name}}`` (huggingfa
 from __future__ import annotations
 
 import json
-from pathlib import PurePosixPath
+import re
 from typing import Any
 
 from rankload._checkpoint.broken import BrokenFileError
@@ -16,6 +16,26 @@ _HEAD_BYTES = 64
 
 #: The index of a million tensors has about 100 MB.
 _LARGEST_BYTES = 1 << 28
+
+#: Longest component of a path on the file systems in use (NAME_MAX, limits.h).
+_LONGEST_COMPONENT_BYTES = 255
+
+#: A part of a fetched index: one component, no hidden file, no option of a command. Bounded well below NAME_MAX, since
+#: the cache appends its own suffixes.
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,199}")
+
+#: What rankload itself keeps beside a cached file. A part of such a name would take that file's place.
+_OWN_SUFFIXES = (".partial", ".journal", ".lease", ".tmp")
+
+
+def is_plain_name(name: str) -> bool:
+    """Return whether a part of a *fetched* index may have this name in the cache.
+
+    Stricter than what an index on this machine may name: exactly one component of ASCII letters, digits and ``_.+=-``
+    that starts with a letter, digit or underscore, has at most 200 bytes and none of rankload's own suffixes. An index
+    from a server must not choose folders, hidden files, or the files with which the cache coordinates.
+    """
+    return _PLAIN_NAME.fullmatch(name) is not None and not name.lower().endswith(_OWN_SUFFIXES)
 
 
 def claims_to_be_json(head: bytes) -> bool:
@@ -53,11 +73,26 @@ def read_weight_map(source: Source) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise BrokenFileError("damaged index of a sharded checkpoint (its weight_map names no files)")
     for name in set(weight_map.values()):
-        path = PurePosixPath(name)
-        if not name or path.is_absolute() or ".." in path.parts or "://" in name or "\\" in name or "\0" in name:
+        if not _is_beside(name):
             raise BrokenFileError(f"index of a sharded checkpoint with a part that is not beside it: {name[:80]!r}")
-    # one name for one file: "./part" is no other than "part"
-    return {tensor: str(PurePosixPath(name)) for tensor, name in weight_map.items()}
+    return dict(weight_map)
+
+
+def _is_beside(name: str) -> bool:
+    """Return whether a name is the one spelling of a file beside the index, or in a folder there.
+
+    Unicode is allowed, but nothing that a terminal would not show as it is: no control characters, no bidirectional
+    overrides, no blank before or after a component.
+    """
+    if not name.isprintable() or "\\" in name or "://" in name:
+        return False
+    components = name.split("/")  # of an absolute path, the first is empty
+    return all(
+        component not in ("", ".", "..")
+        and component == component.strip()
+        and len(component.encode()) <= _LONGEST_COMPONENT_BYTES
+        for component in components
+    )
 
 
 def _weight_map(source: Source) -> Any:
