@@ -52,12 +52,17 @@ class RankloadError(Exception):
         fields: the facts in the message, by name (``url``, ``path``, ``expected``, ``got``, ``code``, …).
         rank: the rank where it happened, None while a single process is concerned.
         host: that rank's host name.
+
+    Texts in an error come from files, servers and other ranks as well. Whatever a terminal or a log would not show as
+    it is gets escaped here, whoever raises the error; only line breaks stay, for messages of several lines. Code that
+    puts a foreign text into a message escapes its line breaks, too: `printable` or ``!r``.
     """
 
     def __init__(self, message: str, **fields: Any) -> None:
+        message = _printable_lines(message)
         Exception.__init__(self, message)  # URLError's and OSError's own take other arguments
         self.message = message
-        self.fields = fields
+        self.fields = {name: _printable_field(value) for name, value in fields.items()}
         self.rank: int | None = None
         self.host: str | None = None
 
@@ -65,7 +70,7 @@ class RankloadError(Exception):
         """The message, and the rank and host it comes from when there are several."""
         if self.rank is None:
             return self.message
-        return f"{self.message} [rank {self.rank} on {self.host}]"
+        return f"{self.message} [rank {self.rank} on {printable(str(self.host))}]"
 
     def __getattr__(self, name: str) -> Any:
         """Give the fields as attributes (``error.url``)."""
@@ -229,6 +234,34 @@ def cut(text: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
         return text
     half = limit // 2
     return f"{text[:half]} … ({len(text) - 2 * half} characters left out) … {text[-half:]}"
+
+
+def printable(text: str) -> str:
+    r"""Return a text from a file or a server as it may stand in a message or a log.
+
+    Characters that are not printable (`str.isprintable`) are escaped as in a Python literal: ``\x1b``, ``\n``,
+    ``\u202e``. That covers control characters, line separators, bidirectional overrides, invisible characters and lone
+    surrogates, so that no name can forge a log line, move the cursor or show as another one. Ordinary texts come back
+    unchanged, and what this function returned always does.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def _printable_lines(text: str) -> str:
+    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
+
+
+def _printable_field(value: Any) -> Any:
+    if isinstance(value, str):
+        return _printable_lines(value)
+    if type(value) in (list, tuple):
+        return type(value)(map(_printable_field, value))
+    return value
 
 
 def shown_key(key: object) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 import rankload
 from rankload import _errors
-from rankload._errors import MAX_MESSAGE_CHARACTERS, RankloadError, cut, from_wire, to_wire
+from rankload._errors import MAX_MESSAGE_CHARACTERS, RankloadError, cut, from_wire, printable, to_wire
 
 ALL = [getattr(rankload, name) for name in rankload.__all__ if name.endswith("Error")]
 
@@ -122,3 +122,38 @@ def test_tree_is_drawn_completely():
         mro = [base.__name__ for base in getattr(_errors, name).__mro__]
         for base in re.findall(r"\w+Error", bases):
             assert base in mro, f"{name} is no {base}"
+
+
+HOSTILE = "weight\x1b[2J\r\x08\x9b\u202eevil\u2066\u200b\u2028\x00\udc80\ue000"
+SHOWN = r"weight\x1b[2J\r\x08\x9b\u202eevil\u2066\u200b\u2028\x00\udc80\ue000"
+
+
+def test_what_is_not_printable_is_escaped():
+    assert printable(HOSTILE) == SHOWN
+    assert printable("one\ntwo\t") == r"one\ntwo\t"
+    assert printable(SHOWN) == SHOWN  # once is enough
+    for ordinary in ("", "fc.weight", "größe 重み … 'x' \\x1b", "/cache/ü b.pth"):
+        assert printable(ordinary) is ordinary
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+def test_no_error_shows_raw_texts(kind):
+    error = kind(f"first\n  {HOSTILE}", path=HOSTILE, names=[HOSTILE], code=404)
+    error.rank, error.host = 3, f"node{HOSTILE}"
+    for arrived in (error, pickle.loads(pickle.dumps(error)), from_wire(json.loads(json.dumps(to_wire(error))))):
+        assert str(arrived).splitlines() == ["first", f"  {SHOWN} [rank 3 on node{SHOWN}]"]
+        assert arrived.args == (f"first\n  {SHOWN}",)
+        assert arrived.path == SHOWN and arrived.code == 404
+    assert error.names == [SHOWN]
+
+
+def test_a_rank_of_another_version_sends_raw_texts():
+    wire = {
+        **to_wire(rankload.LoadError("x")),
+        "message": HOSTILE,
+        "fields": {"path": HOSTILE},
+        "rank": 1,
+        "host": "h\n",
+    }
+    arrived = from_wire(wire)
+    assert str(arrived) == rf"{SHOWN} [rank 1 on h\n]" and arrived.path == SHOWN
