@@ -13,7 +13,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from rankload._cache.layout import local_path_of, redact
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import Format, describe, sniff
 from rankload._deliver.failures import translated
@@ -23,6 +22,7 @@ from rankload._errors import ArgumentError
 from rankload._job.devices import resolve_map_location
 from rankload._job.membership import own_identity
 from rankload._settings import Settings
+from rankload._urls import local_path_of, redact
 
 if TYPE_CHECKING:
     from rankload._api import MapLocation

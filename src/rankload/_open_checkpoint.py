@@ -9,7 +9,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from rankload._cache.failures import reading
-from rankload._cache.layout import beside, local_path_of, redact
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.read_index import read_index
@@ -21,6 +20,7 @@ from rankload._fetch.offline import is_switched_off
 from rankload._fetch.remote import RemoteSource
 from rankload._fetch.request import checked_headers, checked_urls
 from rankload._settings import Settings
+from rankload._urls import beside, local_path_of, redact
 
 
 def open_checkpoint(path_or_url: str | os.PathLike[str], *, headers: Mapping[str, str] | None = None) -> Checkpoint:

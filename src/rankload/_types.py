@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
-from urllib.parse import urlsplit
 
 Scope = Literal["auto", "job", "node", "process"]
 Delivery = Literal["auto", "read", "broadcast", "gather"]
@@ -117,14 +116,6 @@ class FetchRequest:
     def digest(self) -> str | None:
         """What the SHA-256 must start with, as far as the caller has said."""
         return self.sha256 or self.hash_prefix
-
-    def headers_for(self, url: str) -> tuple[tuple[str, str], ...]:
-        """Give the caller's headers to the first URL's host alone: a token for one origin is no mirror's business.
-
-        Nor are they for the same host over another scheme: what goes over https is not to be sent in the clear.
-        """
-        parts, first = urlsplit(url), urlsplit(self.urls[0])
-        return self.headers if (parts.scheme, parts.netloc) == (first.scheme, first.netloc) else ()
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from harness.checkpoints import digest_of
 from harness.fetch_calls import error_in, errors_of, expect, fetch, files_in, left_in, load, whole_log
 from harness.ranks import run_ranks
 from harness.users import ALICE, BOB, acting_as, public_directory
-from rankload._cache.layout import Entry, url_key
+from rankload._cache.layout import Entry
 from rankload._cache.record import read_record
 from rankload._fetch.partials.journal import Content, Journal, journal_path
 from rankload._fetch.partials.owner import abandoned_path
+from rankload._urls import url_key
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as other users")
 PRECIOUS = b"precious " * 1000

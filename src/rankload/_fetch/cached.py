@@ -10,7 +10,7 @@ from stat import S_ISLNK, S_ISREG
 
 from rankload._cache.access import make_own_directory
 from rankload._cache.failures import reading, reopening
-from rankload._cache.layout import Entry, redact, url_key
+from rankload._cache.layout import Entry
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, read_record, write_record
 from rankload._checkpoint.open import check_structure
@@ -20,6 +20,7 @@ from rankload._fetch.origins.origin import Claim
 from rankload._fetch.plan import Action, Cached, decide, known_digest
 from rankload._fetch.verify import check_digest, claims_of
 from rankload._types import FetchedFile, FetchRequest, Progress, Report
+from rankload._urls import redact, url_key
 
 _logger = logging.getLogger("rankload")
 

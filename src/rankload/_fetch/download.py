@@ -7,7 +7,7 @@ import os
 from collections import Counter
 
 from rankload._cache.failures import reading
-from rankload._cache.layout import Entry, redact, url_key
+from rankload._cache.layout import Entry
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, write_record
 from rankload._checkpoint.open import check_structure
@@ -19,6 +19,7 @@ from rankload._fetch.receive import Received, Receiver
 from rankload._fetch.verify import check_digest, claims_of
 from rankload._settings import Settings
 from rankload._types import FetchedFile, FetchRequest, Progress, Report
+from rankload._urls import redact, url_key
 
 _logger = logging.getLogger("rankload")
 

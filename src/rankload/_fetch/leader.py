@@ -8,18 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from rankload._cache.directory import make_directory
-from rankload._cache.layout import Entry, local_path_of
+from rankload._cache.layout import Entry
 from rankload._cache.lease import hold_lease
 from rankload._errors import FetchError
 from rankload._fetch.cached import Look, file_version, look_up, set_damaged_file_aside, use_in_place
 from rankload._fetch.download import download
 from rankload._fetch.offline import offline_error
+from rankload._fetch.origins.credentials import headers_of
 from rankload._fetch.origins.sidecar import fetch_sidecar, read_sidecar
 from rankload._fetch.partials.adoption import progress_of_partials
 from rankload._fetch.partials.partial import SupersededError
 from rankload._fetch.parts import with_parts
 from rankload._settings import Settings
 from rankload._types import FetchedFile, FetchRequest, Progress, Report
+from rankload._urls import local_path_of
 
 _logger = logging.getLogger("rankload")
 
@@ -94,7 +96,7 @@ def _with_sidecar(request: FetchRequest, report: Report, settings: Settings) -> 
     """
     for url in request.urls:
         try:
-            claim = fetch_sidecar(url, request.headers_for(url), report, settings)
+            claim = fetch_sidecar(url, headers_of(request, url), report, settings)
         except FetchError as error:
             if url == request.urls[-1]:
                 raise

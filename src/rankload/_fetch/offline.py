@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from rankload._cache.layout import Entry, file_name_of, redact
+from rankload._cache.layout import Entry
 from rankload._errors import ArgumentError, OfflineError
 from rankload._types import FetchRequest
+from rankload._urls import file_name_of, redact
 
 #: For hf:// the variables that its users set already (huggingface_hub, transformers: "Offline mode").
 _HUGGING_FACE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")

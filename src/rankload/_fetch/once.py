@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from rankload._cache.directory import make_directory
-from rankload._cache.layout import local_path_of
 from rankload._errors import CacheError
 from rankload._fetch.leader import fetch
 from rankload._fetch.parts import files_of
 from rankload._job.domains import Domain, find_domain
 from rankload._settings import Settings
 from rankload._types import Channel, FetchedFile, FetchRequest, Progress, Report
+from rankload._urls import local_path_of
 
 _logger = logging.getLogger("rankload")
 

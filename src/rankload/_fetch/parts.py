@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from rankload._cache.failures import reading
-from rankload._cache.layout import beside, local_path_of
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.sharded import has_weight_map, part_names
 from rankload._checkpoint.source import LocalSource
 from rankload._errors import CacheError, NotACheckpointError
 from rankload._types import FetchedFile, FetchRequest
+from rankload._urls import beside, local_path_of
 
 #: Fetches one file.
 FetchOne = Callable[[FetchRequest], FetchedFile]

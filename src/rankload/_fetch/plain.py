@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rankload._cache.failures import reading
-from rankload._cache.layout import Entry, expanded, local_path_of, redact
+from rankload._cache.layout import Entry
 from rankload._errors import CacheError, OfflineError
 from rankload._fetch.download import verify
 from rankload._fetch.offline import is_switched_off
@@ -21,6 +21,7 @@ from rankload._fetch.verify import check_digest, claims_of
 from rankload._job.signals import TerminationAsException
 from rankload._settings import Settings
 from rankload._types import FetchRequest, Progress
+from rankload._urls import expanded, local_path_of, redact
 
 _READ_BYTES = 1 << 20
 

@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass
 from enum import Enum
 
-from rankload._cache.layout import url_key
 from rankload._cache.record import Record
 from rankload._fetch.verify import satisfies
 from rankload._types import FetchRequest
+from rankload._urls import url_key
 
 
 class Action(Enum):

@@ -8,9 +8,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankload._cache.layout import url_key
 from rankload._errors import FetchError, TruncatedError
 from rankload._fetch.origins.choice import origin_for
+from rankload._fetch.origins.credentials import headers_of
 from rankload._fetch.origins.origin import Origin, Version
 from rankload._fetch.partials.partial import Partial
 from rankload._fetch.progress_bar import ProgressBar
@@ -20,6 +20,7 @@ from rankload._fetch.transfer.transfer import Transfer
 from rankload._fetch.transfer.work import Restart, Work
 from rankload._settings import Settings
 from rankload._types import FetchRequest, Progress, Report
+from rankload._urls import url_key
 
 _logger = logging.getLogger("rankload")
 
@@ -82,7 +83,7 @@ class Receiver:
             urls = tuple(sorted(urls, key=lambda url: url_key(url) != came_from))
         with ProgressBar(Path(self._request.file_name).name, is_wanted=self._request.progress) as bar:
             for url in urls:
-                with closing(origin_for(url, self._request.headers_for(url), self._settings)) as origin:
+                with closing(origin_for(url, headers_of(self._request, url), self._settings)) as origin:
                     try:
                         return self._receive_from(origin, bar)
                     except FetchError as error:

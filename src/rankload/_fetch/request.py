@@ -11,20 +11,12 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
-from rankload._cache.layout import (
-    checked_file_name,
-    checkpoints_directory,
-    expanded,
-    file_name_of,
-    hash_prefix_of,
-    local_path_of,
-    redact,
-    url_key,
-)
+from rankload._cache.layout import checked_file_name, checkpoints_directory, hash_prefix_of
 from rankload._errors import ArgumentError
 from rankload._fetch.offline import is_switched_off
 from rankload._fetch.parts import INDEX_SUFFIX
 from rankload._types import FetchRequest, Scope, Verify
+from rankload._urls import expanded, file_name_of, local_path_of, redact, scheme_of, url_key, why_refused
 
 #: A header's name (RFC 9110, 5.6.2).
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -109,7 +101,7 @@ def checked_urls(url: Url) -> tuple[str, ...]:
         raise ArgumentError(f"url: expected a URL or a sequence of mirrors, got {type(strange[0]).__name__}")
     urls = tuple(os.fspath(candidate) for candidate in candidates)
     if not urls or not all(urls):
-        raise ArgumentError(f"url={[_without_secrets(one) for one in urls]}: expected a URL or a sequence of mirrors")
+        raise ArgumentError(f"url={[redact(one) for one in urls]}: expected a URL or a sequence of mirrors")
     for one in urls:
         scheme = _scheme_of(one)
         if scheme not in ("http", "https", "file") and scheme not in _filesystem_schemes():
@@ -132,21 +124,25 @@ def _filesystem_schemes() -> frozenset[str]:
 
 
 def _scheme_of(url: str) -> str:
-    if "://" not in url:
+    """Return a URL's scheme, ``file`` for a path.
+
+    Raises:
+        ArgumentError: it is a malformed URL, or one that libraries may read differently.
+    """
+    scheme = scheme_of(url)
+    if scheme is None:
         return "file"
-    try:
-        parts = urlsplit(url)
-        is_complete = parts.scheme == "file" or (bool(parts.hostname) and parts.port != 0)
-    except ValueError:  # brackets that do not match, a port that is no number
-        is_complete = False
-    if not is_complete:
-        raise ArgumentError(f"url={_without_secrets(url)!r}: not a URL, or one without a host")
-    return parts.scheme
-
-
-def _without_secrets(url: str) -> str:
-    """Take out what may be a password (up to the last @) and the query of what may be too broken for redact()."""
-    return re.sub(r"//.*@", "//", url, flags=re.DOTALL).partition("?")[0]
+    why = why_refused(url)
+    if why is None and scheme != "file":
+        try:
+            parts = urlsplit(url)
+            is_complete = bool(parts.hostname) and parts.port != 0
+        except ValueError:  # brackets that do not match, a port that is no number
+            is_complete = False
+        why = None if is_complete else "it has no host, or its port is no number"
+    if why is not None:
+        raise ArgumentError(f"url={redact(url)!r}: malformed URL: {why}")
+    return scheme
 
 
 def checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
 
-from rankload._fetch.origins.credentials import headers_for
+from rankload._fetch.origins.credentials import Credentials, headers_of
 from rankload._types import FetchRequest
+from rankload._urls import server_of
 
 GIVEN = (("X-Api-Key", "secret"),)
 GITHUB = {"GH_TOKEN": "gh"}
 HUB = {"HF_TOKEN": "hf"}
+
+
+def headers_for(url, origin_url, given, environ):
+    """What is sent to the server of one URL when another was asked for."""
+    return Credentials(origin_url, given, environ).headers_for(server_of(url))
 
 
 def authorization(url, environ, given=()):
@@ -58,8 +65,6 @@ def test_headers_of_the_caller(url, is_for):
         ("https://objects.githubusercontent.com/c.pth", GITHUB, None),
         ("https://github.com.evil.example/c.pth", GITHUB, None),
         ("https://evilgithub.com/c.pth", GITHUB, None),
-        ("https://github.com@evil.example/c.pth", GITHUB, None),
-        ("https://user:password@github.com/c.pth", GITHUB, None),
         ("https://huggingface.co/a/resolve/main/c.pth", HUB, "hf"),
         ("https://huggingface.co/c.pth", {"HUGGING_FACE_HUB_TOKEN": "old"}, "old"),
         ("https://huggingface.co/c.pth", GITHUB, None),
@@ -81,6 +86,29 @@ def test_headers_of_the_caller(url, is_for):
 def test_token(url, environ, token, tmp_path):
     environ = {"HF_HOME": str(tmp_path), **environ}
     assert authorization(url, environ) == (f"Bearer {token}" if token else None)
+
+
+@pytest.mark.parametrize(
+    ("url", "user"),
+    [
+        ("https://github.com@evil.example/c.pth", "github.com:"),
+        ("https://user:password@github.com/c.pth", "user:password"),
+        ("https://user:p%40ss@github.com/c.pth", "user:p@ss"),
+    ],
+)
+def test_user_of_the_url_comes_before_a_token(url, user):
+    assert authorization(url, GITHUB) == f"Basic {b64encode(user.encode()).decode()}"
+    assert headers_for(url, "https://other.example/c.pth", (), {}) == ()
+
+
+def test_netrc_is_for_the_callers_own_server(tmp_path, monkeypatch):
+    """Not even its entry for another host is sent there, when only a redirect names that host."""
+    (tmp_path / "netrc").write_text("machine a.example login a password 1\nmachine b.example login b password 2\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    own = (("Authorization", f"Basic {b64encode(b'a:1').decode()}"),)
+    assert headers_for("https://a.example/x", "https://a.example/m.pth", (), {}) == own
+    for url in ("https://b.example/x", "https://a.example:8443/x", "http://a.example/x"):
+        assert headers_for(url, "https://a.example/m.pth", (), {}) == ()
 
 
 def test_header_of_the_caller_comes_before_a_token():
@@ -134,4 +162,4 @@ def test_stored_login_that_is_none(tmp_path, content):
 )
 def test_headers_and_mirrors(mirror, is_for):
     request = FetchRequest(("https://host.example/a", mirror), Path("/nowhere"), "a", headers=GIVEN)
-    assert request.headers_for(mirror) == (GIVEN if is_for else ())
+    assert headers_of(request, mirror) == (GIVEN if is_for else ())

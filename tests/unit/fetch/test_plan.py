@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from rankload._cache.layout import url_key
 from rankload._cache.record import Record
 from rankload._fetch.plan import Action, Cached, decide, known_digest
 from rankload._types import FetchRequest
+from rankload._urls import url_key
 
 URL, MIRROR, STRANGER = "http://a.example/m.pth", "http://b.example/m.pth", "http://c.example/m.pth"
 SHA, OTHER = "ab" * 32, "cd" * 32

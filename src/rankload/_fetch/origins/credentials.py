@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
+
+from requests.utils import get_netrc_auth
+
+from rankload._types import FetchRequest
+from rankload._urls import Server, server_of, user_of
 
 Headers = tuple[tuple[str, str], ...]
-
-#: Scheme, host and port.
-Server = tuple[str, str | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -39,37 +41,61 @@ TOKEN_RULES = (
 )
 
 
-def headers_for(url: str, origin_url: str, given: Headers, environ: Mapping[str, str] = os.environ) -> Headers:
-    """Return what to send beside the protocol's own headers when asking ``url``, a redirect's target perhaps.
+class Credentials:
+    """What belongs to one URL's server, and to the servers that redirects lead to.
 
     Args:
-        url: the one that is asked now.
-        origin_url: the one that the caller's headers are meant for.
-        given: the caller's headers. They go to that scheme, host and port alone.
+        url: the one that the caller's headers, its own user and password, and ~/.netrc's entry are meant for.
+        given: the caller's headers.
         environ: where tokens are looked for.
     """
-    parts, origin = urlsplit(url), urlsplit(origin_url)
-    sent = given if _server(parts) == _server(origin) else ()
-    if any(name.lower() == "authorization" for name, _ in sent) or parts.username:
+
+    def __init__(self, url: str, given: Headers, environ: Mapping[str, str] = os.environ) -> None:
+        self._server, self._given, self._environ = server_of(url), given, environ
+        self._user = user_of(url)
+
+    def headers_for(self, server: Server) -> Headers:
+        """Return what to send to a server beside the protocol's own headers.
+
+        The caller's headers, user and netrc entry go to their own scheme, host and port alone; tokens to the hosts of
+        `TOKEN_RULES`. What the caller gives comes first, then the URL's user, then a token, then netrc.
+        """
+        is_own = server == self._server
+        sent = self._given if is_own else ()
+        if any(name.lower() == "authorization" for name, _ in sent):
+            return sent
+        if is_own and self._user is not None:
+            return (*sent, ("Authorization", basic_authorization(*self._user)))
+        if token := _token_for(server, self._environ):
+            return (*sent, ("Authorization", f"Bearer {token}"))
+        host = f"[{server.host}]" if ":" in server.host else server.host
+        if is_own and (login := get_netrc_auth(f"{server.scheme}://{host}")):
+            return (*sent, ("Authorization", basic_authorization(*login)))
         return sent
-    token = _token_for(parts, environ)
-    return (*sent, ("Authorization", f"Bearer {token}")) if token else sent
 
 
-def server_of(url: str) -> Server | None:
-    """Return scheme, host and port of an http or https URL; None for what is no such URL."""
-    try:
-        server = _server(urlsplit(url))
-    except ValueError:  # brackets that do not match, a port that is no number
-        return None
-    return server if server[0] in ("http", "https") and server[1] else None
+def headers_of(request: FetchRequest, url: str) -> Headers:
+    """Return the caller's headers for one of a request's URLs: they are the first one's server's alone.
+
+    A token for one origin is no mirror's business. Nor is it the same host's over another scheme: what goes over https
+    is not to be sent in the clear.
+    """
+    first = request.urls[0]
+    if url == first:
+        return request.headers
+    server = server_of(url)
+    return request.headers if server is not None and server == server_of(first) else ()
 
 
-def _token_for(parts: SplitResult, environ: Mapping[str, str]) -> str | None:
+def basic_authorization(user: str, password: str) -> str:
+    """Return the value of an Authorization header (RFC 7617); UTF-8, as it recommends."""
+    return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
+
+
+def _token_for(server: Server, environ: Mapping[str, str]) -> str | None:
     for rule in TOKEN_RULES:
         endpoint = server_of(environ.get(rule.endpoint_variable, "")) if rule.endpoint_variable else None
-        is_its_own = endpoint is not None and _server(parts) == endpoint
-        if is_its_own or (parts.scheme == "https" and parts.port in (None, 443) and parts.hostname in rule.hosts):
+        if server == endpoint or (server.scheme == "https" and server.port == 443 and server.host in rule.hosts):
             found = next((environ[name].strip() for name in rule.variables if environ.get(name, "").strip()), None)
             found = found or (_hugging_face_login(environ) if rule.endpoint_variable else None)
             # what cannot stand in a header is no token; the HTTP library's complaint would show it
@@ -88,8 +114,3 @@ def _hugging_face_login(environ: Mapping[str, str]) -> str | None:
         return path.read_text(encoding="utf-8").strip() or None
     except (OSError, UnicodeDecodeError):
         return None
-
-
-def _server(parts: SplitResult) -> Server:
-    default = {"https": 443, "http": 80}.get(parts.scheme)
-    return parts.scheme, parts.hostname, parts.port or default

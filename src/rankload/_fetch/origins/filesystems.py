@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
 
-from rankload._cache.layout import redact
 from rankload._errors import ContentChangedError, FetchError, NetworkError
 from rankload._fetch.origins.origin import Version
+from rankload._urls import redact, redact_text
 
 #: One read. Every one is a request of its own, so it should not be small.
 _READ_BYTES = 8 << 20
@@ -81,20 +80,15 @@ def translating_any(url: str, shown: str) -> Iterator[None]:
     except FileNotFoundError:
         raise FetchError(f"{shown}: no such file there; check the URL", url=shown) from None
     except PermissionError as error:
-        raise FetchError(f"{shown}: access denied: {_without_secrets(error)}", url=shown) from None
+        raise FetchError(f"{shown}: access denied: {redact_text(str(error))}", url=shown) from None
     except (ImportError, ValueError) as error:
         scheme = url.partition("://")[0]
         advice = f"; pip install 'rankload[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
-        raise FetchError(f"{shown}: {_without_secrets(error)}{advice}", url=shown) from None
+        raise FetchError(f"{shown}: {redact_text(str(error))}{advice}", url=shown) from None
     except Exception as error:
         if type(error).__name__ in _WITHOUT_CREDENTIALS:
-            raise FetchError(f"{shown}: no credentials for it: {_without_secrets(error)}", url=shown) from None
-        raise NetworkError(f"{shown}: {type(error).__name__}: {_without_secrets(error)}", url=shown) from None
-
-
-def _without_secrets(error: Exception) -> str:
-    """Return an error's text without queries and passwords of URLs that it may show."""
-    return re.sub(r"//[^/@\s]*@", "//", re.sub(r"\?\S+", "?…", str(error)))
+            raise FetchError(f"{shown}: no credentials for it: {redact_text(str(error))}", url=shown) from None
+        raise NetworkError(f"{shown}: {type(error).__name__}: {redact_text(str(error))}", url=shown) from None
 
 
 @dataclass

@@ -8,13 +8,13 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.util import parse_url
 
-from rankload._cache.layout import redact
-from rankload._errors import ContentChangedError, FetchError, HTTPStatusError
+from rankload._errors import ContentChangedError, FetchError, HTTPStatusError, printable
 from rankload._fetch.origins.answers import (
     claim_of,
     content_length_of,
@@ -23,12 +23,21 @@ from rankload._fetch.origins.answers import (
     retry_after_of,
     version_of,
 )
-from rankload._fetch.origins.credentials import Headers, headers_for
+from rankload._fetch.origins.credentials import Credentials, Headers
 from rankload._fetch.origins.logs import without_queries
 from rankload._fetch.origins.origin import Claim, UnusableRange, Version
 from rankload._fetch.origins.splice import can_splice, splice_from
 from rankload._fetch.origins.translation import translating
 from rankload._settings import Settings
+from rankload._urls import (
+    Server,
+    has_ambiguous_characters,
+    redact,
+    server_of,
+    user_of,
+    why_refused,
+    without_user,
+)
 from rankload._version import __version__
 
 #: One read from the socket. Small enough to lie in a core's second-level cache (1 MiB, and less) from the copy out of
@@ -76,10 +85,11 @@ class HttpOrigin:
 
     def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
         self.url, self.shown = url, redact(url)
-        self._headers, self._settings = headers, settings
+        self._credentials, self._settings = Credentials(url, headers), settings
         self._sessions: list[requests.Session] = []
         self._idle_sessions: list[requests.Session] = []
-        self._target = _Target(url)
+        self._first_url = without_user(url)
+        self._target = _Target(self._first_url)
 
     def close(self) -> None:
         """Close all connections that are not in use."""
@@ -103,17 +113,17 @@ class HttpOrigin:
     def _ask(
         self, stack: contextlib.ExitStack, session: requests.Session, range_headers: dict[str, str]
     ) -> requests.Response:
-        was_redirected = self._target.url != self.url
+        was_redirected = self._target.url != self._first_url
         try:
             response = self._follow(stack, session, range_headers)
         except FetchError:
-            self._target = _Target(self.url)
+            self._target = _Target(self._first_url)
             raise
         if was_redirected and response.status_code in _EXPIRED:
-            self._target = _Target(self.url)
+            self._target = _Target(self._first_url)
             response = self._follow(stack, session, range_headers)
         elif response.status_code not in _SUCCESSES:
-            self._target = _Target(self.url)
+            self._target = _Target(self._first_url)
         return response
 
     def _follow(
@@ -133,13 +143,22 @@ class HttpOrigin:
         raise FetchError(f"{self.shown}: too many redirects", url=self.shown)
 
     def _redirected(self, url: str, location: str) -> str:
+        """Return where a redirect leads.
+
+        Raises:
+            FetchError: to something that is not a plain http or https URL, or from https to http.
+        """
+        if has_ambiguous_characters(location):
+            raise FetchError(f"{self.shown}: it redirects to a malformed URL: refused", url=self.shown)
         with translating(self.shown):
             target = urljoin(url, location)
-            parts = urlsplit(target)
-            _ = parts.port  # raises if it is none
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise FetchError(f"{self.shown}: it redirects to a URL that is not http or https", url=self.shown)
-        if parts.scheme == "http" and urlsplit(url).scheme == "https":
+            server, before = server_of(target), server_of(url)
+        if server is None or before is None:
+            why = why_refused(target) or "it is not http or https"
+            raise FetchError(f"{self.shown}: it redirects to a URL that is refused: {why}", url=self.shown)
+        if user_of(target) is not None:
+            raise FetchError(f"{self.shown}: it redirects to a URL with a user name in it: refused", url=self.shown)
+        if (before.scheme, server.scheme) == ("https", "http"):
             raise FetchError(
                 f"{self.shown}: it redirects from https to {redact(target)}, which anybody on the way could alter; use "
                 "that URL itself if you trust it",
@@ -151,14 +170,30 @@ class HttpOrigin:
         self, stack: contextlib.ExitStack, session: requests.Session, url: str, range_headers: dict[str, str]
     ) -> requests.Response:
         own = {"User-Agent": f"rankload/{__version__}", "Accept-Encoding": "identity", **range_headers}
-        sent = {**own, **dict(headers_for(url, self.url, self._headers))}
-        # or requests would prefer ~/.netrc to a header that is given
-        auth = _as_given if "authorization" in map(str.lower, sent) else None
         stall_seconds = min(self._settings.stall_seconds, self._settings.progress_seconds)
         deadlines = (self._settings.connect_seconds, stall_seconds)
         with translating(self.shown), without_queries():
-            response = session.get(url, headers=sent, auth=auth, stream=True, timeout=deadlines, allow_redirects=False)
+            request = session.prepare_request(requests.Request("GET", url, headers=own, auth=_as_given))
+            request.headers.update(self._credentials.headers_for(self._server_that_is_asked(request)))
+            environment = session.merge_environment_settings(request.url, {}, True, None, None)
+            response = session.send(request, timeout=deadlines, allow_redirects=False, **environment)
         return stack.enter_context(response)
+
+    def _server_that_is_asked(self, request: requests.PreparedRequest) -> Server:
+        """Return where a request is going to be sent: whose credentials it may carry.
+
+        The HTTP library connects by its own reading of the URL that it has prepared (with the standard library's parser
+        since requests 2.32, with urllib3's before), so both have to agree with ours on that very URL.
+
+        Raises:
+            FetchError: they do not.
+        """
+        url = request.url or ""
+        server, found = server_of(url), parse_url(url)
+        port = found.port or {"http": 80, "https": 443}.get(found.scheme or "")
+        if server is None or server != (found.scheme, (found.host or "").strip("[]"), port):
+            raise FetchError(f"{self.shown}: its host can be read in two ways: refused", url=self.shown)
+        return server
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[requests.Session]:
@@ -180,8 +215,8 @@ class HttpOrigin:
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding not in ("identity", ""):
             raise FetchError(
-                f"{self.shown}: sent with Content-Encoding {encoding} although identity was asked for: the bytes are "
-                "not the file's, so they cannot be verified",
+                f"{self.shown}: sent with Content-Encoding {printable(encoding[:80])} although identity was asked for: "
+                "the bytes are not the file's, so they cannot be verified",
                 url=self.shown,
             )
         is_whole = response.status_code != 206
@@ -223,14 +258,10 @@ class HttpOrigin:
             410: ": the file is gone for good",
             429: ": too many requests from this address; try again later, or prefetch into a shared directory",
         }.get(code, ": the origin's own trouble; try again later, or pass a mirror" if code >= 500 else "")
-        asked = response.request.url or self.url
-        where = (
-            self.shown
-            if asked.partition("#")[0] == self.url.partition("#")[0]
-            else (f"{self.shown} (redirected to {redact(asked)})")
-        )
+        asked = redact(response.request.url or self.url)
+        where = self.shown if asked == self.shown else f"{self.shown} (redirected to {asked})"
         return HTTPStatusError(
-            f"HTTP Error {code}: {response.reason}: {where}{advice}",
+            f"HTTP Error {code}: {printable(str(response.reason)[:200])}: {where}{advice}",
             url=self.shown,
             code=code,
             retry_after_seconds=retry_after_of(response.headers),

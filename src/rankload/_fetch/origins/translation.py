@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 import socket
 import ssl
-from collections.abc import Iterator
+from types import TracebackType
+from typing import NoReturn
 
 import requests
 import urllib3
 
 from rankload._errors import FetchError, FetchTimeoutError, NetworkError, TruncatedError
+from rankload._urls import redact_text
 
 _PROXY = "the proxy that the environment names"
 
 
-@contextlib.contextmanager
-def translating(shown: str) -> Iterator[None]:
+class translating:
     """Translate the exceptions of requests, urllib3 and sockets.
 
-    Theirs hold the full URL, with its signatures and tokens, and so do the tracebacks of what they are chained to: none
-    of them is shown.
+    Theirs hold the full URL, with its signatures and tokens, and so do the tracebacks of what they are chained to. The
+    error that is raised instead is therefore chained to nothing, not even as its context.
+
+    Args:
+        shown: the URL for messages, without secrets.
+    """
+
+    def __init__(self, shown: str) -> None:
+        self._shown = shown
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, FetchError):  # an OSError, too, and already ours
+            return
+        if isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)):
+            raise_alone(_translated(error, self._shown))
+
+
+def raise_alone(error: FetchError) -> NoReturn:
+    """Raise an error without the exception that is being handled as its context.
+
+    ``raise … from None`` only keeps the context out of tracebacks: ``error.__context__`` still refers to it.
     """
     try:
-        yield
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-        raise _translated(error, shown) from None
+        raise error
+    except FetchError:
+        error.__context__ = None
+        raise
 
 
 def _translated(error: Exception, shown: str) -> FetchError:
@@ -59,8 +81,7 @@ def _words(cause: BaseException) -> str:
         return "connection refused"
     if isinstance(cause, ConnectionResetError):
         return "connection reset by the origin"
-    without_queries = re.sub(r"\?\S+", "?…", str(cause))
-    return f"{type(cause).__name__}: {without_queries}"
+    return f"{type(cause).__name__}: {redact_text(str(cause))}"
 
 
 def _is_permanent(cause: BaseException) -> bool:

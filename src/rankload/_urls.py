@@ -1,0 +1,272 @@
+"""URLs: parsed in one place, so that all of rankload agrees on what a URL means.
+
+Whatever two parsers could read differently is refused before anything is asked (`checked_url`). The rest is read with
+the standard library's parser, which also tells the HTTP library where to connect; `origins.http` checks that the two
+agree before it sends anything that belongs to a server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import posixpath
+import re
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlparse, urlsplit, urlunsplit
+
+from rankload._errors import ArgumentError, printable
+
+WEB_SCHEMES = ("http", "https")
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+#: A scheme, and a slash at least unless it is the web's. ``runs:7/last.pth`` is a path; ``https:host`` is a slip.
+_SCHEME = re.compile(r"(?:(https?):/*|([a-z][a-z0-9+.:-]*):/+)", re.IGNORECASE)
+
+#: What may stand between ``//`` and the path (RFC 3986, 3.2): perhaps a user, a host name or an IPv6 address, perhaps a
+#: port. Host names may be of any alphabet (IDNA). An ``@`` in a password has to be percent-encoded.
+_AUTHORITY = re.compile(r"(?:[^@/\\?#\[\]]*@)?(?:\[[0-9A-Fa-f:.]+\]|[^@:/\\?#\[\]%]+)(?::[0-9]{0,5})?")
+
+
+class Server(NamedTuple):
+    """Where a web URL leads: what credentials belong to."""
+
+    scheme: str
+    host: str
+    port: int
+
+
+def scheme_of(url: str) -> str | None:
+    """Return the scheme of what looks like a URL, malformed or not, in lower case; None for a path."""
+    match = _SCHEME.match(url)
+    return (match[1] or match[2]).lower() if match else None
+
+
+def server_of(url: str) -> Server | None:
+    """Return the server of an http or https URL; None for anything else, and for what parsers may disagree on."""
+    if why_refused(url) is not None:
+        return None
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in WEB_SCHEMES or not parts.hostname:
+        return None
+    return Server(parts.scheme, parts.hostname, _DEFAULT_PORTS[parts.scheme] if port is None else port)
+
+
+def why_refused(url: str) -> str | None:
+    """Return what makes a URL ambiguous or unprintable, in words; None for one that is neither.
+
+    Two libraries once read ``https://:@evil.example\\@good.example/`` differently: one decided that it was
+    good.example's, the other connected to evil.example.
+    """
+    if not url.isprintable():
+        return "it has control characters or line breaks"
+    if scheme_of(url) not in WEB_SCHEMES:
+        return None
+    if any(character.isspace() for character in url):
+        return "it has blanks (write %20)"
+    if "\\" in url:
+        return "it has a backslash (write %5C)"
+    if not _AUTHORITY.fullmatch(_authority_of(url)):
+        return "its host is missing or malformed"
+    return None
+
+
+def has_ambiguous_characters(text: str) -> bool:
+    """Return whether a web URL, or a relative reference, has characters that parsers drop, move or take for others."""
+    return not text.isprintable() or "\\" in text or any(character.isspace() for character in text)
+
+
+def without_user(url: str) -> str:
+    """Return a web URL without its user and password; any other URL as it is."""
+    parts = urlsplit(url)
+    if parts.scheme not in WEB_SCHEMES:
+        return url
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def user_of(url: str) -> tuple[str, str] | None:
+    """Return the user and password that a URL carries, percent-decoded; the password may be empty. None for no user."""
+    user, at, _ = _authority_of(url).rpartition("@")
+    name, _, password = user.partition(":")
+    return (unquote(name), unquote(password)) if at else None
+
+
+def redact(url: str) -> str:
+    """Return a URL fit for logs, errors and records: no password, no query; on the web no user and no fragment either.
+
+    Elsewhere these tell which file it is: ``abfs://container@account/file``, ``gs://bucket/file#generation``. Of a
+    malformed URL everything up to its last ``@`` may be a password. Never raises.
+    """
+    match, scheme = _SCHEME.match(url), scheme_of(url)
+    if match is None:  # a path
+        return printable(url)
+    rest = url[match.end() :]
+    is_well_formed = match[0].partition(":/")[2] == "/"
+    if is_well_formed and scheme in WEB_SCHEMES:
+        is_well_formed = why_refused(url) is None
+    if not is_well_formed:
+        rest = rest.rpartition("@")[2]
+    rest, hash_mark, fragment = rest.partition("#")
+    rest, question_mark, query = rest.partition("?")
+    authority, slash, path = rest.partition("/")
+    user, at, host = authority.rpartition("@")
+    is_of_no_use = scheme in (*WEB_SCHEMES, "file")
+    shown_user = "" if is_of_no_use or not is_well_formed else f"{user.partition(':')[0]}{at}"
+    shown_fragment = "" if is_of_no_use else f"{hash_mark}{fragment}"
+    shown_query = f"{question_mark}…" if query else ""
+    return printable(f"{match[0].lower()}{shown_user}{host}{slash}{path}{shown_query}{shown_fragment}")
+
+
+def redact_text(text: str) -> str:
+    """Return a library's error text without the passwords and queries of URLs that it may show."""
+    return printable(re.sub(r"//[^/@\s]*@", "//", re.sub(r"\?\S+", "?…", text)))
+
+
+def file_name_of(url: str) -> str:
+    """Return torch.hub's file name for a URL: the last part of its path, without the query, percent-encoded as it is.
+
+    Raises:
+        ArgumentError: the URL ends in a slash or has no path.
+    """
+    name = posixpath.basename(urlparse(url).path)  # not urlsplit: torch drops ``;parameters`` as well
+    if name in ("", ".", "..") or is_own_name(name):
+        raise ArgumentError(f"{redact(url)} names no file: pass file_name=", url=redact(url))
+    return name
+
+
+#: rankload's own directory inside a cache directory.
+OWN_DIRECTORY = ".rankload"
+
+
+def is_own_name(name: str) -> bool:
+    """Return whether a file name is that of rankload's own directory, on any filesystem."""
+    return name.casefold() == OWN_DIRECTORY
+
+
+def local_path_of(url: str) -> Path | None:
+    """Return the path that a ``file://`` URL or a plain path means, ``~`` expanded; None for anything else.
+
+    Raises:
+        ArgumentError: a file URL names another host; there is no such home directory; no path has zero bytes.
+    """
+    scheme = scheme_of(url)
+    if scheme == "file":
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost"):
+            raise ArgumentError(f"{redact(url)}: a file URL cannot name another host; write file:///path")
+        return expanded(unquote(parts.path), is_url=True)
+    return expanded(url).absolute() if scheme is None else None
+
+
+def expanded(path: str | os.PathLike[str], *, is_url: bool = False) -> Path:
+    """Return a user's path, with its ``~`` expanded; none in a URL.
+
+    Raises:
+        ArgumentError: there is no such home directory, or the path has a zero byte.
+    """
+    if "\0" in os.fspath(path):
+        raise ArgumentError(f"{os.fspath(path)!r}: a path cannot have a zero byte")
+    try:
+        return Path(path) if is_url else Path(path).expanduser()
+    except RuntimeError as error:
+        raise ArgumentError(f"{os.fspath(path)}: {error}") from None
+
+
+def beside(url: str, name: str) -> str:
+    """Return the URL of another file in the same folder; a query is meant for the first alone."""
+    parts = urlsplit(url)
+    folder = parts.path.rpartition("/")[0]
+    file = quote(name) if parts.scheme in WEB_SCHEMES else name
+    query = parts.query if _grants_folder(parts.query) else ""
+    return urlunsplit(parts._replace(path=f"{folder}/{file}", query=query, fragment=""))
+
+
+def url_key(url: str) -> str:
+    """Return a digest that tells two origins apart: hex SHA-256 of the URL without signatures (`_SIGNED_QUERIES`).
+
+    On the web it is without the user, too. Elsewhere what stands before the ``@`` says which file it is, even behind a
+    colon (``github://org:repo@main/file``).
+    """
+    parts = urlsplit(url)
+    if parts.scheme in WEB_SCHEMES:
+        parts = parts._replace(netloc=parts.netloc.rpartition("@")[2].lower(), fragment="")
+    kept = urlunsplit(parts._replace(query=_without_signature(parts.query)))
+    return hashlib.sha256(kept.encode(errors="surrogateescape")).hexdigest()
+
+
+#: Queries that sign a request differ from request to request for the same file. A query is a signed one if it has all
+#: of the first names; then all names of both kinds are left out. Names are compared exactly, without regard to case.
+_SIGNED_QUERIES: tuple[tuple[frozenset[str], frozenset[str]], ...] = tuple(
+    (frozenset(required.split()), frozenset(f"{required} {others}".split()))
+    for required, others in (
+        # Amazon S3 API, "Authenticating Requests: Using Query Parameters (AWS Signature Version 4)"
+        (
+            "x-amz-signature",
+            "x-amz-algorithm x-amz-credential x-amz-date x-amz-expires x-amz-signedheaders x-amz-security-token "
+            "x-amz-content-sha256",
+        ),
+        # Google Cloud Storage, "Signed URLs", V4
+        ("x-goog-signature", "x-goog-algorithm x-goog-credential x-goog-date x-goog-expires x-goog-signedheaders"),
+        # version 2 of Amazon S3, Google Cloud Storage, Alibaba OSS and Huawei OBS
+        ("awsaccesskeyid signature expires", "x-amz-security-token"),
+        ("googleaccessid signature expires", ""),
+        ("ossaccesskeyid signature expires", "security-token"),
+        ("accesskeyid signature expires", "x-obs-security-token"),
+        # Amazon CloudFront Developer Guide, "Use signed URLs": canned and custom policies
+        ("key-pair-id signature", "expires policy hash-algorithm"),
+        # Azure Storage, "Create a service SAS", "… an account SAS", "… a user delegation SAS"
+        (
+            "sig sv",
+            "ss srt sr st se sp sip spr si sdd ses saoid suoid scid skoid sktid skt ske sks skv",
+        ),
+        # Alibaba OSS, signature version 4. Not x-oss-process: it asks for other bytes.
+        (
+            "x-oss-signature",
+            "x-oss-signature-version x-oss-credential x-oss-date x-oss-expires x-oss-additional-headers "
+            "x-oss-security-token",
+        ),
+        # Tencent COS, "Request Signature"
+        (
+            "q-signature",
+            "q-sign-algorithm q-ak q-sign-time q-key-time q-header-list q-url-param-list x-cos-security-token",
+        ),
+    )
+)
+
+#: Parameters that authorise by themselves.
+_TOKENS = frozenset(
+    ("access_token", "auth_token", "private_token", "job_token", "token", "api_key", "api-key", "apikey", "jwt")
+)
+
+
+def _without_signature(query: str) -> str:
+    """Return a query without what signs or authorises the request; the rest keeps its bytes and their order."""
+    if not query:
+        return query
+    pieces = query.split("&")
+    names = [unquote_plus(piece.partition("=")[0]).lower() for piece in pieces]
+    left_out = set(_TOKENS)
+    for required, all_names in _SIGNED_QUERIES:
+        if required.issubset(names):
+            left_out |= all_names
+    return "&".join(piece for name, piece in zip(names, pieces, strict=True) if name not in left_out)
+
+
+def _authority_of(url: str) -> str:
+    """Return what stands between ``//`` and the first character that ends it for any parser."""
+    scheme, colon, rest = url.partition("://")
+    return re.split(r"[/\\?#]", rest, maxsplit=1)[0] if colon and "/" not in scheme else ""
+
+
+def _grants_folder(query: str) -> bool:
+    """Return whether a query is a shared access signature of Azure's for a container, a directory or an account.
+
+    (``sr`` and ``srt`` in learn.microsoft.com, "Create a service SAS" and "Create an account SAS".)
+    """
+    parameters = dict(parse_qsl(query))
+    return "sig" in parameters and (parameters.get("sr") in ("c", "d") or "o" in parameters.get("srt", ""))
