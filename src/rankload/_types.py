@@ -91,6 +91,8 @@ class FetchRequest:
         sha256_source: who says so: ``sha256`` (the argument), ``sidecar``.
         hash_prefix: leading hex digits of the SHA-256 that the file name promises under ``check_hash``; None when
             not asked for.
+        is_index: the caller asks for the index of a checkpoint in several files, by its name; it lies in a folder that
+            is its URL's alone.
         must_be_checkpoint: refuse files that are no checkpoint (a web page, a tar of JPEGs).
         headers: extra request headers for the first URL's host; never logged, never recorded.
         verify: when to hash a cached file again.
@@ -106,6 +108,7 @@ class FetchRequest:
     sha256_source: str = "sha256"
     hash_prefix: str | None = None
     must_be_checkpoint: bool = True
+    is_index: bool = False
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     verify: Verify = "once"
     scope: Scope = "auto"

@@ -13,7 +13,7 @@ from harness.checkpoints import digest_of
 from harness.fetch_calls import fetch, files_in, left_in, load
 from harness.ranks import run_ranks, start_ranks, wait_until
 from harness.users import ALICE, BOB, GROUP, acting_as, public_directory
-from rankload._cache.record import read_record
+from rankload._cache.record import find_record
 
 MIB = 1 << 20
 NAME = "file.bin"
@@ -85,7 +85,7 @@ def test_another_member_uses_checks_and_replaces_what_one_has_fetched(origin, gr
     assert "set aside" in result.stderr or "fetching it again" in result.stderr
     assert origin.request_count() == 2
     assert (group_cache / checkpoint.name).stat().st_uid == BOB
-    assert read_record(group_cache / ".rankload" / f"{checkpoint.name}.json").sha256 == checkpoint.sha256
+    assert find_record(group_cache / ".rankload" / f"{checkpoint.name}.json").record.sha256 == checkpoint.sha256
     assert_shared(group_cache)
     assert left_in(group_cache) == []
 
@@ -145,13 +145,14 @@ def test_elsewhere_the_umask_decides(origin, checkpoint, mode):
 
 
 def assert_shared(directory: Path, but_for: list[str] = ()) -> None:
-    """Everything below is the group's to read and write; directories hand the group on."""
+    """Everything below is the group's to read and to replace; directories hand the group on."""
     for path in directory.rglob("*"):
         status = path.stat()
-        wanted = 0o2070 if path.is_dir() else 0o060
+        wanted = 0o2070 if path.is_dir() else 0o040
         assert status.st_gid == GROUP, path
         if path.suffix not in but_for:
             assert stat.S_IMODE(status.st_mode) & wanted == wanted, f"{path}: {oct(status.st_mode)}"
+            assert path.is_dir() or not status.st_mode & 0o022, f"a mapped file must not change: {path}"
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777])

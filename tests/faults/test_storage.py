@@ -201,13 +201,19 @@ def test_no_inode_for_the_cache_directory(origin, tmp_path):
 
 @pytest.mark.fault(24)
 @needs_mounts
-def test_inode_for_the_file_alone_is_enough(origin, tmp_path, big_content):
-    """Without a journal and a record: they are a help, not a need."""
+@pytest.mark.parametrize("inodes", [4, 5])
+def test_inodes_for_the_file_and_its_record_are_enough(origin, tmp_path, big_content, inodes):
+    """A journal is a help. A record is a need: without one, another URL of that name would get the file."""
     url = origin.add(NAME, big_content)
-    with disks.tmpfs(tmp_path / "cache", size_bytes=32 * MIB, inodes=4) as cache:
+    with disks.tmpfs(tmp_path / "cache", size_bytes=32 * MIB, inodes=inodes) as cache:
+        if inodes == 4:
+            errors = errors_of(fetch, url, cache)
+            expect(errors, rankload.CacheError, f"{NAME}.json", "no inode is left")
+            assert files_in(cache) in ([], [".rankload"])
+            return
         [result] = run_ranks(fetch_and_mark, 1, env="none", args=(url, cache))
         assert result.value == big_content
-        assert files_in(cache) == [NAME]
+        assert files_in(cache) == [f".rankload/{NAME}.json", NAME]
 
 
 def assert_no_room(errors: list[BaseException], cache: Path, code: int, *texts: str) -> None:
@@ -230,13 +236,15 @@ def fill(path: Path) -> None:
 def test_no_inode_for_the_journal_of_a_download_that_takes_long(origin, tmp_path, big_content, small_steps):
     """Its keeper has nothing to write to, and says nothing."""
     url = origin.add(NAME, big_content, hold_at=MIB // 2)
-    with disks.tmpfs(tmp_path / "cache", size_bytes=32 * MIB, inodes=4) as cache:
+    with disks.tmpfs(tmp_path / "cache", size_bytes=32 * MIB, inodes=5) as cache:
+        (cache / "other").touch()
         with start_ranks(fetch_and_mark, 1, env="none", args=(url, cache)) as group:
             origin.wait_until_held(NAME)
             lease = cache / ".rankload" / f"{NAME}.lease"
             for _ in range(3):  # its heartbeat is the keeper's
                 before = lease.stat().st_mtime_ns
                 wait_until(lambda before=before: lease.stat().st_mtime_ns != before, 10, "the lease is refreshed")
+            (cache / "other").unlink()  # room for the record
             origin.release(NAME)
             [result] = group.wait()
         assert result.value == big_content and "Traceback" not in result.stderr

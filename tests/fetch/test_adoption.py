@@ -10,7 +10,7 @@ from harness import checkpoints
 from harness.checkpoints import digest_of
 from harness.fetch_calls import files_in, load, whole_log
 from harness.ranks import run_ranks, start_ranks, wait_until
-from rankload._cache.record import read_record
+from rankload._cache.record import find_record
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def left_by_torch(origin, checkpoint, cache):
 
 
 def record_in(cache, name):
-    return read_record(cache / ".rankload" / f"{name}.json")
+    return find_record(cache / ".rankload" / f"{name}.json").record
 
 
 @pytest.mark.parametrize("check_hash", [False, True])
@@ -46,7 +46,7 @@ def test_adopted_file_is_hashed_when_a_digest_is_first_given(origin, cache, chec
 
 @pytest.mark.fault(20)
 def test_truncated_file_of_torch_hub_is_fetched_again(origin, cache, checkpoint, caplog):
-    """What torch.hub itself leaves when the connection breaks."""
+    """What torch.hub itself leaves when the connection breaks. It stays: rankload did not put it there."""
     url = origin.add("model.pth", checkpoint.path, truncate_at=checkpoint.size - 50)
     with pytest.raises((OSError, RuntimeError)):
         torch.hub.load_state_dict_from_url(url, str(cache), progress=False)
@@ -55,15 +55,19 @@ def test_truncated_file_of_torch_hub_is_fetched_again(origin, cache, checkpoint,
     with whole_log(caplog):
         path = rankload.dist_fetch(url, cache)
     assert path.read_bytes() == checkpoint.path.read_bytes()
-    assert "fetching it again" in caplog.text
+    assert f"keeping {url} at {path}" in caplog.text
+    assert (cache / "model.pth").stat().st_size == checkpoint.size - 50
+    assert rankload.dist_fetch(url, cache) == path and origin.request_count() == 2
 
 
 def test_wrong_file_of_torch_hub_is_fetched_again_when_the_digest_is_known(origin, cache, checkpoint, other_checkpoint):
     cache.mkdir()
     (cache / checkpoint.name).write_bytes(other_checkpoint.path.read_bytes())
     url = origin.add(checkpoint.name, checkpoint.path)
-    assert rankload.dist_fetch(url, cache, check_hash=True).read_bytes() == checkpoint.path.read_bytes()
+    for _ in range(2):
+        assert rankload.dist_fetch(url, cache, check_hash=True).read_bytes() == checkpoint.path.read_bytes()
     assert origin.request_count() == 1
+    assert (cache / checkpoint.name).read_bytes() == other_checkpoint.path.read_bytes()
 
 
 def test_torch_hub_finds_what_rankload_fetched(origin, cache, checkpoint):

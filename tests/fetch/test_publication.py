@@ -78,7 +78,7 @@ def test_symlink_planted_at_the_partial_name_is_refused(tmp_path, monkeypatch):
 def test_mode_follows_the_umask(origin, cache, umask):
     url = origin.add("file.bin", b"content")
     [result] = run_ranks(fetch_with_umask, 1, env="none", args=(url, cache, umask))
-    assert stat.S_IMODE(Path(result.value).stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE(Path(result.value).stat().st_mode) == 0o644 & ~umask  # a mapped file must not change
 
 
 def test_group_of_a_setgid_directory_is_kept(origin, cache):
@@ -88,7 +88,7 @@ def test_group_of_a_setgid_directory_is_kept(origin, cache):
     url = origin.add("file.bin", b"content")
     [result] = run_ranks(fetch_with_umask, 1, env="none", args=(url, cache, 0o002))
     status = Path(result.value).stat()
-    assert (status.st_gid, stat.S_IMODE(status.st_mode)) == (_another_group(), 0o664)
+    assert (status.st_gid, stat.S_IMODE(status.st_mode)) == (_another_group(), 0o644)
 
 
 def test_destination_that_cannot_be_replaced_leaves_no_partial(origin, tmp_path):

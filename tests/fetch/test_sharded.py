@@ -81,20 +81,22 @@ def test_two_of_the_same_names_are_kept_apart(origin: Origin, url: str, content:
     assert origin.request_count() == 6
 
 
-def test_place_of_ones_own_that_another_index_has_taken(origin: Origin, url: str, tmp_path: Path) -> None:
-    write(tmp_path / "other", seed=1)
+def test_one_file_name_for_two_indexes(origin: Origin, url: str, content: Any, tmp_path: Path) -> None:
+    """Each has a folder of its own, whatever the caller calls it."""
+    other = write(tmp_path / "other", seed=1)
     other_url = publish(origin, tmp_path / "other", "another")
+    for one_url, expected in ((url, content), (other_url, other)):
+        for name in (f"mine/{INDEX}", "mine/weights"):
+            found = rankload.dist_load_state_dict_from_url(one_url, tmp_path / "cache", file_name=name)
+            assert_equal(found, expected)
     path = rankload.dist_fetch(url, tmp_path / "cache", file_name=f"mine/{INDEX}")
-    assert path == tmp_path / "cache" / "mine" / INDEX
-    with pytest.raises(rankload.CacheError, match="file_name= with a folder"):
-        rankload.dist_fetch(other_url, tmp_path / "cache", file_name=f"mine/other.{INDEX}")
+    assert path.name == INDEX and path.parent.parent == tmp_path / "cache" / "mine"
 
 
-@pytest.mark.parametrize(("name", "file_name"), [(INDEX, "b.json"), ("weights.json", None)])
+@pytest.mark.parametrize(("name", "file_name"), [(INDEX, "b.json"), ("weights.json", f"b.{INDEX}")])
 def test_index_of_another_name_does_not_take_anothers_parts(
-    origin: Origin, tmp_path: Path, name: str, file_name: str | None
+    origin: Origin, tmp_path: Path, name: str, file_name: str
 ) -> None:
-    """What is an index, its content says: fetched without its parts, it would be of those that lie there already."""
     write(tmp_path / "other", seed=1)
     content = write(tmp_path / "repo")
     part_of_another = origin.add(f"other/{PARTS[0]}", tmp_path / "other" / PARTS[0])
@@ -102,12 +104,9 @@ def test_index_of_another_name_does_not_take_anothers_parts(
     url = origin.add(f"repo/{name}", tmp_path / "repo" / INDEX)
 
     rankload.dist_load_state_dict_from_url(part_of_another, tmp_path / "cache")
-    with pytest.raises(rankload.CacheError, match=f"{PARTS[0]} is another URL's"):
-        rankload.dist_load_state_dict_from_url(url, tmp_path / "cache", file_name=file_name)
-
-    loaded = rankload.dist_load_state_dict_from_url(url, tmp_path / "empty cache", file_name=file_name)
+    loaded = rankload.dist_load_state_dict_from_url(url, tmp_path / "cache", file_name=file_name)
     assert all(torch.equal(loaded[key], content[key]) for key in content)
-    with rankload.open_checkpoint(tmp_path / "empty cache" / (file_name or name)) as checkpoint:
+    with rankload.open_checkpoint(rankload.dist_fetch(url, tmp_path / "cache", file_name=file_name)) as checkpoint:
         assert checkpoint.entries.keys() == content.keys()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
@@ -14,7 +15,8 @@ from harness import checkpoints
 from harness.checkpoints import digest_of
 from harness.fetch_calls import files_in, load, whole_log
 from harness.ranks import run_ranks
-from rankload._cache.record import read_record
+from rankload._cache.layout import Entry
+from rankload._cache.record import find_record
 
 
 def bytes_read() -> int:
@@ -37,7 +39,7 @@ def cached(origin, cache, big_content):
 
 
 def record_of(path):
-    record = read_record(path.parent / ".rankload" / f"{path.name}.json")
+    record = find_record(path.parent / ".rankload" / f"{path.name}.json").record
     assert record is not None
     return record
 
@@ -220,13 +222,17 @@ DAMAGED_RECORDS = {
 
 @pytest.mark.parametrize("damage", DAMAGED_RECORDS)
 def test_damaged_record(origin, cache, cached, big_content, caplog, damage):
-    """The file is checked like one without a record; nobody crashes."""
+    """The file is somebody's: it is neither used nor replaced, unless its digest is known; nobody crashes."""
     url, path = cached
     record = rewrite_record(path, DAMAGED_RECORDS[damage])
+    before = path.stat()
+    assert rankload.dist_fetch(url, cache, sha256=hashlib.sha256(big_content).hexdigest()) == path
     with whole_log(caplog):
-        assert rankload.dist_fetch(url, cache).read_bytes() == big_content
-    assert "ignoring the unreadable record" in caplog.text and str(record) in caplog.text
-    assert record_of(path).source == "adopted"
+        found = rankload.dist_fetch(url, cache)
+    assert found.read_bytes() == big_content and found != path
+    assert "unreadable record" in caplog.text and str(record) in caplog.text
+    assert record.read_text() == DAMAGED_RECORDS[damage] and path.stat() == before
+    assert origin.request_count() == 2
 
 
 def test_record_with_one_wrong_type(origin, cache, cached):
@@ -234,7 +240,7 @@ def test_record_with_one_wrong_type(origin, cache, cached):
     found = json.loads((cache / ".rankload" / "file.bin.json").read_text())
     for name in found:
         rewrite_record(path, json.dumps({**found, name: ["?"]}))
-        assert rankload.dist_fetch(url, cache) == path
+        assert rankload.dist_fetch(url, cache) == Entry(path).separate(url).path
 
 
 def test_record_that_cannot_be_read(origin, cache, cached, big_content):
@@ -243,17 +249,16 @@ def test_record_that_cannot_be_read(origin, cache, cached, big_content):
     record.unlink()
     record.mkdir()
     assert rankload.dist_fetch(url, cache).read_bytes() == big_content
-    assert origin.request_count() == 1
+    assert record.is_dir() and origin.request_count() == 2
 
 
 def test_place_of_the_records_is_a_file(origin, cache):
-    """No record and no lease can be had: fetched, and checked anew by every call."""
+    """Without a record another URL of that name would get the file: nothing is published."""
     cache.mkdir()
     (cache / ".rankload").touch()
-    url = origin.add("file.bin", b"content")
-    for _ in range(2):
-        assert rankload.dist_fetch(url, cache).read_bytes() == b"content"
-    assert origin.request_count() == 1
+    with pytest.raises(rankload.CacheError, match=r"\.rankload is not a directory"):
+        rankload.dist_fetch(origin.add("file.bin", b"content"), cache)
+    assert files_in(cache) == [".rankload"] and origin.request_count() == 0
 
 
 @pytest.mark.fault(20)

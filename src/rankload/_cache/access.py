@@ -1,8 +1,9 @@
-"""Who may read and write what we put into a cache directory.
+"""Who may read and write what rankload puts into a cache directory, and whose files it believes.
 
 A directory that is setgid and writable by its group is how a group asks for a shared cache (chmod g+ws): what lies in
-it must stay usable by the whole group, whatever the umask of the one who came first. So must our own directories in one
-that everybody may write to. Elsewhere the umask decides, as for any file.
+it must stay usable by the whole group, whatever the umask of the one who came first. So must rankload's own directories
+in one that everybody may write to. Elsewhere the umask decides, as for any file. Published files are never writable by
+others, not even by the group: a mapped file must not change. Who may write to the directory replaces them instead.
 """
 
 from __future__ import annotations
@@ -12,8 +13,33 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from rankload._errors import CacheError
+
+#: Before the umask takes from it.
+NEW_FILE_MODE = 0o644
+
+
+def is_trusted(uid: int) -> bool:
+    """Return whether files of a user are believed: this user's own and root's."""
+    return uid in (0, os.geteuid())
+
+
+def name_of(uid: int) -> str:
+    """Return how messages call a user."""
+    try:
+        import pwd
+
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except (ImportError, KeyError):
+        return f"uid {uid}"
+
+
+def may_rename(path: Path, owner_uid: int) -> bool:
+    """Return whether this user may replace a user's file, as far as its directory's sticky bit says (unlink(2))."""
+    directory = path.parent.stat()
+    return not directory.st_mode & stat.S_ISVTX or os.geteuid() in (0, owner_uid, directory.st_uid)
 
 
 def is_group_shared(directory: Path) -> bool:
@@ -26,10 +52,10 @@ def is_group_shared(directory: Path) -> bool:
 
 
 def share_file(descriptor: int, directory: Path) -> None:
-    """Give the group of a shared directory access to a new file in it."""
+    """Let the group of a shared directory read a new file in it."""
     if is_group_shared(directory):
         with suppress(OSError):  # not ours: then its owner has done it
-            os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | 0o660)
+            os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | 0o640)
 
 
 def open_plain(path: Path) -> int:
@@ -45,21 +71,32 @@ def open_plain(path: Path) -> int:
     return descriptor
 
 
+def open_new(path: Path) -> TextIO:
+    """Open a new text file for writing that nobody else can write to, whatever the umask is.
+
+    Raises:
+        OSError: something is there already, or it cannot be made.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, NEW_FILE_MODE), "w", encoding="utf-8")
+
+
 def make_own_directory(directory: Path) -> None:
-    """Make a directory of rankload's own inside a cache directory; who may write there may write here.
+    """Make a directory inside a cache directory; who may write to its parent may write to it.
 
     Without a record, nobody would know whose file it is that another user has published.
 
     Raises:
-        CacheError: a symbolic link stands in its place: who put it there would decide where we write.
+        CacheError: something else stands in its place (`check_own_directory`).
         OSError: it cannot be made.
     """
     is_new = False
     with suppress(FileExistsError):
         directory.mkdir()
         is_new = True
-    if directory.is_symlink():
-        raise CacheError(f"{directory} is a symbolic link: refused; remove it", path=str(directory))
+    # a network filesystem may say that it exists and, from its cache of absent names, that it does not
+    with suppress(FileNotFoundError):
+        check_own_directory(directory)
     if is_new:
         with suppress(OSError):
             parent, own = (stat.S_IMODE(path.stat().st_mode) for path in (directory.parent, directory))
@@ -68,3 +105,29 @@ def make_own_directory(directory: Path) -> None:
             if parent & stat.S_IWOTH:
                 own |= parent & 0o1777
             directory.chmod(own)
+
+
+def check_own_directory(directory: Path) -> None:
+    """Check a directory below the cache directory that is there: rankload writes to it and believes what is in it.
+
+    Another user's is accepted only where the mode of its parent asks for sharing, or where the parent is that user's.
+
+    Raises:
+        CacheError: it is a symbolic link, whose owner would decide where rankload writes; it is no directory; it is
+            another user's.
+        OSError: it is not there, or cannot be looked at.
+    """
+    status = directory.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        raise CacheError(f"{directory} is a symbolic link: refused; remove it", path=str(directory))
+    if not stat.S_ISDIR(status.st_mode):
+        raise CacheError(f"{directory} is not a directory: rankload needs one there; remove it", path=str(directory))
+    if is_trusted(status.st_uid):
+        return
+    parent = directory.parent.stat()
+    is_shared = parent.st_mode & stat.S_IWOTH or is_group_shared(directory.parent)
+    if not is_shared and parent.st_uid != status.st_uid:
+        raise CacheError(
+            f"{directory} belongs to {name_of(status.st_uid)}: refused; remove it, or choose another directory",
+            path=str(directory),
+        )

@@ -6,10 +6,11 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from rankload._cache.access import is_trusted, name_of
 from rankload._errors import CacheError, RankloadError
 
 T = TypeVar("T")
@@ -79,12 +80,21 @@ def why_no_room(directory: Path, error: OSError) -> str:
 
 def _write_error(path: Path, error: OSError) -> CacheError:
     may_not = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-    who = f"this user cannot write {path.parent}: " if may_not else ""
+    who = f"this user cannot write {path.parent}{_whose(path)}: " if may_not else ""
     return CacheError(
         f"cannot write {path}: {_words(error)}; {who}{CHOOSE_ANOTHER}",
         path=str(path),
         errno=error.errno,
     )
+
+
+def _whose(path: Path) -> str:
+    """Return whose a file or its directory is, in brackets, if it is another user's."""
+    for one in (path, path.parent):
+        with suppress(OSError):
+            if not is_trusted(uid := one.lstat().st_uid):
+                return f" ({one.name} belongs to {name_of(uid)})"
+    return ""
 
 
 def _is_full(error: OSError) -> bool:

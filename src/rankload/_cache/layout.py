@@ -29,9 +29,15 @@ _HASH_PREFIX = re.compile(r"-([a-f0-9]*)\.")
 
 @dataclass(frozen=True)
 class Entry:
-    """The paths that belong to one cached file."""
+    """The paths that belong to one cached file.
+
+    Attributes:
+        path: of the file.
+        root: the cache directory, which is the caller's choice; by default the file's own directory.
+    """
 
     path: Path
+    root: Path | None = None
 
     @property
     def record_path(self) -> Path:
@@ -49,11 +55,17 @@ class Entry:
         return self.record_path.parent / "quarantine" / _fitting(self.path.name, 200)
 
     @property
-    def own_directories(self) -> list[Path]:
-        """The directories of rankload's own that lead to the file, from the top; none for torch.hub's place."""
-        parents = [self.path.parent, *self.path.parent.parents]
-        names = [path.name for path in parents]
-        return parents[names.index(OWN_DIRECTORY) :: -1] if OWN_DIRECTORY in names else []
+    def directories(self) -> list[Path]:
+        """The directories between the cache directory and the file, from the top: rankload makes and checks them."""
+        if self.root is None:
+            return []
+        names = self.path.parent.relative_to(self.root).parts
+        return [self.root.joinpath(*names[: count + 1]) for count in range(len(names))]
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether it is in a directory of rankload's own, which is one URL's alone."""
+        return OWN_DIRECTORY in (path.name for path in self.directories)
 
     @property
     def partial_stem(self) -> str:
@@ -61,8 +73,9 @@ class Entry:
         return _fitting(self.path.name, 120)
 
     def separate(self, url: str) -> Entry:
-        """Return the entry for another URL that has the same file name."""
-        return Entry(self.path.parent / OWN_DIRECTORY / url_key(url)[:16] / self.path.name)
+        """Return the entry for a URL whose file name is taken by a file that is not its own."""
+        root = self.root or self.path.parent
+        return Entry(self.path.parent / OWN_DIRECTORY / url_key(url)[:16] / self.path.name, root)
 
 
 def checkpoints_directory(hub_dir: str | os.PathLike[str] | None = None) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from rankload._cache.access import make_own_directory, share_file
+from rankload._cache.access import make_own_directory, open_new, share_file
 from rankload._cache.layout import Entry
 
 
@@ -34,7 +34,7 @@ def quarantine(entry: Entry, reason: str, move_to: Callable[[Path], object]) -> 
     note_path = path.with_name(path.name + ".json")
     with suppress(OSError):
         note_path.unlink(missing_ok=True)  # it may be another user's, or a link to anything
-        with note_path.open("x", encoding="utf-8") as file:
+        with open_new(note_path) as file:
             share_file(file.fileno(), path.parent)
             file.write(json.dumps(note, indent=1) + "\n")
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -10,11 +11,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from rankload._cache.access import make_own_directory, open_plain, share_file
+from rankload._cache.access import make_own_directory, open_new, open_plain, share_file
 from rankload._cache.failures import reopening
 from rankload._types import Source
 
 _logger = logging.getLogger("rankload")
+
+#: A record has less than 2 KiB, and more only where a URL is long.
+_MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,39 +55,62 @@ class Record:
         )
 
 
-def read_record(path: Path) -> Record | None:
-    """Read a record; None where there is none, or one that is unreadable or of another version."""
+@dataclass(frozen=True)
+class FoundRecord:
+    """What lies in the place of a record.
+
+    Attributes:
+        record: None if it is unreadable, or malformed, or of another version.
+        owner_uid: whose it is; None if that cannot be told.
+        problem: why there is no ``record``.
+    """
+
+    record: Record | None
+    owner_uid: int | None
+    problem: str = ""
+
+
+def find_record(path: Path) -> FoundRecord | None:
+    """Read a record; None only where there is nothing. An unreadable one says that the file is somebody's."""
+    owner_uid = None
     try:
-        found = json.loads(reopening(lambda: _text_of(path)))
-        return _checked(Record(**{field.name: found[field.name] for field in fields(Record)}))
+        text, owner_uid = reopening(lambda: _text_of(path))
+        found = json.loads(text)
+        record = Record(**{field.name: found[field.name] for field in fields(Record)})
+        return FoundRecord(_checked(record), owner_uid)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        _logger.warning("ignoring the unreadable record %s: %s", path, error)
-        return None
+        why = getattr(error, "strerror", None) or type(error).__name__
+        _logger.warning("unreadable record %s (%s)", path, why)
+        return FoundRecord(None, owner_uid, f"its record {path} is unreadable ({why})")
 
 
-def write_record(path: Path, record: Record) -> bool:
-    """Write a record atomically; tell whether it was. In a read-only cache it is not: the next call looks again."""
+def write_record(path: Path, record: Record) -> None:
+    """Write a record atomically.
+
+    Raises:
+        CacheError: something else stands in the place of its directory.
+        OSError: it cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         make_own_directory(path.parent)
-        with temporary.open("x", encoding="utf-8") as file:
+        with open_new(temporary) as file:
             share_file(file.fileno(), path.parent)
             file.write(json.dumps(asdict(record), indent=1) + "\n")
         temporary.replace(path)
-        return True
-    except OSError as error:
-        _logger.debug("no record written at %s: %s", path, error)
-        return False
     finally:
         with suppress(OSError):
             temporary.unlink()  # there only if something went wrong, be it a signal
 
 
-def _text_of(path: Path) -> str:
+def _text_of(path: Path) -> tuple[str, int]:
     with os.fdopen(open_plain(path), encoding="utf-8") as file:
-        return file.read()
+        status = os.fstat(file.fileno())
+        if status.st_size > _MAX_BYTES:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        return file.read(), status.st_uid
 
 
 def _checked(record: Record) -> Record:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISLNK, S_ISREG
 
-from rankload._cache.access import make_own_directory
-from rankload._cache.failures import reading, reopening
+from rankload._cache.access import check_own_directory, is_trusted, make_own_directory, may_rename
+from rankload._cache.failures import reading, reopening, writing
 from rankload._cache.layout import Entry
 from rankload._cache.quarantine import quarantine
-from rankload._cache.record import Record, read_record, write_record
+from rankload._cache.record import FoundRecord, Record, find_record, write_record
 from rankload._checkpoint.open import check_structure
 from rankload._errors import CacheError, DigestMismatchError, RankloadError, VerificationError
 from rankload._fetch.digest import sha256_of_file
 from rankload._fetch.origins.origin import Claim
-from rankload._fetch.plan import Action, Cached, decide, known_digest
+from rankload._fetch.parts import check_index
+from rankload._fetch.plan import Action, Cached, Plan, after_check, decide, known_digest, may_publish
 from rankload._fetch.verify import check_digest, claims_of
 from rankload._types import FetchedFile, FetchRequest, Progress, Report
 from rankload._urls import redact, url_key
@@ -53,27 +55,43 @@ def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
         CacheError: something else lies in the file's place, or it cannot be read.
     """
     cached = _inspect(entry)
-    plan = decide(request, cached)
-    _logger.debug("%s: %s (%s)", entry.path, plan.action.name, plan.reason)
-    if plan.action is Action.SEPARATE:
-        separate = entry.separate(request.urls[0])
-        _logger.warning("%s: %s; keeping %s at %s", entry.path, plan.reason, redact(request.urls[0]), separate.path)
-        make_entry_directory(separate)
-        return look_up(separate, request, report)
-    version = _version_of(cached.status)
+    plan, file = decide(request, cached), None
     if plan.action is Action.USE:
         assert cached.status is not None
-        sha256 = cached.record.sha256 if cached.record else None
-        return Look(entry, version, FetchedFile(entry.path, cached.status.st_size, sha256, "cache"))
-    if plan.action is Action.REPLACE:
-        return Look(entry, version, damage=plan.reason, reason=plan.reason)
+        file = FetchedFile(entry.path, cached.status.st_size, _believed_digest(cached), "cache")
+    if plan.action is Action.CHECK and cached.record is None and _has_separate(entry, request):
+        plan = Plan(Action.SEPARATE, "nobody vouches for it, and there is a file that rankload has fetched")
     if plan.action is Action.CHECK:
-        try:
-            file = _checked(entry, cached, request, report)
-            return Look(entry, version, file, reason="it is not what is asked for, or cannot be read")
-        except VerificationError as error:
-            return Look(entry, version, damage=error.message, reason=error.message)
-    return Look(entry, version, reason=plan.reason)
+        plan, file = _check(entry, cached, request, report)
+    _logger.debug("%s: %s (%s)", entry.path, plan.action.name, plan.reason)
+    if plan.action is Action.DOWNLOAD and cached.status is not None:
+        _logger.warning("%s: %s; fetching it again", entry.path, plan.reason)
+    if plan.action is Action.SEPARATE:
+        return look_up(_separate(entry, plan.reason, request), request, report)
+    damage = plan.reason if plan.action is Action.REPLACE else None
+    return Look(entry, _version_of(cached.status), file, damage, plan.reason)
+
+
+def _has_separate(entry: Entry, request: FetchRequest) -> bool:
+    return not entry.is_separate and os.path.lexists(entry.separate(request.urls[0]).path)
+
+
+def _separate(entry: Entry, reason: str, request: FetchRequest) -> Entry:
+    """Return the entry that is the URL's alone.
+
+    Raises:
+        CacheError: it is this one already.
+    """
+    shown = redact(request.urls[0])
+    if entry.is_separate:
+        raise CacheError(
+            f"{entry.path} cannot be used for {shown}: {reason}; remove it, or choose another directory (model_dir=)",
+            path=str(entry.path),
+        )
+    separate = entry.separate(request.urls[0])
+    _logger.warning("%s: %s; keeping %s at %s", entry.path, reason, shown, separate.path)
+    make_directories(separate)
+    return separate
 
 
 def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFile:
@@ -95,9 +113,9 @@ def file_version(entry: Entry) -> FileVersion | None:
         return None
 
 
-def is_anothers(entry: Entry, request: FetchRequest) -> bool:
-    """Tell whether another URL's file lies there."""
-    return decide(request, _inspect(entry)).action is Action.SEPARATE
+def may_be_published(entry: Entry, request: FetchRequest) -> bool:
+    """Return whether a download may take its final name: nothing lies there now but what rankload published for it."""
+    return may_publish(request, _inspect(entry))
 
 
 def set_damaged_file_aside(look: Look) -> None:
@@ -111,21 +129,22 @@ def set_damaged_file_aside(look: Look) -> None:
         _logger.warning("%s: %s%s; fetching it again", look.entry.path, look.damage, kept)
 
 
-def make_entry_directory(entry: Entry) -> None:
-    """Make the directories of rankload's own down to an entry's.
+def make_directories(entry: Entry) -> None:
+    """Make the directories below the cache directory down to an entry's, and that of its record if that can be made.
 
     Raises:
-        CacheError: one of them cannot be made, or is a symbolic link.
+        CacheError: one of them cannot be made, or is not one of rankload's own (`check_own_directory`).
     """
-    for directory in entry.own_directories:
-        try:
+    for directory in entry.directories:
+        with writing(directory):
             make_own_directory(directory)
-        except CacheError:
-            raise
-        except OSError as error:
-            raise CacheError(
-                f"cannot make {directory}: {error.strerror}", path=str(directory), errno=error.errno
-            ) from error
+    try:
+        # Before anybody looks it up: another node would remember for a minute that it is not there (nfs(5), acdirmax).
+        make_own_directory(entry.record_path.parent)
+    except CacheError:
+        raise
+    except OSError:  # a read-only cache, or a full disk: files that are there can be used
+        pass
 
 
 def _in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFile:
@@ -145,61 +164,99 @@ def _version_of(status: os.stat_result | None) -> FileVersion | None:
 
 
 def _inspect(entry: Entry) -> Cached:
-    own_directory = entry.record_path.parent
-    if own_directory.is_symlink():
-        raise CacheError(f"{own_directory} is a symbolic link: refused; remove it", path=str(own_directory))
+    for directory in (*entry.directories, entry.record_path.parent):
+        with suppress(FileNotFoundError), reading(directory):
+            check_own_directory(directory)
+    found = find_record(entry.record_path)
+    record, problem = (found.record, found.problem) if found else (None, "")
     with reading(entry.path):
         try:
-            link, status = reopening(lambda: (entry.path.lstat(), entry.path.stat()))
+            link = reopening(entry.path.lstat)
         except FileNotFoundError:
-            return Cached(None, None)
-    if S_ISLNK(link.st_mode) and link.st_uid not in (0, os.geteuid()):
+            return Cached(None, record, problem)
+        try:
+            status = reopening(entry.path.stat)
+        except FileNotFoundError:
+            return Cached(link, None, "it is a symbolic link that leads nowhere")
+    is_link = S_ISLNK(link.st_mode)
+    if is_link and not is_trusted(link.st_uid):
         raise CacheError(
             f"{entry.path} is another user's symbolic link: refused; remove it or pass file_name=", path=str(entry.path)
         )
     if not S_ISREG(status.st_mode):
         raise CacheError(f"{entry.path} is no file; remove it or pass file_name=", path=str(entry.path))
-    return Cached(status, read_record(entry.record_path))
+    owners = {status.st_uid} | ({found.owner_uid} if found and found.owner_uid is not None else set())
+    return Cached(
+        status,
+        record,
+        problem,
+        is_trusted=all(map(is_trusted, owners)),
+        is_replaceable=not is_link and found is not None and _is_replaceable(entry, status, found),
+    )
 
 
-def _checked(entry: Entry, cached: Cached, request: FetchRequest, report: Report) -> FetchedFile | None:
-    """Check a file that no record vouches for, and adopt it; None if it is not what is asked for now.
+def _is_replaceable(entry: Entry, status: os.stat_result, found: FoundRecord) -> bool:
+    """Return whether rankload published a file, by its record, and this user may replace it.
 
-    Raises:
-        VerificationError: it is damaged.
+    A record speaks for files of its own owner, and a trusted one for all. What lies in a directory that is one URL's
+    alone was put there by rankload, though a copy of the cache has other inodes.
+    """
+    record, owner_uid = found.record, found.owner_uid
+    if record is None or owner_uid is None or record.source != "download":
+        return False
+    speaks_for_it = is_trusted(owner_uid) or owner_uid == status.st_uid
+    is_that_file = record.inode == status.st_ino or entry.is_separate
+    if not speaks_for_it or not is_that_file:
+        return False
+    return may_rename(entry.path, status.st_uid) and may_rename(entry.record_path, owner_uid)
+
+
+def _believed_digest(cached: Cached) -> str | None:
+    return cached.record.sha256 if cached.record and cached.is_trusted else None
+
+
+def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) -> tuple[Plan, FetchedFile | None]:
+    """Check a file for which no record vouches, and adopt it if it passes.
+
+    Returns:
+        What to do, and the file if it can be used.
     """
     assert cached.status is not None
     status, record = cached.status, cached.record
     try:
         sha256, vouched_by = reopening(lambda: _judge(entry.path, cached, request, report))
     except _UnexpectedError as error:  # whole, but not what is asked for now: it stays until that is there
-        _logger.warning("%s; fetching it again", error)
-        return None
+        return after_check(cached, is_damaged=False, reason=error.message), None
+    except VerificationError as error:
+        return after_check(cached, is_damaged=True, reason=error.message), None
     except RankloadError:
         raise
     except OSError as error:  # removed since the look, or the disk cannot read it any more: a new copy helps
-        _logger.warning("cannot read %s: %s; fetching it again", entry.path, error.strerror or error)
-        return None
-    adopted = Record(
-        url=record.url if record else redact(request.urls[0]),
-        url_key=record.url_key if record else url_key(request.urls[0]),
-        size_bytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        inode=status.st_ino,
-        etag=record.etag if record else None,
-        sha256=sha256,
-        vouched_by=vouched_by or (record.vouched_by if record else None),
-        source=record.source if record else "adopted",
-    )
-    if adopted != record:
-        write_record(entry.record_path, adopted)
-    return FetchedFile(entry.path, status.st_size, sha256, "cache" if record else "adopted")
+        return after_check(cached, is_damaged=False, reason=f"cannot read it: {error.strerror or error}"), None
+    if not cached.problem:  # a record that cannot be read is somebody's: it stays
+        adopted = Record(
+            url=record.url if record else redact(request.urls[0]),
+            url_key=record.url_key if record else url_key(request.urls[0]),
+            size_bytes=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            inode=status.st_ino,
+            etag=record.etag if record else None,
+            sha256=sha256,
+            vouched_by=vouched_by or (record.vouched_by if record else None),
+            source=record.source if record else "adopted",
+        )
+        if record is None or (adopted != record and cached.is_trusted):
+            with suppress(OSError):  # a read-only cache: the next call looks again
+                write_record(entry.record_path, adopted)
+    file = FetchedFile(entry.path, status.st_size, sha256, "cache" if record else "adopted")
+    return Plan(Action.USE, "it has passed its check"), file
 
 
 def _judge(path: Path, cached: Cached, request: FetchRequest, report: Report) -> tuple[str | None, str | None]:
     """Return the digest, where one is known to compare with, and whose vouches for it."""
     assert cached.status is not None
     check_structure(path, must_be_checkpoint=request.must_be_checkpoint, origin=str(path))
+    check_index(path, request, str(path))
     if not known_digest(request, cached):
         return None, None
     sha256 = _hash(path, cached.status.st_size, report)

@@ -6,15 +6,16 @@ import logging
 import os
 from collections import Counter
 
-from rankload._cache.failures import reading
+from rankload._cache.failures import reading, writing
 from rankload._cache.layout import Entry
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, write_record
 from rankload._checkpoint.open import check_structure
 from rankload._errors import DigestMismatchError, VerificationError
-from rankload._fetch.cached import is_anothers
+from rankload._fetch.cached import may_be_published
 from rankload._fetch.partials.adoption import adopt_into, remove_dead_partials
 from rankload._fetch.partials.partial import Partial, SupersededError
+from rankload._fetch.parts import check_index
 from rankload._fetch.receive import Received, Receiver
 from rankload._fetch.verify import check_digest, claims_of
 from rankload._settings import Settings
@@ -50,11 +51,11 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
                 urls = _next_urls(urls, received, failures, error)
                 continue
             status = partial.finish(received.size_bytes)
-            if is_anothers(entry, request):  # since the look, by a job that did not wait for the lease
+            if not may_be_published(entry, request):  # something has come there since the look
                 raise SupersededError(str(entry.path))
             # Before the file: whoever sees the file must find out whose it is, or would adopt it as its own.
-            if not write_record(entry.record_path, _record(received, status, vouched_by)):
-                _logger.warning("%s cannot be written: another URL of this name would get this file", entry.record_path)
+            with writing(entry.record_path):
+                write_record(entry.record_path, _record(received, status, vouched_by))
             partial.publish()
         remove_dead_partials(entry, settings, now=status.st_mtime)
         return FetchedFile(entry.path, received.size_bytes, received.sha256, "download")
@@ -70,6 +71,7 @@ def verify(received: Received, partial: Partial, request: FetchRequest) -> str |
     if request.must_be_checkpoint or received.version.content_type != "text/html":
         with reading(partial.path):
             check_structure(partial.path, must_be_checkpoint=request.must_be_checkpoint, origin=shown)
+            check_index(partial.path, request, shown)
     vouched_by = check_digest(received.sha256, claims_of(request, received.version.claim), shown)
     _logger.info(
         "%s: %d bytes, SHA-256 %s (%s)", shown, received.size_bytes, received.sha256, vouched_by or "nobody vouches"

@@ -11,7 +11,7 @@ from rankload._cache.directory import make_directory
 from rankload._cache.layout import Entry
 from rankload._cache.lease import hold_lease
 from rankload._errors import FetchError
-from rankload._fetch.cached import Look, file_version, look_up, set_damaged_file_aside, use_in_place
+from rankload._fetch.cached import Look, file_version, look_up, make_directories, set_damaged_file_aside, use_in_place
 from rankload._fetch.download import download
 from rankload._fetch.offline import offline_error
 from rankload._fetch.origins.credentials import headers_of
@@ -46,8 +46,9 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
     report(Progress("looking"))
     if (local_path := local_path_of(request.urls[0])) is not None:
         return use_in_place(local_path, _with_sidecar_of(local_path, request), report)
-    make_directory((request.directory / request.file_name).parent)
-    entry = Entry(request.directory / request.file_name)
+    make_directory(request.directory)
+    entry = Entry(request.directory / request.file_name, request.directory)
+    make_directories(entry)
     while True:
         look = look_up(entry, request, report)
         if look.file is not None:

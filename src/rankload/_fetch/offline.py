@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from rankload._cache.layout import Entry
 from rankload._errors import ArgumentError, OfflineError
+from rankload._fetch.parts import name_without_folder
 from rankload._types import FetchRequest
 from rankload._urls import file_name_of, redact
 
@@ -27,8 +28,9 @@ def offline_error(entry: Entry, request: FetchRequest, damage: str) -> OfflineEr
     """Return the error, with the command that helps; where there is a file, with what is wrong with it."""
     url = redact(request.urls[0])
     words = ["rankload", "prefetch", url, "--model-dir", str(request.directory)]
-    if request.file_name != _usual_name(request.urls[0]):
-        words += ["--file-name", request.file_name]
+    name = name_without_folder(request.file_name) if request.is_index else request.file_name
+    if name != _usual_name(request.urls[0]):
+        words += ["--file-name", name]
     if request.sha256 and request.sha256_source == "sha256":
         words += ["--sha256", request.sha256]
     if request.hash_prefix:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rankload._cache.failures import reading
 from rankload._checkpoint.broken import BrokenFileError
-from rankload._checkpoint.sharded import has_weight_map, part_names
+from rankload._checkpoint.sharded import has_weight_map, is_plain_name, part_names
 from rankload._checkpoint.source import LocalSource
 from rankload._errors import CacheError, NotACheckpointError
 from rankload._types import FetchedFile, FetchRequest
@@ -17,8 +18,62 @@ from rankload._urls import beside, local_path_of
 #: Fetches one file.
 FetchOne = Callable[[FetchRequest], FetchedFile]
 
-#: How such an index is usually called (huggingface_hub, "split_torch_state_dict"). What is one, its content says.
-INDEX_SUFFIX = ".index.json"
+#: How an index is called (huggingface_hub, "split_torch_state_dict"), also with a variant's name (diffusers,
+#: ``….index.fp16.json``). An index from an origin is believed to be one only under such a name: the caller has asked
+#: for it then, and it lies in a folder of its own.
+_INDEX_NAME = re.compile(r"(?P<stem>.+)\.index(\.[A-Za-z0-9_-]+)?\.json", re.DOTALL)
+
+
+def is_index_name(name: str) -> bool:
+    """Return whether a file name is that of an index."""
+    return _INDEX_NAME.fullmatch(name) is not None
+
+
+def name_in_own_folder(name: str, key: str) -> str:
+    """Return the name of an index in a folder that is its URL's alone: names of indexes and parts are common.
+
+    Args:
+        name: a relative path.
+        key: of the URL.
+    """
+    path = PurePosixPath(name)
+    match = _INDEX_NAME.fullmatch(path.name)
+    return str(path.parent / f"{match['stem'] if match else path.name}-{key[:16]}" / path.name)
+
+
+def name_without_folder(name: str) -> str:
+    """Return what `name_in_own_folder` was given."""
+    path = PurePosixPath(name)
+    return str(path.parent.parent / path.name)
+
+
+def check_index(path: Path, request: FetchRequest, shown: str) -> None:
+    """Check a file that an origin has sent, if it is an index: where it lies, and what it calls its parts.
+
+    Args:
+        path: the file; one that is no index passes.
+        request: what it was fetched by.
+        shown: where it is, for messages.
+
+    Raises:
+        NotACheckpointError: an origin would choose which files beside it are read or written.
+    """
+    if not (names := _part_names(path)):
+        return
+    if not request.is_index:
+        if not request.must_be_checkpoint:
+            return  # a file like any other: nobody looks for its parts
+        raise NotACheckpointError(
+            f"{shown}: the index of a checkpoint in several files, under a name that does not say so: refused; if it "
+            "is meant, pass file_name='….index.json', so that its parts get a folder of their own",
+            path=str(path),
+        )
+    if strange := [name for name in names if not is_plain_name(name)]:
+        raise NotACheckpointError(
+            f"{shown}: index of a checkpoint with a part called {strange[0][:80]!r}: refused; expected file names of "
+            "letters, digits and _.+=- that lie beside the index",
+            path=str(path),
+        )
 
 
 def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -> FetchedFile:
@@ -31,17 +86,22 @@ def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -
         fetch_one: fetches one file.
 
     Raises:
-        NotACheckpointError: the index names files that are not beside it.
+        NotACheckpointError: see `check_index`.
         CacheError: another file has the name of a part.
         RankloadError: a part cannot be fetched.
     """
+    is_local = local_path_of(request.urls[0]) is not None
+    if not is_local:
+        check_index(index.path, request, str(index.path))
+    if not is_local and not request.is_index:
+        return index
     sizes = []
     for name in _part_names(index.path):
         part = fetch_one(_request_for(name, index, request))
         if part.path != index.path.parent / name:
             raise CacheError(
-                f"{index.path.parent / name} is another URL's, and the parts of {index.path.name} have to lie beside "
-                "it: pass file_name= with a folder of its own",
+                f"{index.path.parent / name} is not what its index names, and rankload did not put it there: the parts "
+                f"of {index.path.name} have to lie beside it; remove that file",
                 path=str(index.path.parent / name),
             )
         sizes.append(part.size_bytes)
@@ -78,4 +138,5 @@ def _request_for(name: str, index: FetchedFile, request: FetchRequest) -> FetchR
         sha256_source="sha256",
         hash_prefix=None,
         must_be_checkpoint=True,
+        is_index=False,
     )

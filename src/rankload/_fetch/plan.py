@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from rankload._cache.record import Record
-from rankload._fetch.verify import satisfies
+from rankload._fetch.verify import claims_of, satisfies
 from rankload._types import FetchRequest
 from rankload._urls import url_key
 
@@ -20,15 +20,28 @@ class Action(Enum):
     DOWNLOAD = "download"
     REPLACE = "the cached file is damaged: set it aside and download"
     ASK = "ask the origin for the digest first"
-    SEPARATE = "another URL owns this file name: use an entry of our own"
+    SEPARATE = "the file is not this URL's: use an entry of our own"
 
 
 @dataclass(frozen=True)
 class Cached:
-    """What lies at an entry: the file's status and its record; each None where there is none."""
+    """What lies at an entry.
+
+    Attributes:
+        status: the file's; None where there is none.
+        record: None where there is none, or none that can be read.
+        problem: what is wrong with a record that is there.
+        is_trusted: file and record both belong to this user or to root. What another user wrote is never believed
+            where the caller gave a digest.
+        is_replaceable: rankload published this very file, and this user may replace it. Nothing else is ever moved or
+            replaced: it may be anybody's.
+    """
 
     status: os.stat_result | None
     record: Record | None
+    problem: str = ""
+    is_trusted: bool = True
+    is_replaceable: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,10 @@ def decide(request: FetchRequest, cached: Cached) -> Plan:
     if status is None:
         return Plan(Action.DOWNLOAD, "not cached")
     if status.st_size == 0:
-        return Plan(Action.DOWNLOAD, "the cached file is empty")
+        return _instead(cached, Action.DOWNLOAD, "the cached file is empty")
+    if cached.problem:  # it is somebody's, nobody knows whose; its bytes may be right all the same
+        is_known = request.sha256 is not None
+        return Plan(Action.CHECK if is_known else Action.SEPARATE, cached.problem)
     if record is None and request.verify == "sidecar" and request.sha256 is None:
         return Plan(Action.ASK, "a file without a record, and its sidecar at the origin is to vouch")
     if record is None:
@@ -53,9 +69,11 @@ def decide(request: FetchRequest, cached: Cached) -> Plan:
     if not _is_owner(request, record):
         return Plan(Action.SEPARATE, f"{record.url} has the same file name")
     if record.size_bytes != status.st_size:
-        return Plan(Action.REPLACE, f"the cached file has {status.st_size} bytes, not {record.size_bytes}")
+        return _instead(cached, Action.REPLACE, f"the cached file has {status.st_size} bytes, not {record.size_bytes}")
     if request.verify == "sidecar" and request.sha256 is None and record.vouched_by != "sidecar":
         return Plan(Action.ASK, "it was not yet compared with its sidecar at the origin")
+    if not cached.is_trusted and claims_of(request):
+        return Plan(Action.CHECK, "a digest is expected, and another user has written the file or its record")
     if request.verify == "never" and (record.sha256 is None or satisfies(record.sha256, request)):
         return Plan(Action.USE, "verify='never'")
     if request.verify == "always":
@@ -68,13 +86,41 @@ def decide(request: FetchRequest, cached: Cached) -> Plan:
         return Plan(Action.USE, "its record vouches for it")
     if record.sha256 is None:
         return Plan(Action.CHECK, "a digest is expected, and nobody has hashed the cached file yet")
-    return Plan(Action.DOWNLOAD, f"the cached file has digest {record.sha256[:16]}…, another one is expected")
+    return _instead(
+        cached, Action.DOWNLOAD, f"the cached file has digest {record.sha256[:16]}…, another one is expected"
+    )
+
+
+def after_check(cached: Cached, *, is_damaged: bool, reason: str) -> Plan:
+    """Return what to do about a file that did not pass its check.
+
+    Args:
+        cached: what lies there.
+        is_damaged: it is broken, rather than whole and another file than expected.
+        reason: what the check has found.
+    """
+    return _instead(cached, Action.REPLACE if is_damaged else Action.DOWNLOAD, reason)
+
+
+def may_publish(request: FetchRequest, cached: Cached) -> bool:
+    """Return whether a download may take the place of what lies there."""
+    if cached.status is None:
+        return True
+    is_own = cached.record is not None and _is_owner(request, cached.record)
+    return is_own and cached.is_replaceable
 
 
 def known_digest(request: FetchRequest, cached: Cached) -> str | None:
     """Return what the cached file's digest must start with, as far as anybody knows; the strongest first."""
     recorded = cached.record.sha256 if cached.record else None
     return request.sha256 or recorded or request.hash_prefix
+
+
+def _instead(cached: Cached, action: Action, reason: str) -> Plan:
+    """Return the action for a file that cannot be used, if it may be replaced; else leave it alone."""
+    if cached.is_replaceable:
+        return Plan(action, reason)
+    return Plan(Action.SEPARATE, f"{reason}, and rankload did not put it there")
 
 
 def _is_owner(request: FetchRequest, record: Record) -> bool:

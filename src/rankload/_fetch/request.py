@@ -7,14 +7,14 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
 from rankload._cache.layout import checked_file_name, checkpoints_directory, hash_prefix_of
 from rankload._errors import ArgumentError
 from rankload._fetch.offline import is_switched_off
-from rankload._fetch.parts import INDEX_SUFFIX
+from rankload._fetch.parts import is_index_name, name_in_own_folder
 from rankload._types import FetchRequest, Scope, Verify
 from rankload._urls import expanded, file_name_of, local_path_of, redact, scheme_of, url_key, why_refused
 
@@ -45,12 +45,14 @@ def make_request(
     """
     urls = checked_urls(url)
     local_path = local_path_of(urls[0])
-    name = checked_file_name(file_name) if file_name else local_path.name if local_path else _name_for(urls[0])
+    name = checked_file_name(file_name) if file_name else local_path.name if local_path else file_name_of(urls[0])
+    is_index = local_path is None and (is_index_name(PurePosixPath(name).name) or _names_index(urls[0]))
     directory = expanded(model_dir).absolute() if model_dir is not None else default_directory()
     return FetchRequest(
         urls=urls,
         directory=directory,
-        file_name=name,
+        file_name=name_in_own_folder(name, url_key(urls[0])) if is_index else name,
+        is_index=is_index,
         sha256=_checked_sha256(sha256),
         hash_prefix=_promised_prefix(local_path.name if local_path else name) if check_hash else None,
         must_be_checkpoint=must_be_checkpoint,
@@ -62,10 +64,12 @@ def make_request(
     )
 
 
-def _name_for(url: str) -> str:
-    """Return torch.hub's name; for the index of several files in a folder of its own, since their names are common."""
-    name = file_name_of(url)
-    return f"{name.removesuffix(INDEX_SUFFIX)}-{url_key(url)[:16]}/{name}" if name.endswith(INDEX_SUFFIX) else name
+def _names_index(url: str) -> bool:
+    """Return whether a URL is that of an index, by its name."""
+    try:
+        return is_index_name(file_name_of(url))
+    except ArgumentError:  # it names no file
+        return False
 
 
 def agreed_arguments(request: FetchRequest, call: str) -> dict[str, Any]:

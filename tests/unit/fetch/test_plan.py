@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rankload._cache.record import Record
-from rankload._fetch.plan import Action, Cached, decide, known_digest
+from rankload._fetch.plan import Action, Cached, after_check, decide, known_digest, may_publish
 from rankload._types import FetchRequest
 from rankload._urls import url_key
 
@@ -35,7 +35,7 @@ TABLE = [
     # the request, the file's status, its record, what to do, a word of the reason
     (request(), None, None, DOWNLOAD, "not cached"),
     (request(), None, record(), DOWNLOAD, "not cached"),
-    (request(), status(size=0), None, DOWNLOAD, "empty"),
+    (request(), status(size=0), None, SEPARATE, "empty"),
     (request(), status(size=0), record(), DOWNLOAD, "empty"),
     (request(), status(), None, CHECK, "torch.hub"),
     (request(verify="never"), status(), None, CHECK, "torch.hub"),
@@ -78,9 +78,57 @@ TABLE = [
 
 @pytest.mark.parametrize(("asked", "file", "known", "action", "reason"), TABLE)
 def test_table(asked, file, known, action, reason):
-    plan = decide(asked, Cached(file, known))
+    plan = decide(asked, Cached(file, known, is_replaceable=known is not None))
     assert plan.action is action, plan
     assert reason in plan.reason
+
+
+@pytest.mark.parametrize(("asked", "file", "known", "action", "reason"), TABLE)
+def test_nothing_is_replaced_that_rankload_did_not_publish(asked, file, known, action, reason):
+    plan = decide(asked, Cached(file, known, is_replaceable=False))
+    is_replacing = action in (DOWNLOAD, REPLACE) and file is not None
+    assert plan.action is (SEPARATE if is_replacing else action)
+    assert reason in plan.reason
+
+
+@pytest.mark.parametrize("verify", ["once", "always", "never"])
+@pytest.mark.parametrize("digest", [{"sha256": SHA}, {"sha256": OTHER}, {"hash_prefix": "abab"}])
+def test_what_another_user_wrote_is_hashed_against_the_callers_digest(verify, digest):
+    plan = decide(request(verify=verify, **digest), Cached(status(), record(), is_trusted=False))
+    assert plan.action is CHECK
+
+
+@pytest.mark.parametrize("is_replaceable", [True, False])
+@pytest.mark.parametrize(("asked", "action"), [(request(), SEPARATE), (request(sha256=SHA), CHECK)])
+def test_file_whose_record_cannot_be_read_is_somebodys(asked, action, is_replaceable):
+    plan = decide(asked, Cached(status(), None, "unreadable", is_replaceable=is_replaceable))
+    assert (plan.action, plan.reason) == (action, "unreadable")
+
+
+@pytest.mark.parametrize("is_damaged", [True, False])
+def test_after_a_check_that_failed(is_damaged):
+    mine, others = (Cached(status(), record(), is_replaceable=is_mine) for is_mine in (True, False))
+    assert after_check(mine, is_damaged=is_damaged, reason="bad").action is (REPLACE if is_damaged else DOWNLOAD)
+    assert after_check(others, is_damaged=is_damaged, reason="bad").action is SEPARATE
+
+
+@pytest.mark.parametrize(
+    ("cached", "is_free"),
+    [
+        (Cached(None, None), True),
+        (Cached(None, record(STRANGER)), True),
+        (Cached(None, None, "unreadable"), True),
+        (Cached(status(), record(), is_replaceable=True), True),
+        (Cached(status(), record(MIRROR), is_replaceable=True), True),
+        (Cached(status(), record(), is_replaceable=False), False),
+        (Cached(status(), record(STRANGER), is_replaceable=True), False),
+        (Cached(status(), None), False),
+        (Cached(status(), None, "unreadable"), False),
+        (Cached(status(size=0), None), False),
+    ],
+)
+def test_where_a_download_may_be_published(cached, is_free):
+    assert may_publish(request(), cached) is is_free
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rankload._cache.access import open_plain, share_file
+from rankload._cache.access import NEW_FILE_MODE, open_plain, share_file
 from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.owner import boot_id
 from rankload._fetch.transfer.spans import Spans
@@ -88,7 +88,7 @@ class Journal:
         # the one that was adopted holds until this one is complete
         beginning = beginning_path(partial_path)
         with suppress(OSError):
-            self._descriptor = os.open(beginning, flags, 0o666)
+            self._descriptor = os.open(beginning, flags, NEW_FILE_MODE)
             share_file(self._descriptor, self._path.parent)
             self._append({"journal": _FORMAT, "boot": boot_id(), **asdict(content)}, *([*span] for span in spans))
             beginning.replace(self._path)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from rankload._cache.access import share_file
+from rankload._cache.access import NEW_FILE_MODE, share_file
 from rankload._cache.failures import no_space_error, writing
 from rankload._cache.layout import Entry
 from rankload._cache.linux import allocate
@@ -63,7 +63,7 @@ class Partial:
         self._may_be_left, self._is_mixed, self._is_gone = may_be_left, False, False
         with self.writing():
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._file = OpenFile(os.open(self.path, flags, 0o666))  # the umask decides, as for any file
+            self._file = OpenFile(os.open(self.path, flags, NEW_FILE_MODE))
             share_file(self.descriptor, self.path.parent)
 
     @property
@@ -141,6 +141,7 @@ class Partial:
             if found > size_bytes:  # adopted from, or promised as, something longer
                 os.ftruncate(self.descriptor, size_bytes)
             self._file.sync_and_close(self._settings.progress_seconds)
+            self._remove_journal()  # on a disk with few inodes left, the record needs one
             return self.path.stat()  # by name, after the close: only then an NFS server has set the final mtime
 
     def publish(self) -> None:
