@@ -159,14 +159,14 @@ def test_lock_calls_that_hang(origin, tmp_path, big_content):
 def test_two_mounts_on_which_everybody_gets_the_lease(origin, tmp_path, big_content):
     """Neither sees what the other has made: an exclusive open succeeds on both, and so does every lock."""
     url = origin.add(NAME, big_content, hold_at=HALF)
-    with fuse.nodes(tmp_path, 2, locks="local", lag_seconds=60) as nodes:
+    with fuse.nodes(tmp_path, 2, locks="local", lag_seconds=15) as nodes:  # the second's record has to wait so long
         paths = [node.path for node in nodes]
         jobs = [start_ranks(read_on_mount, 1, env="none", args=(url, path)) for path in paths]
         with jobs[0], jobs[1]:
             origin.wait_until_held(NAME, 2)
             assert len(list((tmp_path / "server").glob("*.partial"))) == 2
             origin.release(NAME)
-            assert [job.wait(30)[0].value for job in jobs] == [big_content] * 2
+            assert [job.wait(60)[0].value for job in jobs] == [big_content] * 2
     assert (tmp_path / "server" / NAME).read_bytes() == big_content
     assert left_in(tmp_path / "server") == []
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import Counter
+from contextlib import suppress
+from pathlib import Path
 
 from rankload._cache.failures import reading, writing
 from rankload._cache.layout import Entry
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, write_record
 from rankload._checkpoint.open import check_structure
-from rankload._errors import DigestMismatchError, VerificationError
+from rankload._errors import DigestMismatchError, MissingFileError, VerificationError
 from rankload._fetch.cached import may_be_published
 from rankload._fetch.partials.adoption import adopt_into, remove_dead_partials
 from rankload._fetch.partials.partial import Partial, SupersededError
@@ -54,8 +57,7 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
             if not may_be_published(entry, request):  # something has come there since the look
                 raise SupersededError(str(entry.path))
             # Before the file: whoever sees the file must find out whose it is, or would adopt it as its own.
-            with writing(entry.record_path):
-                write_record(entry.record_path, _record(received, status, vouched_by))
+            _write_record(entry.record_path, _record(received, status, vouched_by), report, settings)
             partial.publish()
         remove_dead_partials(entry, settings, now=status.st_mtime)
         return FetchedFile(entry.path, received.size_bytes, received.sha256, "download")
@@ -77,6 +79,28 @@ def verify(received: Received, partial: Partial, request: FetchRequest) -> str |
         "%s: %d bytes, SHA-256 %s (%s)", shown, received.size_bytes, received.sha256, vouched_by or "nobody vouches"
     )
     return vouched_by
+
+
+def _write_record(path: Path, record: Record, report: Report, settings: Settings) -> None:
+    """Write a record, or raise CacheError.
+
+    On a network filesystem, a directory that another node has just made may be there to mkdir(2) and absent to open(2),
+    for as long as clients remember absent names.
+    """
+    deadline, delay = time.monotonic() + settings.visibility_seconds, 0.01
+    while True:
+        try:
+            with writing(path):
+                write_record(path, record)
+            return
+        except MissingFileError:
+            if time.monotonic() > deadline:
+                raise
+        report(Progress("waiting"))
+        with suppress(OSError):
+            list(path.parent.parent.iterdir())  # makes an NFS client forget absent names
+        time.sleep(delay)
+        delay = min(delay * 1.5, 1.0)
 
 
 def _adopt(partial: Partial, entry: Entry, request: FetchRequest, report: Report, settings: Settings) -> None:
