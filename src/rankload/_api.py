@@ -51,6 +51,7 @@ def dist_load_state_dict_from_url(
     verify: Verify = "once",
     mmap: bool | None = None,
     adapt: Adapter | Sequence[Adapter] | None = None,
+    max_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Load the checkpoint at a URL into every rank: downloaded once, verified, the same result or error everywhere.
 
@@ -97,6 +98,10 @@ def dist_load_state_dict_from_url(
             gives each rank a private copy.
         adapt: applied to what was loaded: a function, or several in order, such as those of `rankload.adapt`:
             ``[adapt.unwrap(), adapt.strip_prefix("module.")]``. May differ between ranks.
+        max_bytes: the most that this call may download, in bytes: a file that is larger, or an index with parts that
+            are together, is refused with a FetchError, by its announced length before the first byte is written. No
+            mirror is asked then. What is cached does not count. Only the rank that downloads applies it. Default:
+            ``RANKLOAD_MAX_BYTES``, else no limit.
 
     Returns:
         What torch.load returns: usually ``dict[str, Tensor]``, shapes and dtypes as saved.
@@ -120,6 +125,7 @@ def dist_load_state_dict_from_url(
             verify=verify,
             offline=settings.offline if offline is None else offline,
             must_be_checkpoint=True,
+            max_bytes=(settings.max_bytes or None) if max_bytes is None else max_bytes,
         )
         chosen, source = agree_on_delivery(channel, agreed_arguments(request, "load"), delivery, src, group)
         path = fetch_for(chosen, request, channel, settings, source)
@@ -143,6 +149,7 @@ def dist_fetch(
     group: ProcessGroup | None = None,
     offline: bool | None = None,
     verify: Verify = "once",
+    max_bytes: int | None = None,
 ) -> Path:
     """Fetch a file into the cache once, verified, and return its path on this node. Loads no tensors.
 
@@ -162,6 +169,7 @@ def dist_fetch(
             verify=verify,
             offline=settings.offline if offline is None else offline,
             must_be_checkpoint=False,
+            max_bytes=(settings.max_bytes or None) if max_bytes is None else max_bytes,
         )
         channel.agree(agreed_arguments(request, "fetch"))
         return fetch_once(request, channel, settings).path
@@ -197,6 +205,7 @@ def fetch_in_this_process(
     headers: Mapping[str, str] | None = None,
     verify: Verify = "once",
     must_be_checkpoint: bool = True,
+    max_bytes: int | None = None,
 ) -> Path:
     """Fetch without the other ranks, by the arguments of the public calls. Not collective; does not import torch."""
     settings = Settings.from_environment()
@@ -213,6 +222,7 @@ def fetch_in_this_process(
             verify=verify,
             offline=settings.offline,
             must_be_checkpoint=must_be_checkpoint,
+            max_bytes=(settings.max_bytes or None) if max_bytes is None else max_bytes,
         )
         return fetch_once(request, channel, settings).path
 

@@ -55,6 +55,7 @@ def dist_load_into(
     verify: Verify = "once",
     mmap: bool | None = None,
     adapt: Adapter | Sequence[Adapter] | None = None,
+    max_bytes: int | None = None,
 ) -> LoadReport:
     """Load the checkpoint at a URL into a module on every rank: each reads the bytes of its own parameters, no others.
 
@@ -103,6 +104,7 @@ def dist_load_into(
         adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt` are applied
             to the index, before a byte is read; your own get the tensors, mapped. With an optimizer they are applied
             to the whole checkpoint, and give the module's part; default: ``adapt.unwrap()``.
+        max_bytes: as in `dist_load_state_dict_from_url`.
 
     Returns:
         A `LoadReport`, which unpacks into ``missing_keys, unexpected_keys``.
@@ -127,6 +129,7 @@ def dist_load_into(
             verify=verify,
             offline=settings.offline if offline is None else offline,
             must_be_checkpoint=True,
+            max_bytes=(settings.max_bytes or None) if max_bytes is None else max_bytes,
         )
         chosen, sender = agree_on_delivery(
             channel, agreed_arguments(request, "load_into"), delivery, src, group, get_args(Delivery)

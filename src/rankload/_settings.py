@@ -38,6 +38,7 @@ class Settings:
         streams: most connections that one download uses at a time.
         chunk_bytes: a range that is asked for, and the unit of what a killed download keeps.
         offline: no socket is opened; what is not cached is an error.
+        max_bytes: the most that one call may download (the ``max_bytes=`` argument wins); 0: no limit.
     """
 
     arrival_seconds: float = 600.0
@@ -56,6 +57,7 @@ class Settings:
     streams: int = 16
     chunk_bytes: int = 8 << 20
     offline: bool = False
+    max_bytes: int = 0
 
     @property
     def lease_heartbeat_seconds(self) -> float:
@@ -122,4 +124,4 @@ _KINDS = {field.name: str(field.type) for field in fields(Settings)}
 _MOST_DIGITS = 18
 
 #: Whole numbers may be as small as this; 1 where it is not said.
-_LEAST = {"retries": 0, "minimum_bytes_per_second": 0}
+_LEAST = {"retries": 0, "minimum_bytes_per_second": 0, "max_bytes": 0}

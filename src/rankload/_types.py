@@ -99,6 +99,8 @@ class FetchRequest:
         scope: who shares one download.
         progress: show a progress bar on the downloading rank.
         offline: never open a socket.
+        max_bytes: the most that the call may download; None for no limit.
+        downloaded_bytes: what other files of the same call have taken of that.
     """
 
     urls: tuple[str, ...] = field(repr=False)  # signed queries have no place in a log
@@ -114,6 +116,8 @@ class FetchRequest:
     scope: Scope = "auto"
     progress: bool = True
     offline: bool = False
+    max_bytes: int | None = None
+    downloaded_bytes: int = 0
 
     @property
     def digest(self) -> str | None:

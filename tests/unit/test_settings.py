@@ -45,11 +45,11 @@ def test_lease_may_miss_two_heartbeats():
 
 
 WHOLE = {field.name for field in fields(Settings) if field.type == "int"}
-MAY_BE_ZERO = {"retries", "minimum_bytes_per_second"}
+MAY_BE_ZERO = {"max_bytes", "retries", "minimum_bytes_per_second"}
 
 
 def test_whole_numbers_are_those_that_count_things():
-    assert sorted(WHOLE) == ["chunk_bytes", "minimum_bytes_per_second", "retries", "streams"]
+    assert sorted(WHOLE) == ["chunk_bytes", "max_bytes", "minimum_bytes_per_second", "retries", "streams"]
 
 
 @pytest.mark.parametrize("name", sorted(WHOLE))

@@ -22,17 +22,17 @@ _LOCAL = frozenset({0xEF53, 0x58465342, 0x9123683E, 0x01021994})
 _LOWEST_BIT = bytes(value & 1 for value in range(256))
 
 
-def allocate(descriptor: int, size_bytes: int) -> None:
-    """Allocate the blocks of a file, so that a full disk is found out before the first byte.
+def allocate(descriptor: int, begin: int, end: int) -> None:
+    """Allocate the blocks of a range of a file, so that a full disk is noticed before the bytes come.
 
     Not posix_fallocate(3): where the filesystem cannot, it writes into every block instead.
 
     Raises:
         OSError: ENOSPC or EDQUOT; whatever else goes wrong is no reason not to write.
     """
-    if _fallocate is None or not size_bytes:
+    if _fallocate is None or begin >= end:
         return
-    while _fallocate(descriptor, _FALLOC_FL_KEEP_SIZE, 0, size_bytes):
+    while _fallocate(descriptor, _FALLOC_FL_KEEP_SIZE, begin, end - begin):
         error = ctypes.get_errno()
         if error in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(error, os.strerror(error))

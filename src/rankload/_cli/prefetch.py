@@ -31,6 +31,9 @@ def prefetch(
     header: Annotated[
         list[str] | None, typer.Option(help="Extra request header, as 'Name: value'; as '@FILE': those in a file.")
     ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="Refuse to download more.", show_default="RANKLOAD_MAX_BYTES, else no limit")
+    ] = None,
     any_file: Annotated[bool, typer.Option("--any-file", help="Accept what is no checkpoint, too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
@@ -46,6 +49,7 @@ def prefetch(
         verify=verify.value,
         headers=dict(map(_split, _lines(header or []))),
         must_be_checkpoint=not any_file,
+        max_bytes=max_bytes,
         progress=not quiet,
     )
     typer.echo(path)

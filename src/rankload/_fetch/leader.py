@@ -36,8 +36,13 @@ def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedF
         RankloadError: what another rank failed with meanwhile, through ``report``.
     """
 
+    downloaded_bytes = 0
+
     def fetch_one(request: FetchRequest) -> FetchedFile:
-        return _fetch(request, report, settings)
+        nonlocal downloaded_bytes
+        file = _fetch(replace(request, downloaded_bytes=downloaded_bytes), report, settings)
+        downloaded_bytes += file.size_bytes if file.source == "download" else 0
+        return file
 
     return with_parts(fetch_one(request), request, fetch_one)
 

@@ -36,6 +36,7 @@ def download_to(url: str, destination: Path, hash_prefix: str | None, *, progres
     path = expanded(destination).absolute()
     if path.is_dir():
         raise CacheError(f"cannot write {path}: Is a directory; name a file in it", path=str(path), errno=errno.EISDIR)
+    settings = Settings.from_environment()
     request = FetchRequest(
         urls=checked_urls(url),
         directory=path.parent,
@@ -43,9 +44,9 @@ def download_to(url: str, destination: Path, hash_prefix: str | None, *, progres
         hash_prefix=hash_prefix or None,
         must_be_checkpoint=False,
         progress=progress,
+        max_bytes=settings.max_bytes or None,
     )
     entry, source = Entry(path), local_path_of(url)
-    settings = Settings.from_environment()
     if source is None and (settings.offline or is_switched_off(url)):
         raise OfflineError(f"{redact(url)}: offline mode forbids fetching it", url=redact(url))
     with _cleaning_up_on_sigterm():

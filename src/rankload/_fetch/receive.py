@@ -16,6 +16,7 @@ from rankload._fetch.partials.partial import Partial
 from rankload._fetch.progress_bar import ProgressBar
 from rankload._fetch.transfer.front import Front
 from rankload._fetch.transfer.retry import Retries, pause
+from rankload._fetch.transfer.size_limit import SizeLimit, exceeds_limit
 from rankload._fetch.transfer.transfer import Transfer
 from rankload._fetch.transfer.work import Restart, Work
 from rankload._settings import Settings
@@ -75,7 +76,7 @@ class Receiver:
         """Fetch from the first URL that works; where one breaks off, go on at the next if it has the same file.
 
         Raises:
-            FetchError: the last URL's.
+            FetchError: the last URL's; or the first's whose file is larger than ``max_bytes``.
             CacheError: the bytes cannot be written.
         """
         if self._there is not None and not self._has_digest:  # only where the bytes came from can they be gone on with
@@ -87,7 +88,7 @@ class Receiver:
                     try:
                         return self._receive_from(origin, bar)
                     except FetchError as error:
-                        if url == urls[-1] or error is self._others_error:
+                        if url == urls[-1] or error is self._others_error or exceeds_limit(error):
                             raise
                         _logger.warning("%s; trying the next mirror", error)
         raise AssertionError("there is at least one URL")
@@ -103,6 +104,7 @@ class Receiver:
             work = Work(
                 origin, self._partial, front, known,
                 is_whole=is_whole, has_digest=self._has_digest, retries=retries, settings=self._settings,
+                size_limit=SizeLimit(self._request.max_bytes, self._request.downloaded_bytes),
             )  # fmt: skip
             try:
                 front.start()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from contextlib import ExitStack
 from types import TracebackType
 
-from rankload._errors import ContentChangedError, FetchError, TruncatedError
+from rankload._errors import FetchError
+from rankload._fetch.bounded_read import read_bounded
 from rankload._fetch.origins.choice import origin_for
 from rankload._fetch.origins.credentials import Headers
 from rankload._fetch.origins.origin import UnusableRange, Version
-from rankload._fetch.transfer.retry import Retries
 from rankload._settings import Settings
 
 #: Small reads get so much, and what is not needed now is kept: the next one is often close by.
@@ -34,11 +34,14 @@ class RemoteSource:
         size_bytes: its length.
 
     Raises:
+        FetchTimeoutError: see `read_bounded`.
         FetchError: it cannot be asked, or its length is not known.
     """
 
     def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
-        self._settings, self._origin = settings, origin_for(url, headers, settings)
+        self._settings = settings
+        self._new_origin = functools.partial(origin_for, url, headers, settings)
+        self._origin = self._new_origin()
         self.size_bytes = 0
         self._version: Version | None = None
         self._serves_whole = False
@@ -58,6 +61,7 @@ class RemoteSource:
 
         Raises:
             ContentChangedError: the file is another one than at the first read.
+            FetchTimeoutError: see `read_bounded`.
             FetchError: the origin does not give them.
         """
         end = min(offset + length, self.size_bytes)
@@ -82,32 +86,19 @@ class RemoteSource:
         self.close()
 
     def _fetch(self, begin: int, end: int) -> bytes:
-        retries = Retries(self._settings)
-        while True:
-            try:
-                return self._try(begin, end)
-            except ContentChangedError:
-                raise
-            except UnusableRange as error:
-                raise FetchError(f"{error}; {_FETCH_IT}", url=self._origin.shown) from None
-            except FetchError as error:
-                time.sleep(retries.pause_after(error, is_new=True))
-
-    def _try(self, begin: int, end: int) -> bytes:
         shown = self._origin.shown
         if self._serves_whole:
-            raise UnusableRange(f"{shown}: the origin serves the file as a whole only")
-        pieces: list[bytes] = []
-        with self._origin.open(begin, end, self._version) as body:
-            wanted = end if body.version.size_bytes is None else min(end, body.version.size_bytes)
-            count = 0
-            while count < wanted - begin and (piece := body.read()):
-                pieces.append(piece)
-                count += len(piece)
-            self._version = self._version or body.version
-        if count < wanted - begin and body.version.size_bytes is not None:
-            raise TruncatedError(
-                f"{shown}: {count} of {wanted - begin} bytes came", url=shown, expected=wanted - begin, got=count
+            raise FetchError(f"{shown}: the origin serves the file as a whole only; {_FETCH_IT}", url=shown)
+        try:
+            answer = read_bounded(
+                self._origin, begin, end, self._version, most_bytes=end - begin, settings=self._settings
             )
-        self._serves_whole = body.is_whole
-        return b"".join(pieces)[: end - begin]
+        except UnusableRange as error:
+            raise FetchError(f"{error}; {_FETCH_IT}", url=shown) from None
+        except BaseException:  # a request may still be under way, on a thread that nobody waits for
+            self._origin.close()
+            self._origin = self._new_origin()
+            raise
+        self._version = self._version or answer.version
+        self._serves_whole = answer.is_whole
+        return answer.content

@@ -37,6 +37,7 @@ def make_request(
     verify: Verify,
     offline: bool,
     must_be_checkpoint: bool,
+    max_bytes: int | None = None,
 ) -> FetchRequest:
     """Check the arguments and put them together.
 
@@ -61,6 +62,7 @@ def make_request(
         scope=_checked_choice("scope", scope, get_args(Scope)),
         progress=progress,
         offline=offline or is_switched_off(urls[0]),
+        max_bytes=_checked_max_bytes(max_bytes),
     )
 
 
@@ -184,6 +186,12 @@ def _checked_sha256(sha256: str | None) -> str | None:
             f"sha256={sha256!r}: expected 64 hex digits; for a prefix in the file name there is check_hash=True"
         )
     return digest
+
+
+def _checked_max_bytes(max_bytes: int | None) -> int | None:
+    if max_bytes is None or (type(max_bytes) is int and max_bytes > 0):
+        return max_bytes
+    raise ArgumentError(f"max_bytes={max_bytes!r}: expected a positive whole number of bytes, or None for no limit")
 
 
 def _promised_prefix(name: str) -> str:

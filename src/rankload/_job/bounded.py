@@ -1,4 +1,4 @@
-"""Blocking calls into C++ with a deadline: they run on a thread of their own.
+"""Blocking calls with a deadline: they run on a thread of their own.
 
 A TCPStore client waits for its server's answer in recv(2), without a timeout and deaf to Python's signal handlers
 (the store's own timeout bounds only how long the server waits for a key). Where the server's process is frozen, or
@@ -7,6 +7,7 @@ its node has lost power, that is for ever.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import weakref
@@ -18,19 +19,40 @@ T = TypeVar("T")
 #: The wait is counted in slices: of an hour for which a scheduler suspends the job, only one counts.
 _SLICE_SECONDS = 0.5
 
+#: The same where the caller wants to look at something meanwhile.
+_LOOK_SECONDS = 0.1
+
 
 class BoundedCalls:
-    """Runs calls one after the other, in the order in which they were made, each within a time limit."""
+    """Runs calls one after the other, in the order in which they were made, each within a time limit.
 
-    def __init__(self) -> None:
+    Args:
+        name: the thread's, for stack dumps.
+    """
+
+    def __init__(self, name: str = "rankload-store") -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._overdue: _Job | None = None
         # a daemon: a call that never returns must not keep the process from ending
-        threading.Thread(target=_run, args=(self._jobs,), name="rankload-store", daemon=True).start()
-        weakref.finalize(self, self._jobs.put, None)
+        threading.Thread(target=_run, args=(self._jobs,), name=name, daemon=True).start()
+        self._end = weakref.finalize(self, self._jobs.put, None)
 
-    def call(self, operation: Callable[[], T], limit_seconds: float) -> T:
+    def close(self) -> None:
+        """End the thread, once the last call has returned. Without it, the garbage collector does."""
+        self._end()
+
+    def call(
+        self,
+        operation: Callable[[], T],
+        limit_seconds: float = math.inf,
+        on_wait: Callable[[], None] | None = None,
+    ) -> T:
         """Return or raise what the operation does.
+
+        Args:
+            operation: the blocking call.
+            limit_seconds: how long to wait for it.
+            on_wait: called on this thread ten times a second meanwhile; what it raises ends the wait.
 
         Raises:
             TimeoutError: it did not end within the limit, or a former one still has not. It may end later.
@@ -39,12 +61,18 @@ class BoundedCalls:
             raise TimeoutError("still no answer to an earlier request")
         job = _Job(operation)
         self._jobs.put(job)
-        left = limit_seconds
-        while not job.ends_within(min(left, _SLICE_SECONDS)):
-            left -= _SLICE_SECONDS
+        left, slice_seconds = limit_seconds, _SLICE_SECONDS if on_wait is None else _LOOK_SECONDS
+        while not job.ends_within(min(left, slice_seconds)):
+            left -= slice_seconds
             if left <= 0:
                 self._overdue = job
                 raise TimeoutError(f"no answer within {limit_seconds:g} s")
+            if on_wait is not None:
+                try:
+                    on_wait()
+                except BaseException:
+                    self._overdue = job
+                    raise
         if job.error is not None:
             raise job.error
         return job.value  # type: ignore[no-any-return]

@@ -23,6 +23,7 @@ from rankload._fetch.origins.answers import (
     retry_after_of,
     version_of,
 )
+from rankload._fetch.origins.connections import BreakableSession, break_off
 from rankload._fetch.origins.credentials import Credentials, Headers
 from rankload._fetch.origins.logs import without_queries
 from rankload._fetch.origins.origin import Claim, UnusableRange, Version
@@ -92,8 +93,9 @@ class HttpOrigin:
         self._target = _Target(self._first_url)
 
     def close(self) -> None:
-        """Close all connections that are not in use."""
+        """Close all connections, and end the requests that are still under way in threads left behind."""
         for session in self._sessions:
+            break_off(session)
             _close_connections(session)
             session.close()
 
@@ -201,7 +203,7 @@ class HttpOrigin:
         try:
             session = self._idle_sessions.pop()
         except IndexError:
-            session = requests.Session()
+            session = BreakableSession()
             # Python's own variable, which urllib and torch.hub go by; requests' REQUESTS_CA_BUNDLE wins
             bundle = os.environ.get("SSL_CERT_FILE", "")
             session.verify = bundle if os.path.isfile(bundle) else True  # noqa: PTH113 - no file is no error in Python

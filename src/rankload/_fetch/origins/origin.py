@@ -127,7 +127,7 @@ class Origin(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Let go of connections, and end the requests that other threads still wait for, if that can be done."""
 
 
 class UnusableRange(Exception):

@@ -9,12 +9,12 @@ from urllib.parse import urlsplit, urlunsplit
 
 from rankload._cache.failures import reading
 from rankload._errors import FetchError
+from rankload._fetch.bounded_read import read_bounded
 from rankload._fetch.origins.choice import origin_for
 from rankload._fetch.origins.credentials import Headers
-from rankload._fetch.origins.origin import Claim, Origin
-from rankload._fetch.transfer.retry import Retries, pause
+from rankload._fetch.origins.origin import Claim
 from rankload._settings import Settings
-from rankload._types import Progress, Report
+from rankload._types import Report
 
 _MAX_BYTES = 64 << 10
 _DIGEST = re.compile(rb"(?<![0-9a-fA-F])[0-9a-fA-F]{64}(?![0-9a-fA-F])")
@@ -24,19 +24,15 @@ def fetch_sidecar(url: str, headers: Headers, report: Report, settings: Settings
     """Fetch and read the sidecar of a URL.
 
     Raises:
-        FetchError: there is none, or it holds no SHA-256, or not exactly one for this file.
+        FetchError: there is none, or it holds no SHA-256, or not exactly one for this file; or, a FetchTimeoutError, it
+            did not come in time (see `read_bounded`).
+        RankloadError: whatever ``report`` raises.
     """
     parts = urlsplit(url)
     sidecar_url = urlunsplit(parts._replace(path=parts.path + ".sha256"))
-    retries = Retries(settings)
     with closing(origin_for(sidecar_url, headers, settings)) as origin:
-        while True:
-            report(Progress("connecting"))
-            try:
-                return _parsed(_content_of(origin), parts.path.rpartition("/")[2], origin.shown)
-            except FetchError as error:
-                seconds = retries.pause_after(error)
-            pause(seconds, report)
+        answer = read_bounded(origin, 0, None, None, most_bytes=_MAX_BYTES, settings=settings, report=report)
+        return _parsed(answer.content, parts.path.rpartition("/")[2], origin.shown)
 
 
 def read_sidecar(path: Path) -> Claim:
@@ -49,14 +45,6 @@ def read_sidecar(path: Path) -> Claim:
     sidecar = path.with_name(f"{path.name}.sha256")
     with reading(sidecar), sidecar.open("rb") as file:
         return _parsed(file.read(_MAX_BYTES), path.name, str(sidecar))
-
-
-def _content_of(origin: Origin) -> bytes:
-    content = b""
-    with origin.open(0, None, None) as body:
-        while len(content) <= _MAX_BYTES and (piece := body.read()):
-            content += piece
-    return content
 
 
 def _parsed(content: bytes, file_name: str, shown: str) -> Claim:

@@ -50,11 +50,13 @@ def splice_from(connection: socket.socket, pipe: int, count: int) -> int | None:
         try:
             return os.splice(connection.fileno(), pipe, count)
         except BlockingIOError:  # a socket with a timeout is one that does not block
-            _wait(connection)
+            pass
         except OSError as error:
             if error.errno in _CANNOT:
                 return None
             raise
+        # not in the handler: the TimeoutError's context would be the BlockingIOError, and be taken for its cause
+        _wait(connection)
 
 
 def _wait(connection: socket.socket) -> None:

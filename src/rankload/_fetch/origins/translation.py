@@ -54,7 +54,8 @@ def raise_alone(error: FetchError) -> NoReturn:
 def _translated(error: Exception, shown: str) -> FetchError:
     innermost = _innermost(error)
     is_proxys = isinstance(error, requests.exceptions.ProxyError)
-    if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)) or isinstance(innermost, TimeoutError):
+    timeouts = (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)
+    if isinstance(error, timeouts) or isinstance(innermost, TimeoutError):
         what = "not a byte came"
         if is_proxys or isinstance(error, requests.ConnectTimeout):
             what = "no connection to the proxy" if is_proxys else "no connection"

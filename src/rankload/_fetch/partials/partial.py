@@ -20,6 +20,7 @@ from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.journal import Content, Journal, journal_path
 from rankload._fetch.partials.open_file import OpenFile
 from rankload._fetch.partials.owner import abandoned_path, own_path
+from rankload._fetch.partials.room import Room
 from rankload._fetch.partials.writer import PartialWriter
 from rankload._fetch.transfer.spans import Spans
 from rankload._settings import Settings
@@ -59,6 +60,7 @@ class Partial:
         self._keeper: _Keeper | None = None
         self._writers: list[PartialWriter] = []
         self._size_bytes: int | None = None
+        self._room = Room(0)
         self._lock = threading.Lock()
         self._may_be_left, self._is_mixed, self._is_gone = may_be_left, False, False
         with self.writing():
@@ -87,7 +89,7 @@ class Partial:
         self.take_writers_back()
         self._remove_journal()
         self._is_mixed = False
-        self.content, self.spans = None, Spans()
+        self.content, self.spans, self._room = None, Spans(), Room(0)
         with self.writing():
             os.ftruncate(self.descriptor, 0)
 
@@ -101,10 +103,10 @@ class Partial:
     def make_room(self, version: Version, *, is_resumable: bool) -> None:
         """Fail before the first byte rather than after the last that fits; begin the journal."""
         self._size_bytes = version.size_bytes
+        self._room = Room(version.size_bytes or 0)
         if version.size_bytes is not None:
             self._check_space(version.size_bytes)
-            with self.writing():
-                allocate(self.descriptor, version.size_bytes)
+            self._allocate()
             if is_resumable and self._may_be_left and not self._is_mixed and self._journal is None:
                 content = Content(self.url_key, version.size_bytes, version.etag, version.last_modified, self._sha256)
                 self._journal = Journal(self.path, content, self.spans)
@@ -125,8 +127,17 @@ class Partial:
     def _note(self, begin: int, end: int) -> None:
         with self._lock:
             self.spans.add(begin, end)
+        self._allocate()
         if (journal := self._journal) is not None:
             journal.add(begin, end)
+
+    def _allocate(self) -> None:
+        """Allocate ahead of the bytes that arrive. Costs a system call only where they have doubled."""
+        with self._lock:
+            begin, end = self._room.grown(self.spans.total_bytes)
+        if begin < end:
+            with self.writing():
+                allocate(self.descriptor, begin, end)
 
     # Its end
 

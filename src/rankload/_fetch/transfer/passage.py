@@ -43,7 +43,7 @@ class Passage:
         """Write the next bytes at an offset; return how many, 0 at the end of the body.
 
         Raises:
-            FetchError: the body broke, no byte came in time, or more came than were promised.
+            FetchError: the body broke, no byte came in time, or more came than were promised or the caller allows.
             CacheError: the disk is full, or broken.
         """
         count = self._splice(offset)
@@ -54,6 +54,8 @@ class Passage:
         if self._end is not None and offset + len(piece) > self._end:
             shown = self._work.origin.shown
             raise TruncatedError(f"{shown}: more bytes came than were promised", url=shown, expected=self._end)
+        if self._end is None:
+            self._work.size_limit.check(self._work.origin.shown, offset + len(piece), is_announced=False)
         if piece:
             self._writer.write(piece, offset)
             self._work.accept(offset, piece)

@@ -10,6 +10,7 @@ from rankload._errors import ContentChangedError, FetchError
 from rankload._fetch.origins.origin import Body, Origin, UnusableRange, Version
 from rankload._fetch.transfer.front import Front
 from rankload._fetch.transfer.retry import Retries
+from rankload._fetch.transfer.size_limit import SizeLimit
 from rankload._fetch.transfer.spans import Spans
 from rankload._fetch.transfer.target import Target
 from rankload._settings import Settings
@@ -56,6 +57,7 @@ class Work:
         has_digest: a digest will tell in the end whether all ranges were of one version.
         retries: counts failures; some may be there from an earlier go.
         settings: deadlines and sizes.
+        size_limit: the caller's, on the whole file.
 
     Attributes:
         changed: notified when something happens that the leader's thread should look at.
@@ -76,8 +78,10 @@ class Work:
         has_digest: bool,
         retries: Retries,
         settings: Settings,
+        size_limit: SizeLimit | None = None,
     ) -> None:
         self.origin, self.target, self.settings = origin, target, settings
+        self.size_limit = size_limit or SizeLimit()
         self.changed = threading.Condition()
         self.version: Version | None = None
         self.is_whole = is_whole
@@ -161,6 +165,7 @@ class Work:
         Raises:
             Restart: it cannot be used like this.
             UnusableRange: nothing tells whether it is of the same version as the bytes that are there.
+            FetchError: the file is larger than the caller allows.
             CacheError: there is no room for the file.
         """
         with self.changed:
@@ -272,6 +277,8 @@ class Work:
 
     def _learn(self, body: Body) -> None:
         version = body.version
+        if version.size_bytes is not None:
+            self.size_limit.check(self.origin.shown, version.size_bytes, is_announced=True)
         if self._known is not None and self._known.claim and not version.claim and not body.is_whole:
             # what is there came under it, from another mirror perhaps: what is put beside it must be held to it, too
             version = replace(version, claim=self._known.claim)

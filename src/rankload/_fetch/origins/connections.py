@@ -1,0 +1,124 @@
+"""HTTP connections that another thread can end, whatever the thread that uses them is waiting for."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import socket
+import threading
+import weakref
+from typing import Any
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+
+#: What is read of a redirect's body, so that its connection can be used again.
+_MOST_OF_A_REDIRECT_BYTES = 64 << 10
+
+
+class BreakableSession(requests.Session):
+    """A session whose requests `break_off` can end, and that follows no redirects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        adapter = _BreakableAdapter()
+        self.mount("https://", adapter)
+        self.mount("http://", adapter)
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Return None: the caller follows redirects itself.
+
+        requests would read the body of a redirect into memory, to its end, even with ``allow_redirects=False``.
+        """
+        if resp.is_redirect:
+            with contextlib.suppress(urllib3.exceptions.HTTPError, OSError):  # the headers are all that matters
+                resp.raw.read(_MOST_OF_A_REDIRECT_BYTES, decode_content=False)
+
+
+def break_off(session: requests.Session) -> None:
+    """End a session's requests now, in whatever phase they are; the session cannot be used again.
+
+    A socket's timeout bounds only the wait for the next byte. An origin that sends one header byte every few seconds,
+    or ``100 Continue`` forever, would keep a thread and a connection as long as it likes.
+    """
+    for adapter in session.adapters.values():
+        if isinstance(adapter, _BreakableAdapter):
+            adapter.connections.break_off()
+
+
+class _Connections:
+    """The connections that one session has opened."""
+
+    def __init__(self) -> None:
+        self.are_broken_off = False
+        self._opened: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def add(self, connection: Any) -> None:
+        with self._lock:
+            self._opened.add(connection)
+
+    def break_off(self) -> None:
+        self.are_broken_off = True
+        with self._lock:
+            opened = list(self._opened)
+        for connection in opened:
+            connection.break_off()
+
+
+class _BreakableAdapter(HTTPAdapter):
+    def __init__(self) -> None:
+        self.connections = _Connections()
+        super().__init__()
+
+    def get_connection_with_tls_context(self, *arguments: Any, **keywords: Any) -> Any:
+        """Return the pool for a request, with connections that can be broken off."""
+        pool: Any = super().get_connection_with_tls_context(*arguments, **keywords)
+        if not isinstance(pool.ConnectionCls, functools.partial):
+            pool.ConnectionCls = functools.partial(_breakable(pool.ConnectionCls), self.connections)
+        return pool
+
+
+@functools.cache
+def _breakable(base: Any) -> Any:
+    """Return a subclass of one of urllib3's connection classes: plain, TLS, or through a SOCKS proxy."""
+
+    class Breakable(base):  # type: ignore[misc]
+        def __init__(self, connections: _Connections, **keywords: Any) -> None:
+            self._connections = connections
+            self._open_socket: weakref.ref[socket.socket] | None = None
+            self._connecting: socket.socket | None = None
+            super().__init__(**keywords)
+            connections.add(self)
+
+        def connect(self) -> None:
+            try:
+                super().connect()
+                # http.client forgets its socket once it has the headers of a response without a length
+                self._open_socket = weakref.ref(self.sock)
+            finally:
+                if self._connecting is not None:
+                    self._connecting.close()
+                    self._connecting = None
+            if self._connections.are_broken_off:
+                self.break_off()
+
+        def _new_conn(self) -> socket.socket:
+            new: socket.socket = super()._new_conn()
+            # a TLS handshake takes the descriptor away from `new` long before there is another object to shut down
+            self._connecting = new.dup()
+            if self._connections.are_broken_off:
+                self.break_off()
+            return new
+
+        def break_off(self) -> None:
+            opened = self._open_socket() if self._open_socket is not None else None
+            for one in (self._connecting, opened):
+                # closed meanwhile, or (TLS within TLS) no plain socket
+                with contextlib.suppress(OSError, TypeError):
+                    if one is not None:
+                        # not SSLSocket's own: it takes the TLS state away from under the thread that reads
+                        socket.socket.shutdown(one, socket.SHUT_RDWR)
+
+    return Breakable

@@ -1,0 +1,49 @@
+"""The caller's limit on what a call may download: ``max_bytes``. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankload._errors import FetchError
+
+
+@dataclass(frozen=True)
+class SizeLimit:
+    """A limit on the size of one file.
+
+    Attributes:
+        max_bytes: the most that the whole call may download; None for no limit.
+        downloaded_bytes: what other files of the same call have taken of it.
+    """
+
+    max_bytes: int | None = None
+    downloaded_bytes: int = 0
+
+    def check(self, shown: str, size_bytes: int, *, is_announced: bool) -> None:
+        """Refuse a file that is too large.
+
+        Args:
+            shown: the URL for messages.
+            size_bytes: of the whole file, as announced; else what has come of it.
+            is_announced: which of the two.
+
+        Raises:
+            FetchError: it is larger than the limit. No other try or mirror is worthwhile: the same file is as large.
+        """
+        if self.max_bytes is None or self.downloaded_bytes + size_bytes <= self.max_bytes:
+            return
+        what = f"the file has {size_bytes} bytes" if is_announced else f"{size_bytes} bytes have come, with no end"
+        before = f" after {self.downloaded_bytes} bytes of other files" if self.downloaded_bytes else ""
+        raise FetchError(
+            f"{shown}: {what}{before}, more than max_bytes={self.max_bytes} allows; raise it (max_bytes=, --max-bytes, "
+            "RANKLOAD_MAX_BYTES) if this is the file you want",
+            url=shown,
+            size_bytes=size_bytes if is_announced else None,
+            max_bytes=self.max_bytes,
+            is_permanent=True,
+        )
+
+
+def exceeds_limit(error: FetchError) -> bool:
+    """Tell whether an error is `SizeLimit`'s."""
+    return "max_bytes" in error.fields

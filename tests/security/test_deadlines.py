@@ -1,0 +1,232 @@
+"""No read from an origin outlives its deadlines, whatever the origin sends, and no thread or connection stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import save
+
+import rankload
+from harness.fetch_calls import errors_of, expect, fetch, fetch_and_mark, files_in
+from harness.origin import Origin
+from harness.ranks import start_ranks, wait_until
+from harness.raw_origin import Connection, RawOrigin
+from harness.replies import Reply
+
+MIB = 1 << 20
+
+#: The deadline on no progress, and what a call may take in all on a busy machine.
+DEADLINE_SECONDS = 0.5
+IN_ALL_SECONDS = 5
+
+
+def endless_interim_responses(connection: Connection) -> None:
+    connection.read_request()
+    connection.trickle(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+def endless_header(connection: Connection) -> None:
+    connection.read_request()
+    connection.sendall(b"HTTP/1.1 200 OK\r\nX-Header: ")
+    connection.trickle(b"a")
+
+
+def trickling_body(connection: Connection) -> None:
+    connection.read_request()
+    connection.sendall(b"HTTP/1.1 206 Partial\r\nContent-Range: bytes 0-32767/100000\r\nContent-Length: 32768\r\n\r\n")
+    connection.trickle(b"a")
+
+
+def trickling_body_of_any_length(connection: Connection) -> None:
+    connection.read_request()
+    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    connection.trickle(b"a")
+
+
+def endless_redirects(connection: Connection) -> None:
+    """Each hop comes quickly; the last one never ends."""
+    if "/last" in connection.read_request():
+        connection.sendall(b"HTTP/1.1 200 OK\r\nX-Header: ")
+        connection.trickle(b"a")
+    connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: /last\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+
+def endless_handshake(connection: Connection) -> None:
+    """The beginning of a long TLS record, and then one byte after another."""
+    connection.sendall(b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc")
+    connection.trickle(b"\x03")
+
+
+REPLIES = [
+    endless_interim_responses,
+    endless_header,
+    trickling_body,
+    trickling_body_of_any_length,
+    endless_redirects,
+    endless_handshake,
+]
+
+
+@pytest.fixture(autouse=True)
+def short_deadline(monkeypatch):
+    monkeypatch.setenv("RANKLOAD_PROGRESS_SECONDS", str(DEADLINE_SECONDS))
+
+
+def expect_nothing_left(origin):
+    """No connection is open, and no thread of ours waits for one."""
+    origin.wait_until_idle()
+    ours = ("rankload-read", "rankload-stream")
+    wait_until(lambda: not [one for one in threading.enumerate() if one.name.startswith(ours)], 10, "all threads ended")
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_opened_checkpoint(reply):
+    scheme = "https" if reply is endless_handshake else "http"
+    with RawOrigin(reply) as origin:
+        began_at = time.monotonic()
+        with pytest.raises(rankload.FetchTimeoutError, match=f"{scheme}://127.0.0.1.*(not a byte came|too slow)"):
+            rankload.open_checkpoint(origin.url("model.safetensors", scheme))
+        assert time.monotonic() - began_at < IN_ALL_SECONDS
+        expect_nothing_left(origin)
+
+
+@pytest.mark.parametrize("reply", [endless_interim_responses, endless_header, endless_redirects, endless_handshake])
+def test_transfer_leaves_no_connection_in_the_header_phase(reply, cache):
+    scheme = "https" if reply is endless_handshake else "http"
+    with RawOrigin(reply) as origin:
+        with pytest.raises(rankload.FetchTimeoutError):
+            rankload.dist_fetch(origin.url("file.bin", scheme), cache, progress=False)
+        expect_nothing_left(origin)
+    assert files_in(cache) == []
+
+
+@pytest.mark.parametrize("reply", [endless_interim_responses, endless_header, trickling_body_of_any_length])
+def test_sidecar_is_the_same_error_on_all_ranks(reply, cache):
+    with RawOrigin(reply) as origin:
+        url = origin.url("file.bin")
+        began_at = time.monotonic()
+        errors = errors_of(fetch, url, cache, verify="sidecar", timeout=1)
+        assert time.monotonic() - began_at < 2 * IN_ALL_SECONDS
+        expect(errors, rankload.FetchTimeoutError, f"{url}.sha256", "[rank 0 on ")
+        origin.wait_until_idle()
+    assert files_in(cache) == []
+
+
+def test_reader_of_a_sidecar_hears_of_other_ranks(cache, monkeypatch):
+    """The deadline is far away: it is another rank's failure that ends the read."""
+    monkeypatch.setenv("RANKLOAD_REPORT_SECONDS", "0.2")
+    with (
+        RawOrigin(endless_interim_responses) as origin,
+        start_ranks(
+            fetch_and_mark, 2, args=(origin.url("file.bin"), cache), kwargs={"verify": "sidecar", "timeout": 300}
+        ) as group,
+    ):
+        origin.wait_for_connections(1)
+        wait_until(lambda: "waiting for rank 0" in group.stderr(1), 30, "rank 1 waits for the reader")
+        group.kill(1, signal.SIGTERM)
+        result = group.wait_for_end(0, 20)
+        assert result.exception is not None and "SIGTERM" in str(result.exception.original), result.describe()
+
+
+def test_failure_of_one_read_leaves_the_checkpoint_usable(monkeypatch):
+    """The connection that was broken off is not used again."""
+    content = save({"a": torch.ones(100_000), "b": torch.zeros(100_000)})
+    with Origin() as origin:
+        url = origin.add("model.safetensors", content, Reply(), Reply(hold_at=10), Reply())
+        with rankload.open_checkpoint(url) as checkpoint:
+            with pytest.raises(rankload.FetchTimeoutError):
+                checkpoint["b"]
+            assert torch.equal(checkpoint["b"], torch.zeros(100_000))
+
+
+def test_large_tensor_over_a_slow_link_may_take_longer_than_the_deadline(origin):
+    content = {"a": torch.arange(200_000)}
+    url = origin.add("model.safetensors", save(content), bytes_per_second=1_000_000)
+    with rankload.open_checkpoint(url) as checkpoint:
+        began_at = time.monotonic()
+        assert torch.equal(checkpoint["a"], content["a"])
+        assert time.monotonic() - began_at > 2 * DEADLINE_SECONDS
+
+
+@pytest.mark.parametrize("length", [b"", b"Content-Length: 999999999999\r\n"], ids=["no length", "false length"])
+def test_endless_sidecar_is_read_no_further_than_its_limit(length, cache):
+    def endless(connection):
+        connection.read_request()
+        connection.sendall(b"HTTP/1.1 200 OK\r\n" + length + b"\r\n")
+        while True:
+            connection.sendall(b" " * 65536)
+
+    with RawOrigin(endless) as origin:
+        with pytest.raises(rankload.FetchError, match="holds no SHA-256"):
+            rankload.dist_fetch(origin.url("file.bin"), cache, verify="sidecar", progress=False)
+        origin.wait_until_idle()
+        assert len(origin.connections) == 1
+        assert origin.sent_bytes < 32 * MIB  # what fits into the buffers of the connection
+
+
+@pytest.mark.parametrize("call", ["fetch", "open"])
+def test_redirect_with_an_endless_body_is_followed_without_reading_it(origin, cache, call):
+    content = save({"a": torch.ones(1000)})
+    target = origin.add("model.safetensors", content)
+
+    def endless(connection):
+        connection.read_request()
+        connection.sendall(f"HTTP/1.1 302 Found\r\nLocation: {target}\r\n\r\n".encode())
+        while True:
+            connection.sendall(b"x" * 65536)
+
+    with RawOrigin(endless) as redirecting:
+        url = redirecting.url("model.safetensors")
+        if call == "fetch":
+            assert rankload.dist_fetch(url, cache, progress=False).read_bytes() == content
+        else:
+            rankload.open_checkpoint(url).close()
+        redirecting.wait_until_idle()
+        assert redirecting.sent_bytes < 32 * MIB
+
+
+def test_redirect_within_a_server_keeps_the_connection(cache):
+    """The body of a redirect is read if it is short."""
+
+    def reply(connection):
+        if "/old" in connection.read_request():
+            connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: /new\r\nContent-Length: 5\r\n\r\nmoved")
+            connection.read_request()
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfile")
+
+    with RawOrigin(reply) as origin:
+        assert rankload.dist_fetch(origin.url("old"), cache, progress=False).read_bytes() == b"file"
+        assert len(origin.connections) == 1
+
+
+def test_range_that_does_not_end_is_cut_off():
+    content = save({"a": torch.ones(1000)})
+
+    def endless(connection):
+        connection.read_request()
+        content_range = f"bytes 0-{len(content) - 1}/{len(content)}"
+        connection.sendall(f"HTTP/1.1 206 Partial\r\nContent-Range: {content_range}\r\n\r\n".encode() + content)
+        while True:
+            connection.sendall(b"x" * 65536)
+
+    with RawOrigin(endless) as origin, rankload.open_checkpoint(origin.url("model.safetensors")) as checkpoint:
+        assert torch.equal(checkpoint["a"], torch.ones(1000))
+        origin.wait_until_idle()
+        assert origin.sent_bytes < 32 * MIB
+
+
+@pytest.mark.skipif(not hasattr(os, "splice"), reason="splice(2) is Linux's")
+def test_spliced_body_that_stalls_is_a_timeout(origin, cache, monkeypatch):
+    monkeypatch.setenv("RANKLOAD_PROGRESS_SECONDS", "30")
+    monkeypatch.setenv("RANKLOAD_STALL_SECONDS", "0.5")
+    monkeypatch.setenv("RANKLOAD_RETRIES", "0")
+    monkeypatch.setenv("RANKLOAD_STREAMS", "1")
+    monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(64 * MIB))
+    url = origin.add("file.bin", bytes(64 * MIB), hold_at=40 * MIB)
+    with pytest.raises(rankload.FetchTimeoutError, match="not a byte came within the deadline"):
+        rankload.dist_fetch(url, cache, progress=False)
