@@ -74,10 +74,10 @@ def read_legacy_index(source: Source, file: str) -> FileIndex:
 
 
 def _check_counts(source: Source, head: bytes, storages: tuple[StorageEntry, ...]) -> None:
-    """Compare the number of elements before each storage with the pickle's: torch.load refuses a file where they differ.
+    """Compare the number of elements before each storage with the pickle's.
 
-    Otherwise all later storages would be read from the wrong place. Of a remote file only what has been read is checked:
-    every other count would cost a request.
+    torch.load refuses a file where they differ; here, all later storages would be read from the wrong place. Of a
+    remote file only what has been read is checked: every other count would cost a request.
     """
     for storage in storages:
         begin = storage.offset - _COUNT_BYTES

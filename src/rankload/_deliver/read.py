@@ -91,7 +91,7 @@ class _Options:
         return is_plain_call and str(map_location) != "meta"  # those storages note where in the file their bytes are
 
 
-def _read(path: Path, map_location: Any, options: _Options, *, is_member: bool = False) -> Any:
+def _read(path: Path, map_location: Any, options: _Options) -> Any:
     if options.may_be_built(map_location) and (plain := _open_plain(path, options.shown)) is not None:
         with _restoring(map_location, options, may_be_late=True) as restore:
             return plain.build(restore)
@@ -100,10 +100,8 @@ def _read(path: Path, map_location: Any, options: _Options, *, is_member: bool =
         # torch.load would take it for a pickle, and talk of weights_only.
         raise BrokenFileError(f"expected a checkpoint, got {describe(path)}")
     if file_format == "single_member_zip":
-        if is_member:
-            raise BrokenFileError("a zip archive in a zip archive is no checkpoint")
         with unpacked(path) as descriptor:
-            return _read(Path(f"/dev/fd/{descriptor}"), map_location, options, is_member=True)
+            return _read(Path(f"/dev/fd/{descriptor}"), map_location, options)
     if file_format == "sharded":
         return _read_parts(path, map_location, options)
     if file_format == "safetensors":
