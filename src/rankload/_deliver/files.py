@@ -14,7 +14,7 @@ from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.unpacked import open_unpacked
 from rankload._deliver.read import read_checkpoint
 from rankload._deliver.tensors import fill_memory
-from rankload._errors import LoadError
+from rankload._errors import LoadError, printable
 
 
 class CheckpointFiles:
@@ -33,7 +33,7 @@ class CheckpointFiles:
     """
 
     def __init__(self, path: Path, closing: ExitStack, content: Path | None = None) -> None:
-        self.path, self.name, self.shown = path, path.name, str(path)
+        self.path, self.name, self.shown = path, path.name, printable(str(path))
         self.used: list[TensorEntry] = []
         self._content = content or path
         self._closing = closing

@@ -68,7 +68,8 @@ def read_checkpoint(
     """
     path = Path(path)
     limits = limits or Limits.of(identity_from_environment(), Settings.from_environment())
-    options = _Options(weights_only, mmap, limits, look, shown or str(path), torch_load_arguments)
+    shown = printable(shown or str(path))
+    options = _Options(weights_only, mmap, limits, look, shown, torch_load_arguments)
 
     with translated(path, shown):
         return reopening(lambda: _read(path, map_location, options))
@@ -111,7 +112,7 @@ def _read(path: Path, map_location: Any, options: _Options) -> Any:
     is_mapped = not (reason := why_not_mapped(path, file_format)) and options.mmap is not False
     if reason and options.mmap is not False:
         level = logging.INFO if options.mmap else logging.DEBUG
-        logger.log(level, "%s is read, not mapped: %s", printable(options.shown), reason)
+        logger.log(level, "%s is read, not mapped: %s", options.shown, reason)
     with _unsuffixed(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
         return torch.load(
             name, map_location, weights_only=options.weights_only, mmap=is_mapped, **options.torch_load_arguments
@@ -131,7 +132,7 @@ def _open_plain(path: Path, shown: str) -> PlainCheckpoint | None:
             raise
         return None  # it is no checkpoint at all: a better message follows
     except NotUnderstoodError as reason:
-        logger.debug("%s is not built from an index: %s", printable(shown), reason)
+        logger.debug("%s is not built from an index: %s", shown, reason)
         return None
 
 
