@@ -239,14 +239,16 @@ def _delivered(
     from rankload._deliver.broadcast.whole_file import broadcast_files  # imports torch
     from rankload._deliver.parts import all_files
     from rankload._deliver.read_ahead import read_ahead
+    from rankload._deliver.unpacked_once import with_unpacked
 
     if delivery == "broadcast":
         assert isinstance(channel, RankChannel)
-        return broadcast_files(path, source, channel, settings, closing)
+        path, shown = broadcast_files(path, source, channel, settings, closing)
+        return with_unpacked(path, channel, closing), shown
     assert path is not None
     _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", channel.identity.rank)
     read_ahead(all_files(path), channel, settings.progress_seconds)
-    return path, str(path)
+    return with_unpacked(path, channel, closing), str(path)
 
 
 def _read(

@@ -18,7 +18,7 @@ from rankload._checkpoint.open import Format, describe, sniff
 from rankload._deliver.failures import translated
 from rankload._deliver.read import read_checkpoint
 from rankload._deliver.readers import Limits
-from rankload._errors import ArgumentError
+from rankload._errors import ArgumentError, printable
 from rankload._job.devices import resolve_map_location
 from rankload._job.membership import own_identity
 from rankload._settings import Settings
@@ -76,7 +76,7 @@ def load(
         )
     if mmap:
         raise ArgumentError("load(…, mmap=True): an open file cannot be mapped; give its path")
-    shown = str(getattr(f, "name", "an open file"))
+    shown = printable(str(getattr(f, "name", "an open file")))
     with translated(Path(shown)):
         if (head := _head(f)) is not None:
             with _copied(io.BytesIO(head)) as path:

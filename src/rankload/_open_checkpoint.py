@@ -15,7 +15,7 @@ from rankload._checkpoint.read_index import read_index
 from rankload._checkpoint.source import Source
 from rankload._checkpoint.unpacked import open_unpacked
 from rankload._deliver.checkpoint import Checkpoint
-from rankload._errors import LoadError, OfflineError
+from rankload._errors import LoadError, OfflineError, printable
 from rankload._fetch.offline import is_switched_off
 from rankload._fetch.remote import RemoteSource
 from rankload._fetch.request import checked_headers, checked_urls
@@ -43,7 +43,7 @@ def open_checkpoint(path_or_url: str | os.PathLike[str], *, headers: Mapping[str
     """
     location = os.fspath(path_or_url)
     path = local_path_of(location)
-    shown = redact(location) if path is None else str(path)
+    shown = printable(redact(location) if path is None else str(path))
     closing = ExitStack()
     with ExitStack() as unless_opened:
         unless_opened.callback(closing.close)

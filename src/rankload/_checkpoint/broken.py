@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from rankload._errors import printable
+
 
 class BrokenFileError(ValueError):
-    """The file contradicts its own format; the text says how. Never reaches a user: others make it theirs."""
+    """The file contradicts its own format; the text says how. Never reaches a user: others make it theirs.
+
+    The text may hold names from the file: whatever is not printable in it is escaped, line breaks included.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
 
 
 class CutOffError(BrokenFileError):

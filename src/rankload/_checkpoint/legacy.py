@@ -16,7 +16,7 @@ from rankload._checkpoint.entry import ITEM_BYTES, StorageEntry
 from rankload._checkpoint.index import FileIndex
 from rankload._checkpoint.pickle_machine import PickleMachine
 from rankload._checkpoint.pickle_values import GlobalName, NotUnderstoodError
-from rankload._checkpoint.source import Source, read_exactly
+from rankload._checkpoint.source import LocalSource, Source, read_exactly
 from rankload._checkpoint.torch_objects import BUILDERS, storage_type_of
 
 #: ``pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)``, the first bytes of nearly every file.
@@ -61,13 +61,37 @@ def read_legacy_index(source: Source, file: str) -> FileIndex:
     while True:
         length = min(length, source.size_bytes)
         try:
-            return _Pickles(read_exactly(source, length, 0), source.size_bytes, file).index()
+            head = read_exactly(source, length, 0)
+            index = _Pickles(head, source.size_bytes, file).index()
+            _check_counts(source, head, index.storages)
+            return index
         except CutOffError:
             if length == source.size_bytes:
                 raise
             if length >= _MOST_BYTES:  # whole it may be, all the same
                 raise NotUnderstoodError("a legacy checkpoint with so much in it besides its tensors") from None
         length *= 4
+
+
+def _check_counts(source: Source, head: bytes, storages: tuple[StorageEntry, ...]) -> None:
+    """Compare the number of elements before each storage with the pickle's.
+
+    torch.load refuses a file where they differ; here, all later storages would be read from the wrong place. Of a
+    remote file only what has been read is checked: every other count would cost a request.
+    """
+    for storage in storages:
+        begin = storage.offset - _COUNT_BYTES
+        if storage.offset <= len(head):
+            raw = head[begin : storage.offset]
+        elif isinstance(source, LocalSource):
+            raw = read_exactly(source, _COUNT_BYTES, begin)
+        else:
+            continue
+        found, expected = int.from_bytes(raw, "little", signed=True), storage.length // ITEM_BYTES[storage.dtype]
+        if found != expected:
+            raise BrokenFileError(
+                f"damaged checkpoint (storage {storage.key!r} should have {expected} elements, and has {found})"
+            )
 
 
 class _Pickles:

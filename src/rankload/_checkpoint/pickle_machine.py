@@ -52,8 +52,11 @@ class PickleMachine:
         try:
             self._run()
             return self._stack.top
-        except (NotUnderstoodError, BrokenFileError):
+        except (NotUnderstoodError, CutOffError):
             raise
+        except BrokenFileError as error:
+            name = self._stack.nearest_text  # the key in the dict that was being filled
+            raise BrokenFileError(f"{error}, at {name!r}" if name else str(error)) from None
         except (LookupError, TypeError, AttributeError, ValueError):  # of a list here that holds something else
             raise NotUnderstoodError("a malformed pickle") from None
 

@@ -15,9 +15,13 @@ from typing import Any
 from rankload._checkpoint.pickle_memo import PickleMemo
 from rankload._checkpoint.pickle_text import float_of_bytes, number_of_line, value_of_line
 from rankload._checkpoint.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key
+from rankload._errors import cut
 
 #: Longer texts (a weight saved as text, a dataset) become `Unbuilt`.
 _LONGEST_TEXT_BYTES = 1 << 24
+
+#: Longer names are cut in messages.
+_LONGEST_SHOWN = 200
 
 #: Longer integers would take quadratic time to show.
 _LONGEST_INTEGER_BYTES = 256
@@ -53,6 +57,12 @@ class PickleStack:
     def top(self) -> Any:
         """The uppermost value."""
         return self._stack[-1]
+
+    @property
+    def nearest_text(self) -> str:
+        """The uppermost text, cut for a message: usually the name of the tensor that is being made."""
+        text = next((value for value in reversed(self._stack) if type(value) is str), "")
+        return cut(text, _LONGEST_SHOWN)
 
     def push(self, value: Any) -> None:
         """Put a value on the stack."""

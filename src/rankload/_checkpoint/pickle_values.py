@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rankload._checkpoint.entry import StorageEntry
+from rankload._errors import printable
 
 #: How many values a tuple that is a key has, and how long a text is in it, or bytes.
 _LONGEST_KEY = 16
@@ -23,7 +24,13 @@ _SCALARS = (str, bytes, int, float, bool, type(None))
 
 
 class NotUnderstoodError(ValueError):
-    """The pickle is malformed, too long, or uses what this machine does not know. Not a verdict on the file."""
+    """The pickle is malformed, too long, or uses what this machine does not know. Not a verdict on the file.
+
+    Its text is logged and shown, and may hold names from the file: what is not printable in it is escaped.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
 
 
 class GlobalName(NamedTuple):

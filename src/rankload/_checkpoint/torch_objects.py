@@ -71,6 +71,8 @@ def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> Any:
     if set(map(type, (offset, *shape, *stride))) != {int}:
         raise NotUnderstoodError("a tensor of unusual sizes")
     entry = TensorEntry("", dtype, shape, stride, storage, offset * ITEM_BYTES[dtype], requires_grad is True)
+    if 0 in shape and entry.storage_offset > storage.length:  # torch loads it, for it has no elements
+        raise NotUnderstoodError("an empty tensor beyond its storage")
     return checked(entry)
 
 

@@ -80,15 +80,29 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """The central directory: the members as listed, and where the listing begins in the file."""
+    """The central directory.
+
+    Attributes:
+        members: as listed.
+        offset: where the listing begins in the file.
+        is_ambiguous: another reader could see other members than we do. torch's (miniz) searches for the end record
+            from the back and takes an archive comment for it that looks like one; what a zip64 end record has beyond
+            its fields may shift all offsets.
+    """
 
     members: tuple[Member, ...]
     offset: int
+    is_ambiguous: bool = False
 
     @property
     def root(self) -> str:
         """The folder that torch puts everything into: the one of the first member."""
         return self.members[0].name.partition("/")[0] if self.members else ""
+
+    @property
+    def raw_root(self) -> bytes:
+        """The bytes of `root` as stored: torch's reader compares those, and no decoded text."""
+        return self.members[0].raw_name.partition(b"/")[0] if self.members else b""
 
     @property
     def kind(self) -> ZipKind:
@@ -109,14 +123,14 @@ def read_directory(source: Source) -> Directory:
     Raises:
         BrokenFileError: there is none at the end of the file, or it does not fit the file.
     """
-    offset, length, count = _find_directory(source)
+    offset, length, count, is_ambiguous = _find_directory(source)
     if length > _LARGEST_DIRECTORY_BYTES:
         raise BrokenFileError(f"zip archive with a directory of {length} bytes")
     listing = read_exactly(source, length, offset)
     members = tuple(_entries(listing, count))
     if len({member.name for member in members}) < count:
         raise BrokenFileError("zip archive that lists a name twice")
-    return Directory(members, offset)
+    return Directory(members, offset, is_ambiguous)
 
 
 def payload_offsets(source: Source, directory: Directory) -> dict[str, int]:
@@ -142,18 +156,30 @@ def likely_offsets(directory: Directory) -> dict[str, int]:
 
     torch.save leaves no gap between members and begins each at a multiple of 64 bytes (PyTorchStreamWriter, in
     caffe2/serialize/inline_container.cc). Where both hold for one place, that is it.
+
+    Raises:
+        BrokenFileError: two members overlap.
     """
     offsets = {}
-    members = sorted(directory.members, key=lambda member: member.header_offset)
-    ends = [*(member.header_offset for member in members[1:]), directory.offset]
-    for member, end in zip(members, ends, strict=True):
+    ends = ends_of(directory)
+    for member in sorted(directory.members, key=lambda member: member.header_offset):
+        end = ends[member.name]
         least = member.header_offset + _LOCAL.size + len(member.raw_name)
+        if least + member.stored_bytes > end:
+            raise BrokenFileError(f"damaged zip archive ({member.name!r} overlaps what is next to it)")
         descriptors = _DESCRIPTOR_BYTES if member.has_descriptor else (0,)
         begins = [end - bytes_behind - member.stored_bytes for bytes_behind in descriptors]
         fitting = [begin for begin in begins if begin % _ALIGNMENT == 0 and 0 <= begin - least <= _LONGEST_EXTRA]
         if len(fitting) == 1:
             offsets[member.name] = fitting[0]
     return offsets
+
+
+def ends_of(directory: Directory) -> dict[str, int]:
+    """Return, by name, where what follows each member begins: the next member, or the listing."""
+    members = sorted(directory.members, key=lambda member: member.header_offset)
+    ends = [*(member.header_offset for member in members[1:]), directory.offset]
+    return {member.name: end for member, end in zip(members, ends, strict=True)}
 
 
 def payload_offset(source: Source, directory: Directory, member: Member) -> int:
@@ -207,9 +233,10 @@ def _inflated(packed: bytes, member: Member, length: int) -> bytes:
         raise BrokenFileError(f"damaged zip archive ({member.name!r}: {error})") from None
 
 
-def _find_directory(source: Source) -> tuple[int, int, int]:
-    """Return offset, length and number of entries of the central directory."""
+def _find_directory(source: Source) -> tuple[int, int, int, bool]:
+    """Return offset, length and number of entries of the central directory, and `Directory.is_ambiguous`."""
     end_offset, end = _find_end_record(source)
+    is_ambiguous = END_SIGNATURE in end[1:]
     _, disk, directory_disk, _, count, length, offset, _ = _END.unpack_from(end)
     listing_end = end_offset
     locator_offset = end_offset - _LOCATOR64.size
@@ -220,6 +247,7 @@ def _find_directory(source: Source) -> tuple[int, int, int]:
             raise BrokenFileError("truncated zip archive (its zip64 end record lies elsewhere)")
         record = _END64.unpack(read_exactly(source, _END64.size, listing_end))
         signature, rest_length, _, _, disk, directory_disk, _, count, length, offset = record
+        is_ambiguous |= rest_length != _END64.size - 12
         if signature != b"PK\x06\x06" or listing_end + 12 + rest_length != locator_offset:
             raise BrokenFileError("truncated zip archive (its zip64 end record lies elsewhere)")
     if disk or directory_disk:
@@ -228,7 +256,7 @@ def _find_directory(source: Source) -> tuple[int, int, int]:
         raise BrokenFileError(
             f"truncated zip archive (its directory should end at byte {offset + length}, not {listing_end})"
         )
-    return offset, length, count
+    return offset, length, count, is_ambiguous
 
 
 def _find_end_record(source: Source) -> tuple[int, bytes]:
@@ -274,8 +302,9 @@ def _widen(extra: bytes, *narrow: int) -> Iterator[int]:
     wide = b""
     while position + 4 <= len(extra):
         tag, length = struct.unpack_from("<HH", extra, position)
-        if tag == _ZIP64_EXTRA:
+        if tag == _ZIP64_EXTRA:  # the first counts, as for torch's reader (miniz)
             wide = extra[position + 4 : position + 4 + length]
+            break
         position += 4 + length
     taken = 0
     for value in narrow:

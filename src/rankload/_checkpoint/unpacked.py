@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import sniff
 from rankload._checkpoint.source import LocalSource
 
-#: What deflate can come to (RFC 1951): 258 bytes in 2 bits. No weights are packed better by any other method.
-_LARGEST_RATIO = 1032
+#: How many times its own size an archive may take unpacked. Trained weights shrink by a tenth or so; deflate can reach
+#: 1032 (RFC 1951).
+LARGEST_RATIO = 20
+
+#: Up to this size unpacked the ratio does not count: a small checkpoint may well be nothing but zeros.
+ALWAYS_ALLOWED_BYTES = 64 << 20
+
+_CHUNK_BYTES = 1 << 20
+
+#: zipfile unpacks these in chunks of limited size. Of the others a few bytes can become gigabytes at once.
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def open_unpacked(path: Path, closing: ExitStack) -> LocalSource:
@@ -38,17 +47,77 @@ def unpacked(path: Path) -> Iterator[int]:
     """Unpack an archive of one member into a file without a name: the archive has no say in where its member goes.
 
     Raises:
-        BrokenFileError: it is damaged.
+        BrokenFileError: it is damaged, or would become too large.
     """
     with tempfile.TemporaryFile() as content:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                (member,) = archive.infolist()
-                if member.file_size > _LARGEST_RATIO * member.compress_size:
-                    raise BrokenFileError(f"archive of one file that would have {member.file_size} bytes unpacked")
-                with archive.open(member) as packed:
-                    shutil.copyfileobj(packed, content, length=1 << 20)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise BrokenFileError(f"archive of one file that cannot be unpacked ({error})") from error
-        content.flush()
+        unpack(path, content, lambda done: None)
         yield content.fileno()
+
+
+def unpacked_size(path: Path) -> int:
+    """Return how many bytes the member of an archive of one says that it has.
+
+    Raises:
+        BrokenFileError: the archive is damaged, or the member would become too large.
+    """
+    with _only_member(path) as (_, member):
+        return member.file_size
+
+
+def unpack(path: Path, target: IO[bytes], look: Callable[[int], None]) -> None:
+    """Unpack an archive of one checkpoint.
+
+    Args:
+        path: the archive.
+        target: where the checkpoint is written to, and flushed; must have a descriptor.
+        look: called with the bytes written so far, now and then; raises what ends the work.
+
+    Raises:
+        BrokenFileError: the archive is damaged, holds no single checkpoint, or becomes too large.
+    """
+    with _only_member(path) as (archive, member):
+        limit, done = _limit(path), 0
+        with archive.open(member) as packed:
+            while chunk := packed.read(_CHUNK_BYTES):
+                done += len(chunk)
+                if done > limit:  # whatever it has declared
+                    raise _too_large(path, done)
+                target.write(chunk)
+                look(done)
+        if done != member.file_size:
+            raise BrokenFileError(f"archive of one file that has {done} bytes unpacked, and should have others")
+    target.flush()
+    inside = sniff(f"/dev/fd/{target.fileno()}")
+    if inside == "single_member_zip":
+        raise BrokenFileError("a zip archive in a zip archive is no checkpoint")
+    if inside == "sharded":  # there is nothing beside it: its names would be those of our own descriptors
+        raise BrokenFileError("the index of a sharded checkpoint in a zip archive is no checkpoint")
+
+
+@contextmanager
+def _only_member(path: Path) -> Iterator[tuple[zipfile.ZipFile, zipfile.ZipInfo]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if len(members) != 1:
+                raise BrokenFileError(f"archive of one file that has {len(members)}")
+            member = members[0]
+            if member.file_size > _limit(path):
+                raise _too_large(path, member.file_size)
+            if member.compress_type not in _METHODS:
+                raise BrokenFileError("archive of one file that is not compressed by deflate")
+            yield archive, member
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise BrokenFileError(f"archive of one file that cannot be unpacked ({error})") from error
+
+
+def _limit(path: Path) -> int:
+    return max(LARGEST_RATIO * path.stat().st_size, ALWAYS_ALLOWED_BYTES)
+
+
+def _too_large(path: Path, size_bytes: int) -> BrokenFileError:
+    packed_bytes = path.stat().st_size
+    return BrokenFileError(
+        f"archive of one file that would have {size_bytes} bytes unpacked, {size_bytes // max(packed_bytes, 1)} times "
+        f"its own {packed_bytes}; rankload unpacks up to {LARGEST_RATIO} times, or {ALWAYS_ALLOWED_BYTES >> 20} MiB"
+    )

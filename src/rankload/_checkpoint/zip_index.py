@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rankload._checkpoint import torch_zip
@@ -16,6 +17,9 @@ from rankload._checkpoint.torch_objects import BUILDERS, EXACT_BUILDERS, storage
 
 #: torch.save writes 3; later ones, up to this, are TorchScript's.
 _LATEST_VERSION = 10
+
+#: torch.save's keys are numbers. In no key of these characters can torch's reader find another name than we do.
+_KEY = re.compile(r"[0-9A-Za-z_.-]+", re.ASCII)
 
 
 def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool = False) -> FileIndex:
@@ -34,24 +38,42 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool 
     directory = torch_zip.read_directory(source)
     if directory.kind != "torch_zip":
         raise NotUnderstoodError(f"a zip archive of the kind {directory.kind}")
-    members = {member.name: member for member in directory.members}
+    members = _members_as_torch_sees_them(directory)
     records = _Records(source, directory, members, file, is_remote=is_remote)
-    pickled = torch_zip.member_content(source, directory, members[f"{directory.root}/data.pkl"])
+    pickled = torch_zip.member_content(source, directory, members[directory.raw_root + b"/data.pkl"])
     builders, is_exact = EXACT_BUILDERS if exactly else BUILDERS, exactly
     content: Any = read_state_dict(pickled, builders, records.storage)
     if content is None:
         machine = PickleMachine(pickled, builders, records.storage)
         content = machine.next_pickle()
         is_exact = exactly and machine.is_exact
-    member = members.get(f"{directory.root}/byteorder")  # since torch 2.1
+    member = members.get(directory.raw_root + b"/byteorder")  # since torch 2.1
     order = None if member is None else _byte_order(torch_zip.member_content(source, directory, member))
     is_exact = is_exact and _has_known_version(source, directory, members)
     return FileIndex(content, order, is_exact, tuple(records.storages.values()))
 
 
-def _has_known_version(source: Source, directory: torch_zip.Directory, members: dict[str, torch_zip.Member]) -> bool:
+def _members_as_torch_sees_them(directory: torch_zip.Directory) -> dict[bytes, torch_zip.Member]:
+    """Return the members by their raw names, if torch's reader cannot take one for another.
+
+    It compares bytes without regard to case, and only up to a NUL (mz_zip_reader_locate_file). Where that could find
+    another record, what we checked would not be what torch.load maps.
+
+    Raises:
+        NotUnderstoodError: it can.
+    """
+    members = {member.raw_name: member for member in directory.members}
+    if directory.is_ambiguous:
+        raise NotUnderstoodError("an archive that other readers could read in another way")
+    are_unique = len({name.lower() for name in members}) == len(directory.members)
+    if not are_unique or b"\0" in directory.raw_root or directory.raw_root + b"/data.pkl" not in members:
+        raise NotUnderstoodError("an archive with names that are not unique")
+    return members
+
+
+def _has_known_version(source: Source, directory: torch_zip.Directory, members: dict[bytes, torch_zip.Member]) -> bool:
     """Tell whether torch's reader would take the archive (caffe2/serialize/versions.h)."""
-    member = members.get(f"{directory.root}/version") or members.get(f"{directory.root}/.data/version")
+    member = members.get(directory.raw_root + b"/version") or members.get(directory.raw_root + b"/.data/version")
     text = b"" if member is None else torch_zip.member_content(source, directory, member).strip()
     return text.isdigit() and len(text) < 3 and 1 <= int(text) <= _LATEST_VERSION
 
@@ -67,13 +89,15 @@ class _Records:
         self,
         source: Source,
         directory: torch_zip.Directory,
-        members: dict[str, torch_zip.Member],
+        members: dict[bytes, torch_zip.Member],
         file: str,
         *,
         is_remote: bool,
     ) -> None:
-        self._source, self._directory, self._members, self._file = source, directory, members, file
-        self._folder = f"{directory.root}/data/"
+        self._source, self._directory, self._file = source, directory, file
+        self._raw_folder = directory.raw_root + b"/data/"
+        self._records = {name: member for name, member in members.items() if name.startswith(self._raw_folder)}
+        self._ends = torch_zip.ends_of(directory)
         self.storages: dict[str, StorageEntry] = {}
         self._offsets = self._likely_offsets() if is_remote else torch_zip.payload_offsets(source, directory)
 
@@ -84,11 +108,17 @@ class _Records:
         tag, kind, key, location, count = persistent_id
         if tag != "storage" or not (type(key) is type(location) is str and type(count) is int and count >= 0):
             raise NotUnderstoodError("a persistent id of another kind")
+        if not _KEY.fullmatch(key):
+            raise NotUnderstoodError("a storage with an unusual key")
         dtype = storage_type_of(kind)
-        if (known := self.storages.get(key)) is not None:
-            return known
-        member = self._members.get(self._folder + key)
         length = count * ITEM_BYTES[dtype]
+        if (known := self.storages.get(key)) is not None:
+            if known.length != length:  # torch would take the first, or, where that is empty, any
+                raise BrokenFileError(
+                    f"damaged checkpoint (storage {key!r} should have {known.length} bytes, and {length})"
+                )
+            return known
+        member = self._records.get(self._raw_folder + key.encode("ascii"))
         if member is None or member.size_bytes < length:
             has = "has none" if member is None else f"has {member.size_bytes}"
             raise BrokenFileError(f"damaged checkpoint (storage {key!r} should have {length} bytes, and {has})")
@@ -99,13 +129,17 @@ class _Records:
 
     def _offset(self, member: torch_zip.Member) -> int:
         offset = self._offsets.get(member.name)
-        return torch_zip.payload_offset(self._source, self._directory, member) if offset is None else offset
+        if offset is None:
+            offset = torch_zip.payload_offset(self._source, self._directory, member)
+        if offset + member.stored_bytes > self._ends[member.name]:
+            raise BrokenFileError(f"damaged zip archive ({member.name!r} overlaps what is next to it)")
+        return offset
 
     def _likely_offsets(self) -> dict[str, int]:
         offsets = torch_zip.likely_offsets(self._directory)
-        likely = [name for name in offsets if name.startswith(self._folder)]
-        for name in likely[:1] + likely[-1:]:
-            if torch_zip.payload_offset(self._source, self._directory, self._members[name]) != offsets[name]:
+        likely = [member for member in self._records.values() if member.name in offsets]
+        for member in likely[:1] + likely[-1:]:
+            if torch_zip.payload_offset(self._source, self._directory, member) != offsets[member.name]:
                 return {}  # a writer with habits of its own
         return offsets
 

@@ -13,6 +13,7 @@ from rankload._deliver.carrier import Carrier
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.gathering import Gathering
 from rankload._deliver.independent import Reading
+from rankload._deliver.unpacked_once import with_unpacked
 from rankload._job.channel import RankChannel
 from rankload._job.lone import LoneChannel
 from rankload._job.relay.opening import open_relay
@@ -44,14 +45,18 @@ def open_carrier(
     """
     if not isinstance(channel, RankChannel):
         assert path is not None
-        return Reading(CheckpointFiles(path, closing), channel, settings, "there is one rank")
+        return Reading(_files(path, channel, closing), channel, settings, "there is one rank")
     if delivery == "broadcast":
         return _open_broadcast(path, source, channel, settings, closing)
     assert path is not None
-    files = CheckpointFiles(path, closing)
+    files = _files(path, channel, closing)
     if delivery == "read":
         return Reading(files, channel, settings)
     return Gathering(files, channel, group, settings, is_asked_for=delivery == "gather")
+
+
+def _files(path: Path, channel: LoneChannel | RankChannel, closing: ExitStack) -> CheckpointFiles:
+    return CheckpointFiles(path, closing, with_unpacked(path, channel, closing))
 
 
 def _open_broadcast(
@@ -63,7 +68,7 @@ def _open_broadcast(
     if here is None:
         assert relay is not None
         return Receiving(relay, source, channel, settings, closing)
-    files = CheckpointFiles(here, closing)
+    files = _files(here, channel, closing)
     if relay is None:
         return Reading(files, channel, settings, "the source's file is within reach")
     return Sending(files, relay, channel, settings)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import Index
 from rankload._checkpoint.source import Source
+from rankload._errors import printable
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self.entries: Mapping[str, TensorEntry] = index.tensors
         self.remainder: Mapping[str, Any] = index.remainder
         self.metadata: Mapping[str, str] = index.metadata
-        self.shown = shown
+        self.shown = printable(shown)
         self._index, self._sources, self._closing = index, sources, closing
         self._is_closed = False
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import describe
-from rankload._errors import LoadError, MissingFileError, RankloadError, UnsafePickleError
+from rankload._errors import LoadError, MissingFileError, RankloadError, UnsafePickleError, printable
 
 _ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _REFUSED_FORMAT = "Cannot use ``weights_only=True``"
+_INDENT = "    "
 _TRUST = "Pass weights_only=False only if you trust where the file comes from: it can then run any code."
 
 
@@ -34,10 +35,12 @@ def translated(path: Path, shown: str | None = None) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         missing = error.filename or path  # a part of it, perhaps
-        raise MissingFileError(f"cannot read {missing}: no such file", path=str(missing), errno=error.errno) from error
+        raise MissingFileError(
+            f"cannot read {printable(str(missing))}: no such file", path=str(missing), errno=error.errno
+        ) from error
     except Exception as error:
         error.args = tuple(_plain(argument) for argument in error.args)
-        raise _translate(error, path, shown or str(path)) from error
+        raise _translate(error, path, printable(shown or str(path))) from error
 
 
 def _translate(error: Exception, path: Path, shown: str) -> LoadError:
@@ -64,8 +67,17 @@ def _translate(error: Exception, path: Path, shown: str) -> LoadError:
 
 
 def _plain(argument: object) -> object:
-    """Take the bold type out of torch's texts; it means nothing in a log."""
-    return _ESCAPE_SEQUENCE.sub("", argument) if isinstance(argument, str) else argument
+    """Return one of torch's texts as it may be shown.
+
+    torch's own bold type means nothing in a log. What else it quotes from the file is escaped, and later lines
+    are indented: torch escapes no line breaks in names, and none may look like another entry of a log.
+    """
+    if not isinstance(argument, str):
+        return argument
+    return "\n".join(
+        (_INDENT if number and not line[:1].isspace() else "") + printable(line.replace("\t", _INDENT))
+        for number, line in enumerate(_ESCAPE_SEQUENCE.sub("", argument).split("\n"))
+    )
 
 
 def _core(text: str) -> str:

@@ -14,7 +14,7 @@ from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.unpacked import open_unpacked
 from rankload._deliver.read import read_checkpoint
 from rankload._deliver.tensors import fill_memory
-from rankload._errors import LoadError
+from rankload._errors import LoadError, printable
 
 
 class CheckpointFiles:
@@ -23,6 +23,7 @@ class CheckpointFiles:
     Args:
         path: the checkpoint, or the index of one in several files, which are beside it.
         closing: closes them.
+        content: where the checkpoint's bytes are, if not at its path: those of an archive, unpacked.
 
     Attributes:
         path: see above.
@@ -31,9 +32,10 @@ class CheckpointFiles:
         used: tensors of which somebody has wanted to see the elements.
     """
 
-    def __init__(self, path: Path, closing: ExitStack) -> None:
-        self.path, self.name, self.shown = path, path.name, str(path)
+    def __init__(self, path: Path, closing: ExitStack, content: Path | None = None) -> None:
+        self.path, self.name, self.shown = path, path.name, printable(str(path))
         self.used: list[TensorEntry] = []
+        self._content = content or path
         self._closing = closing
         self._is_closed = False
         closing.callback(self._close)
@@ -52,7 +54,7 @@ class CheckpointFiles:
                 f"{self.shown}: a tensor of it was kept, and is looked at after the load: clone() what a hook keeps"
             )
         if name not in self._sources:
-            path = self.path.parent / name
+            path = self._content if name == self.name else self.path.parent / name
             with reading(path):
                 self._sources[name] = open_unpacked(path, self._closing)
         return self._sources[name]
@@ -82,7 +84,7 @@ class CheckpointFiles:
 
     def load(self, *, weights_only: bool, mmap: bool | None) -> Any:
         """Load the whole checkpoint on the CPU, as torch.load does."""
-        return read_checkpoint(self.path, "cpu", weights_only=weights_only, mmap=mmap, shown=self.shown)
+        return read_checkpoint(self._content, "cpu", weights_only=weights_only, mmap=mmap, shown=self.shown)
 
     def _close(self) -> None:
         self._is_closed = True

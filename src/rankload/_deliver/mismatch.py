@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rankload._errors import printable
+
 _MOST_SHOWN = 20
 
 
@@ -32,7 +34,7 @@ def describe_mismatch(
 def _listed(what: str, items: Sequence[str]) -> str:
     if not items:
         return ""
-    shown = [f"    {item}" for item in items[:_MOST_SHOWN]]
+    shown = [f"    {printable(item)}" for item in items[:_MOST_SHOWN]]  # a name with a line break forges no line
     if len(items) > _MOST_SHOWN:
         shown.append(f"    and {len(items) - _MOST_SHOWN} more")
     return "\n".join([f"  {len(items)} {what}:", *shown])

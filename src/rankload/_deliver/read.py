@@ -17,20 +17,21 @@ from typing import Any
 import torch
 
 from rankload._cache.failures import reopening
-from rankload._checkpoint import torch_zip
 from rankload._checkpoint.broken import BrokenFileError
-from rankload._checkpoint.open import CHECKPOINT_FORMATS, Format, describe, sniff
+from rankload._checkpoint.open import CHECKPOINT_FORMATS, describe, sniff
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.sharded import read_weight_map
 from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.unpacked import unpacked
 from rankload._deliver.failures import translated
-from rankload._deliver.plain import ALIGNMENT_BYTES, PlainCheckpoint
+from rankload._deliver.mappable import why_not_mapped
+from rankload._deliver.plain import PlainCheckpoint
 from rankload._deliver.private_mapping import torch_maps_privately
 from rankload._deliver.readers import Limits
 from rankload._deliver.restore import Restore, goes_by_tags, restore_of
 from rankload._deliver.safetensors import read_safetensors
 from rankload._deliver.staging.late_storages import LateStorages
+from rankload._errors import printable
 from rankload._job.environment import identity_from_environment
 from rankload._settings import Settings
 
@@ -67,7 +68,8 @@ def read_checkpoint(
     """
     path = Path(path)
     limits = limits or Limits.of(identity_from_environment(), Settings.from_environment())
-    options = _Options(weights_only, mmap, limits, look, shown or str(path), torch_load_arguments)
+    shown = printable(shown or str(path))
+    options = _Options(weights_only, mmap, limits, look, shown, torch_load_arguments)
 
     with translated(path, shown):
         return reopening(lambda: _read(path, map_location, options))
@@ -90,7 +92,7 @@ class _Options:
         return is_plain_call and str(map_location) != "meta"  # those storages note where in the file their bytes are
 
 
-def _read(path: Path, map_location: Any, options: _Options, *, is_member: bool = False) -> Any:
+def _read(path: Path, map_location: Any, options: _Options) -> Any:
     if options.may_be_built(map_location) and (plain := _open_plain(path, options.shown)) is not None:
         with _restoring(map_location, options, may_be_late=True) as restore:
             return plain.build(restore)
@@ -99,17 +101,18 @@ def _read(path: Path, map_location: Any, options: _Options, *, is_member: bool =
         # torch.load would take it for a pickle, and talk of weights_only.
         raise BrokenFileError(f"expected a checkpoint, got {describe(path)}")
     if file_format == "single_member_zip":
-        if is_member:
-            raise BrokenFileError("a zip archive in a zip archive is no checkpoint")
         with unpacked(path) as descriptor:
-            return _read(Path(f"/dev/fd/{descriptor}"), map_location, options, is_member=True)
+            return _read(Path(f"/dev/fd/{descriptor}"), map_location, options)
     if file_format == "sharded":
         return _read_parts(path, map_location, options)
     if file_format == "safetensors":
         is_mapped = options.mmap is not False
         with _restoring(map_location, options, may_be_late=is_mapped) as restore:
             return read_safetensors(path, restore, mmap=is_mapped, shown=options.shown)
-    is_mapped = options.mmap is not False and _is_mappable(path, file_format, explicitly=options.mmap is True)
+    is_mapped = not (reason := why_not_mapped(path, file_format)) and options.mmap is not False
+    if reason and options.mmap is not False:
+        level = logging.INFO if options.mmap else logging.DEBUG
+        logger.log(level, "%s is read, not mapped: %s", options.shown, reason)
     with _unsuffixed(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
         return torch.load(
             name, map_location, weights_only=options.weights_only, mmap=is_mapped, **options.torch_load_arguments
@@ -117,11 +120,19 @@ def _read(path: Path, map_location: Any, options: _Options, *, is_member: bool =
 
 
 def _open_plain(path: Path, shown: str) -> PlainCheckpoint | None:
-    """Open one of torch's zip format, mapped; None for everything else, and for what is broken, which is told later."""
+    """Open one of torch's zip format, mapped; None for everything else.
+
+    Raises:
+        BrokenFileError: the file contradicts itself. torch.load must not get it: mapped, it would not notice.
+    """
     try:
         return PlainCheckpoint(path, shown)
-    except (NotUnderstoodError, BrokenFileError) as reason:
-        logger.debug("%s is not built from an index: %s", path, reason)
+    except BrokenFileError:
+        if sniff(path) in CHECKPOINT_FORMATS:
+            raise
+        return None  # it is no checkpoint at all: a better message follows
+    except NotUnderstoodError as reason:
+        logger.debug("%s is not built from an index: %s", shown, reason)
         return None
 
 
@@ -160,24 +171,6 @@ def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, A
         return {tensor: parts[name][tensor] for tensor, name in weight_map.items()}
     except (KeyError, TypeError) as error:
         raise BrokenFileError(f"index of a sharded checkpoint that names what its files do not have: {error}") from None
-
-
-def _is_mappable(path: Path, file_format: Format, *, explicitly: bool) -> bool:
-    """Say whether torch.load may map the file: an archive of uncompressed, aligned members."""
-    if file_format != "torch_zip":
-        reason = f"the format {file_format} cannot be"
-    else:
-        with path.open("rb", buffering=0) as file:
-            source = LocalSource(file.fileno())
-            directory = torch_zip.read_directory(source)
-            offsets = torch_zip.payload_offsets(source, directory)
-        storages = [member for member in directory.members if member.name.startswith(f"{directory.root}/data/")]
-        if all(member.is_stored and offsets[member.name] % ALIGNMENT_BYTES == 0 for member in storages):
-            return True
-        # Mapped, compressed bytes would be taken for weights without a word.
-        reason = "its tensors are compressed or not aligned"
-    logger.log(logging.INFO if explicitly else logging.DEBUG, "%s is read, not mapped: %s", path, reason)
-    return False
 
 
 @contextlib.contextmanager

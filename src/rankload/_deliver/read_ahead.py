@@ -16,6 +16,7 @@ from pathlib import Path
 from rankload._cache.failures import reading
 from rankload._cache.linux import is_on_local_disk, resident_pages
 from rankload._deliver.readers import Readers, await_reader
+from rankload._errors import printable
 from rankload._job.machine import kernel_id
 from rankload._types import Channel, Progress
 
@@ -61,7 +62,9 @@ def _is_local(path: Path) -> bool:
 def _read(path: Path, channel: Channel, progress_seconds: float) -> None:
     with reading(path), path.open("rb", buffering=0) as file:
         blocks = _absent_blocks(file.fileno())
-        _logger.debug("%s: reading %d blocks of %d bytes ahead, over the network", path, len(blocks), _BLOCK_BYTES)
+        _logger.debug(
+            "%s: reading %d blocks of %d bytes ahead, over the network", printable(str(path)), len(blocks), _BLOCK_BYTES
+        )
         with Readers(min(_THREADS, len(blocks))) as readers:
             pending = [readers.submit(partial(os.pread, file.fileno(), _BLOCK_BYTES, begin)) for begin in blocks]
             for number, block in enumerate(pending):

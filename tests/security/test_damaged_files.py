@@ -1,0 +1,304 @@
+"""Checkpoints that contradict themselves: an error on every way into memory, and never their neighbour's bytes."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crafted_files import FIRST_VIEW, SECRET, changed, content, records_of, view, write_changed, write_records
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import rankload
+
+
+class Module(nn.Module):
+    def __init__(self, device: str = "cpu", elements: int = 40) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(elements, device=device))
+        self.secret = nn.Parameter(torch.zeros(64, device=device))
+
+
+def _fake(path: Path) -> Any:
+    with FakeTensorMode():
+        return rankload.load(path)
+
+
+LOADS: dict[str, Callable[[Path], Any]] = {
+    "plain": rankload.load,
+    "mapped": lambda path: rankload.load(path, mmap=True),
+    "copied": lambda path: rankload.load(path, mmap=False),
+    "trusted": lambda path: rankload.load(path, weights_only=False),
+    "with arguments": lambda path: rankload.load(path, weights_only=False, mmap=True, encoding="latin1"),
+    "callable": lambda path: rankload.load(path, lambda storage, tag: storage),
+    "by tag": lambda path: rankload.load(path, {"cpu": "cpu"}),
+    "meta": lambda path: rankload.load(path, "meta"),
+    "fake": _fake,
+    "from a URL": lambda path: rankload.dist_load_state_dict_from_url(path.as_uri(), progress=False),
+}
+
+INDEXED: dict[str, Callable[[Path], Any]] = {
+    "open_checkpoint": lambda path: dict(rankload.open_checkpoint(path)),
+    "into a module": lambda path: rankload.dist_load_into(Module(), path, progress=False),
+    "into meta": lambda path: rankload.dist_load_into(Module("meta"), path, progress=False),
+    "assigned": lambda path: rankload.dist_load_into(Module(), path, assign=True, progress=False),
+}
+
+HUGE = b"\x8a\x08" + b"\xff" * 7 + b"\x7f"
+
+#: By what is wrong: the changes to the pickle.
+DAMAGED = {
+    "storage longer than its record": [(FIRST_VIEW, view(b"K\x28", size=b"K\x28"))],
+    "storage far longer than the file": [(FIRST_VIEW, view(HUGE, size=b"K\x04"))],
+    "view longer than its storage": [(FIRST_VIEW, view(b"K\x04", size=b"K\x28"))],
+    "view that begins too late": [(FIRST_VIEW, view(b"K\x04", b"K\x08"))],
+    "view that begins before its storage": [(FIRST_VIEW, view(b"K\x04", b"J\xf8\xff\xff\xff"))],
+    "view with a huge size": [(FIRST_VIEW, view(b"K\x04", size=HUGE))],
+    "view with a huge offset": [(FIRST_VIEW, view(b"K\x04", HUGE))],
+    "view with a negative size": [(FIRST_VIEW, view(b"K\x04", size=b"J\xff\xff\xff\xff"))],
+    "view with a long stride": [(b"K\x04\x85q\x08K\x01\x85", b"K\x04\x85q\x08K\x09\x85")],
+    "view with a negative stride": [(b"K\x04\x85q\x08K\x01\x85", b"K\x04\x85q\x08J\xff\xff\xff\xff\x85")],
+    "untyped storage longer than its record": [
+        (b"ctorch\nFloatStorage\n", b"ctorch.storage\nUntypedStorage\n"),
+        (FIRST_VIEW, view(b"K\x28", size=b"K\x04")),
+    ],
+    "storage of wider elements": [(b"ctorch\nFloatStorage\n", b"ctorch\nDoubleStorage\n")],
+    "one storage of two lengths": [(b"X\x01\x00\x00\x001", b"X\x01\x00\x00\x000")],
+}
+
+
+@pytest.mark.parametrize("load", [*LOADS.values(), *INDEXED.values()], ids=[*LOADS, *INDEXED])
+@pytest.mark.parametrize("changes", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_checkpoint_is_an_error_everywhere(tmp_path, changes, load):
+    path = write_changed(tmp_path / "damaged.pth", *changes)
+    with pytest.raises(rankload.LoadError, match=r"damaged\.pth"):
+        load(path)
+
+
+@pytest.mark.parametrize("load", [*LOADS.values(), *INDEXED.values()], ids=[*LOADS, *INDEXED])
+def test_the_error_names_the_file_the_storage_and_the_tensor(tmp_path, load):
+    path = write_changed(tmp_path / "damaged.pth", (FIRST_VIEW, view(b"K\x28", size=b"K\x28")))
+    with pytest.raises(rankload.LoadError) as caught:
+        load(path)
+    assert f"{path}: damaged checkpoint (storage '0' should have 160 bytes, and has 16), at 'a'" in str(caught.value)
+
+
+#: Content that the index does not read: only torch.load knows what to make of it.
+NOT_UNDERSTOOD = {
+    "keys of many kinds": {"others": {(): {float(number): 0 for number in range(300)}}, "changes": []},
+    "storage key that is a number": {"others": {}, "changes": [(b"X\x01\x00\x00\x000q\x05", b"K\x00q\x05")]},
+}
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+@pytest.mark.parametrize("how", NOT_UNDERSTOOD.values(), ids=NOT_UNDERSTOOD)
+def test_torch_load_maps_nothing_that_could_not_be_checked(tmp_path, how, load):
+    records = records_of(content() | how["others"])
+    for old, new in how["changes"]:
+        records["data.pkl"] = changed(records["data.pkl"], old, new)
+    whole = rankload.load(write_records(tmp_path / "whole.pth", records))  # it is a good file, before
+    assert whole["a"].tolist() == [0] * 4 and whole["secret"].tolist() == [SECRET] * 64
+    records["data.pkl"] = changed(records["data.pkl"], FIRST_VIEW, view(b"K\x28", size=b"K\x28"))
+    path = write_records(tmp_path / "damaged.pth", records)
+    try:
+        loaded = load(path)
+    except rankload.LoadError as error:
+        assert "damaged.pth" in str(error)
+    else:  # then there are no elements that could be somebody else's
+        assert loaded["a"].is_meta or type(loaded["a"]).__name__ == "FakeTensor"
+
+
+def test_why_a_file_is_not_mapped_is_logged(tmp_path, caplog):
+    others = {"odd": {float(number): 0 for number in range(300)}}
+    path = write_changed(tmp_path / "odd.pth", **others)
+    with caplog.at_level("DEBUG", logger="rankload"):
+        rankload.load(path)
+    assert "odd.pth is read, not mapped: its tensors cannot be checked" in caplog.text
+
+
+def test_offsets_that_torch_would_compute_are_not_trusted(tmp_path, monkeypatch):
+    """Between two records lies another: torch's guess would be its bytes."""
+    from torch.utils.serialization import config
+
+    records = records_of(content(note=(object,)))
+    records["data/0x"] = bytes(256)
+    path = write_records(tmp_path / "guess.pth", {name: records[name] for name in sorted(records)})
+    monkeypatch.setattr(config.load, "calculate_storage_offsets", True)
+    loaded = rankload.load(path, weights_only=False)
+    assert loaded["a"].tolist() == [0] * 4 and loaded["secret"].tolist() == [SECRET] * 64
+
+
+# Archives that we and torch's reader (miniz) could read in two ways
+
+
+def _zip(path: Path, records: dict[str | bytes, bytes], prefix: bytes = b"", comment: bytes = b"") -> Path:
+    """Write an uncompressed archive in which each payload is aligned, and names may be any bytes."""
+    body, listing = io.BytesIO(), io.BytesIO()
+    body.write(prefix)
+    for name, record in records.items():
+        raw = b"archive/" + (name if isinstance(name, bytes) else name.encode())
+        offset, crc = body.tell(), zipfile.crc32(record)  # type: ignore[attr-defined]
+        extra = -(offset + 30 + len(raw) + 4) % 64
+        common = (20, 0, 0, 0, 0x21, crc, len(record), len(record), len(raw))
+        body.write(struct.pack("<4s5H3I2H", b"PK\3\4", *common, 4 + extra))
+        body.write(raw + struct.pack("<HH", 0x4246, extra) + bytes(extra) + record)
+        listing.write(struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, *common, 0, 0, 0, 0, 0, offset) + raw)
+    begin, count = body.tell(), len(records)
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, listing.tell(), begin, len(comment))
+    path.write_bytes(body.getvalue() + listing.getvalue() + end + comment)
+    return path
+
+
+def _records(key: bytes) -> dict[str | bytes, bytes]:
+    """A checkpoint whose first storage has another key, and 40 elements."""
+    records: dict[str | bytes, bytes] = {**records_of(content()), "version": b"3\n"}
+    pickled = changed(bytes(records["data.pkl"]), FIRST_VIEW, view(b"K\x28", size=b"K\x28"))
+    key_now = b"X" + len(key).to_bytes(4, "little") + key
+    records["data.pkl"] = changed(pickled, b"X\x01\x00\x00\x000q", key_now + b"q")
+    return records
+
+
+#: By what differs: the key in the pickle, the record that torch could find for it, and the one that is long enough.
+LOOKALIKES = {
+    "case": (b"A", b"data/a", b"data/A"),
+    "encoding": ("é".encode(), "data/é".encode(), b"data/\x82"),
+    "NUL": (b"0\0x", b"data/0", b"data/0\0x"),
+}
+
+
+@pytest.mark.parametrize("lookalike", LOOKALIKES.values(), ids=LOOKALIKES)
+@pytest.mark.parametrize(
+    "load", [LOADS["plain"], LOADS["mapped"], LOADS["trusted"]], ids=["plain", "mapped", "trusted"]
+)
+def test_no_record_stands_in_for_another(tmp_path, lookalike, load):
+    key, short, long = lookalike
+    records = _records(key)
+    own, secret = records.pop("data/0"), records.pop("data/1")
+    for name in (short, long), (long, short):
+        path = _zip(
+            tmp_path / "two.pth",
+            {
+                **records,
+                name[0]: own if name[0] == short else bytes(160),
+                name[1]: own if name[1] == short else bytes(160),
+                "data/1": secret,
+            },
+        )
+        try:
+            found = load(path)["a"]
+        except rankload.LoadError:
+            continue
+        assert found.tolist() == [0] * 40  # the long one's
+
+
+@pytest.mark.parametrize("load", [LOADS["mapped"], LOADS["trusted"], LOADS["plain"]])
+def test_an_archive_in_a_comment_is_not_mapped_unseen(tmp_path, load):
+    """torch's reader finds the last end record, we the one that ends the file: they list different records."""
+    good: dict[str | bytes, bytes] = {**records_of(content()), "version": b"3\n"}
+    bad = {**good, "data.pkl": changed(good["data.pkl"], FIRST_VIEW, view(b"K\x28", size=b"K\x28"))}
+    hidden = _zip(tmp_path / "hidden.pth", bad).read_bytes()
+    path = _zip(tmp_path / "two.pth", good, prefix=hidden[:-22], comment=hidden[-22:] + b"x")
+    try:
+        found = load(path)["a"]
+    except rankload.LoadError:
+        return
+    assert found.tolist() == [0] * 4
+
+
+def test_overlapping_records_are_an_error(tmp_path):
+    records = {**records_of(content()), "version": b"3\n"}
+    path = _zip(tmp_path / "overlap.pth", records)
+    raw = bytearray(path.read_bytes())
+    listed = raw.rindex(b"archive/data/0") - 46
+    struct.pack_into("<2I", raw, listed + 20, 16 + 64, 16 + 64)
+    path.write_bytes(raw)
+    for load in (*LOADS.values(), *INDEXED.values()):
+        with pytest.raises(rankload.RankloadError, match="overlaps what is next to it"):
+            load(path)
+
+
+# Other formats
+
+
+def test_the_counts_of_a_legacy_file_are_believed_by_nobody(tmp_path):
+    path = tmp_path / "legacy.pth"
+    torch.save(content(), path, _use_new_zipfile_serialization=False)
+    raw = path.read_bytes()
+    at = raw.rindex(struct.pack("<q", 4) + bytes(16))
+    path.write_bytes(raw[:at] + struct.pack("<q", 3) + raw[at + 8 :])
+    for load in (LOADS["plain"], LOADS["trusted"], LOADS["from a URL"], *INDEXED.values()):
+        with pytest.raises(rankload.RankloadError, match=r"legacy\.pth"):
+            load(path)
+    with pytest.raises(rankload.LoadError, match="should have 4 elements, and has 3"):
+        rankload.open_checkpoint(path)
+
+
+def _safetensors(path: Path, header: str | dict[str, Any], payload: bytes) -> Path:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + payload)
+    return path
+
+
+def _tensor(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+SAFETENSORS = {
+    "overlap": {"a": _tensor(0, 160, [40]), "secret": _tensor(16, 272, [64])},
+    "out of range": {"a": _tensor(0, 16, [4]), "secret": _tensor(16, 400, [96])},
+    "before the data": {"a": _tensor(-16, 16, [8]), "secret": _tensor(16, 272, [64])},
+    "gap": {"a": _tensor(0, 16, [4]), "secret": _tensor(32, 272, [60])},
+    "shape too large": {"a": _tensor(0, 16, [40]), "secret": _tensor(16, 272, [64])},
+    "dtype too large": {"a": _tensor(0, 16, [4], "F64"), "secret": _tensor(16, 272, [64])},
+    "shape that wraps": {"a": _tensor(0, 16, [2**62, 4]), "secret": _tensor(16, 272, [64])},
+    "key twice": '{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, '
+    '"a": {"dtype": "F32", "shape": [68], "data_offsets": [0, 272]}}',
+}
+
+
+@pytest.mark.parametrize("header", SAFETENSORS.values(), ids=SAFETENSORS)
+@pytest.mark.parametrize("load", [LOADS["plain"], LOADS["copied"], LOADS["from a URL"], *INDEXED.values()])
+def test_a_safetensors_header_that_is_wrong_is_an_error(tmp_path, header, load):
+    path = _safetensors(tmp_path / "damaged.safetensors", header, bytes(16) + struct.pack("<f", SECRET) * 64)
+    with pytest.raises(rankload.RankloadError, match=r"damaged\.safetensors"):
+        load(path)
+
+
+# What is odd, and good
+
+
+def test_odd_files_load_as_torch_loads_them(tmp_path):
+    tied = torch.ones(6)
+    saved = {
+        "tied": tied,
+        "again": tied,
+        "view": tied[2:4],
+        "empty": torch.zeros(0),
+        "empty view": tied[6:],
+        "strange empty view": torch.zeros(4).as_strided((0,), (1,), 9),
+        "sparse": torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([2.0]), (3,)),
+    }
+    records = records_of(saved)
+    without_byte_order = {name: record for name, record in records.items() if name != "byteorder"}
+    lexicographic = dict(sorted(records.items()))
+    paths = {}
+    for name, variant in {"now": records, "old": without_byte_order, "sorted": lexicographic}.items():
+        paths[name] = write_records(tmp_path / f"{name}.pth", variant)
+    paths["legacy"] = tmp_path / "legacy.pth"
+    torch.save(saved, paths["legacy"], _use_new_zipfile_serialization=False)
+    paths["compressed"] = tmp_path / "compressed.pth"
+    with zipfile.ZipFile(paths["now"]) as archive, zipfile.ZipFile(paths["compressed"], "w", 8) as packed:
+        for member in archive.namelist():
+            packed.writestr(member, archive.read(member))
+    for path in paths.values():
+        for options in ({}, {"mmap": True}, {"mmap": False}, {"weights_only": False}):
+            found, expected = rankload.load(path, **options), torch.load(path, weights_only=False)
+            assert repr(found) == repr(expected), (path, options)
+            assert found["tied"].data_ptr() == found["again"].data_ptr()
