@@ -15,7 +15,7 @@ from rankload._checkpoint.open import sniff
 from rankload._checkpoint.source import LocalSource
 
 #: What deflate can come to (RFC 1951): 258 bytes in 2 bits. No weights are packed better by any other method.
-_LARGEST_RATIO = 1032
+LARGEST_RATIO = 1032
 
 
 def open_unpacked(path: Path, closing: ExitStack) -> LocalSource:
@@ -44,7 +44,7 @@ def unpacked(path: Path) -> Iterator[int]:
         try:
             with zipfile.ZipFile(path) as archive:
                 (member,) = archive.infolist()
-                if member.file_size > _LARGEST_RATIO * member.compress_size:
+                if member.file_size > LARGEST_RATIO * member.compress_size:
                     raise BrokenFileError(f"archive of one file that would have {member.file_size} bytes unpacked")
                 with archive.open(member) as packed:
                     shutil.copyfileobj(packed, content, length=1 << 20)
