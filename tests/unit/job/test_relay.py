@@ -177,7 +177,11 @@ def _are_connected(ours: socket.socket, theirs: socket.socket) -> bool:
 
 def test_address_of_another_process_is_passed_over() -> None:
     """As where a bridge has the same address on every host."""
-    with closing(Listener(["127.0.0.1"])) as right, closing(Listener(["127.0.0.1"])) as wrong, ThreadPoolExecutor() as pool:
+    with (
+        closing(Listener(["127.0.0.1"])) as right,
+        closing(Listener(["127.0.0.1"])) as wrong,
+        ThreadPoolExecutor() as pool,
+    ):
         other = pool.submit(wrong.accept, 0, "here", _limit(2))
         with pytest.raises(CoordinationError, match="closed by the other side"):
             connect(1, "there", {**right.way, "port": wrong.way["port"]}, 0.5, lambda: None)
