@@ -111,8 +111,13 @@ def _only_member(path: Path) -> Iterator[tuple[zipfile.ZipFile, zipfile.ZipInfo]
         raise BrokenFileError(f"archive of one file that cannot be unpacked ({error})") from error
 
 
+def unpacked_limit(packed_bytes: int) -> int:
+    """Return the size in bytes up to which an archive is unpacked."""
+    return max(LARGEST_RATIO * packed_bytes, ALWAYS_ALLOWED_BYTES)
+
+
 def _limit(path: Path) -> int:
-    return max(LARGEST_RATIO * path.stat().st_size, ALWAYS_ALLOWED_BYTES)
+    return unpacked_limit(path.stat().st_size)
 
 
 def _too_large(path: Path, size_bytes: int) -> BrokenFileError:

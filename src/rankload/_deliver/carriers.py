@@ -67,7 +67,7 @@ def _open_broadcast(
     relay = open_relay(channel, source, settings, takes_part=here is None)
     if here is None:
         assert relay is not None
-        return Receiving(relay, source, channel, settings, closing)
+        return Receiving(relay, source, announced, channel, settings, closing)
     files = _files(here, channel, closing)
     if relay is None:
         return Reading(files, channel, settings, "the source's file is within reach")

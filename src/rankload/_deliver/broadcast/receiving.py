@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import Index
 from rankload._checkpoint.source import LocalSource
+from rankload._deliver.broadcast.header import LARGEST_HEADER_BYTES, BadHeaderError, Header, read_header
 from rankload._deliver.broadcast.sending import ALL_KEY, COMING_KEY, LENGTH_BYTES
 from rankload._deliver.broadcast.whole_file import receive_files
-from rankload._deliver.buckets import BUCKET_BYTES, Range, cut, is_kept, tensor_ranges
+from rankload._deliver.buckets import BUCKET_BYTES, cut, is_kept, tensor_ranges
 from rankload._deliver.carrier import Carrier, Plan
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.memory_file import folder_of, make_memory_file, writable
@@ -36,19 +36,35 @@ class Receiving(Carrier):
     Args:
         relay: from the source, and on to others.
         source: its rank.
+        announced: what `announce` returned.
         channel: of the call.
         settings: deadlines.
         closing: lets go of the headers.
     """
 
-    def __init__(self, relay: Relay, source: int, channel: RankChannel, settings: Settings, closing: ExitStack) -> None:
+    def __init__(
+        self,
+        relay: Relay,
+        source: int,
+        announced: Mapping[str, Any],
+        channel: RankChannel,
+        settings: Settings,
+        closing: ExitStack,
+    ) -> None:
         self._relay, self._channel, self._limits = relay, channel, Limits.of(channel.identity, settings)
         self._index: Index | None = None
         self.path, self.delivery = None, "broadcast"
         channel.wait_for(COMING_KEY, from_rank=source)
-        header = json.loads(self._receive_bytes(int.from_bytes(self._receive_bytes(LENGTH_BYTES), "little")))
-        self._ranges = _ranges(header.get("ranges", {}))
-        self.files = self._receive(header, closing)
+        try:
+            header = self._receive_header(announced["sizes"])
+        except BadHeaderError as error:
+            raise LoadError(
+                f"{announced['path']}: rank {source}'s description of what it sends cannot be right: {error}: does it "
+                "run another version of rankload?",
+                source_rank=source,
+            ) from error
+        self._ranges = header.ranges
+        self.files = self._receive(header, announced["sha256"], closing)
         self.may_share = not isinstance(self.files, ReceivedFiles)
 
     def planned(self, plan: Plan) -> bool:
@@ -79,20 +95,25 @@ class Receiving(Carrier):
         sinks.check_empty()
         return moved + sum(transfer.box.element_count * transfer.saved.dtype.itemsize for transfer in coming)
 
-    def _receive(self, header: dict[str, Any], closing: ExitStack) -> CheckpointFiles:
+    def _receive_header(self, sizes: Mapping[str, int]) -> Header:
+        length = int.from_bytes(self._receive_bytes(LENGTH_BYTES), "little")
+        if length > LARGEST_HEADER_BYTES:
+            raise BadHeaderError(f"it has {length} bytes")
+        return read_header(self._receive_bytes(length), sizes)
+
+    def _receive(self, header: Header, digests: Mapping[str, str], closing: ExitStack) -> CheckpointFiles:
         """Receive the headers, or all."""
-        descriptors = {name: make_memory_file(size_bytes, closing) for name, size_bytes in header["sizes"].items()}
-        if "whole" in header:
-            receive_files(self._relay, descriptors, header["sizes"])
-            files = CheckpointFiles(folder_of(descriptors, closing) / header["name"], closing)
-            files.shown = header["shown"]
+        descriptors = {name: make_memory_file(size_bytes, closing) for name, size_bytes in header.sizes.items()}
+        if header.is_whole:
+            receive_files(self._relay, descriptors, header.sizes, digests)
+            files = CheckpointFiles(folder_of(descriptors, closing) / header.name, closing)
+            files.shown = header.shown
             return files
-        kept = _ranges(header["kept"])
-        for name, ranges in kept.items():
+        for name, ranges in header.kept.items():
             for begin, end in ranges:
                 with writable(descriptors[name], begin, end) as part:
                     self._relay.receive(part)
-        return ReceivedFiles(header, descriptors, kept, closing)
+        return ReceivedFiles(header, descriptors, closing)
 
     def _receive_bytes(self, length: int) -> bytes:
         received = bytearray(length)
@@ -106,15 +127,12 @@ class ReceivedFiles(CheckpointFiles):
     Args:
         header: the source's words on them.
         descriptors: of the files in memory, full of holes.
-        kept: what has come, by file.
         closing: see `CheckpointFiles`.
     """
 
-    def __init__(
-        self, header: dict[str, Any], descriptors: Mapping[str, int], kept: dict[str, list[Range]], closing: ExitStack
-    ) -> None:
-        super().__init__(Path(header["name"]), closing)
-        self.shown, self.kept = header["shown"], kept
+    def __init__(self, header: Header, descriptors: Mapping[str, int], closing: ExitStack) -> None:
+        super().__init__(Path(header.name), closing)
+        self.shown, self.kept = header.shown, header.kept
         self._sources = {file: LocalSource(descriptor) for file, descriptor in descriptors.items()}
 
     def has(self, entry: TensorEntry) -> bool:
@@ -136,7 +154,3 @@ class ReceivedFiles(CheckpointFiles):
                 "has to see it on this rank, and not on the source; pass delivery='read'",
                 tensor=entry.name,
             )
-
-
-def _ranges(received: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[Range]]:
-    return {file: [(begin, end) for begin, end in ranges] for file, ranges in received.items()}

@@ -6,11 +6,10 @@ file. Then the data comes by, in buckets that are pieces of the file, and each r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 from rankload._checkpoint.index import Index
+from rankload._deliver.broadcast.header import LARGEST_HEADER_BYTES, Header
 from rankload._deliver.broadcast.whole_file import send_files
 from rankload._deliver.buckets import Range, cut, header_ranges, is_kept, tensor_ranges
 from rankload._deliver.carrier import Carrier, Plan
@@ -20,7 +19,8 @@ from rankload._deliver.readers import Limits
 from rankload._deliver.reading import ReportBytes, read_all
 from rankload._deliver.transfers import Transfer
 from rankload._job.channel import RankChannel
-from rankload._job.relay.relay import BytesBlock, FileBlock, Relay
+from rankload._job.relay.blocks import BytesBlock, FileBlock
+from rankload._job.relay.relay import Relay
 from rankload._settings import Settings
 from rankload._types import Progress
 
@@ -57,18 +57,20 @@ class Sending(Carrier):
 
         Where an index will not do, the whole file goes instead.
         """
-        index = plan.index
+        index, text = plan.index, b""
         if index is not None:
             sizes = {file: self.files.source(file).size_bytes for file in self._file_names(index)}
             self._kept = header_ranges(sizes, index.storages)
             if any(not is_kept(entry, self._kept) for entry in self.files.used):
                 index = None  # a hook, or extra state, has to see tensors, on every rank
-        if index is None:
+            else:
+                self._ranges = tensor_ranges(plan.entries, self._kept)
+                text = Header(self.files.name, self.files.shown, sizes, False, self._kept, self._ranges).as_json()
+        if index is None or len(text) > LARGEST_HEADER_BYTES:
             self._send_whole()
             return False
-        self._index, self._ranges = index, tensor_ranges(plan.entries, self._kept)
-        header = {"name": self.files.name, "shown": self.files.shown, "kept": self._kept, "ranges": self._ranges}
-        self._send_json({**header, "sizes": sizes})
+        self._index = index
+        self._send_header(text)
         for file, ranges in self._kept.items():
             for begin, end in ranges:
                 self._relay.send(FileBlock(self.files.source(file).descriptor, begin, end - begin))
@@ -90,10 +92,10 @@ class Sending(Carrier):
     def _send_whole(self) -> None:
         path = self.files.path
         sizes = {name: (path.parent / name).stat().st_size for name in (path.name, *parts_of(path))}
-        self._send_json({"name": path.name, "shown": self.files.shown, "whole": True, "sizes": sizes})
+        self._send_header(Header(path.name, self.files.shown, sizes, True, {}, {}).as_json())
         send_files(self._relay, path.parent, sizes)
 
-    def _send_json(self, value: Any) -> None:
-        text = json.dumps(value).encode()
+    def _send_header(self, text: bytes) -> None:
         self._channel.post(COMING_KEY, {})
-        self._relay.send(BytesBlock(memoryview(len(text).to_bytes(LENGTH_BYTES, "little") + text)))
+        for block in (len(text).to_bytes(LENGTH_BYTES, "little"), text):  # as they are received
+            self._relay.send(BytesBlock(memoryview(block)))

@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from rankload._cache.failures import reading
+from rankload._cache.layout import Entry
+from rankload._cache.record import read_record
+from rankload._deliver.broadcast.header import BadHeaderError, check_names
 from rankload._deliver.memory_file import folder_of, writable
 from rankload._deliver.node_memory import NodeMemory
 from rankload._deliver.parts import parts_of
+from rankload._errors import CoordinationError, DigestMismatchError
 from rankload._job.channel import RankChannel
 from rankload._job.machine import kernel_id
+from rankload._job.relay.blocks import FileBlock
 from rankload._job.relay.opening import open_relay
-from rankload._job.relay.relay import FileBlock, Relay
+from rankload._job.relay.relay import Relay
 from rankload._settings import Settings
 
 
@@ -50,7 +55,7 @@ def broadcast_files(
             send_files(relay, path.parent, sizes)
         else:
             assert memory is not None
-            receive_files(relay, memory.descriptors, sizes)
+            receive_files(relay, memory.descriptors, sizes, announced["sha256"])
     if here is not None:
         return here, str(here)
     assert memory is not None
@@ -59,11 +64,29 @@ def broadcast_files(
 
 
 def announce(path: Path | None, source: int, channel: RankChannel) -> dict[str, Any]:
-    """Tell where the source's files are and how large, the checkpoint or its index first; or hear it."""
+    """Tell where the source's files are, how large, and with which digests; or hear it.
+
+    Returns:
+        ``path``, ``identity``, and by file name, the checkpoint or its index first, ``sizes`` in bytes, and ``sha256``
+        where a record vouches for one.
+
+    Raises:
+        CoordinationError: the source's names are no plain ones.
+    """
     if path is None:
-        return channel.wait_for("broadcast/files", from_rank=source)
-    sizes = {name: (path.parent / name).stat().st_size for name in (path.name, *parts_of(path))}
-    announced = {"path": str(path), "identity": _identity(path), "sizes": sizes}
+        announced = channel.wait_for("broadcast/files", from_rank=source)
+        try:
+            check_names(announced["sizes"])
+        except BadHeaderError as error:
+            raise CoordinationError(f"rank {source} announces files that it cannot have: {error}") from error
+        return announced
+    files = {name: path.parent / name for name in (path.name, *parts_of(path))}
+    announced = {
+        "path": str(path),
+        "identity": _identity(path),
+        "sizes": {name: file.stat().st_size for name, file in files.items()},
+        "sha256": {name: digest for name, file in files.items() if (digest := _recorded_digest(file)) is not None},
+    }
     channel.post("broadcast/files", announced)
     return announced
 
@@ -86,11 +109,36 @@ def send_files(relay: Relay, folder: Path, sizes: Mapping[str, int]) -> None:
             relay.send(FileBlock(file.fileno(), 0, size_bytes))
 
 
-def receive_files(relay: Relay, descriptors: Mapping[str, int], sizes: Mapping[str, int]) -> None:
-    """Receive what `send_files` sends."""
+def receive_files(
+    relay: Relay, descriptors: Mapping[str, int], sizes: Mapping[str, int], digests: Mapping[str, str]
+) -> None:
+    """Receive what `send_files` sends.
+
+    Args:
+        relay: from the source.
+        descriptors: of files in memory, by name.
+        sizes: of the files, in bytes.
+        digests: SHA-256 of those of which it is known.
+
+    Raises:
+        CoordinationError: something between the nodes has changed the bytes.
+        DigestMismatchError: the source did not send the file that was verified when it was fetched.
+    """
     for name, size_bytes in sizes.items():
         with writable(descriptors[name], 0, size_bytes) as whole:
-            relay.receive(whole)
+            found = relay.receive(whole)
+        if found != digests.get(name, found):
+            raise DigestMismatchError(
+                f"{name}: what the source sent has SHA-256 {found}, and its record says {digests[name]}: the file was "
+                "damaged or replaced after it was fetched; remove it there, and load again",
+                expected=digests[name],
+                got=found,
+            )
+
+
+def _recorded_digest(path: Path) -> str | None:
+    record = read_record(Entry(path).record_path)
+    return record.sha256 if record is not None and record.vouches_for(path.stat()) else None
 
 
 def _identity(path: Path) -> str:

@@ -9,8 +9,10 @@ from rankload._job.channel import RankChannel
 from rankload._job.machine import kernel_id
 from rankload._job.relay.addresses import own_addresses
 from rankload._job.relay.chain import neighbours
-from rankload._job.relay.links import Link, Listener, connect
+from rankload._job.relay.links import Link, connect
+from rankload._job.relay.listener import Listener
 from rankload._job.relay.relay import Relay, Watch
+from rankload._job.relay.seal import new_key
 from rankload._settings import Settings
 from rankload._types import Progress
 
@@ -38,7 +40,7 @@ def open_relay(channel: RankChannel, source: int, settings: Settings, *, takes_p
     """
     rank = channel.identity.rank
     if rank == source:
-        order = {"hosts": _gather(channel), "source_host": channel.identity.host}
+        order = {"hosts": _gather(channel), "source_host": channel.identity.host, "key": new_key().hex()}
         channel.post(f"{_KEY}/order", order)
         return _connected(channel, order, None, settings)
     if not takes_part:
@@ -79,13 +81,14 @@ def _connected(channel: RankChannel, order: dict[str, Any], listener: Listener |
         is_source = place.upstream == order["hosts"][0][0]
         host = order["source_host"] if is_source else _announced(channel, place.upstream)["host"]
         upstream = listener.accept(place.upstream, host, look_around)
+        listener.close()
         channel.on_exit(upstream.socket.close)
     downstreams: list[Link] = []
     for rank in place.downstreams:
         member = _announced(channel, rank)
         downstreams.append(connect(rank, member["host"], member["way"], settings.connect_seconds, look_around))
         channel.on_exit(downstreams[-1].socket.close)
-    return Relay(upstream, downstreams, watch, settings.progress_seconds)
+    return Relay(upstream, downstreams, watch, settings.progress_seconds, bytes.fromhex(order["key"]))
 
 
 def _announced(channel: RankChannel, rank: int) -> dict[str, Any]:

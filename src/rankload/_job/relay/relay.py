@@ -1,17 +1,23 @@
-"""Passing bytes on as they come: a byte is on its way to the next rank before the next one has arrived."""
+"""Passing bytes on as they come: a byte is on its way to the next rank before the next one has arrived.
+
+After each piece of a block comes the source's tag (see `seal`). A rank passes a tag on only if it fits, so the first
+rank after a fault is the one that reports it; and it returns no block of which a piece has not been verified.
+"""
 
 from __future__ import annotations
 
-import os
+import hashlib
+import hmac
 import select
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Protocol
 
-from rankload._errors import LoadError, ProgressTimeoutError, RankLostError
+from rankload._errors import CoordinationError, ProgressTimeoutError, RankLostError
 from rankload._job.awake import AwakeTime
+from rankload._job.relay.blocks import Block
 from rankload._job.relay.links import Link
+from rankload._job.relay.seal import TAG_BYTES, Seal, pieces
 from rankload._types import Phase, Progress
 
 #: As much as goes through a socket at a time: what was just received is in the cache when it is sent on.
@@ -30,61 +36,6 @@ _LONGEST_WAIT_SECONDS = 6.0
 Watch = Callable[[Progress], None]
 
 
-class Block(Protocol):
-    """The next bytes of the stream."""
-
-    def __len__(self) -> int:
-        """Return how many they are."""
-
-    def send(self, link: Link, begin: int, end: int) -> int:
-        """Send some of those from begin to end; return how many."""
-
-
-class BytesBlock:
-    """Bytes in memory: to be sent, or to be filled."""
-
-    def __init__(self, memory: memoryview) -> None:
-        self.memory = memory.cast("B")
-
-    def __len__(self) -> int:
-        """See `Block`."""
-        return len(self.memory)
-
-    def send(self, link: Link, begin: int, end: int) -> int:
-        """See `Block`."""
-        return link.socket.send(self.memory[begin : min(end, begin + _MOST_BYTES)])
-
-
-class FileBlock:
-    """Bytes of an open file, which go from the page cache into the socket without a copy: sendfile(2)."""
-
-    def __init__(self, descriptor: int, offset: int, length: int) -> None:
-        self._descriptor, self._offset, self._length = descriptor, offset, length
-
-    def __len__(self) -> int:
-        """See `Block`."""
-        return self._length
-
-    def send(self, link: Link, begin: int, end: int) -> int:
-        """See `Block`."""
-        offset, length = self._offset + begin, end - begin
-        try:
-            sent = os.sendfile(link.socket.fileno(), self._descriptor, offset, length)
-        except (BlockingIOError, ConnectionError, TimeoutError):
-            raise
-        except OSError:  # a filesystem that cannot, or one that cannot read: the read says which
-            sent = link.socket.send(self._read(min(length, _MOST_BYTES), offset))
-        if not sent:
-            raise LoadError("the file has become shorter while it was sent: who has cut it off?")
-        return sent
-
-    def _read(self, length: int, offset: int) -> bytes:
-        try:
-            return os.pread(self._descriptor, length, offset)
-        except OSError as error:
-            raise LoadError(f"cannot read the file that is to be sent: {error.strerror}", errno=error.errno) from error
-
-
 class Relay:
     """This rank's place in the chain.
 
@@ -95,12 +46,14 @@ class Relay:
         downstreams: where they go to.
         watch: called a few times a second.
         progress_seconds: the longest time without a byte.
+        key: authenticates the stream; the same on all ranks of the chain, and known to nobody else.
     """
 
     def __init__(
-        self, upstream: Link | None, downstreams: Sequence[Link], watch: Watch, progress_seconds: float
+        self, upstream: Link | None, downstreams: Sequence[Link], watch: Watch, progress_seconds: float, key: bytes
     ) -> None:
         self.upstream, self.downstreams = upstream, downstreams
+        self._seal = Seal(key)
         self._watch, self._progress_seconds = watch, progress_seconds
         self._looked_at, self._still = time.monotonic(), AwakeTime(_LONGEST_WAIT_SECONDS)
         self.bytes_passed = 0
@@ -109,38 +62,74 @@ class Relay:
     def send(self, block: Block) -> None:
         """Send a block to all downstream ranks. At the source."""
         assert self.upstream is None
-        self._pass_on(block, None, len(block))
+        if not self.downstreams:
+            return
+        digest = hashlib.sha256()
+        for begin, end in pieces(len(block)):
+            piece = block.read(begin, end)
+            digest.update(piece)
+            self._pass_on(piece, self.downstreams, len(piece))
+            self._pass_on_tag(self._seal.next_tag(len(block), end, digest.digest()))
 
-    def receive(self, memory: memoryview) -> None:
-        """Fill memory from upstream; return when all downstream ranks have been sent it, too."""
-        block = BytesBlock(memory)
-        self._pass_on(block, block.memory, 0)
+    def receive(self, memory: memoryview) -> str:
+        """Fill memory from upstream; return when all downstream ranks have been sent it, too.
 
-    def _pass_on(self, block: Block, memory: memoryview | None, ready: int) -> None:
-        """Move a block along.
+        Returns:
+            The SHA-256 of the block, in hex.
+
+        Raises:
+            CoordinationError: what came is not what the source sent. The memory is not to be used.
+        """
+        memory = memory.cast("B")
+        digest = hashlib.sha256()
+        for begin, end in pieces(len(memory)):
+            self._pass_on(memory[begin:end], self.downstreams, 0, digest.update)
+            self._pass_on(memoryview(tag := bytearray(TAG_BYTES)), (), 0, is_counted=False)
+            if not hmac.compare_digest(tag, self._seal.next_tag(len(memory), end, digest.digest())):
+                raise self._tampered()
+            self._pass_on_tag(tag)
+        return digest.hexdigest()
+
+    def _pass_on_tag(self, tag: bytes | bytearray) -> None:
+        self._pass_on(memoryview(tag), self.downstreams, len(tag), is_counted=False)
+
+    def _pass_on(
+        self,
+        memory: memoryview,
+        links: Sequence[Link],
+        ready: int,
+        hear: Callable[[memoryview], None] = lambda _: None,
+        *,
+        is_counted: bool = True,
+    ) -> None:
+        """Move some bytes along.
 
         Args:
-            block: it.
-            memory: where to receive it.
-            ready: how many of its bytes are there already.
+            memory: where they are, or where to receive them.
+            links: where to send them.
+            ready: how many of them are there already.
+            hear: gets those that are received, in order.
+            is_counted: whether they count as bytes of the stream.
         """
-        length, sent = len(block), [0] * len(self.downstreams)
+        length, sent = len(memory), [0] * len(links)
         while ready < length or min(sent, default=length) < length:
             received = 0
-            if memory is not None and ready < length:
+            if ready < length:
                 received = self._receive(memory[ready : ready + _MOST_BYTES])
+                hear(memory[ready : ready + received])
                 ready += received
             moved = received
-            for number, link in enumerate(self.downstreams):
+            for number, link in enumerate(links):
                 if sent[number] < ready:
-                    count = self._send(block, link, sent[number], ready)
+                    count = self._send(link, memory[sent[number] : min(ready, sent[number] + _MOST_BYTES)])
                     sent[number], moved = sent[number] + count, moved + count
             if moved:
-                self._note(received if memory is not None else moved // len(self.downstreams))
+                count = moved // len(links) if self.upstream is None else received
+                self._note(count if is_counted else 0)
             else:
                 self._wait(
                     wants_more=ready < length,
-                    links=[link for link, count in zip(self.downstreams, sent, strict=True) if count < ready],
+                    links=[link for link, count in zip(links, sent, strict=True) if count < ready],
                 )
 
     def _receive(self, memory: memoryview) -> int:
@@ -155,9 +144,9 @@ class Relay:
             raise self._lost(self.upstream, None)
         return count
 
-    def _send(self, block: Block, link: Link, begin: int, end: int) -> int:
+    def _send(self, link: Link, memory: memoryview) -> int:
         try:
-            return block.send(link, begin, end)
+            return link.socket.send(memory)
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -193,6 +182,17 @@ class Relay:
         self._looked_at = time.monotonic()
         phase: Phase = "sending" if self.upstream is None else "receiving"
         self._watch(Progress(phase, self.bytes_passed, self.bytes_total))
+
+    def _tampered(self) -> CoordinationError:
+        link = self.upstream
+        assert link is not None
+        return CoordinationError(
+            f"what came from rank {link.rank} on {link.host} is not what the source has sent, somewhere before byte "
+            f"{self.bytes_passed} of the stream: something between the nodes changes the bytes; nothing is loaded "
+            "from them; check the network, choose another one by GLOO_SOCKET_IFNAME, or pass delivery='read'",
+            upstream_rank=link.rank,
+            upstream_host=link.host,
+        )
 
     def _lost(self, link: Link, error: OSError | None) -> RankLostError:
         """Return the error for a broken connection, unless the other rank has said why it left: raise that."""
