@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from rankload._job.channel import RankChannel
 from rankload._job.lone import LoneChannel
 from rankload._job.membership import open_lone_channel, own_identity
 from rankload._settings import Settings
-from rankload._types import Delivery, FetchRequest, Progress, Scope, Verify
+from rankload._types import Delivery, FetchedFile, FetchRequest, Progress, Scope, Verify
 from rankload.adapt import Adapter, as_adapter
 
 if TYPE_CHECKING:
@@ -123,14 +124,15 @@ def dist_load_state_dict_from_url(
             headers=headers,
             scope=scope,
             verify=verify,
-            offline=settings.offline if offline is None else offline,
+            offline=offline,
             must_be_checkpoint=True,
-            max_bytes=(settings.max_bytes or None) if max_bytes is None else max_bytes,
+            max_bytes=max_bytes,
+            settings=settings,
         )
         chosen, source = agree_on_delivery(channel, agreed_arguments(request, "load"), delivery, src, group)
-        path = fetch_for(chosen, request, channel, settings, source)
+        file = fetch_for(chosen, request, channel, settings, source)
         with ExitStack() as closing:
-            path, shown = _delivered(chosen, path, source, channel, settings, closing)
+            path, shown = _delivered(chosen, file, source, channel, settings, closing)
             state_dict = _read(path, shown, map_location, channel, group, settings, weights_only, mmap)
         return adapter(state_dict)  # type: ignore[no-any-return]
 
@@ -167,9 +169,10 @@ def dist_fetch(
             headers=headers,
             scope=scope,
             verify=verify,
-            offline=settings.offline if offline is None else offline,
+            offline=offline,
             must_be_checkpoint=False,
-            max_bytes=(settings.max_bytes or None) if max_bytes is None else max_bytes,
+            max_bytes=max_bytes,
+            settings=settings,
         )
         channel.agree(agreed_arguments(request, "fetch"))
         return fetch_once(request, channel, settings).path
@@ -189,9 +192,13 @@ def load_in_this_process(
 
     Processes that share the directory still download once, through the lease.
     """
-    path = fetch_in_this_process(url, model_dir, progress=progress, check_hash=check_hash, file_name=file_name)
-    channel = LoneChannel(own_identity())
-    return _read(path, str(path), map_location, channel, None, Settings.from_environment(), weights_only, None)
+    settings = replace(Settings.from_environment(), hash_prefix_digits=1)  # torch.hub takes any prefix for a hash
+    file = fetch_in_this_process(
+        url, model_dir, progress=progress, check_hash=check_hash, file_name=file_name, settings=settings
+    )
+    with LoneChannel(own_identity()) as channel, ExitStack() as closing:
+        path, shown = _delivered("read", file, 0, channel, settings, closing)
+        return _read(path, shown, map_location, channel, None, settings, weights_only, None)
 
 
 def fetch_in_this_process(
@@ -206,9 +213,10 @@ def fetch_in_this_process(
     verify: Verify = "once",
     must_be_checkpoint: bool = True,
     max_bytes: int | None = None,
-) -> Path:
+    settings: Settings | None = None,
+) -> FetchedFile:
     """Fetch without the other ranks, by the arguments of the public calls. Not collective; does not import torch."""
-    settings = Settings.from_environment()
+    settings = settings or Settings.from_environment()
     with open_lone_channel() as channel:
         request = make_request(
             url,
@@ -220,16 +228,17 @@ def fetch_in_this_process(
             headers=headers,
             scope="process",
             verify=verify,
-            offline=settings.offline,
+            offline=None,
             must_be_checkpoint=must_be_checkpoint,
-            max_bytes=(settings.max_bytes or None) if max_bytes is None else max_bytes,
+            max_bytes=max_bytes,
+            settings=settings,
         )
-        return fetch_once(request, channel, settings).path
+        return fetch_once(request, channel, settings)
 
 
 def _delivered(
     delivery: Delivery,
-    path: Path | None,
+    file: FetchedFile | None,
     source: int,
     channel: LoneChannel | RankChannel,
     settings: Settings,
@@ -237,18 +246,20 @@ def _delivered(
 ) -> tuple[Path, str]:
     """Return where this rank is to load from, and what messages call it. Collective."""
     from rankload._deliver.broadcast.whole_file import broadcast_files  # imports torch
+    from rankload._deliver.own_copy import with_own_copy
     from rankload._deliver.parts import all_files
     from rankload._deliver.read_ahead import read_ahead
     from rankload._deliver.unpacked_once import with_unpacked
 
+    path = None if file is None else with_own_copy(file.path, file.sha256, channel, closing)
     if delivery == "broadcast":
         assert isinstance(channel, RankChannel)
-        path, shown = broadcast_files(path, source, channel, settings, closing)
+        path, shown = broadcast_files(path, file, source, channel, settings, closing)
         return with_unpacked(path, channel, closing), shown
-    assert path is not None
+    assert file is not None and path is not None
     _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", channel.identity.rank)
     read_ahead(all_files(path), channel, settings.progress_seconds)
-    return with_unpacked(path, channel, closing), str(path)
+    return with_unpacked(path, channel, closing), str(file.path)
 
 
 def _read(
@@ -278,7 +289,7 @@ def _read(
 
 def fetch_for(
     delivery: Delivery, request: FetchRequest, channel: LoneChannel | RankChannel, settings: Settings, source: int
-) -> Path | None:
+) -> FetchedFile | None:
     """Fetch what a delivery needs; return the file, or None where only the source has one. Collective."""
     file = (
         fetch_at(source, request, channel, settings)
@@ -286,4 +297,4 @@ def fetch_for(
         else fetch_once(request, channel, settings)
     )
     channel.report(Progress("loading", 0, None if file is None else file.size_bytes))
-    return None if file is None else file.path
+    return file

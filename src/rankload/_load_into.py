@@ -18,10 +18,11 @@ from rankload._deliver.carriers import open_carrier
 from rankload._deliver.content import open_content
 from rankload._deliver.module_load import left_on_meta, plan_load, prepare_load, run_post_hooks
 from rankload._deliver.optimizer_load import plan_optimizer_load, prepare_optimizer_load
+from rankload._deliver.own_copy import is_foreign, with_own_copy
 from rankload._deliver.places import bare, device_of, places
 from rankload._deliver.report import LoadReport
 from rankload._deliver.saved import SavedTensor
-from rankload._errors import ArgumentError
+from rankload._errors import ArgumentError, printable
 from rankload._fetch.request import Url, agreed_arguments, make_request
 from rankload._job.devices import own_device
 from rankload._types import Delivery, Progress, Scope, Verify
@@ -127,18 +128,27 @@ def dist_load_into(
             headers=headers,
             scope=scope,
             verify=verify,
-            offline=settings.offline if offline is None else offline,
+            offline=offline,
             must_be_checkpoint=True,
-            max_bytes=(settings.max_bytes or None) if max_bytes is None else max_bytes,
+            max_bytes=max_bytes,
+            settings=settings,
         )
         chosen, sender = agree_on_delivery(
             channel, agreed_arguments(request, "load_into"), delivery, src, group, get_args(Delivery)
         )
         with _timed(phases, "fetch"):
-            path = fetch_for(chosen, request, channel, settings, sender)
+            file = fetch_for(chosen, request, channel, settings, sender)
         with _timed(phases, "check"):
             inner, _ = bare(target)
-            carrier = open_carrier(chosen, path, sender, channel, group, settings, closing)
+            path = file.path if file is not None else None
+            if file is not None and is_foreign(file.path):
+                if file.sha256 is not None:
+                    path = with_own_copy(file.path, file.sha256, channel, closing)
+                else:  # nothing was verified; but its owner could still change it under a mapping
+                    mmap = False
+            carrier = open_carrier(chosen, path, file, sender, channel, group, settings, closing)
+            if file is not None:
+                carrier.path, carrier.files.shown = file.path, printable(str(file.path))
             content = open_content(
                 carrier.files,
                 adapter,

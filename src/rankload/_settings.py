@@ -38,6 +38,8 @@ class Settings:
         streams: most connections that one download uses at a time.
         chunk_bytes: a range that is asked for, and the unit of what a killed download keeps.
         offline: no socket is opened; what is not cached is an error.
+        hash_prefix_digits: fewest hex digits in a file name that ``check_hash=True`` takes for a hash prefix. Finding a
+            file with a given prefix of 8 digits takes some 4 billion tries; torch.hub's own names have 8.
         max_bytes: the most that one call may download (the ``max_bytes=`` argument wins); 0: no limit.
     """
 
@@ -57,6 +59,7 @@ class Settings:
     streams: int = 16
     chunk_bytes: int = 8 << 20
     offline: bool = False
+    hash_prefix_digits: int = 8
     max_bytes: int = 0
 
     @property

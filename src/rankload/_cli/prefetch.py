@@ -40,7 +40,7 @@ def prefetch(
     """Fetch a file into the cache, verified, and print its path. Compute nodes then load it offline."""
     from rankload._api import fetch_in_this_process
 
-    path = fetch_in_this_process(
+    file = fetch_in_this_process(
         urls,
         model_dir,
         file_name=file_name,
@@ -52,7 +52,7 @@ def prefetch(
         max_bytes=max_bytes,
         progress=not quiet,
     )
-    typer.echo(path)
+    typer.echo(file.path)
 
 
 def _lines(headers: list[str]) -> Iterator[str]:

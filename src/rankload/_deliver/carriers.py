@@ -18,6 +18,7 @@ from rankload._job.channel import RankChannel
 from rankload._job.lone import LoneChannel
 from rankload._job.relay.opening import open_relay
 from rankload._settings import Settings
+from rankload._types import FetchedFile
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 def open_carrier(
     delivery: str,
     path: Path | None,
+    file: FetchedFile | None,
     source: int,
     channel: LoneChannel | RankChannel,
     group: ProcessGroup | None,
@@ -36,7 +38,8 @@ def open_carrier(
 
     Args:
         delivery: ``"read"``, ``"broadcast"`` from one rank's file to all, ``"gather"``, or ``"auto"``.
-        path: the file; None for ranks that did not fetch one.
+        path: the checkpoint; None for ranks that did not fetch one.
+        file: what was fetched, of which ``path`` may be a copy.
         source: the rank that broadcasts.
         channel: of the call.
         group: over which the call is; None for the default one.
@@ -47,7 +50,7 @@ def open_carrier(
         assert path is not None
         return Reading(_files(path, channel, closing), channel, settings, "there is one rank")
     if delivery == "broadcast":
-        return _open_broadcast(path, source, channel, settings, closing)
+        return _open_broadcast(path, file, source, channel, settings, closing)
     assert path is not None
     files = _files(path, channel, closing)
     if delivery == "read":
@@ -60,9 +63,14 @@ def _files(path: Path, channel: LoneChannel | RankChannel, closing: ExitStack) -
 
 
 def _open_broadcast(
-    path: Path | None, source: int, channel: RankChannel, settings: Settings, closing: ExitStack
+    path: Path | None,
+    file: FetchedFile | None,
+    source: int,
+    channel: RankChannel,
+    settings: Settings,
+    closing: ExitStack,
 ) -> Carrier:
-    announced = announce(path, source, channel)
+    announced = announce(path, file, source, channel)
     here = path if path is not None else find(announced)
     relay = open_relay(channel, source, settings, takes_part=here is None)
     if here is None:

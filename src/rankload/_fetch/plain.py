@@ -16,7 +16,7 @@ from rankload._fetch.offline import is_switched_off
 from rankload._fetch.partials.adoption import remove_dead_partials
 from rankload._fetch.partials.partial import Partial
 from rankload._fetch.receive import Receiver
-from rankload._fetch.request import checked_urls
+from rankload._fetch.request import checked_urls, warn_of_short_prefix
 from rankload._fetch.verify import check_digest, claims_of
 from rankload._job.signals import TerminationAsException
 from rankload._settings import Settings
@@ -46,6 +46,8 @@ def download_to(url: str, destination: Path, hash_prefix: str | None, *, progres
         progress=progress,
         max_bytes=settings.max_bytes or None,
     )
+    if hash_prefix:
+        warn_of_short_prefix(hash_prefix)
     entry, source = Entry(path), local_path_of(url)
     if source is None and (settings.offline or is_switched_off(url)):
         raise OfflineError(f"{redact(url)}: offline mode forbids fetching it", url=redact(url))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import sys
@@ -15,8 +16,11 @@ from rankload._cache.layout import checked_file_name, checkpoints_directory, has
 from rankload._errors import ArgumentError
 from rankload._fetch.offline import is_switched_off
 from rankload._fetch.parts import is_index_name, name_in_own_folder
+from rankload._settings import Settings
 from rankload._types import FetchRequest, Scope, Verify
 from rankload._urls import expanded, file_name_of, local_path_of, redact, scheme_of, url_key, why_refused
+
+_logger = logging.getLogger("rankload")
 
 #: A header's name (RFC 9110, 5.6.2).
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -35,11 +39,12 @@ def make_request(
     headers: Mapping[str, str] | None,
     scope: Scope,
     verify: Verify,
-    offline: bool,
+    offline: bool | None,
     must_be_checkpoint: bool,
-    max_bytes: int | None = None,
+    max_bytes: int | None,
+    settings: Settings,
 ) -> FetchRequest:
-    """Check the arguments and put them together.
+    """Check the arguments and put them together; the settings stand in for those that are None.
 
     Raises:
         ArgumentError: names the argument, its value, and what was expected.
@@ -55,14 +60,14 @@ def make_request(
         file_name=name_in_own_folder(name, url_key(urls[0])) if is_index else name,
         is_index=is_index,
         sha256=_checked_sha256(sha256),
-        hash_prefix=_promised_prefix(local_path.name if local_path else name) if check_hash else None,
+        hash_prefix=_promised_prefix(local_path.name if local_path else name, settings) if check_hash else None,
         must_be_checkpoint=must_be_checkpoint,
         headers=checked_headers(headers or {}),
         verify=_checked_choice("verify", verify, get_args(Verify)),
         scope=_checked_choice("scope", scope, get_args(Scope)),
         progress=progress,
-        offline=offline or is_switched_off(urls[0]),
-        max_bytes=_checked_max_bytes(max_bytes),
+        offline=(settings.offline if offline is None else offline) or is_switched_off(urls[0]),
+        max_bytes=(settings.max_bytes or None) if max_bytes is None else _checked_max_bytes(max_bytes),
     )
 
 
@@ -188,19 +193,33 @@ def _checked_sha256(sha256: str | None) -> str | None:
     return digest
 
 
-def _checked_max_bytes(max_bytes: int | None) -> int | None:
-    if max_bytes is None or (type(max_bytes) is int and max_bytes > 0):
+def _checked_max_bytes(max_bytes: int) -> int:
+    if type(max_bytes) is int and max_bytes > 0:
         return max_bytes
     raise ArgumentError(f"max_bytes={max_bytes!r}: expected a positive whole number of bytes, or None for no limit")
 
 
-def _promised_prefix(name: str) -> str:
+def _promised_prefix(name: str, settings: Settings) -> str:
     if (prefix := hash_prefix_of(name)) is None:
         raise ArgumentError(
             f"check_hash=True, but the file name {name!r} carries no hash prefix (as in resnet50-0676ba61.pth): pass "
             "sha256=, or file_name= with the prefix, or leave check_hash out"
         )
+    if len(prefix) < settings.hash_prefix_digits:
+        raise ArgumentError(
+            f"check_hash=True, but the hash prefix {prefix!r} in the file name {name!r} has only {len(prefix)} digits: "
+            "it can be forged, or is no hash at all; expected "
+            f"{settings.hash_prefix_digits} or more. Pass sha256=, or set RANKLOAD_HASH_PREFIX_DIGITS={len(prefix)} if "
+            "it is one"
+        )
+    warn_of_short_prefix(prefix)
     return prefix
+
+
+def warn_of_short_prefix(prefix: str) -> None:
+    """Warn of a hash prefix that proves little: a file with 6 given digits is found by some 16 million tries."""
+    if len(prefix) < Settings.hash_prefix_digits:
+        _logger.warning("a hash prefix of %d digits proves little: pass the full digest (sha256=)", len(prefix))
 
 
 def _checked_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> Any:

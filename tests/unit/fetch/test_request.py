@@ -8,6 +8,7 @@ import pytest
 
 from rankload._errors import ArgumentError
 from rankload._fetch.request import default_directory, make_request
+from rankload._settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,15 @@ from rankload._fetch.request import default_directory, make_request
         "https://user:hunter2@[host/x.pth",
         ["https://host/x.pth?sig=hunter2", ""],
         "ftp://user:hunter2@host/x.pth?sig=hunter2",
+        "file://user:hunter2@host/x.pth",
+        "https:/user:hunter2@host/x.pth",
+        "https:user:hunter2@host/x.pth",
+        "https:///user:hunter2@host/x.pth",
+        "https://user:hunter2\\@host/x.pth",
+        "https://user:hun ter2@host/x.pth".replace("hun ter2", "x hunter2"),
+        "https://user:a#hunter2@host/x.pth",
+        "https://user:hunter2@host/x\n.pth",
+        "s3:/key:hunter2@bucket/x.pth",
     ],
 )
 def test_an_error_about_a_url_shows_no_password_and_no_query(url: str | list[str]) -> None:
@@ -35,6 +45,8 @@ def test_an_error_about_a_url_shows_no_password_and_no_query(url: str | list[str
             verify="once",
             offline=False,
             must_be_checkpoint=True,
+            max_bytes=None,
+            settings=Settings(),
         )
     assert "hunter2" not in str(caught.value)
 
@@ -70,5 +82,7 @@ def test_arguments_that_are_none(arguments: Any, text: str) -> None:
             verify="once",
             offline=False,
             must_be_checkpoint=True,
+            max_bytes=None,
+            settings=Settings(),
         )
     assert "hunter2" not in str(caught.value)

@@ -11,9 +11,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from rankload._cache.access import is_trusted
 from rankload._cache.failures import reading
 from rankload._cache.layout import Entry
-from rankload._cache.record import read_record
+from rankload._cache.record import find_record
 from rankload._deliver.broadcast.header import BadHeaderError, check_names
 from rankload._deliver.memory_file import folder_of, writable
 from rankload._deliver.node_memory import NodeMemory
@@ -25,10 +26,16 @@ from rankload._job.relay.blocks import FileBlock
 from rankload._job.relay.opening import open_relay
 from rankload._job.relay.relay import Relay
 from rankload._settings import Settings
+from rankload._types import FetchedFile
 
 
 def broadcast_files(
-    path: Path | None, source: int, channel: RankChannel, settings: Settings, closing: ExitStack
+    path: Path | None,
+    file: FetchedFile | None,
+    source: int,
+    channel: RankChannel,
+    settings: Settings,
+    closing: ExitStack,
 ) -> tuple[Path, str]:
     """Return where this rank finds the source's checkpoint: on disk, or what has come of it in memory. Collective.
 
@@ -39,12 +46,13 @@ def broadcast_files(
 
     Args:
         path: the checkpoint, or the index of one in several files, at the source; None elsewhere.
+        file: what the source has fetched, of which ``path`` may be a copy; None elsewhere.
         source: its rank.
         channel: of the call.
         settings: deadlines.
         closing: lets go of the memory: to be closed when torch.load is through.
     """
-    announced = announce(path, source, channel)
+    announced = announce(path, file, source, channel)
     sizes: dict[str, int] = announced["sizes"]
     here = path if path is not None else find(announced)
     memory = None if here is not None else NodeMemory.claim(sizes, channel, closing)
@@ -57,23 +65,23 @@ def broadcast_files(
             assert memory is not None
             receive_files(relay, memory.descriptors, sizes, announced["sha256"])
     if here is not None:
-        return here, str(here)
+        return here, announced["shown"]
     assert memory is not None
     memory.tell_or_wait(channel)
-    return folder_of(memory.descriptors, closing) / next(iter(sizes)), announced["path"]
+    return folder_of(memory.descriptors, closing) / next(iter(sizes)), announced["shown"]
 
 
-def announce(path: Path | None, source: int, channel: RankChannel) -> dict[str, Any]:
+def announce(path: Path | None, file: FetchedFile | None, source: int, channel: RankChannel) -> dict[str, Any]:
     """Tell where the source's files are, how large, and with which digests; or hear it.
 
     Returns:
-        ``path``, ``identity``, and by file name, the checkpoint or its index first, ``sizes`` in bytes, and ``sha256``
-        where a record vouches for one.
+        ``path``, what messages call it (``shown``), ``identity``, and by file name, the checkpoint or its index first,
+        ``sizes`` in bytes, and ``sha256`` where a record vouches for one.
 
     Raises:
         CoordinationError: the source's names are no plain ones.
     """
-    if path is None:
+    if path is None or file is None:
         announced = channel.wait_for("broadcast/files", from_rank=source)
         try:
             check_names(announced["sizes"])
@@ -81,11 +89,14 @@ def announce(path: Path | None, source: int, channel: RankChannel) -> dict[str, 
             raise CoordinationError(f"rank {source} announces files that it cannot have: {error}") from error
         return announced
     files = {name: path.parent / name for name in (path.name, *parts_of(path))}
+    digests = {name: _recorded_digest(one) for name, one in files.items()}
+    digests[path.name] = file.sha256 or digests[path.name]
     announced = {
         "path": str(path),
+        "shown": str(file.path),
         "identity": _identity(path),
-        "sizes": {name: file.stat().st_size for name, file in files.items()},
-        "sha256": {name: digest for name, file in files.items() if (digest := _recorded_digest(file)) is not None},
+        "sizes": {name: one.stat().st_size for name, one in files.items()},
+        "sha256": {name: digest for name, digest in digests.items() if digest is not None},
     }
     channel.post("broadcast/files", announced)
     return announced
@@ -137,8 +148,10 @@ def receive_files(
 
 
 def _recorded_digest(path: Path) -> str | None:
-    record = read_record(Entry(path).record_path)
-    return record.sha256 if record is not None and record.vouches_for(path.stat()) else None
+    found = find_record(Entry(path).record_path)
+    if found is None or found.record is None or found.owner_uid is None or not is_trusted(found.owner_uid):
+        return None
+    return found.record.sha256 if found.record.vouches_for(path.stat()) else None
 
 
 def _identity(path: Path) -> str:

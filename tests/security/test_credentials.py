@@ -1,0 +1,151 @@
+"""Headers, tokens and netrc entries go to the server that is really connected to, or nowhere."""
+
+from __future__ import annotations
+
+import os
+import traceback
+
+import pytest
+
+import rankload
+from harness.certificates import Authority
+from harness.namespace import namespace
+from harness.nginx import nginx
+from harness.nginx_behaviours import Behaviour
+from harness.origin import Origin
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces")
+
+CONTENT = bytes(range(256)) * 100
+SECRETS = {"GH_TOKEN": "SECRET-GH", "HF_TOKEN": "SECRET-HF"}
+
+FETCH = """
+import sys, rankload
+try:
+    print(rankload.dist_fetch(sys.argv[1], sys.argv[2], progress=False).stat().st_size)
+except rankload.FetchError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.fixture
+def elsewhere():
+    with Origin() as server:
+        yield server
+
+
+@needs_root
+@pytest.mark.parametrize("victim", ["huggingface.co", "github.com"])
+@pytest.mark.parametrize(
+    "location",
+    [
+        "https://:@evil.example\\@{}/file.bin",
+        "https://evil.example\\@{}/file.bin",
+        "https://evil.example\\.{}/file.bin",
+        "https://evil.example#@{}/file.bin",
+        "https://evil.example?@{}/file.bin",
+        "https://{}:x@evil.example/file.bin",
+        "https://{}@evil.example/file.bin",
+        "//{}@evil.example/file.bin",
+        "https:\\\\evil.example\\@{}/file.bin",
+        "https://evil.example/@{}/../file.bin",
+    ],
+)
+def test_no_redirect_gets_a_token(tmp_path, cache, origin, victim, location):
+    """evil.example has a certificate, and is trusted: only the choice of credentials protects them."""
+    authority, root = Authority(tmp_path), tmp_path / "root"
+    root.mkdir()
+    (root / "file.bin").write_bytes(CONTENT)
+    line = f'add_header Location "{location.format(victim)}" always; return 302;'.replace("\\", "\\\\")
+    redirect = Behaviour(f"location = /start.bin {{ {line} }}")
+    with (
+        namespace({"start.example": "127.0.0.1", "evil.example": "127.0.0.2", victim: "127.0.0.3"}) as network,
+        nginx(root, redirect, tls=authority.certificate("start.example"), port=443, start=network.start_program),
+        nginx(root, tls=authority.certificate("evil.example"), address="127.0.0.2", port=443,
+              start=network.start_program) as evil,
+    ):  # fmt: skip
+        environment = {**authority.environment, **SECRETS}
+        result = network.run_script(FETCH, "https://start.example/start.bin", cache, env=environment).check()
+        seen = [access.authorization for access in evil.accesses()]
+    assert not any(seen), (seen, result.stdout)
+    assert "SECRET" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://{other}\\@{own}/blob",
+        "http://:@{other}\\@{own}/blob",
+        "http://{own}@{other}/blob",
+        "http://user:password@{own}/blob",
+        "http://{own}\\@{other}/blob",
+        "/blob\\..\\x",
+        "/blob x",
+        "/blob\tx",
+        "http:/{other}/blob",
+        "http:///{other}/blob",
+        "ftp://{own}/blob",
+        "file:///etc/passwd",
+        "javascript:alert(1)",
+        "http://{own}:99999/blob",
+        "http://[{own}/blob",
+    ],
+)
+def test_strange_redirect_is_refused_or_harmless(origin, elsewhere, cache, location):
+    origin.add("blob", CONTENT)
+    elsewhere.add("blob", CONTENT)
+    own, other = (server.base_url.removeprefix("http://") for server in (origin, elsewhere))
+    url = origin.add("file.bin", b"", redirect_to=location.format(own=own, other=other))
+    with pytest.raises(rankload.FetchError):
+        rankload.dist_fetch(url, cache, headers={"Authorization": "Bearer SECRET", "X-Key": "SECRET"}, progress=False)
+    assert elsewhere.request_count() == 0
+
+
+def test_netrc_entry_is_not_for_a_host_that_a_redirect_names(origin, elsewhere, cache, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("default login somebody password SECRET\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    elsewhere.add("blob", CONTENT)
+    url = origin.add("file.bin", b"", redirect_to=elsewhere.url("blob"))
+    rankload.dist_fetch(url, cache)
+    assert origin.requests()[0].headers["authorization"].startswith("Basic ")
+    assert "authorization" not in elsewhere.requests()[0].headers
+
+
+def test_user_of_the_url_is_not_for_a_host_that_a_redirect_names(origin, elsewhere, cache):
+    elsewhere.add("blob", CONTENT)
+    url = origin.add("file.bin", b"", redirect_to=elsewhere.url("blob"))
+    rankload.dist_fetch(url.replace("//", "//user:SECRET@"), cache)
+    assert origin.requests()[0].headers["authorization"].startswith("Basic ")
+    assert "authorization" not in elsewhere.requests()[0].headers
+
+
+def everything_in(error: BaseException | None, seen: set[int]) -> str:
+    """All texts of an error and of what it is chained to, shown or not."""
+    if error is None or id(error) in seen:
+        return ""
+    seen.add(id(error))
+    own = "".join(map(str, (error, error.args, vars(error))))
+    return own + everything_in(error.__cause__, seen) + everything_in(error.__context__, seen)
+
+
+@pytest.mark.parametrize("how", ["refused", "reset", "redirect", "status"])
+def test_no_error_leads_to_the_full_url(origin, cache, how, monkeypatch):
+    monkeypatch.setenv("RANKLOAD_RETRIES", "0")
+    behaviour = {
+        "reset": {"truncate_at": 10},
+        "redirect": {"redirect_to": "http://[/?SECRET"},
+        "status": {"status": 403},
+    }
+    url = origin.add("file.bin", CONTENT, **behaviour.get(how, {}))
+    if how == "refused":
+        url = "http://127.0.0.1:1/file.bin"
+    secret_url = url.replace("//", "//user:SECRET@") + "?sig=SECRET"
+    for call in (
+        lambda url: rankload.dist_fetch(url, cache, progress=False),
+        lambda url: rankload.dist_fetch(url, cache, verify="sidecar", progress=False),
+        rankload.open_checkpoint,
+    ):
+        with pytest.raises(rankload.RankloadError) as caught:
+            call(secret_url)
+        assert "SECRET" not in everything_in(caught.value, set())
+        assert "SECRET" not in "".join(traceback.format_exception(caught.value))

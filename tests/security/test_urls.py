@@ -1,0 +1,148 @@
+"""URLs that two parsers read differently, and what of a URL may be seen or decides which file it is."""
+
+from __future__ import annotations
+
+import pytest
+
+import rankload
+from harness.fetch_calls import files_in
+from rankload._urls import redact, server_of, url_key, why_refused
+
+AMBIGUOUS = [
+    "https://:@evil.test\\@good.test/x",
+    "https://evil.test\\.good.test/x",
+    "https://good.test\\@evil.test/x",
+    "https:\\\\good.test/x",
+    "https:/good.test/x",
+    "https:good.test/x",
+    "https:///good.test/x",
+    "https://good.test /x",
+    "https://good.test/a b",
+    "https://good.test/a\tb",
+    "https://good.test\n.evil.test/x",
+    "https://good.test/x\r\nHost: evil.test",
+    "https://good.test\x00.evil.test/x",
+    "https://good.test\u2028/x",
+    "https://a@b@good.test/x",
+    "https://good.test:80:443/x",
+    "https://[::1/x",
+    "https://::1/x",
+    "https://good.test%2eevil.test/x",
+    "https://good.test%00.evil.test/x",
+    "https://good.test:99999999/x",
+    "https://@/x",
+]
+
+
+@pytest.mark.parametrize("url", AMBIGUOUS)
+def test_ambiguous_url_is_nobodys_and_is_refused(url, cache):
+    assert server_of(url) is None
+    with pytest.raises(rankload.ArgumentError):
+        rankload.dist_fetch(url, cache, headers={"Authorization": "SECRET"})
+    with pytest.raises(rankload.ArgumentError):
+        rankload.open_checkpoint(url)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://good.test/x",
+        "https://user:pa%40ss@good.test:8443/x?a=b#c",
+        "http://[::1]:80/x",
+        "https://bücher.test/ü",
+    ],
+)
+def test_plain_url_is_not_refused(url):
+    assert why_refused(url) is None and server_of(url) is not None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [  # what merely looks like a signature says which file it is
+        ("http://host/get?tokenizer=a", "http://host/get?tokenizer=b"),
+        ("http://host/get?author=a", "http://host/get?author=b"),
+        ("http://host/get?authority=a", "http://host/get?authority=b"),
+        ("http://host/get?num_tokens=1", "http://host/get?num_tokens=2"),
+        ("http://host/get?secretary=a", "http://host/get?secretary=b"),
+        ("http://host/get?x-oss-process=a", "http://host/get?x-oss-process=b"),
+        ("http://host/get?sr=a&sp=b", "http://host/get?sr=c&sp=b"),
+        ("http://host/get?se=1", "http://host/get?se=2"),
+        ("http://host/get?st=1", "http://host/get?st=2"),
+        ("http://host/get?sv=1", "http://host/get?sv=2"),
+        ("http://host/get?policy=ppo", "http://host/get?policy=sac"),
+        ("http://host/get?expires=1", "http://host/get?expires=2"),
+        ("http://host/get?signature=a", "http://host/get?signature=b"),
+        ("http://host/get?sig=a", "http://host/get?sig=b"),
+        ("http://host/get?x-amz-meta-model=a", "http://host/get?x-amz-meta-model=b"),
+        ("http://host/get?X-Amz-Date=1", "http://host/get?X-Amz-Date=2"),
+        # the rest keeps its bytes and their order
+        ("http://host/get?a=1&b=2", "http://host/get?b=2&a=1"),
+        ("http://host/get?a=%2F", "http://host/get?a=/"),
+        ("http://host/get?a+b", "http://host/get?a%20b"),
+        ("http://host/get?a&", "http://host/get?a"),
+        ("http://host/get?file=a&sig=x&sv=1", "http://host/get?file=b&sig=x&sv=1"),
+        ("http://host/a;v=1", "http://host/a;v=2"),
+    ],
+)
+def test_different_files_have_different_keys(one, other):
+    assert url_key(one) != url_key(other)
+
+
+def test_two_files_that_only_an_innocent_parameter_tells_apart(origin, cache):
+    """Each load gets its own; the second one is kept beside the first."""
+    url = origin.add("get", b"one")
+    first = rankload.dist_fetch(f"{url}?tokenizer=a", cache)
+    origin.add("get", b"another")
+    second = rankload.dist_fetch(f"{url}?tokenizer=b", cache)
+    assert (first.read_bytes(), second.read_bytes()) == (b"one", b"another")
+
+
+@pytest.mark.parametrize(
+    "signed",
+    [
+        "X-Amz-Algorithm=a&X-Amz-Credential={0}&X-Amz-Date={0}&X-Amz-Expires=9&X-Amz-SignedHeaders=h&X-Amz-Signature={0}",
+        "X-Goog-Algorithm=a&X-Goog-Credential={0}&X-Goog-Date={0}&X-Goog-Expires=9&X-Goog-Signature={0}",
+        "AWSAccessKeyId={0}&Signature={0}&Expires={0}",
+        "GoogleAccessId={0}&Signature={0}&Expires={0}",
+        "Expires={0}&Signature={0}&Key-Pair-Id={0}",
+        "Policy={0}&Signature={0}&Key-Pair-Id={0}",
+        "sv=2024&st={0}&se={0}&sr=b&sp=r&sig={0}&skoid={0}",
+        "x-oss-signature-version=4&x-oss-credential={0}&x-oss-date={0}&x-oss-expires={0}&x-oss-signature={0}",
+        "token={0}",
+        "access_token={0}",
+    ],
+)
+def test_signed_url_is_the_same_file_the_next_day(signed):
+    keys = {url_key(f"http://host/m.pth?versionId=7&{signed.format(day)}") for day in ("Mon", "Tue")}
+    assert keys == {url_key("http://host/m.pth?versionId=7")}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *AMBIGUOUS,
+        "file://user:SECRET@host/m.pth",
+        "file:///m.pth?SECRET",
+        "https:/user:SECRET@host/m.pth",
+        "https:user:SECRET@host/m.pth",
+        "https://user:SECRET@host/m.pth",
+        "https://user:SECRET@host:x/m.pth",
+        "https://user:SEC\\RET@host/m.pth",
+        "https://SECRET@host/m.pth?SECRET#SECRET",
+        "HTTPS://user:SECRET@HOST/m.pth",
+        "s3://key:SECRET@bucket/m.pth",
+        "s3:/key:SECRET@bucket/m.pth",
+        "http://host/m.pth\x1b[2J\n\u202e",
+    ],
+)
+def test_redacted_url_is_printable_and_has_no_secret(url):
+    shown = redact(url)
+    assert shown.isprintable() and "SECRET" not in shown and "RET@" not in shown
+
+
+@pytest.mark.parametrize("name", ["/.rankload", "/.RANKLOAD", "/a/.rankload?x", "/.."])
+def test_url_cannot_take_the_place_of_rankloads_own_directory(origin, cache, name):
+    with pytest.raises(rankload.ArgumentError):
+        rankload.dist_fetch(origin.base_url + name, cache)
+    assert files_in(cache) == []
