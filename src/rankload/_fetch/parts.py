@@ -58,7 +58,8 @@ def check_index(path: Path, request: FetchRequest, shown: str) -> None:
     Raises:
         NotACheckpointError: an origin would choose which files beside it are read or written.
     """
-    if not (names := _part_names(path)):
+    names = _part_names(path)
+    if names is None:
         return
     if not request.is_index:
         if not request.must_be_checkpoint:
@@ -96,7 +97,7 @@ def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -
     if not is_local and not request.is_index:
         return index
     sizes = []
-    for name in _part_names(index.path):
+    for name in _part_names(index.path) or ():
         part = fetch_one(_request_for(name, index, request))
         if part.path != index.path.parent / name:
             raise CacheError(
@@ -110,16 +111,17 @@ def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -
 
 def files_of(file: FetchedFile) -> list[tuple[Path, int]]:
     """Return all files of a fetched one with their sizes in bytes: itself, and its parts."""
-    names = _part_names(file.path) if file.part_sizes else []
+    names = (_part_names(file.path) or ()) if file.part_sizes else ()
     parts = [(file.path.parent / name, size) for name, size in zip(names, file.part_sizes, strict=True)]
     return [(file.path, file.size_bytes), *parts]
 
 
-def _part_names(path: Path) -> list[str]:
+def _part_names(path: Path) -> list[str] | None:
+    """Return the names of an index' parts; None for a file that is no index."""
     with reading(path), path.open("rb", buffering=0) as file:
         source = LocalSource(file.fileno())
         try:
-            return part_names(source) if has_weight_map(source) else []
+            return part_names(source) if has_weight_map(source) else None
         except BrokenFileError as error:
             raise NotACheckpointError(f"{path}: {error}", path=str(path)) from error
 

@@ -1,0 +1,413 @@
+"""What an origin can make rankload write, and what it finds in a cache that others write to as well."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+import rankload
+import rankload.hub
+from harness.fetch_calls import files_in
+from harness.origin import Origin
+from harness.ranks import run_ranks
+from harness.users import ALICE, BOB, GROUP, acting_as, public_directory
+from rankload._cache.layout import Entry
+from rankload._urls import url_key
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as other users")
+
+GOOD, EVIL = torch.ones(2), torch.full((2,), 666.0)
+INDEX = "model.safetensors.index.json"
+
+
+def checkpoint_of(content: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+class Boom:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.fixture
+def evil():
+    with Origin() as server:
+        yield server
+
+
+@pytest.fixture
+def good_url(origin):
+    return origin.add("models/victim.pth", checkpoint_of({"w": GOOD}))
+
+
+def planting_index(evil: Origin, parts: dict[str, bytes], name: str) -> str:
+    """An index below ``any/`` whose parts are called so, and are all there."""
+    for part, content in parts.items():
+        evil.add(f"any/{part}", content)
+    return evil.add(
+        f"any/{name}", json.dumps({"weight_map": {str(at): part for at, part in enumerate(parts)}}).encode()
+    )
+
+
+def content_of(cache: Path) -> dict[str, bytes]:
+    return {name: (cache / name).read_bytes() for name in files_in(cache) if (cache / name).is_file()}
+
+
+# --- an origin -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(59)
+@pytest.mark.parametrize("index_name", ["foo.pth", "foo.json", INDEX, "foo.index.json", "foo.index.fp16.json"])
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_origin_cannot_plant_a_file(origin, evil, cache, good_url, tmp_path, index_name, is_cached):
+    """The next load of another URL gets that URL's own weights, and runs nothing, whatever the last one has sent."""
+    if is_cached:
+        rankload.dist_fetch(good_url, cache)
+    else:
+        cache.mkdir()
+    before = content_of(cache)
+    key, mark = url_key(good_url)[:16], str(tmp_path / "mark")
+    bad = checkpoint_of({"w": EVIL, "x": Boom(mark)})
+    names = [
+        "victim.pth", "../victim.pth", f".rankload/{key}/victim.pth", ".rankload/victim.pth.json",
+        ".rankload/victim.pth.json/x", ".rankload/victim.pth.lease", f".rankload/{key}/.rankload/victim.pth.json/x",
+        "./victim.pth", "sub/victim.pth", ".RANKLOAD/x", "..", "a\\b", "a\nb", "\u202ehtp.mitciv", "-rf", " victim.pth",
+        "victim.pth ", "victim.pth.00000000-0-0-00000000.partial", "x" * 300, "/etc/x", "a//b", "a/", "",
+    ]  # fmt: skip
+    for name in names:
+        planted = {name: bad} if ".." not in name and not name.startswith("/") and name else {}
+        evil.add("any/ok.bin", bad)
+        for part, content in planted.items():
+            evil.add(f"any/{part}", content)
+        weight_map = {"a": "ok.bin", "w": name}
+        url = evil.add(f"any/{index_name}", json.dumps({"weight_map": weight_map}).encode())
+        for call in (
+            rankload.dist_load_state_dict_from_url,
+            rankload.dist_fetch,
+            rankload.hub.load_state_dict_from_url,
+        ):
+            try:
+                call(url, str(cache), progress=False)
+            except (rankload.RankloadError, RuntimeError):
+                continue
+        assert {file: (cache / file).read_bytes() for file in before} == before, name
+        assert not (cache / "victim.pth").exists() or is_cached, name
+    for _ in range(2):
+        loaded = rankload.hub.load_state_dict_from_url(good_url, str(cache), progress=False)
+        assert torch.equal(loaded["w"], GOOD)
+    assert not os.path.exists(mark)
+    assert origin.request_count() == 1
+    own = [path for path in tmp_path.rglob("*") if path.name in ("x", "sub") or path.name.startswith("-")]
+    assert own == []
+
+
+def test_index_under_another_name_is_an_ordinary_file_or_refused(evil, cache):
+    """Nobody looks for parts beside it: those that lie there are another URL's."""
+    other = evil.add("other/w.bin", checkpoint_of({"w": GOOD}))
+    rankload.dist_fetch(other, cache)
+    url = planting_index(evil, {"w.bin": checkpoint_of({"w": EVIL})}, "foo.pth")
+    with pytest.raises(rankload.NotACheckpointError, match=r"pass file_name='….index.json'"):
+        rankload.dist_load_state_dict_from_url(url, cache)
+    assert "foo.pth" not in files_in(cache)
+    path = rankload.dist_fetch(url, cache)  # somebody's JSON
+    assert path == cache / "foo.pth" and json.loads(path.read_text())["weight_map"] == {"0": "w.bin"}
+    with pytest.raises(rankload.NotACheckpointError):  # and is no checkpoint for being cached
+        rankload.dist_load_state_dict_from_url(url, cache)
+    assert evil.request_count("any/w.bin") == 0
+
+
+def test_part_that_is_an_index_is_refused(evil, cache):
+    inner = json.dumps({"weight_map": {"w": "victim.pth"}}).encode()
+    url = planting_index(evil, {"part.safetensors": inner}, INDEX)
+    with pytest.raises(rankload.NotACheckpointError, match=r"part\.safetensors"):
+        rankload.dist_load_state_dict_from_url(url, cache)
+
+
+@pytest.mark.fault(60)
+@pytest.mark.parametrize(
+    "content", [b"", b"notes of mine", b"\x80\x02}q\x00.", json.dumps({"weight_map": {}}).encode()]
+)
+@pytest.mark.parametrize("kwargs", [{}, {"sha256": "0" * 64}, {"verify": "always"}])
+def test_users_file_is_never_moved_or_replaced(origin, good_url, tmp_path, content, kwargs):
+    """``model_dir`` may be anybody's project."""
+    project = tmp_path / "project"
+    project.mkdir()
+    mine = project / "victim.pth"
+    mine.write_bytes(content)
+    before = mine.stat()
+    for _ in range(2):
+        try:
+            loaded = rankload.dist_load_state_dict_from_url(good_url, project, **kwargs)
+            assert torch.equal(loaded["w"], GOOD)
+        except rankload.DigestMismatchError:
+            assert "sha256" in kwargs
+    after = mine.stat()
+    assert mine.read_bytes() == content
+    assert (after.st_ino, after.st_mtime_ns, after.st_mode) == (before.st_ino, before.st_mtime_ns, before.st_mode)
+
+
+@pytest.mark.fault(60)
+def test_users_file_that_has_taken_a_cached_ones_place_stays(origin, cache, good_url):
+    """It has another inode than what was published; a file that was only damaged has not, and is replaced."""
+    path = rankload.dist_fetch(good_url, cache)
+    mine = cache / "mine"
+    mine.write_bytes(b"my own, renamed into place")
+    mine.replace(path)
+    for kwargs in ({}, {"verify": "always"}, {"verify": "never"}, {"sha256": "0" * 64}):
+        try:
+            loaded = rankload.dist_load_state_dict_from_url(good_url, cache, **kwargs)
+            assert torch.equal(loaded["w"], GOOD)
+        except rankload.DigestMismatchError:
+            assert "sha256" in kwargs
+        assert path.read_bytes() == b"my own, renamed into place"
+
+
+def test_folder_of_parts_is_one_urls_alone(origin, evil, cache):
+    """What lies in it that rankload did not publish stays, and is an error."""
+    url = planting_index(origin, {"w.bin": checkpoint_of({"0": GOOD})}, INDEX)
+    folder = rankload.dist_fetch(url, cache).parent
+    assert folder.name == f"model.safetensors-{url_key(url)[:16]}"
+    (folder / "mine").write_bytes(b"mine")
+    (folder / "mine").replace(folder / "w.bin")
+    with pytest.raises(rankload.CacheError, match=r"w\.bin is not what its index names"):
+        rankload.dist_load_state_dict_from_url(url, cache)
+    assert (folder / "w.bin").read_bytes() == b"mine"
+
+
+@pytest.mark.fault(28)
+@pytest.mark.parametrize("level", ["index folder", "sub", "sub/sub", "own directory of sub"])
+@pytest.mark.parametrize("is_dangling", [False, True])
+def test_symbolic_link_on_any_level(origin, cache, good_url, tmp_path, level, is_dangling):
+    cache.mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    if not is_dangling:
+        elsewhere.mkdir()
+    arguments = {} if level == "index folder" else {"file_name": "sub/sub/victim.pth"}
+    url = planting_index(origin, {"w.bin": checkpoint_of({"0": GOOD})}, INDEX) if not arguments else good_url
+    link = {
+        "index folder": cache / f"model.safetensors-{url_key(url)[:16]}",
+        "sub": cache / "sub",
+        "sub/sub": cache / "sub" / "sub",
+        "own directory of sub": cache / "sub" / "sub" / ".rankload",
+    }[level]
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(rankload.CacheError, match="is a symbolic link: refused"):
+        rankload.dist_load_state_dict_from_url(url, cache, **arguments)
+    assert elsewhere.exists() != is_dangling
+    assert is_dangling or list(elsewhere.iterdir()) == []
+    assert origin.request_count() == 0
+
+
+@pytest.mark.fault(61)
+def test_nothing_is_published_without_a_record(origin, cache, good_url):
+    """Something stands in the record's place: another URL of this name would get the file."""
+    (cache / ".rankload" / "victim.pth.json" / "x").mkdir(parents=True)
+    with pytest.raises(rankload.CacheError, match=r"victim\.pth\.json"):
+        rankload.dist_fetch(good_url, cache)
+    assert not (cache / "victim.pth").exists()
+    assert [name for name in files_in(cache) if "partial" in name] == []
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+def test_published_file_is_not_writable_by_others(good_url, cache, umask):
+    before = os.umask(umask)
+    try:
+        path = rankload.dist_fetch(good_url, cache)
+    finally:
+        os.umask(before)
+    for one in (path, cache / ".rankload" / "victim.pth.json"):
+        assert not stat.S_IMODE(one.stat().st_mode) & 0o022
+
+
+# --- another user ----------------------------------------------------------------------------------------------------
+
+
+def plant(rank: int, cache: str, content: bytes, record: dict | None) -> None:
+    """As Bob, a member of the group: a file, and perhaps a record that vouches for it."""
+    with acting_as(BOB, [GROUP], 0o000):
+        path = Path(cache, "victim.pth")
+        path.write_bytes(content)
+        if record is not None:
+            own = Path(cache, ".rankload")
+            own.mkdir(exist_ok=True)
+            own.chmod(0o1777)
+            status = path.stat()
+            facts = {"size_bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
+            (own / "victim.pth.json").write_text(json.dumps({**record, **facts}))
+
+
+def load_as_alice(rank: int, url: str, cache: str, arguments: dict) -> list[float]:
+    with acting_as(ALICE, [GROUP]):
+        return rankload.dist_load_state_dict_from_url(url, cache, progress=False, **arguments)["w"].tolist()
+
+
+@needs_root
+@pytest.mark.fault(62)
+@pytest.mark.parametrize("mode", [0o1777, 0o2775, 0o777])
+@pytest.mark.parametrize("has_record", [False, True])
+@pytest.mark.parametrize("verify", ["once", "always", "never"])
+def test_digest_holds_whatever_another_user_has_left(origin, good_url, mode, has_record, verify):
+    """Bob's file claims, by Bob's record, to have the digest that Alice gives."""
+    good, bad = checkpoint_of({"w": GOOD}), checkpoint_of({"w": EVIL})
+    digest = hashlib.sha256(good).hexdigest()
+    record = {
+        "url": good_url, "url_key": url_key(good_url), "etag": None, "sha256": digest, "vouched_by": "sha256",
+        "source": "download",
+    }  # fmt: skip
+    with public_directory(mode, GROUP) as cache:
+        run_ranks(plant, 1, env="none", args=(str(cache), bad, record if has_record else None))
+        for _ in range(2):
+            results = run_ranks(load_as_alice, 2, args=(good_url, str(cache), {"sha256": digest, "verify": verify}))
+            assert {tuple(result.value) for result in results} == {(1.0, 1.0)}
+    assert origin.request_count() == 1
+
+
+def load_while_bob_writes(rank: int, url: str, cache: str, arguments: dict, how: str) -> list[list[float]]:
+    """Loads what Bob has published; then Bob writes into his file."""
+    with acting_as(ALICE, [GROUP]):
+        module = torch.nn.Module()
+        module.w = torch.nn.Parameter(torch.empty(2))
+        if how == "module":
+            rankload.dist_load_into(module, url, cache, assign=True, progress=False, **arguments)
+            found = module.w
+        elif how == "hub":
+            found = rankload.hub.load_state_dict_from_url(url, cache, progress=False)["w"]
+        else:
+            found = rankload.dist_load_state_dict_from_url(url, cache, progress=False, **arguments)["w"]
+    before = found.tolist()
+    path = Path(cache, "victim.pth")
+    with path.open("r+b") as file:
+        content = file.read()
+        at = content.index(GOOD.numpy().tobytes())
+        file.seek(at)
+        file.write(EVIL.numpy().tobytes())
+    return [before, found.tolist()]
+
+
+def fetch_as_bob(rank: int, url: str, cache: str) -> None:
+    with acting_as(BOB, [GROUP]):
+        rankload.dist_fetch(url, cache, progress=False)
+
+
+@needs_root
+@pytest.mark.fault(62)
+@pytest.mark.parametrize("how", ["state dict", "module", "hub"])
+@pytest.mark.parametrize("has_digest", [True, False])
+def test_owner_cannot_change_weights_that_are_loaded(origin, good_url, how, has_digest):
+    digest = hashlib.sha256(checkpoint_of({"w": GOOD})).hexdigest()
+    arguments = {"sha256": digest} if has_digest and how != "hub" else {}
+    with public_directory(0o2775, GROUP) as cache:
+        run_ranks(fetch_as_bob, 1, env="none", args=(good_url, str(cache)))
+        [result] = run_ranks(load_while_bob_writes, 1, args=(good_url, str(cache), arguments, how))
+        assert result.value == [[1.0, 1.0], [1.0, 1.0]]
+    assert origin.request_count() == 1
+
+
+def memory_of_foreign_load(rank: int, url: str, cache: str) -> tuple[int, int]:
+    """Bytes of the file, and of this rank's mappings of the copy: those that ranks share are divided among them."""
+    torch.distributed.init_process_group("gloo")
+    with acting_as(ALICE, [GROUP]):
+        content = rankload.dist_load_state_dict_from_url(url, cache, progress=False)
+    total = sum(float(tensor.sum()) for tensor in content.values())
+    assert total > 0
+    torch.distributed.barrier()  # all have touched all of it
+    pss, is_ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0] and ":" not in line.split(" ")[0]:
+            is_ours = "memfd:rankload" in line
+        elif is_ours and line.startswith("Pss:"):
+            pss += int(line.split()[1]) * 1024
+    torch.distributed.barrier()  # and nobody has let go of it
+    return Path(cache, "big.pth").stat().st_size, pss
+
+
+@needs_root
+def test_ranks_of_a_node_share_the_copy(origin, cache):
+    url = origin.add("big.pth", checkpoint_of({f"w{at}": torch.rand(1 << 20) for at in range(8)}))
+    with public_directory(0o2775, GROUP) as cache:
+        run_ranks(fetch_as_bob, 1, env="none", args=(url, str(cache)))
+        results = run_ranks(memory_of_foreign_load, 2, args=(url, str(cache)))
+        assert all(0 < result.value[1] <= 0.7 * result.value[0] for result in results)
+    assert origin.bytes_sent() < 1.1 * results[0].value[0]
+
+
+@needs_root
+def test_message_names_the_owner(origin, good_url):
+    """`cannot write` alone leaves the reader looking for the reason."""
+    with public_directory(0o755) as cache:
+        os.chown(cache, BOB, -1)
+        [result] = run_ranks(error_as_alice, 1, env="none", args=(good_url, str(cache)))
+    assert f"belongs to uid {BOB}" in result.value and "model_dir=" in result.value
+
+
+def error_as_alice(rank: int, url: str, cache: str) -> str:
+    with acting_as(ALICE):
+        try:
+            rankload.dist_fetch(url, cache, progress=False)
+        except rankload.CacheError as error:
+            return str(error)
+    return ""
+
+
+@needs_root
+@pytest.mark.parametrize("name", [".rankload", "sub"])
+def test_another_users_folder_is_refused_in_a_cache_of_ones_own(origin, good_url, name):
+    with public_directory(0o755) as cache:
+        os.chown(cache, ALICE, -1)
+        (cache / name).mkdir()
+        os.chown(cache / name, BOB, -1)
+        file_name = f"{name}/victim.pth" if name == "sub" else None
+        [result] = run_ranks(refusal_as_alice, 1, env="none", args=(good_url, str(cache), file_name))
+        assert result.value == f"{cache}/{name} belongs to uid {BOB}: refused"
+        assert list((cache / name).iterdir()) == []
+
+
+def refusal_as_alice(rank: int, url: str, cache: str, file_name: str | None) -> str:
+    with acting_as(ALICE):
+        try:
+            rankload.dist_fetch(url, cache, file_name=file_name, progress=False)
+        except rankload.CacheError as error:
+            return str(error).partition(";")[0]
+    return ""
+
+
+# --- hash prefixes ---------------------------------------------------------------------------------------------------
+
+
+def test_short_hash_prefix_is_an_argument_error_unless_told_otherwise(origin, cache, caplog, monkeypatch):
+    content = checkpoint_of({"w": GOOD})
+    prefix = hashlib.sha256(content).hexdigest()[:4]
+    url = origin.add(f"model-{prefix}.pth", content)
+    with pytest.raises(rankload.ArgumentError, match="RANKLOAD_HASH_PREFIX_DIGITS=4"):
+        rankload.dist_load_state_dict_from_url(url, cache, check_hash=True)
+    assert origin.request_count() == 0
+    with caplog.at_level("WARNING", "rankload"):
+        rankload.hub.load_state_dict_from_url(url, str(cache / "hub"), check_hash=True, progress=False)
+        assert "a hash prefix of 4 digits proves little" in caplog.text
+    monkeypatch.setenv("RANKLOAD_HASH_PREFIX_DIGITS", "4")
+    rankload.dist_load_state_dict_from_url(url, cache, check_hash=True)
+
+
+def test_separate_entry_is_made_once(origin, cache, good_url):
+    """Warm calls find it, and hash nothing."""
+    cache.mkdir()
+    (cache / "victim.pth").write_bytes(b"mine")
+    separate = Entry(cache / "victim.pth").separate(good_url).path
+    for _ in range(3):
+        rankload.dist_load_state_dict_from_url(good_url, cache)
+    assert separate.exists() and origin.request_count() == 1
