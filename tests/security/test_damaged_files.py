@@ -25,6 +25,9 @@ class Module(nn.Module):
         self.a = nn.Parameter(torch.zeros(elements, device=device))
         self.secret = nn.Parameter(torch.zeros(64, device=device))
 
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        return given
+
 
 def _fake(path: Path) -> Any:
     with FakeTensorMode():
@@ -238,6 +241,29 @@ def test_the_counts_of_a_legacy_file_are_believed_by_nobody(tmp_path):
             load(path)
     with pytest.raises(rankload.LoadError, match="should have 4 elements, and has 3"):
         rankload.open_checkpoint(path)
+
+
+def _script(path: Path, *changes: tuple[bytes, bytes]) -> Path:
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(Module(elements=4)), buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        records = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    del records["version"], records[".data/serialization_id"]  # torch's writer adds them
+    for old, new in changes:
+        assert old in records["data.pkl"]
+        records["data.pkl"] = records["data.pkl"].replace(old, new, 1)
+    return write_records(path, records)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("mmap", [None, True, False])
+def test_a_script_whose_storage_is_longer_than_its_record_is_an_error(tmp_path, mmap):
+    """torch.jit.load would take what lies behind it in memory for weights."""
+    whole = rankload.load(_script(tmp_path / "whole.pt"), "cpu", weights_only=False, mmap=mmap)
+    assert whole.a.tolist() == [0] * 4
+    path = _script(tmp_path / "damaged.pt", (b"K\x04tQ", b"K\x28tQ"))
+    with pytest.raises(rankload.LoadError, match="storage '0' should have 160 bytes, and has 16"):
+        rankload.load(path, "cpu", weights_only=False, mmap=mmap)
 
 
 def _safetensors(path: Path, header: str | dict[str, Any], payload: bytes) -> Path:

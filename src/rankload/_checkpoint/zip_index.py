@@ -53,6 +53,25 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool 
     return FileIndex(content, order, is_exact, tuple(records.storages.values()))
 
 
+def check_script(source: Source) -> None:
+    """Compare every storage that the pickles of a TorchScript archive mention with its record.
+
+    torch.jit.load compares nothing: it takes what lies behind a record in memory for weights.
+
+    Raises:
+        BrokenFileError: a storage is longer than its record, or a tensor than its storage.
+        NotUnderstoodError: the archive cannot be checked.
+    """
+    directory = torch_zip.read_directory(source)
+    members = _members_as_torch_sees_them(directory)
+    for folder in ("data", "constants"):
+        pickled = members.get(directory.raw_root + f"/{folder}.pkl".encode("ascii"))
+        if pickled is not None:
+            records = _Records(source, directory, members, "", folder=folder, is_remote=False)
+            content = torch_zip.member_content(source, directory, pickled)
+            PickleMachine(content, BUILDERS, records.storage).next_pickle()
+
+
 def _members_as_torch_sees_them(directory: torch_zip.Directory) -> dict[bytes, torch_zip.Member]:
     """Return the members by their raw names, if torch's reader cannot take one for another.
 
@@ -92,10 +111,11 @@ class _Records:
         members: dict[bytes, torch_zip.Member],
         file: str,
         *,
+        folder: str = "data",
         is_remote: bool,
     ) -> None:
         self._source, self._directory, self._file = source, directory, file
-        self._raw_folder = directory.raw_root + b"/data/"
+        self._raw_folder = directory.raw_root + f"/{folder}/".encode("ascii")
         self._records = {name: member for name, member in members.items() if name.startswith(self._raw_folder)}
         self._ends = torch_zip.ends_of(directory)
         self.storages: dict[str, StorageEntry] = {}

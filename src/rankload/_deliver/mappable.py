@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from torch.utils.serialization import config
@@ -10,8 +11,11 @@ from rankload._checkpoint import torch_zip
 from rankload._checkpoint.open import Format
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.source import LocalSource
-from rankload._checkpoint.zip_index import read_zip_index
+from rankload._checkpoint.zip_index import check_script, read_zip_index
 from rankload._deliver.plain import ALIGNMENT_BYTES
+from rankload._errors import printable
+
+logger = logging.getLogger(__name__)
 
 
 def why_not_mapped(path: Path, file_format: Format) -> str:
@@ -24,6 +28,8 @@ def why_not_mapped(path: Path, file_format: Format) -> str:
     Raises:
         BrokenFileError: the file contradicts itself; no way of loading it would be right.
     """
+    if file_format == "torchscript":
+        _check_script(path)
     if file_format != "torch_zip":
         return f"the format {file_format} cannot be"
     with path.open("rb", buffering=0) as file:
@@ -40,6 +46,14 @@ def why_not_mapped(path: Path, file_format: Format) -> str:
     if _guesses_offsets():
         return "torch would guess where its tensors are (calculate_storage_offsets)"
     return ""
+
+
+def _check_script(path: Path) -> None:
+    with path.open("rb", buffering=0) as file:
+        try:
+            check_script(LocalSource(file.fileno()))
+        except NotUnderstoodError as error:  # it is loaded only where its code is trusted
+            logger.debug("%s cannot be checked before torch.jit.load: %s", printable(str(path)), error)
 
 
 def _guesses_offsets() -> bool:
