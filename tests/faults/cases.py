@@ -16,9 +16,10 @@ DISKS = "Disks and shared filesystems"
 LEASES = "Leases and locks"
 RANKS = "Ranks and jobs"
 DEVICES = "Devices"
+TRUST = "Origins, neighbours and other users that mean no good"
 
 #: In the order of the documentation.
-GROUPS = (NETWORK, ORIGIN, CACHED_FILES, DISKS, LEASES, RANKS, DEVICES)
+GROUPS = (NETWORK, ORIGIN, CACHED_FILES, DISKS, LEASES, RANKS, DEVICES, TRUST)
 
 
 @dataclass(frozen=True)
@@ -461,6 +462,115 @@ ALL_CASES = (
         "The cache's filesystem stops answering on one node, while it downloads or while it loads.",
         "The ranks of the other nodes raise `ProgressTimeoutError`, which names the node, `timeout=` and a quarter of "
         "it (5 s at least) later. Those that the kernel holds raise it once the filesystem answers.",
+    ),
+    Case(
+        59,
+        "origin-plants-files",
+        TRUST,
+        "An origin answers with the index of a checkpoint in several files, whatever its URL was called, and its "
+        "parts have the names of other files of the cache.",
+        "An index that you did not ask for by its name is refused. The parts of one that you did ask for lie in a "
+        "folder that is its URL's alone, under plain names. No other URL's file, record or folder is touched, and "
+        "none of the origin's bytes is ever loaded for another URL.",
+    ),
+    Case(
+        60,
+        "users-file-in-the-way",
+        TRUST,
+        "A file of yours lies in `model_dir` under the name of a cached one, or has taken a cached file's place.",
+        "It is never moved, replaced or written to, whatever is wrong with it: only what rankload published for "
+        "that very URL is. If it cannot be used, the URL's file is kept in an entry of its own, with a warning.",
+    ),
+    Case(
+        61,
+        "no-record",
+        TRUST,
+        "A record cannot be written, or a cached file's record cannot be read.",
+        "Without a record nothing is published, and the error names it. A file whose record cannot be read is "
+        "somebody's: it is used only if its bytes have the SHA-256 that you give, and never replaced.",
+    ),
+    Case(
+        62,
+        "another-users-bytes",
+        TRUST,
+        "Another user of the cache leaves a file or a record that claims the digest you give, or changes a file "
+        "after it was verified.",
+        "Your digest is compared with the bytes themselves. They are loaded from memory that their owner cannot "
+        "change.",
+    ),
+    Case(
+        63,
+        "stolen-credentials",
+        TRUST,
+        "A redirect leads to a URL that two parsers read differently, carries a user name, or names a host for "
+        "which a token or a netrc entry exists.",
+        "Such URLs are refused. Headers, user and netrc entry go to the server of your URL alone, tokens to their "
+        "own hosts over https, and always to the server that is really connected to.",
+    ),
+    Case(
+        64,
+        "endless-small-answer",
+        TRUST,
+        "An origin sends its headers, an index, a sidecar or `100 Continue` one byte at a time, forever.",
+        "Every read has the deadline on no progress, and small answers a bound in time and size. Every rank raises"
+        " the same `FetchTimeoutError`.",
+    ),
+    Case(
+        65,
+        "reaches-beyond",
+        TRUST,
+        "A checkpoint is damaged or crafted: a tensor or storage reaches beyond its record, or records overlap.",
+        "It is an error that names file and storage, whatever you load it with. Nothing of the rest of the file is"
+        " taken for weights.",
+    ),
+    Case(
+        66,
+        "stranger-connects",
+        TRUST,
+        "During a broadcast a port scanner, another job or an attacker connects to a rank's port: it guesses, "
+        "replays what it has recorded, or only holds connections open.",
+        "It learns nothing and gets nothing: both sides prove by HMAC that they know a key from the job's store. "
+        "The real neighbour gets in all the same; somebody who keeps guessing ends the call with an error.",
+    ),
+    Case(
+        67,
+        "changed-on-the-way",
+        TRUST,
+        "Somebody between two nodes changes, drops, repeats or reorders the bytes of a broadcast, or the sender "
+        "describes files that cannot be.",
+        "The first rank after it finds out, by a keyed digest of each piece, and no rank loads anything: all raise"
+        " the same error.",
+    ),
+    Case(
+        68,
+        "archive-bomb",
+        TRUST,
+        "A zip archive of one checkpoint would unpack to many times its size.",
+        "It is unpacked up to 20 times its size (or 64 MiB), once a node; beyond that it is an error, and nothing "
+        "stays behind.",
+    ),
+    Case(
+        69,
+        "too-large",
+        TRUST,
+        "An origin announces, or sends, more than you want to have on your disk.",
+        "With `max_bytes=` or `RANKLOAD_MAX_BYTES` it is refused before the first byte, or as soon as more has "
+        "come. Room on the disk is taken as bytes arrive, not as they are announced.",
+    ),
+    Case(
+        70,
+        "forged-log-line",
+        TRUST,
+        "Names in a checkpoint, or texts of an origin, hold line breaks, escape sequences or characters that "
+        "reverse the text.",
+        "Errors and logs show them escaped.",
+    ),
+    Case(
+        71,
+        "look-alike-query",
+        TRUST,
+        "Two URLs differ only in a query parameter whose name looks like that of a signature.",
+        "They are two files: only the exact parameters of known signed URLs are left out of a file's identity.",
     ),
 )
 

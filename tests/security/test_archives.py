@@ -76,6 +76,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_an_archive_may_not_grow_beyond_measure(zeros, scratch, load):
     with pytest.raises(rankload.LoadError, match=rf"zeros\.zip.*\d+ times its own.* up to {LARGEST_RATIO} times"):
@@ -83,6 +84,7 @@ def test_an_archive_may_not_grow_beyond_measure(zeros, scratch, load):
     assert os.listdir(scratch) == []
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_nor_if_it_declares_less(zeros, scratch, load):
     declare(zeros, 1000)
@@ -176,6 +178,7 @@ def try_to_load(rank: int, path: str, delivery: str, cache: str) -> str:
     return ""
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize("delivery", ["read", "broadcast"])
 def test_the_ranks_of_a_node_share_what_was_unpacked(tmp_path, delivery):
     """The zip format inside is mapped: all ranks see the same memory."""

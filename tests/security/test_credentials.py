@@ -34,6 +34,7 @@ def elsewhere():
         yield server
 
 
+@pytest.mark.fault(63)
 @needs_root
 @pytest.mark.parametrize("victim", ["huggingface.co", "github.com"])
 @pytest.mark.parametrize(
@@ -71,6 +72,7 @@ def test_no_redirect_gets_a_token(tmp_path, cache, origin, victim, location):
     assert "SECRET" not in result.stdout + result.stderr
 
 
+@pytest.mark.fault(63)
 @pytest.mark.parametrize(
     "location",
     [
@@ -101,6 +103,7 @@ def test_strange_redirect_is_refused_or_harmless(origin, elsewhere, cache, locat
     assert elsewhere.request_count() == 0
 
 
+@pytest.mark.fault(63)
 def test_netrc_entry_is_not_for_a_host_that_a_redirect_names(origin, elsewhere, cache, tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text("default login somebody password SECRET\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -111,6 +114,7 @@ def test_netrc_entry_is_not_for_a_host_that_a_redirect_names(origin, elsewhere, 
     assert "authorization" not in elsewhere.requests()[0].headers
 
 
+@pytest.mark.fault(63)
 def test_user_of_the_url_is_not_for_a_host_that_a_redirect_names(origin, elsewhere, cache):
     elsewhere.add("blob", CONTENT)
     url = origin.add("file.bin", b"", redirect_to=elsewhere.url("blob"))

@@ -77,6 +77,7 @@ DAMAGED = {
 }
 
 
+@pytest.mark.fault(65)
 @pytest.mark.parametrize("load", [*LOADS.values(), *INDEXED.values()], ids=[*LOADS, *INDEXED])
 @pytest.mark.parametrize("changes", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_checkpoint_is_an_error_everywhere(tmp_path, changes, load):
@@ -176,6 +177,7 @@ LOOKALIKES = {
 }
 
 
+@pytest.mark.fault(65)
 @pytest.mark.parametrize("lookalike", LOOKALIKES.values(), ids=LOOKALIKES)
 @pytest.mark.parametrize(
     "load", [LOADS["plain"], LOADS["mapped"], LOADS["trusted"]], ids=["plain", "mapped", "trusted"]
@@ -289,6 +291,7 @@ SAFETENSORS = {
 }
 
 
+@pytest.mark.fault(65)
 @pytest.mark.parametrize("header", SAFETENSORS.values(), ids=SAFETENSORS)
 @pytest.mark.parametrize("load", [LOADS["plain"], LOADS["copied"], LOADS["from a URL"], *INDEXED.values()])
 def test_a_safetensors_header_that_is_wrong_is_an_error(tmp_path, header, load):

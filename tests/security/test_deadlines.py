@@ -84,6 +84,7 @@ def expect_nothing_left(origin):
     wait_until(lambda: not [one for one in threading.enumerate() if one.name.startswith(ours)], 10, "all threads ended")
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize("reply", REPLIES)
 def test_opened_checkpoint(reply):
     scheme = "https" if reply is endless_handshake else "http"
@@ -105,6 +106,7 @@ def test_transfer_leaves_no_connection_in_the_header_phase(reply, cache):
     assert files_in(cache) == []
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize("reply", [endless_interim_responses, endless_header, trickling_body_of_any_length])
 def test_sidecar_is_the_same_error_on_all_ranks(reply, cache):
     with RawOrigin(reply) as origin:
@@ -153,6 +155,7 @@ def test_large_tensor_over_a_slow_link_may_take_longer_than_the_deadline(origin)
         assert time.monotonic() - began_at > 2 * DEADLINE_SECONDS
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize("length", [b"", b"Content-Length: 999999999999\r\n"], ids=["no length", "false length"])
 def test_endless_sidecar_is_read_no_further_than_its_limit(length, cache):
     def endless(connection):

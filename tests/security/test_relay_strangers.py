@@ -78,6 +78,7 @@ def _everything_from(connection: socket.socket) -> bytes:
 # --- guessing ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(66)
 def test_right_beginning_of_a_hello_looks_like_a_wrong_one(accepting: Accepting) -> None:
     """The old listener closed at the first wrong byte, which made its secrets guessable byte by byte."""
     right = UpstreamHandshake(accepting.key).hello
@@ -108,6 +109,7 @@ def _hellos_until_the_wait_ends(accepting: Accepting, hello: bytes, most: int) -
     return most
 
 
+@pytest.mark.fault(66)
 def test_somebody_who_guesses_ends_the_wait(accepting: Accepting) -> None:
     guesses = _hellos_until_the_wait_ends(accepting, MAGIC + bytes(HELLO_BYTES - len(MAGIC)), 50)
     assert guesses < 20
@@ -131,6 +133,7 @@ def test_endless_rubbish_ends_the_wait(accepting: Accepting) -> None:
 # --- replay and reflection --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(66)
 def test_recorded_hello_is_refused(accepting: Accepting) -> None:
     """Of a connection that upstream gave up: the recorded hello is right, but only once."""
     recorded = UpstreamHandshake(accepting.key).hello
@@ -151,6 +154,7 @@ def test_right_hello_without_a_right_confirmation_is_refused(accepting: Acceptin
     accepting.check_upstream_gets_in()
 
 
+@pytest.mark.fault(66)
 @pytest.mark.parametrize("how", ["reflected", "recorded"])
 def test_upstream_does_not_take_an_impostor(accepting: Accepting, how: str) -> None:
     """The impostor answers with upstream's own proof, or with an answer that the real rank gave to another hello."""
@@ -218,6 +222,7 @@ def test_no_address_that_can_be_bound() -> None:
 # --- many strangers ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(66)
 def test_strangers_that_hold_connections_do_not_keep_upstream_out(accepting: Accepting) -> None:
     half = UpstreamHandshake(accepting.key).hello[: HELLO_BYTES // 2]
     strangers = [accepting.stranger((b"", half, b"GET /")[number % 3]) for number in range(200)]

@@ -134,6 +134,7 @@ def test_unchanged_stream_arrives(stack: ExitStack) -> None:
     assert len({digest for digest, _ in results}) == 1
 
 
+@pytest.mark.fault(67)
 @pytest.mark.parametrize("how", _CHANGES)
 def test_changed_stream_is_no_ranks(stack: ExitStack, how: str) -> None:
     with ThreadPoolExecutor() as pool:
@@ -216,6 +217,7 @@ def _load_through_attacker(
     return type(caught.value).__name__, str(caught.value), caught.value.rank
 
 
+@pytest.mark.fault(67)
 @needs_nodes
 @pytest.mark.parametrize("attacked", [1, 2])
 @pytest.mark.parametrize(("is_module", "at"), [(False, 1000), (False, 5_000_000), (True, 130), (True, 4_000_000)])
@@ -366,6 +368,7 @@ def _load_what_is_described_falsely(rank: int, path: Path, directory: Path, lie:
     return type(caught.value).__name__, str(caught.value)
 
 
+@pytest.mark.fault(67)
 @needs_nodes
 @pytest.mark.parametrize(
     "lie",

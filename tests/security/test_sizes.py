@@ -25,6 +25,7 @@ needs_mounts = pytest.mark.skipif(disks.why_not() is not None, reason=str(disks.
 # --- preallocation -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(69)
 @needs_mounts
 def test_announced_length_alone_takes_little_of_the_disk(tmp_path):
     size_bytes, announced_bytes = 1024 * MIB, 1000 * MIB
@@ -49,6 +50,7 @@ def test_announced_length_alone_takes_little_of_the_disk(tmp_path):
 # --- max_bytes -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(69)
 def test_announced_length_is_refused_before_the_first_byte_on_every_rank(origin, cache):
     url = origin.add("file.bin", bytes(LIMIT + 1), hold_at=1)
     errors = errors_of(fetch, url, cache, max_bytes=LIMIT)
@@ -58,6 +60,7 @@ def test_announced_length_is_refused_before_the_first_byte_on_every_rank(origin,
     assert errors[0].max_bytes == LIMIT and errors[0].size_bytes == LIMIT + 1
 
 
+@pytest.mark.fault(69)
 @pytest.mark.parametrize("reply", [{"is_chunked": True}, {"content_length": False}])
 def test_body_without_a_length_is_cut_off_at_the_limit(origin, cache, big_content, reply):
     url = origin.add("file.bin", big_content, ranges="ignored", **reply)

@@ -126,6 +126,7 @@ def assert_harmless(text: str) -> None:
     assert not any(line.startswith(FORGED) for line in lines), text
 
 
+@pytest.mark.fault(70)
 @pytest.mark.parametrize(("write", "call"), FAILURES.values(), ids=FAILURES)
 def test_names_in_errors_and_logs(tmp_path, caplog, write, call):
     path = write(tmp_path / "hostile.pth")

@@ -34,6 +34,7 @@ AMBIGUOUS = [
 ]
 
 
+@pytest.mark.fault(63)
 @pytest.mark.parametrize("url", AMBIGUOUS)
 def test_ambiguous_url_is_nobodys_and_is_refused(url, cache):
     assert server_of(url) is None
@@ -57,6 +58,7 @@ def test_plain_url_is_not_refused(url):
     assert why_refused(url) is None and server_of(url) is not None
 
 
+@pytest.mark.fault(71)
 @pytest.mark.parametrize(
     ("one", "other"),
     [  # what merely looks like a signature says which file it is
@@ -89,6 +91,7 @@ def test_different_files_have_different_keys(one, other):
     assert url_key(one) != url_key(other)
 
 
+@pytest.mark.fault(71)
 def test_two_files_that_only_an_innocent_parameter_tells_apart(origin, cache):
     """Each load gets its own; the second one is kept beside the first."""
     url = origin.add("get", b"one")
