@@ -13,7 +13,6 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
-
 #: What is read of a redirect's body, so that its connection can be used again.
 _MOST_OF_A_REDIRECT_BYTES = 64 << 10
 
