@@ -77,6 +77,15 @@ def short_deadline(monkeypatch):
     monkeypatch.setenv("RANKLOAD_PROGRESS_SECONDS", str(DEADLINE_SECONDS))
 
 
+def fetch_in_time(rank, url, model_dir, **arguments):
+    """As fetch; asserts how long the call takes, whatever the start of the ranks takes on a busy machine."""
+    began_at = time.monotonic()
+    try:
+        return fetch(rank, url, model_dir, **arguments)
+    finally:
+        assert time.monotonic() - began_at < 2 * IN_ALL_SECONDS
+
+
 def expect_nothing_left(origin):
     """No connection is open, and no thread of ours waits for one."""
     origin.wait_until_idle()
@@ -111,9 +120,7 @@ def test_transfer_leaves_no_connection_in_the_header_phase(reply, cache):
 def test_sidecar_is_the_same_error_on_all_ranks(reply, cache):
     with RawOrigin(reply) as origin:
         url = origin.url("file.bin")
-        began_at = time.monotonic()
-        errors = errors_of(fetch, url, cache, verify="sidecar", timeout=1)
-        assert time.monotonic() - began_at < 2 * IN_ALL_SECONDS
+        errors = errors_of(fetch_in_time, url, cache, verify="sidecar", timeout=1)
         expect(errors, rankload.FetchTimeoutError, f"{url}.sha256", "[rank 0 on ")
         origin.wait_until_idle()
     assert files_in(cache) == []
@@ -146,13 +153,14 @@ def test_failure_of_one_read_leaves_the_checkpoint_usable(monkeypatch):
             assert torch.equal(checkpoint["b"], torch.zeros(100_000))
 
 
-def test_large_tensor_over_a_slow_link_may_take_longer_than_the_deadline(origin):
-    content = {"a": torch.arange(200_000)}
+def test_large_tensor_over_a_slow_link_may_take_longer_than_the_deadline(origin, monkeypatch):
+    monkeypatch.setenv("RANKLOAD_PROGRESS_SECONDS", "1")
+    content = {"a": torch.arange(300_000)}
     url = origin.add("model.safetensors", save(content), bytes_per_second=1_000_000)
     with rankload.open_checkpoint(url) as checkpoint:
         began_at = time.monotonic()
         assert torch.equal(checkpoint["a"], content["a"])
-        assert time.monotonic() - began_at > 2 * DEADLINE_SECONDS
+        assert time.monotonic() - began_at > 1.5
 
 
 @pytest.mark.fault(64)
