@@ -26,6 +26,10 @@ from rankload._fetch.transfer.spans import Spans
 from rankload._settings import Settings
 
 
+#: Allocated beyond the file until it is complete: without room for its record it could not be published.
+_SPARE_BYTES = 64 << 10
+
+
 class SupersededError(Exception):
     """Somebody took this process for dead, or the file's name for another URL: look into the cache again."""
 
@@ -103,8 +107,8 @@ class Partial:
     def make_room(self, version: Version, *, is_resumable: bool) -> None:
         """Fail before the first byte rather than after the last that fits; begin the journal."""
         self._size_bytes = version.size_bytes
-        self._room = Room(version.size_bytes or 0)
         if version.size_bytes is not None:
+            self._room = Room(version.size_bytes + _SPARE_BYTES)
             self._check_space(version.size_bytes)
             self._allocate()
             if is_resumable and self._may_be_left and not self._is_mixed and self._journal is None:
@@ -149,8 +153,8 @@ class Partial:
             found = os.fstat(self.descriptor).st_size
             if found < size_bytes:
                 raise OSError(errno.EIO, f"{found} bytes are there of {size_bytes} that were written")
-            if found > size_bytes:  # adopted from, or promised as, something longer
-                os.ftruncate(self.descriptor, size_bytes)
+            # adopted from, or promised as, something longer; at the least, the spare room is let go of
+            os.ftruncate(self.descriptor, size_bytes)
             self._file.sync_and_close(self._settings.progress_seconds)
             self._remove_journal()  # on a disk with few inodes left, the record needs one
             return self.path.stat()  # by name, after the close: only then an NFS server has set the final mtime
@@ -220,7 +224,7 @@ class Partial:
     def _check_space(self, size_bytes: int) -> None:
         try:
             disk = shutil.disk_usage(self.path.parent)
-            needed_bytes = size_bytes - os.fstat(self.descriptor).st_blocks * 512
+            needed_bytes = size_bytes + _SPARE_BYTES - os.fstat(self.descriptor).st_blocks * 512
         except OSError:  # the directory is gone, or the filesystem does not tell
             return
         # some FUSE filesystems do not tell, either: 0 of 0 bytes are free
