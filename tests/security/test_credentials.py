@@ -13,6 +13,7 @@ from harness.namespace import namespace
 from harness.nginx import nginx
 from harness.nginx_behaviours import Behaviour
 from harness.origin import Origin
+from rankload._fetch.origins.filesystems import translating_any
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces")
 
@@ -130,6 +131,13 @@ def everything_in(error: BaseException | None, seen: set[int]) -> str:
     seen.add(id(error))
     own = "".join(map(str, (error, error.args, vars(error))))
     return own + everything_in(error.__cause__, seen) + everything_in(error.__context__, seen)
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, KeyError, PermissionError, FileNotFoundError])
+def test_no_error_of_a_filesystem_leads_to_the_full_url(error):
+    with pytest.raises(rankload.FetchError) as caught, translating_any("s3://b/m?sig=SECRET", "s3://b/m?…"):
+        raise error("GET https://b.example/m?sig=SECRET failed")
+    assert "SECRET" not in everything_in(caught.value, set())
 
 
 @pytest.mark.parametrize("how", ["refused", "reset", "redirect", "status"])

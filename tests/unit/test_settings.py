@@ -49,7 +49,9 @@ MAY_BE_ZERO = {"max_bytes", "retries", "minimum_bytes_per_second"}
 
 
 def test_whole_numbers_are_those_that_count_things():
-    assert sorted(WHOLE) == ["chunk_bytes", "max_bytes", "minimum_bytes_per_second", "retries", "streams"]
+    assert sorted(WHOLE) == [
+        "chunk_bytes", "hash_prefix_digits", "max_bytes", "minimum_bytes_per_second", "retries", "streams",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(WHOLE))

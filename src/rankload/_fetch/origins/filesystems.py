@@ -12,6 +12,7 @@ import fsspec
 
 from rankload._errors import ContentChangedError, FetchError, NetworkError
 from rankload._fetch.origins.origin import Version
+from rankload._fetch.origins.translation import raise_alone
 from rankload._urls import redact, redact_text
 
 #: One read. Every one is a request of its own, so it should not be small.
@@ -72,23 +73,28 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def translating_any(url: str, shown: str) -> Iterator[None]:
-    """Translate whatever a filesystem raises; each has its own kinds of errors."""
+    """Translate whatever a filesystem raises; each has its own kinds of errors. Theirs may hold the full URL."""
     try:
         yield
     except FetchError:
         raise
-    except FileNotFoundError:
-        raise FetchError(f"{shown}: no such file there; check the URL", url=shown) from None
-    except PermissionError as error:
-        raise FetchError(f"{shown}: access denied: {redact_text(str(error))}", url=shown) from None
-    except (ImportError, ValueError) as error:
+    except Exception as error:
+        raise_alone(_translated(error, url, shown))
+
+
+def _translated(error: Exception, url: str, shown: str) -> FetchError:
+    text = redact_text(str(error))
+    if isinstance(error, FileNotFoundError):
+        return FetchError(f"{shown}: no such file there; check the URL", url=shown)
+    if isinstance(error, PermissionError):
+        return FetchError(f"{shown}: access denied: {text}", url=shown)
+    if isinstance(error, (ImportError, ValueError)):
         scheme = url.partition("://")[0]
         advice = f"; pip install 'rankload[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
-        raise FetchError(f"{shown}: {redact_text(str(error))}{advice}", url=shown) from None
-    except Exception as error:
-        if type(error).__name__ in _WITHOUT_CREDENTIALS:
-            raise FetchError(f"{shown}: no credentials for it: {redact_text(str(error))}", url=shown) from None
-        raise NetworkError(f"{shown}: {type(error).__name__}: {redact_text(str(error))}", url=shown) from None
+        return FetchError(f"{shown}: {text}{advice}", url=shown)
+    if type(error).__name__ in _WITHOUT_CREDENTIALS:
+        return FetchError(f"{shown}: no credentials for it: {text}", url=shown)
+    return NetworkError(f"{shown}: {type(error).__name__}: {text}", url=shown)
 
 
 @dataclass
