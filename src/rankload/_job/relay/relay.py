@@ -6,7 +6,6 @@ rank after a fault is the one that reports it; and it returns no block of which 
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import select
 import time
@@ -16,6 +15,7 @@ from contextlib import suppress
 from rankload._errors import CoordinationError, ProgressTimeoutError, RankLostError
 from rankload._job.awake import AwakeTime
 from rankload._job.relay.blocks import Block
+from rankload._job.relay.digest import BackgroundDigest
 from rankload._job.relay.links import Link
 from rankload._job.relay.seal import TAG_BYTES, Seal, pieces
 from rankload._types import Phase, Progress
@@ -64,12 +64,12 @@ class Relay:
         assert self.upstream is None
         if not self.downstreams:
             return
-        digest = hashlib.sha256()
-        for begin, end in pieces(len(block)):
-            piece = block.read(begin, end)
-            digest.update(piece)
-            self._pass_on(piece, self.downstreams, len(piece))
-            self._pass_on_tag(self._seal.next_tag(len(block), end, digest.digest()))
+        with BackgroundDigest() as digest:
+            for begin, end in pieces(len(block)):
+                piece = block.read(begin, end)
+                digest.update(piece)
+                self._pass_on(piece, self.downstreams, len(piece))
+                self._pass_on_tag(self._seal.next_tag(len(block), end, digest.digest()))
 
     def receive(self, memory: memoryview) -> str:
         """Fill memory from upstream; return when all downstream ranks have been sent it, too.
@@ -81,14 +81,14 @@ class Relay:
             CoordinationError: what came is not what the source sent. The memory is not to be used.
         """
         memory = memory.cast("B")
-        digest = hashlib.sha256()
-        for begin, end in pieces(len(memory)):
-            self._pass_on(memory[begin:end], self.downstreams, 0, digest.update)
-            self._pass_on(memoryview(tag := bytearray(TAG_BYTES)), (), 0, is_counted=False)
-            if not hmac.compare_digest(tag, self._seal.next_tag(len(memory), end, digest.digest())):
-                raise self._tampered()
-            self._pass_on_tag(tag)
-        return digest.hexdigest()
+        with BackgroundDigest() as digest:
+            for begin, end in pieces(len(memory)):
+                self._pass_on(memory[begin:end], self.downstreams, 0, digest.update)
+                self._pass_on(memoryview(tag := bytearray(TAG_BYTES)), (), 0, is_counted=False)
+                if not hmac.compare_digest(tag, self._seal.next_tag(len(memory), end, digest.digest())):
+                    raise self._tampered()
+                self._pass_on_tag(tag)
+            return digest.digest().hex()
 
     def _pass_on_tag(self, tag: bytes | bytearray) -> None:
         self._pass_on(memoryview(tag), self.downstreams, len(tag), is_counted=False)
