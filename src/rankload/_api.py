@@ -132,8 +132,9 @@ def dist_load_state_dict_from_url(
         chosen, source = agree_on_delivery(channel, agreed_arguments(request, "load"), delivery, src, group)
         file = fetch_for(chosen, request, channel, settings, source)
         with ExitStack() as closing:
-            path, shown = _delivered(chosen, file, source, channel, settings, closing)
-            state_dict = _read(path, shown, map_location, channel, group, settings, weights_only, mmap)
+            location = _resolved(map_location, channel, group)
+            path, shown = _delivered(chosen, file, source, location, mmap, channel, settings, closing)
+            state_dict = _read(path, shown, location, channel, settings, weights_only, mmap)
         return adapter(state_dict)  # type: ignore[no-any-return]
 
 
@@ -197,8 +198,9 @@ def load_in_this_process(
         url, model_dir, progress=progress, check_hash=check_hash, file_name=file_name, settings=settings
     )
     with LoneChannel(own_identity()) as channel, ExitStack() as closing:
-        path, shown = _delivered("read", file, 0, channel, settings, closing)
-        return _read(path, shown, map_location, channel, None, settings, weights_only, None)
+        location = _resolved(map_location, channel, None)
+        path, shown = _delivered("read", file, 0, location, None, channel, settings, closing)
+        return _read(path, shown, location, channel, settings, weights_only, None)
 
 
 def fetch_in_this_process(
@@ -240,45 +242,54 @@ def _delivered(
     delivery: Delivery,
     file: FetchedFile | None,
     source: int,
+    location: Any,
+    mmap: bool | None,
     channel: LoneChannel | RankChannel,
     settings: Settings,
     closing: ExitStack,
 ) -> tuple[Path, str]:
     """Return where this rank is to load from, and what messages call it. Collective."""
     from rankload._deliver.broadcast.whole_file import broadcast_files  # imports torch
-    from rankload._deliver.own_copy import with_own_copy
+    from rankload._deliver.node_copy import settled
     from rankload._deliver.parts import all_files
     from rankload._deliver.read_ahead import read_ahead
     from rankload._deliver.unpacked_once import with_unpacked
 
-    path = None if file is None else with_own_copy(file.path, file.sha256, channel, closing)
+    path = None
+    if file is not None:
+        path = settled(file.path, file, location, channel, closing, settings.progress_seconds, mmap=mmap)
     if delivery == "broadcast":
         assert isinstance(channel, RankChannel)
         path, shown = broadcast_files(path, file, source, channel, settings, closing)
         return with_unpacked(path, channel, closing), shown
     assert file is not None and path is not None
     _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", channel.identity.rank)
-    read_ahead(all_files(path), channel, settings.progress_seconds)
+    if path == file.path:
+        read_ahead(all_files(path), channel, settings.progress_seconds)
     return with_unpacked(path, channel, closing), str(file.path)
+
+
+def _resolved(map_location: MapLocation, channel: LoneChannel | RankChannel, group: ProcessGroup | None) -> Any:
+    from rankload._job.devices import resolve_map_location  # imports torch
+
+    return resolve_map_location(map_location, channel.identity, group)
 
 
 def _read(
     path: Path,
     shown: str,
-    map_location: MapLocation,
+    location: Any,
     channel: LoneChannel | RankChannel,
-    group: ProcessGroup | None,
     settings: Settings,
     weights_only: bool,
     mmap: bool | None,
 ) -> Any:
     from rankload._deliver.read import read_checkpoint  # imports torch
     from rankload._deliver.readers import Limits
-    from rankload._job.devices import resolve_map_location
 
     return read_checkpoint(
         path,
-        resolve_map_location(map_location, channel.identity, group),
+        location,
         weights_only=weights_only,
         mmap=mmap,
         limits=Limits.of(channel.identity, settings),

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,12 +16,15 @@ import torch
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import Format, describe, sniff
 from rankload._deliver.failures import translated
+from rankload._deliver.node_copy import settled
 from rankload._deliver.read import read_checkpoint
 from rankload._deliver.readers import Limits
 from rankload._errors import ArgumentError, printable
 from rankload._job.devices import resolve_map_location
+from rankload._job.lone import LoneChannel
 from rankload._job.membership import own_identity
 from rankload._settings import Settings
+from rankload._types import FetchedFile, Identity
 from rankload._urls import local_path_of, redact
 
 if TYPE_CHECKING:
@@ -70,10 +73,7 @@ def load(
         if path is None:
             shown = redact(os.fspath(f))
             raise ArgumentError(f"load({shown!r}): not a local file; dist_load_state_dict_from_url loads from URLs")
-        limits = Limits.of(identity, Settings.from_environment())
-        return read_checkpoint(
-            path, target, weights_only=weights_only, mmap=mmap, limits=limits, **torch_load_arguments
-        )
+        return _load_file(path, target, identity, weights_only=weights_only, mmap=mmap, **torch_load_arguments)
     if mmap:
         raise ArgumentError("load(…, mmap=True): an open file cannot be mapped; give its path")
     shown = printable(str(getattr(f, "name", "an open file")))
@@ -88,6 +88,19 @@ def load(
                 # torch.load would take it for a pickle, and talk of weights_only
                 raise BrokenFileError(f"expected a checkpoint, got {got}")
         return torch.load(f, target, weights_only=weights_only, **torch_load_arguments)
+
+
+def _load_file(
+    path: Path, target: Any, identity: Identity, *, weights_only: bool | None, mmap: bool | None, **arguments: Any
+) -> Any:
+    settings = Settings.from_environment()
+    with translated(path), LoneChannel(identity) as channel, ExitStack() as closing:
+        file = FetchedFile(path, path.stat().st_size, None, "local")
+        found = settled(path, file, target, channel, closing, settings.progress_seconds, mmap=mmap)
+        limits = Limits.of(identity, settings)
+        return read_checkpoint(
+            found, target, weights_only=weights_only, mmap=mmap, limits=limits, shown=str(path), **arguments
+        )
 
 
 def _head(f: IO[bytes]) -> bytes | None:

@@ -17,16 +17,16 @@ from rankload._deliver.carrier import Plan
 from rankload._deliver.carriers import open_carrier
 from rankload._deliver.content import open_content
 from rankload._deliver.module_load import left_on_meta, plan_load, prepare_load, run_post_hooks
+from rankload._deliver.node_copy import may_change, settled
 from rankload._deliver.optimizer_load import plan_optimizer_load, prepare_optimizer_load
-from rankload._deliver.own_copy import is_foreign, with_own_copy
-from rankload._deliver.places import bare, device_of, places
+from rankload._deliver.places import bare, device_of, is_distributed, places
 from rankload._deliver.report import LoadReport
 from rankload._deliver.saved import SavedTensor
 from rankload._errors import ArgumentError, printable
 from rankload._fetch.request import Url, agreed_arguments, make_request
 from rankload._job.devices import own_device
 from rankload._types import Delivery, Progress, Scope, Verify
-from rankload.adapt import Adapter, as_adapter, unwrap
+from rankload.adapt import Adapter, as_adapter, is_lazy, unwrap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -140,15 +140,16 @@ def dist_load_into(
             file = fetch_for(chosen, request, channel, settings, sender)
         with _timed(phases, "check"):
             inner, _ = bare(target)
+            device = functools.cache(lambda: device_of(inner) or own_device(channel.identity, group))
             path = file.path if file is not None else None
-            if file is not None and is_foreign(file.path):
-                if file.sha256 is not None:
-                    path = with_own_copy(file.path, file.sha256, channel, closing)
-                else:  # nothing was verified; but its owner could still change it under a mapping
-                    mmap = False
+            if file is not None and (_leaves_views(inner, assign, adapter) or file.sha256 is not None):
+                location = str(device()) if _has_meta(inner) else "cpu"
+                path = settled(file.path, file, location, channel, closing, settings.progress_seconds, mmap=mmap)
             carrier = open_carrier(chosen, path, file, sender, channel, group, settings, closing)
             if file is not None:
                 carrier.path, carrier.files.shown = file.path, printable(str(file.path))
+                if path == file.path and mmap is None and may_change(file):
+                    carrier.files.may_map = False
             content = open_content(
                 carrier.files,
                 adapter,
@@ -162,14 +163,13 @@ def dist_load_into(
             if optimizer is not None:
                 optimizer_load = plan_optimizer_load(optimizer, content.whole, target, carrier.files.shown)
                 others = optimizer_load.wanted
-            device = functools.cache(lambda: device_of(inner) or own_device(channel.identity, group))
             would_gather = carrier.planned(Plan(content.index, load.assignments, others, device))
             carrier.met(all_would_gather=channel.meet("checked", agrees=would_gather))
         with _timed(phases, "fill"), torch.no_grad():
-            may_share = carrier.may_share and mmap is not False
+            may_share = carrier.may_share and carrier.files.may_map and mmap is not False
             prepared = [prepare_load(load, device, assign=assign, may_share=may_share)]
             if optimizer is not None:
-                prepared.append(prepare_optimizer_load(optimizer_load, may_share=may_share))
+                prepared.append(prepare_optimizer_load(optimizer_load))
             transfers = [transfer for part in prepared for transfer in part.transfers]
             bytes_read = sum(part.bytes_mapped for part in prepared)
             bytes_read += carrier.move(transfers, lambda done: channel.report(Progress("loading", done)))
@@ -178,6 +178,19 @@ def dist_load_into(
         run_post_hooks(load)
         keys = (load.missing_keys, load.unexpected_keys)
         return LoadReport.make(keys, carrier, bytes_read, phases, left_on_meta(load))
+
+
+def _has_meta(module: nn.Module) -> bool:
+    return any(place.tensor.is_meta for place in places(module))
+
+
+def _leaves_views(module: nn.Module, assign: bool | None, adapter: Adapter) -> bool:
+    """Return whether tensors of the module may become views of the checkpoint, or a caller's function gets some.
+
+    Shards never do: each rank reads its own.
+    """
+    whole = [place.tensor for place in places(module) if not is_distributed(place.tensor)]
+    return not is_lazy(adapter) or (bool(assign) and bool(whole)) or any(tensor.is_meta for tensor in whole)
 
 
 def _checked_targets(module: Any, assign: bool | None) -> tuple[nn.Module, Optimizer | None]:

@@ -134,6 +134,7 @@ class FetchedFile:
         size_bytes: its length.
         sha256: its full digest where one was computed or recorded, else None.
         source: how it came here.
+        is_published: rankload has put it there, and its parts, and replaces them by rename alone: they may stay mapped.
         part_sizes: where it is the index of several files, theirs, in the order of their names; they lie beside it.
     """
 
@@ -141,6 +142,7 @@ class FetchedFile:
     size_bytes: int
     sha256: str | None
     source: Source
+    is_published: bool = False
     part_sizes: tuple[int, ...] = ()
 
 

@@ -572,6 +572,15 @@ ALL_CASES = (
         "Two URLs differ only in a query parameter whose name looks like that of a signature.",
         "They are two files: only the exact parameters of known signed URLs are left out of a file's identity.",
     ),
+    Case(
+        72,
+        "overwritten-under-a-job",
+        DISKS,
+        "A checkpoint that is used in place is written again while the job runs: `torch.save` to the same path, or a "
+        "copy over it.",
+        "What was loaded stays as it was, and the process lives: only files that rankload itself has published stay "
+        "mapped. With `mmap=True` you ask for the file's own pages, and get what happens to them.",
+    ),
 )
 
 CASES: dict[int, Case] = {case.number: case for case in sorted(ALL_CASES, key=lambda case: case.number)}

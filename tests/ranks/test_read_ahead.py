@@ -127,6 +127,6 @@ def test_file_that_cannot_be_read_is_an_error(file: Path, monkeypatch: pytest.Mo
         read_ahead.read_ahead([file], LoneChannel(identity_from_environment()), 60)
 
 
-def test_local_files_are_not(file: Path, tmp_path: Path) -> None:
+def test_local_files_are_read_once_into_memory(file: Path, tmp_path: Path) -> None:
     results = [result.value for result in run_ranks(_load, 2, args=(file, [0, 0], tmp_path, False))]
-    assert all(read < 0.1 * file.stat().st_size for read, _ in results)
+    assert 1.0 <= sum(read for read, _ in results) / file.stat().st_size < 1.1

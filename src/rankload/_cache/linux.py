@@ -14,8 +14,26 @@ _FALLOC_FL_KEEP_SIZE = 1
 #: Start writing the dirty pages of the range, and do not wait: sync_file_range(2).
 _SYNC_FILE_RANGE_WRITE = 2
 
-#: Filesystems on a disk of this machine, or in its memory: the f_type of statfs(2) on ext2 to 4, XFS, Btrfs and tmpfs.
-_LOCAL = frozenset({0xEF53, 0x58465342, 0x9123683E, 0x01021994})
+#: Filesystems on a disk of this machine, or in its memory: f_type of statfs(2), from linux/magic.h and each one's own
+#: sources. What lies below an overlay cannot be told; containers have local disks there.
+_LOCAL = frozenset(
+    {
+        0xEF53,  # ext2, ext3, ext4
+        0x58465342,  # XFS
+        0x9123683E,  # Btrfs
+        0x01021994,  # tmpfs
+        0x794C7630,  # overlayfs
+        0x2FC12FC1,  # ZFS
+        0xF2F52010,  # F2FS
+        0xCA451A4E,  # bcachefs
+        0x858458F6,  # ramfs
+        0x958458F6,  # hugetlbfs
+        0x73717368,  # SquashFS
+        0xE0F5E1E2,  # EROFS
+        0x3153464A,  # JFS
+        0x52654973,  # ReiserFS
+    }
+)
 
 
 #: Of what mincore(2) tells of a page only the lowest bit has a meaning.

@@ -12,6 +12,7 @@ from rankload._cache.failures import reading
 from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.unpacked import open_unpacked
+from rankload._deliver.node_copy import private_copy
 from rankload._deliver.read import read_checkpoint
 from rankload._deliver.tensors import fill_memory
 from rankload._errors import LoadError, printable
@@ -30,7 +31,10 @@ class CheckpointFiles:
         name: of the checkpoint among its files.
         shown: how to name it in messages.
         used: tensors of which somebody has wanted to see the elements.
+        may_map: whether views of a mapping of the files may be left after the call.
     """
+
+    may_map = True
 
     def __init__(self, path: Path, closing: ExitStack, content: Path | None = None) -> None:
         self.path, self.name, self.shown = path, path.name, printable(str(path))
@@ -84,7 +88,10 @@ class CheckpointFiles:
 
     def load(self, *, weights_only: bool, mmap: bool | None) -> Any:
         """Load the whole checkpoint on the CPU, as torch.load does."""
-        return read_checkpoint(self._content, "cpu", weights_only=weights_only, mmap=mmap, shown=self.shown)
+        path = self._content
+        if not self.may_map and mmap is None:
+            path = private_copy(path, self._closing)
+        return read_checkpoint(path, "cpu", weights_only=weights_only, mmap=mmap, shown=self.shown)
 
     def _close(self) -> None:
         self._is_closed = True

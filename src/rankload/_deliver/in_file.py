@@ -71,7 +71,8 @@ class TensorInFile(SavedTensor):
             return self._made
         entry = self.entry
         self.files.note_use(entry)
-        if not self.is_native or entry.offset % entry.item_bytes or not entry.length:
+        is_mappable = self.files.may_map and self.is_native and not entry.offset % entry.item_bytes
+        if not is_mappable or not entry.length:
             return read_tensor(self.files.source(entry.file), entry, self.byte_order, self._shown).detach()
         storage: Any = self.files.mapping(entry.file)[entry.offset : entry.offset + entry.length]
         return torch.empty(0, dtype=self.dtype, device="cpu").set_(storage, 0, entry.shape, entry.stride)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
@@ -30,8 +30,14 @@ class NodeMemory:
 
     @classmethod
     def claim(
-        cls, sizes: Mapping[str, int], channel: Channel, closing: ExitStack, *, purpose: str = "broadcast"
-    ) -> NodeMemory:
+        cls,
+        sizes: Mapping[str, int],
+        channel: Channel,
+        closing: ExitStack,
+        *,
+        purpose: str = "broadcast",
+        fits: Callable[[], bool] | None = None,
+    ) -> NodeMemory | None:
         """Open the memory of the rank of this node that came first; make our own where there is none to be opened.
 
         Args:
@@ -39,13 +45,20 @@ class NodeMemory:
             channel: of the call.
             closing: lets go of the memory; of what others may still have to open, only the end of the call does.
             purpose: what the memory is for; one call may use memory for several.
+            fits: asked before memory is made. If it says no, this returns None, on all ranks that would have shared it.
         """
         rank, space = channel.identity.rank, process_space_id()
         first = rank if space is None else channel.claim(f"{purpose}/memory/{space}")
         if first != rank:
             paths = channel.wait_for(f"{purpose}/memory of {first}", from_rank=first)["paths"]
+            if paths is None:
+                return None
             with suppress(OSError):
                 return cls(_opened(paths, closing), first, is_received_here=False, purpose=purpose)
+        if fits is not None and not fits():
+            if first == rank:
+                channel.post(f"{purpose}/memory of {rank}", {"paths": None})
+            return None
         kept = closing
         if first == rank:
             kept = ExitStack()

@@ -81,23 +81,13 @@ def plan_optimizer_load(optimizer: torch.optim.Optimizer, whole: Any, module: nn
     return OptimizerLoad(optimizer, {**saved, "state": state, "param_groups": groups}, parameters)
 
 
-def prepare_optimizer_load(load: OptimizerLoad, *, may_share: bool) -> Prepared:
-    """Make the tensors of the state; say what is to be moved into them.
-
-    Args:
-        load: the plan.
-        may_share: on the CPU a state may be a view of the mapped file.
-    """
+def prepare_optimizer_load(load: OptimizerLoad) -> Prepared:
+    """Make the tensors of the state, each rank its own: the first step overwrites them. Say what goes into them."""
     transfers: list[Transfer] = []
-    bytes_mapped = 0
 
     def made(saved: SavedTensor, parameter: torch.Tensor | None = None) -> torch.Tensor:
-        nonlocal bytes_mapped
-        tensor, transfer = _prepared(saved, parameter, may_share=may_share)
-        if transfer is None:
-            bytes_mapped += tensor.nbytes
-        else:
-            transfers.append(transfer)
+        tensor, transfer = _prepared(saved, parameter)
+        transfers.append(transfer)
         return tensor
 
     state = {
@@ -105,7 +95,7 @@ def prepare_optimizer_load(load: OptimizerLoad, *, may_share: bool) -> Prepared:
         for key, values in load.content["state"].items()
     }
     content = {**_with_tensors({**load.content, "state": {}}, made), "state": state}
-    return Prepared(transfers, bytes_mapped, lambda: load.optimizer.load_state_dict(content))
+    return Prepared(transfers, 0, lambda: load.optimizer.load_state_dict(content))
 
 
 def _of_number(parameters: Sequence[torch.Tensor], key: Any) -> torch.Tensor | None:
@@ -184,13 +174,9 @@ def _problems(number: int, parameter: torch.Tensor, values: Any) -> list[str]:
     ]
 
 
-def _prepared(
-    saved: SavedTensor, parameter: torch.Tensor | None, *, may_share: bool
-) -> tuple[torch.Tensor, Transfer | None]:
+def _prepared(saved: SavedTensor, parameter: torch.Tensor | None) -> tuple[torch.Tensor, Transfer]:
     if parameter is not None and is_distributed(parameter) and saved.shape == parameter.shape and saved.shape:
         tensor = empty_copy(parameter, own_part(parameter)[0].device, saved.dtype)
-        return tensor, Transfer(saved, *own_part(tensor))
-    if may_share and saved.shape:
-        return saved.view(), None
-    tensor = torch.empty(saved.shape, dtype=saved.dtype, device="cpu")
+    else:
+        tensor = torch.empty(saved.shape, dtype=saved.dtype, device="cpu")
     return tensor, Transfer(saved, *own_part(tensor))

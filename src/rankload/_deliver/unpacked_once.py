@@ -33,6 +33,7 @@ def with_unpacked(path: Path, channel: Channel, closing: ExitStack) -> Path:
         if sniff(path) != "single_member_zip":
             return path
         memory = NodeMemory.claim({_NAME: unpacked_size(path)}, channel, closing, purpose="unpacked")
+        assert memory is not None
         descriptor = memory.descriptors[_NAME]
         if memory.is_received_here:
             with open(descriptor, "wb", closefd=False) as target:

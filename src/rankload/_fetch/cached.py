@@ -21,7 +21,7 @@ from rankload._fetch.origins.origin import Claim
 from rankload._fetch.parts import check_index
 from rankload._fetch.plan import Action, Cached, Plan, after_check, decide, known_digest, may_publish
 from rankload._fetch.verify import check_digest, claims_of
-from rankload._types import FetchedFile, FetchRequest, Progress, Report
+from rankload._types import FetchedFile, FetchRequest, Progress, Report, Source
 from rankload._urls import redact, url_key
 
 _logger = logging.getLogger("rankload")
@@ -58,7 +58,8 @@ def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
     plan, file = decide(request, cached), None
     if plan.action is Action.USE:
         assert cached.status is not None
-        file = FetchedFile(entry.path, cached.status.st_size, _believed_digest(cached), "cache")
+        sha256 = _believed_digest(cached)
+        file = FetchedFile(entry.path, cached.status.st_size, sha256, "cache", is_published=_is_published(cached))
     if plan.action is Action.CHECK and cached.record is None and _has_separate(entry, request):
         plan = Plan(Action.SEPARATE, "nobody vouches for it, and there is a file that rankload has fetched")
     if plan.action is Action.CHECK:
@@ -211,6 +212,10 @@ def _is_replaceable(entry: Entry, status: os.stat_result, found: FoundRecord) ->
     return may_rename(entry.path, status.st_uid) and may_rename(entry.record_path, owner_uid)
 
 
+def _is_published(cached: Cached) -> bool:
+    return cached.is_trusted and cached.record is not None and cached.record.source == "download"
+
+
 def _believed_digest(cached: Cached) -> str | None:
     return cached.record.sha256 if cached.record and cached.is_trusted else None
 
@@ -248,7 +253,8 @@ def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) 
         if record is None or (adopted != record and cached.is_trusted):
             with suppress(OSError):  # a read-only cache: the next call looks again
                 write_record(entry.record_path, adopted)
-    file = FetchedFile(entry.path, status.st_size, sha256, "cache" if record else "adopted")
+    source: Source = "cache" if record else "adopted"
+    file = FetchedFile(entry.path, status.st_size, sha256, source, is_published=_is_published(cached))
     return Plan(Action.USE, "it has passed its check"), file
 
 

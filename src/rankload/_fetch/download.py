@@ -60,7 +60,7 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
             _write_record(entry.record_path, _record(received, status, vouched_by), report, settings)
             partial.publish()
         remove_dead_partials(entry, settings, now=status.st_mtime)
-        return FetchedFile(entry.path, received.size_bytes, received.sha256, "download")
+        return FetchedFile(entry.path, received.size_bytes, received.sha256, "download", is_published=True)
 
 
 def verify(received: Received, partial: Partial, request: FetchRequest) -> str | None:

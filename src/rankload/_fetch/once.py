@@ -40,6 +40,7 @@ def fetch_once(request: FetchRequest, channel: Channel, settings: Settings) -> F
             "size_bytes": file.size_bytes,
             "sha256": file.sha256,
             "source": file.source,
+            "is_published": file.is_published,
             "part_sizes": file.part_sizes,
         },
     )
@@ -73,7 +74,14 @@ def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
 def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile:
     fetched = channel.wait_for(f"fetched/{domain.key}", from_rank=domain.leader)
     path = request.directory / fetched["path"]  # an absolute path stays as it is
-    file = FetchedFile(path, fetched["size_bytes"], fetched["sha256"], fetched["source"], tuple(fetched["part_sizes"]))
+    file = FetchedFile(
+        path,
+        fetched["size_bytes"],
+        fetched["sha256"],
+        fetched["source"],
+        fetched["is_published"],
+        tuple(fetched["part_sizes"]),
+    )
     found = _await_visible(path, file.size_bytes, channel.report, settings)
     if found == file.size_bytes:
         _await_parts(file, domain, channel.report, settings)

@@ -96,7 +96,7 @@ def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -
         check_index(index.path, request, str(index.path))
     if not is_local and not request.is_index:
         return index
-    sizes = []
+    sizes, are_published = [], index.is_published
     for name in _part_names(index.path) or ():
         part = fetch_one(_request_for(name, index, request))
         if part.path != index.path.parent / name:
@@ -106,7 +106,8 @@ def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -
                 path=str(index.path.parent / name),
             )
         sizes.append(part.size_bytes)
-    return replace(index, part_sizes=tuple(sizes))
+        are_published = are_published and part.is_published
+    return replace(index, part_sizes=tuple(sizes), is_published=are_published)
 
 
 def files_of(file: FetchedFile) -> list[tuple[Path, int]]:

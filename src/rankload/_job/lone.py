@@ -52,6 +52,10 @@ class LoneChannel:
         """Nothing is worth remembering."""
         return None
 
+    def close(self) -> None:
+        """Run what was to run when the call ends; for a channel that is not used as a context manager."""
+        run_all(self._on_exit)
+
     def __enter__(self) -> LoneChannel:
         self._termination.install()
         return self

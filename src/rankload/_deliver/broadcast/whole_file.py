@@ -75,8 +75,8 @@ def announce(path: Path | None, file: FetchedFile | None, source: int, channel: 
     """Tell where the source's files are, how large, and with which digests; or hear it.
 
     Returns:
-        ``path``, what messages call it (``shown``), ``identity``, and by file name, the checkpoint or its index first,
-        ``sizes`` in bytes, and ``sha256`` where a record vouches for one.
+        ``path``, what messages call it (``shown``), ``identity``, whether it may stay mapped (``may_map``), and by file
+        name, the checkpoint or its index first, ``sizes`` in bytes, and ``sha256`` where a record vouches for one.
 
     Raises:
         CoordinationError: the source's names are no plain ones.
@@ -95,6 +95,7 @@ def announce(path: Path | None, file: FetchedFile | None, source: int, channel: 
         "path": str(path),
         "shown": str(file.path),
         "identity": _identity(path),
+        "may_map": file.is_published or path != file.path,
         "sizes": {name: one.stat().st_size for name, one in files.items()},
         "sha256": {name: digest for name, digest in digests.items() if digest is not None},
     }

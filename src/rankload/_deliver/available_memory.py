@@ -1,0 +1,52 @@
+"""How much memory this process may still take without anything being evicted or killed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Return the least of what the machine has available and what the control groups of this process allow.
+
+    None where the system does not tell. Page cache counts as available: proc(5) "MemAvailable"; of a control group,
+    ``inactive_file`` (Documentation/admin-guide/cgroup-v2.rst).
+
+    Args:
+        root: of the filesystem, for tests.
+    """
+    found = [*_of_machine(root), *_of_control_groups(root)]
+    return max(0, min(found)) if found else None
+
+
+def _of_machine(root: Path) -> Iterator[int]:
+    with suppress(OSError, ValueError, IndexError):
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                yield int(line.split()[1]) * 1024
+
+
+def _of_control_groups(root: Path) -> Iterator[int]:
+    """Yield what each group from this process' own up to the top leaves; both versions."""
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:
+                names = ("memory.max", "memory.current", "inactive_file")
+                yield from _of_group_and_above(root / "sys/fs/cgroup", group, names)
+            elif "memory" in controllers.split(","):
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                yield from _of_group_and_above(root / "sys/fs/cgroup/memory", group, names)
+
+
+def _of_group_and_above(top: Path, group: str, names: tuple[str, str, str]) -> Iterator[int]:
+    limit_name, usage_name, reclaimable_name = names
+    directory = top / group.strip("/")
+    for one in (directory, *directory.parents):
+        with suppress(OSError, ValueError):  # no limit there ("max"), or in a namespace of its own
+            limit, usage = (int((one / name).read_text()) for name in (limit_name, usage_name))
+            reclaimable = dict(line.split() for line in (one / "memory.stat").read_text().splitlines())
+            yield limit - usage + int(reclaimable.get(reclaimable_name, 0))
+        if one == top:
+            return
