@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import time
 from pathlib import Path
 
@@ -192,6 +193,53 @@ def test_holder_that_died_on_another_host(origin, cache, tmp_path, big_content):
     assert result.value == big_content and "without the lease" not in result.stderr
     assert LEASE_SECONDS - 0.5 < waited < LEASE_SECONDS + 2.0
     assert files_in(cache) == [f".rankload/{NAME}.json", NAME]
+
+
+def holder_here(url: str, path: Path, tmp_path: Path) -> None:
+    """A job on this host that is killed while it downloads."""
+    with start_ranks(read_on_mount, 1, env="none", args=(url, path)) as job:
+        yield
+        job.kill(0)
+        job.wait_for_end(0)
+
+
+def holder_elsewhere(url: str, path: Path, tmp_path: Path) -> None:
+    """A job of another host, or of another container on this one: its process ids mean nothing here."""
+    with other_host.start(other_host.FETCH, url, path, directory=tmp_path) as job:
+        yield
+        job.kill()
+
+
+def holder_whose_pid_lives_on(url: str, path: Path, tmp_path: Path) -> None:
+    """Its process id is another process' by now."""
+    yield from holder_here(url, path, tmp_path)
+    lease = path / ".rankload" / f"{NAME}.lease"
+    text = lease.read_text()
+    lease.write_text(re.sub(r"(?m)^pid=\d+$", f"pid={os.getpid()}", text))
+
+
+@pytest.mark.fault(32)
+@needs_fuse
+@needs_namespaces
+@pytest.mark.parametrize("holder", [holder_here, holder_elsewhere, holder_whose_pid_lives_on])
+def test_holder_that_died_where_filelock_cannot_take_over(origin, tmp_path, big_content, holder):
+    """FUSE refuses renameat2's flags here, as NFS, GPFS and BeeGFS do, and filelock 4.3 has no other means."""
+    url = origin.add(NAME, big_content, hold_at=HALF)
+    with fuse.mounted(tmp_path / "server", tmp_path / "mount") as mount:
+        dying = holder(url, mount.path, tmp_path)
+        next(dying)
+        origin.wait_until_held(NAME)
+        assert next(dying, None) is None
+        assert (mount.path / ".rankload" / f"{NAME}.lease").exists()
+        url = origin.add(NAME, big_content)
+        with start_ranks(read_on_mount, 1, env="none", args=(url, mount.path)) as job:
+            wait_until(lambda: "DOWNLOAD" in job.stderr(0), 30, "it has found nothing")
+            looked_at = time.monotonic()
+            [result] = job.wait(30)
+        waited = origin.requests()[-1].started_at - looked_at
+        assert result.value == big_content
+        assert waited < LEASE_SECONDS + 5.0
+        assert files_in(mount.path) == [f".rankload/{NAME}.json", NAME]
 
 
 # --- clocks ----------------------------------------------------------------------------------------------------------

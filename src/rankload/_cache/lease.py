@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from rankload._cache.access import make_own_directory
+from rankload._cache.silent_lease import SilentMarker
 from rankload._errors import RankloadError
 from rankload._settings import Settings
 
@@ -82,16 +83,17 @@ def _acquire(
 ) -> bool:
     try:
         patience = _Patience(progress_mark, settings.progress_seconds + settings.lease_seconds)
+        marker = SilentMarker(path, settings.lease_seconds)
         lease.acquire(
             timeout=-1,
             poll_interval=random.uniform(0.1, 0.4),  # noqa: S311 - a thousand array tasks must not poll in step
-            cancel_check=lambda: on_wait() or patience.is_over() or _is_foreign(path),
+            cancel_check=lambda: on_wait() or patience.is_over() or _is_foreign(path) or marker.is_in_the_way(),
         )
     except RankloadError:  # what another rank failed with; it may be an OSError, too
         raise
     except Timeout:  # cancelled: not needed any more, or not worth waiting for
         if not on_wait():
-            _warn(path, "its holder makes no progress, or is another user")
+            _warn(path, "its holder is silent, makes no progress, or is another user")
         return False
     except _UNUSABLE as error:
         _warn(path, f"{type(error).__name__}: {error}")
