@@ -581,6 +581,16 @@ ALL_CASES = (
         "What was loaded stays as it was, and the process lives: only files that rankload itself has published stay "
         "mapped. With `mmap=True` you ask for the file's own pages, and get what happens to them.",
     ),
+    Case(
+        73,
+        "file-of-anybodys",
+        CACHED_FILES,
+        "torch.hub, or anybody, has left a file under the name of the one that you ask for: many are called "
+        "`weights.pth`.",
+        "Without a digest that tells, the origin is asked once whether it is its file: by its length, a piece of its "
+        "content and the digest that it gives. If not, your URL gets an entry of its own. If the origin cannot be "
+        "asked, a warning says that nobody vouches.",
+    ),
 )
 
 CASES: dict[int, Case] = {case.number: case for case in sorted(ALL_CASES, key=lambda case: case.number)}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import hashlib
+
 import pytest
+import torch
 import torch.hub
 
 import rankload
 from harness import checkpoints
 from harness.checkpoints import digest_of
 from harness.fetch_calls import files_in, load, whole_log
+from harness.origin import Origin
 from harness.ranks import run_ranks, start_ranks, wait_until
 from rankload._cache.record import find_record
 
@@ -23,14 +29,16 @@ def left_by_torch(origin, checkpoint, cache):
 
 
 def record_in(cache, name):
-    return find_record(cache / ".rankload" / f"{name}.json").record
+    found = find_record(cache / ".rankload" / f"{name}.json")
+    return found.record if found else None
 
 
 @pytest.mark.parametrize("check_hash", [False, True])
 def test_file_of_torch_hub_is_adopted(origin, cache, checkpoint, left_by_torch, check_hash):
     results = run_ranks(load, 2, args=(left_by_torch, cache), kwargs={"check_hash": check_hash})
     assert {result.value for result in results} == {digest_of(checkpoint.content)}
-    assert origin.request_count() == 1  # torch's
+    assert origin.request_count() == (1 if check_hash else 2)  # torch's, and one to ask whether it is the origin's
+    assert origin.bytes_sent() < checkpoint.size + 100_000
     record = record_in(cache, checkpoint.name)
     assert (record.source, record.sha256) == ("adopted", checkpoint.sha256 if check_hash else None)
 
@@ -41,7 +49,67 @@ def test_adopted_file_is_hashed_when_a_digest_is_first_given(origin, cache, chec
     rankload.dist_fetch(left_by_torch, cache, sha256=checkpoint.sha256)
     record = record_in(cache, checkpoint.name)
     assert (record.sha256, record.vouched_by, record.source) == (checkpoint.sha256, "sha256", "adopted")
-    assert origin.request_count() == 1
+    assert origin.request_count() == 2
+
+
+@pytest.fixture
+def twins(tmp_path):
+    """Two checkpoints of one architecture: the same length to the byte."""
+    paths = [tmp_path / "twins" / name for name in "ab"]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        torch.save({"w": torch.full((100_000,), float(number))}, path)
+    assert paths[0].stat().st_size == paths[1].stat().st_size
+    return paths
+
+
+@pytest.mark.fault(73)
+@pytest.mark.parametrize("behaviour", ["honest", "ignores ranges", "gives digests"])
+def test_another_urls_file_of_the_same_name_and_length(origin, cache, twins, behaviour, caplog):
+    """torch.hub would take it."""
+
+    def add(path):
+        digest = base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
+        headers = {"Repr-Digest": f"sha-256=:{digest}:"} if behaviour == "gives digests" else {}
+        ranges = "ignored" if behaviour == "ignores ranges" else "honest"
+        return origin.add(f"{path.name}/model.pth", path, headers=headers, ranges=ranges)
+
+    one, other = map(add, twins)
+    torch.hub.load_state_dict_from_url(one, str(cache), progress=False)
+    for _ in range(2):
+        with whole_log(caplog):
+            assert rankload.dist_load_state_dict_from_url(other, cache)["w"][0] == 1.0
+        assert rankload.dist_load_state_dict_from_url(one, cache)["w"][0] == 0.0
+    assert (cache / "model.pth").read_bytes() == twins[0].read_bytes()
+    assert f"keeping {other} at" in caplog.text
+
+
+@pytest.mark.fault(73)
+def test_origin_is_asked_once_and_with_little(origin, cache, twins):
+    url = origin.add("model.pth", twins[0])
+    torch.hub.load_state_dict_from_url(url, str(cache), progress=False)
+    before = origin.bytes_sent()
+    for _ in range(3):
+        assert rankload.dist_fetch(url, cache) == cache / "model.pth"
+    assert origin.request_count() == 2 and origin.bytes_sent() - before <= 64 << 10
+
+
+@pytest.mark.fault(73)
+@pytest.mark.parametrize("how", ["offline", "down", "gone"])
+def test_origin_that_cannot_be_asked_is_a_warning(origin, cache, twins, how, caplog):
+    """And no record: the next call asks again."""
+    with contextlib.ExitStack() as running:
+        server = running.enter_context(Origin()) if how == "down" else origin
+        url = server.add("model.pth", twins[0])
+        torch.hub.load_state_dict_from_url(url, str(cache), progress=False)
+    if how == "gone":
+        origin.add("model.pth", b"", status=404)
+    for _ in range(2):
+        caplog.clear()
+        with whole_log(caplog):
+            path = rankload.dist_fetch(url, cache, offline=how == "offline")
+        assert path == cache / "model.pth" and "nobody vouches that this is the file at" in caplog.text
+    assert record_in(cache, "model.pth") is None
 
 
 @pytest.mark.fault(20)

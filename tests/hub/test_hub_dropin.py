@@ -74,7 +74,7 @@ def test_file_name_is_torchs(checkpoint, tmp_path, path):
         torch.hub.load_state_dict_from_url(url, str(tmp_path / "cache"), progress=False)
         [found] = (tmp_path / "cache").iterdir()
         assert rankload.dist_fetch(url, tmp_path / "cache") == found
-        assert server.request_count() == 1
+        assert server.request_count() == 2  # and one to ask the origin whether it is its file
 
 
 def test_directory_is_shared_with_torch_hub(origin, checkpoint, monkeypatch, tmp_path):

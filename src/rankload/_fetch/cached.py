@@ -39,6 +39,7 @@ class Look:
         file: that file, if it can be used.
         damage: what is wrong with it, if that is known and it should be set aside.
         reason: why it cannot be used.
+        is_unvouched: nobody says whose that file is: `adopt` it or `reject` it.
     """
 
     entry: Entry
@@ -46,6 +47,7 @@ class Look:
     file: FetchedFile | None = None
     damage: str | None = None
     reason: str = ""
+    is_unvouched: bool = False
 
 
 def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
@@ -70,7 +72,27 @@ def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
     if plan.action is Action.SEPARATE:
         return look_up(_separate(entry, plan.reason, request), request, report)
     damage = plan.reason if plan.action is Action.REPLACE else None
-    return Look(entry, _version_of(cached.status), file, damage, plan.reason)
+    is_unvouched = file is not None and cached.record is None and file.sha256 is None
+    return Look(entry, _version_of(cached.status), file, damage, plan.reason, is_unvouched)
+
+
+def adopt(look: Look, request: FetchRequest, *, etag: str | None, sha256: str | None, vouched_by: str | None) -> None:
+    """Record that an unvouched file is the URL's, as its origin says; not in a read-only cache."""
+    with suppress(OSError):
+        status = look.entry.path.stat()
+        if _version_of(status) == look.version:
+            facts = (status.st_size, status.st_mtime_ns, status.st_ino, etag, sha256, vouched_by)
+            record = Record(redact(request.urls[0]), url_key(request.urls[0]), *facts, "adopted")
+            write_record(look.entry.record_path, record)
+
+
+def reject(look: Look, reason: str, request: FetchRequest) -> Entry:
+    """Leave an unvouched file alone, and return the entry that is the URL's.
+
+    Raises:
+        CacheError: there is none.
+    """
+    return _separate(look.entry, reason, request)
 
 
 def _has_separate(entry: Entry, request: FetchRequest) -> bool:
@@ -238,7 +260,7 @@ def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) 
         raise
     except OSError as error:  # removed since the look, or the disk cannot read it any more: a new copy helps
         return after_check(cached, is_damaged=False, reason=f"cannot read it: {error.strerror or error}"), None
-    if not cached.problem:  # a record that cannot be read is somebody's: it stays
+    if not cached.problem and (record or vouched_by):  # a record that cannot be read is somebody's: it stays
         adopted = Record(
             url=record.url if record else redact(request.urls[0]),
             url_key=record.url_key if record else url_key(request.urls[0]),

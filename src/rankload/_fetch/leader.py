@@ -11,7 +11,16 @@ from rankload._cache.directory import make_directory
 from rankload._cache.layout import Entry
 from rankload._cache.lease import hold_lease
 from rankload._errors import FetchError
-from rankload._fetch.cached import Look, file_version, look_up, make_directories, set_damaged_file_aside, use_in_place
+from rankload._fetch.cached import (
+    Look,
+    adopt,
+    file_version,
+    look_up,
+    make_directories,
+    reject,
+    set_damaged_file_aside,
+    use_in_place,
+)
 from rankload._fetch.download import download
 from rankload._fetch.offline import offline_error
 from rankload._fetch.origins.credentials import headers_of
@@ -19,9 +28,10 @@ from rankload._fetch.origins.sidecar import fetch_sidecar, read_sidecar
 from rankload._fetch.partials.adoption import progress_of_partials
 from rankload._fetch.partials.partial import SupersededError
 from rankload._fetch.parts import with_parts
+from rankload._fetch.unvouched import ask_origin
 from rankload._settings import Settings
 from rankload._types import FetchedFile, FetchRequest, Progress, Report
-from rankload._urls import local_path_of
+from rankload._urls import local_path_of, redact
 
 _logger = logging.getLogger("rankload")
 
@@ -56,9 +66,21 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
     make_directories(entry)
     while True:
         look = look_up(entry, request, report)
-        if look.file is not None:
-            return look.file
         entry = look.entry
+        if look.file is not None and not look.is_unvouched:
+            return look.file
+        if look.file is not None:
+            opinion = ask_origin(look.file, request, report, settings)
+            if opinion.agrees is False:
+                entry = reject(look, opinion.reason, request)
+                continue
+            if opinion.agrees:
+                facts = {"etag": opinion.etag, "sha256": opinion.sha256, "vouched_by": opinion.vouched_by}
+                adopt(look, request, **facts)
+            else:
+                text = "%s: nobody vouches that this is the file at %s: there is no record, and no digest (%s)"
+                _logger.warning(text, entry.path, redact(request.urls[0]), opinion.reason)
+            return replace(look.file, sha256=opinion.sha256)
         if request.offline:
             raise offline_error(entry, request, look.reason if look.version else "")
         # Before there is anything to see of it on disk: a leader that is killed now is known to have made the call.

@@ -1,0 +1,90 @@
+"""A file that lies in the cache under the right name, and nobody vouches for: torch.hub's, or anybody's.
+
+Many files are called ``weights.pth``. So the origin is asked once, before such a file is taken for a URL's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+from rankload._errors import ContentChangedError, FetchError
+from rankload._fetch.bounded_read import Answer, read_bounded
+from rankload._fetch.digest import sha256_of_file
+from rankload._fetch.origins.choice import origin_for
+from rankload._fetch.origins.credentials import headers_of
+from rankload._fetch.origins.origin import UnusableRange
+from rankload._settings import Settings
+from rankload._types import FetchedFile, FetchRequest, Progress, Report
+
+_logger = logging.getLogger("rankload")
+
+#: So much of the middle of the file is compared: models of one architecture have the same length, but not there.
+_SAMPLE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What an origin says of a file.
+
+    Attributes:
+        agrees: whether it is its file; None if it could not be asked, or does not tell.
+        reason: why, for messages.
+        etag: the origin's validator.
+        sha256: the file's digest, if the origin gave one to compare with.
+        vouched_by: whose that was.
+    """
+
+    agrees: bool | None
+    reason: str
+    etag: str | None = None
+    sha256: str | None = None
+    vouched_by: str | None = None
+
+
+def ask_origin(file: FetchedFile, request: FetchRequest, report: Report, settings: Settings) -> Opinion:
+    """Ask the first of a request's URLs that answers whether a file is its own: by one small request.
+
+    Length, a piece of the content and, if the origin gives one, the digest are compared.
+
+    Raises:
+        CacheError: the file cannot be read.
+        RankloadError: whatever ``report`` raises.
+    """
+    if request.offline:
+        return Opinion(None, "offline")
+    middle = max(0, (file.size_bytes - _SAMPLE_BYTES) // 2)
+    reason = ""
+    for url in request.urls:
+        with closing(origin_for(url, headers_of(request, url), settings)) as origin:
+            try:
+                answer = read_bounded(
+                    origin, middle, min(middle + _SAMPLE_BYTES, file.size_bytes), None, most_bytes=_SAMPLE_BYTES,
+                    settings=replace(settings, retries=0), report=report,
+                )  # fmt: skip
+            except ContentChangedError:  # it ends before the range begins
+                return Opinion(False, f"{origin.shown} is shorter")
+            except (FetchError, UnusableRange) as error:
+                reason = str(error)
+                continue
+            return _judged(file, answer, 0 if answer.is_whole else middle, origin.shown, report)
+    return Opinion(None, reason)
+
+
+def _judged(file: FetchedFile, answer: Answer, begin: int, shown: str, report: Report) -> Opinion:
+    version = answer.version
+    if version.size_bytes not in (None, file.size_bytes):
+        return Opinion(False, f"{shown} has {version.size_bytes} bytes, and it has {file.size_bytes}")
+    with file.path.open("rb", buffering=0) as local:
+        if os.pread(local.fileno(), len(answer.content), begin) != answer.content:
+            return Opinion(False, f"{shown} has other content")
+    if (claim := version.claim) is None:
+        agrees = True if version.size_bytes is not None else None
+        return Opinion(agrees, "length and a piece of the content are the origin's", version.etag)
+    report(Progress("hashing", 0, file.size_bytes))
+    sha256 = sha256_of_file(file.path, lambda done: report(Progress("hashing", done, file.size_bytes)))
+    if not sha256.startswith(claim.sha256):
+        return Opinion(False, f"{shown} has another digest ({claim.source})")
+    return Opinion(True, "its digest is the origin's", version.etag, sha256, claim.source)
