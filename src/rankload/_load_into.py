@@ -95,8 +95,7 @@ def dist_load_into(
             and uploads its share and gets the others' by all-gathers of the process group, which must have a backend
             for the module's device; a device holds two buckets beyond its own tensors, 64 MiB at the most. Sharded
             tensors are read by their owners.
-            ``"auto"`` is ``"gather"`` for replicated modules on accelerators whose process group has NCCL or the like,
-            if the ranks are on one node or the file is on the network, and else ``"read"``; the report says why.
+            ``"auto"`` is ``"read"``: gathering has yet to be seen on several accelerators.
             With ``"broadcast"`` each rank takes its own bytes out of what comes by, and holds 8 MiB beyond its own
             tensors, and up to 64 MiB of ones that are too small to be sent one by one. Where the source itself has to
             load the whole file (it has no index, an ``adapt`` of your own or a hook of the module wants to see

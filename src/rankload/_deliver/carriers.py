@@ -53,9 +53,9 @@ def open_carrier(
         return _open_broadcast(path, file, source, channel, settings, closing)
     assert path is not None
     files = _files(path, channel, closing)
-    if delivery == "read":
-        return Reading(files, channel, settings)
-    return Gathering(files, channel, group, settings, is_asked_for=delivery == "gather")
+    if delivery == "gather":
+        return Gathering(files, channel, group, settings)
+    return Reading(files, channel, settings, Carrier.reason if delivery == "read" else "each rank reads what it needs")
 
 
 def _files(path: Path, channel: LoneChannel | RankChannel, closing: ExitStack) -> CheckpointFiles:

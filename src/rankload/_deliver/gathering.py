@@ -1,4 +1,4 @@
-"""`delivery="gather"`, and the choice that ``"auto"`` makes: ranks share out the reading of what all of them want."""
+"""`delivery="gather"`: ranks share out the reading of what all of them want."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from rankload._cache.linux import is_on_local_disk
 from rankload._deliver.carrier import Plan
-from rankload._deliver.choice import ON_THE_CPU, Choice, Facts, asked_for, choose
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.independent import Reading
 from rankload._deliver.places import is_replicated
@@ -23,9 +21,8 @@ from rankload._deliver.saved import Assignment
 from rankload._deliver.staging.sharers import Sharers
 from rankload._deliver.staging.whole_tensors import is_good_as_it_is, upload_whole
 from rankload._deliver.transfers import Transfer
+from rankload._errors import ArgumentError
 from rankload._job.channel import RankChannel
-from rankload._job.devices import hardware_id
-from rankload._job.machine import kernel_id
 from rankload._settings import Settings
 from rankload._types import Progress
 
@@ -43,22 +40,14 @@ class Gathering(Reading):
         channel: of the call.
         group: over which the call is; None for the default one.
         settings: deadlines.
-        is_asked_for: by the caller; else it is done where it pays.
     """
 
     def __init__(
-        self,
-        files: CheckpointFiles,
-        channel: RankChannel,
-        group: ProcessGroup | None,
-        settings: Settings,
-        *,
-        is_asked_for: bool,
+        self, files: CheckpointFiles, channel: RankChannel, group: ProcessGroup | None, settings: Settings
     ) -> None:
         super().__init__(files, channel, settings)
         self._channel: RankChannel = channel
-        self._group, self._is_asked_for = group, is_asked_for
-        self._settings = settings
+        self._group, self._settings = group, settings
         self._shared: set[int] = set()
 
     def planned(self, plan: Plan) -> bool:
@@ -69,21 +58,19 @@ class Gathering(Reading):
         """
         super().planned(plan)
         device = _device(plan)
-        if device.type == "cpu" and not self._is_asked_for:
-            self.reason = ON_THE_CPU
-            return False
+        if _backend(self._group, device.type) is None:
+            raise ArgumentError(
+                "delivery='gather': there is no process group with a backend for the module's device "
+                f"{device.type!r}: call init_process_group before, with one (backend='nccl' or 'cpu:gloo,cuda:nccl' "
+                "for cuda), or pass delivery='auto'"
+            )
         shared = [step for step in plan.steps if _is_shared(step, plan, device)]
         self._shared = {id(step.saved) for step in shared}
-        facts = self._facts(plan, shared, device)
-        choice = asked_for(facts) if self._is_asked_for else choose(facts)
-        if choice.delivery == "gather" and not self._is_asked_for and self._has_company_on(device):
-            choice = Choice("read", "another rank has the same device, which collectives do not bear")
-        if choice.delivery == "gather":
-            first = self._channel.first("gather/wanted", _digest(shared))
-            if first != _digest(shared):
-                choice = Choice("read", "another rank wants other tensors than this one")
-        self.delivery, self.reason = choice.delivery, choice.reason
-        return choice.delivery == "gather"
+        if self._channel.first("gather/wanted", _digest(shared)) != _digest(shared):
+            self.reason = "another rank wants other tensors than this one"
+            return False
+        self.delivery = "gather"
+        return True
 
     def met(self, all_would_gather: bool) -> None:
         """See `Carrier.met`."""
@@ -112,25 +99,6 @@ class Gathering(Reading):
                 Sharers.of(group, self._settings, lambda: self._channel.meet("ready to gather")),
             )
         return done + read_all(others, lambda more: report(done + more), self._limits)
-
-    def _has_company_on(self, device: torch.device) -> bool:
-        """Tell whether another rank has come with the same device."""
-        hardware = hardware_id(device)
-        if hardware is None:
-            return False
-        return self._channel.claim(f"gather/{kernel_id()}/{hardware}") != self._channel.identity.rank
-
-    def _facts(self, plan: Plan, shared: Sequence[Assignment], device: torch.device) -> Facts:
-        identity = self._channel.identity
-        shared_bytes = sum(step.saved.shape.numel() * step.saved.dtype.itemsize for step in shared)
-        return Facts(
-            device.type,
-            _backend(self._group, device.type),
-            shared_bytes,
-            sum(entry.length for entry in plan.entries) - shared_bytes,
-            identity.is_on_one_node,
-            is_on_local_disk(self.files.source(self.files.name).descriptor),
-        )
 
 
 def _device(plan: Plan) -> torch.device:

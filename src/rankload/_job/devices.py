@@ -133,16 +133,6 @@ def visible_accelerator() -> Accelerator | None:
     return Accelerator(device.type, count, current_index, is_initialized)
 
 
-def hardware_id(device: torch.device) -> str | None:
-    """Return what tells one accelerator of a machine from another, under whatever index a process sees it.
-
-    None where torch does not know. Initialises the accelerator.
-    """
-    get_properties = getattr(torch.get_device_module(device), "get_device_properties", None)
-    uuid = None if get_properties is None else getattr(get_properties(device), "uuid", None)
-    return None if uuid is None else str(uuid)
-
-
 def resolve_map_location(map_location: Any, identity: Identity, group: ProcessGroup | None = None) -> Any:
     """Return what torch.load takes as map_location, right for this rank.
 
