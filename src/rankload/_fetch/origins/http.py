@@ -241,12 +241,11 @@ class HttpOrigin:
 
     def _checked_range(self, response: requests.Response, begin: int, end: int | None) -> tuple[int, int, int | None]:
         found = content_range_of(response.headers)
-        if end is None or found is None or found[0] != begin or found[1] > end:
-            asked = f"bytes {begin}-{end - 1}" if end is not None else "the whole file"
-            raise UnusableRange(
-                f"{self.shown}: asked for {asked}, got status 206 and Content-Range "
-                f"{response.headers.get('Content-Range', '(none)')[:80]!r}"
-            )
+        got = f"got status 206 and Content-Range {response.headers.get('Content-Range', '(none)')[:80]!r}"
+        if end is None:  # there is no other way left to ask
+            raise FetchError(f"{self.shown}: asked for the whole file, {got}", url=self.shown)
+        if found is None or found[0] != begin or found[1] > end:
+            raise UnusableRange(f"{self.shown}: asked for bytes {begin}-{end - 1}, {got}")
         return found
 
     def _status_error(self, response: requests.Response) -> HTTPStatusError:

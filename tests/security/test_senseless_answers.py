@@ -1,0 +1,68 @@
+"""Whatever an origin answers ends in an error of rankload's, at once, and on no rank in one of Python's."""
+
+from __future__ import annotations
+
+import pytest
+
+import rankload
+from harness.fetch_calls import errors_of, expect, fetch, files_in
+from harness.raw_origin import RawOrigin
+
+#: Nothing of it can be read as it was meant; one of each kind has once been an OverflowError, an UnusableRange, …
+ANSWERS = {
+    **{
+        f"Retry-After: {date}": f"503 Busy\r\nRetry-After: {date}\r\nContent-Length: 0"
+        for date in (
+            "Mon, 99999999999999999999 Jan 2020 00:00:00 GMT",
+            "Mon, 01 Jan 99999999999999 00:00:00 GMT",
+            "Mon, 01 Jan 2020 00:00:00 +99999999999999",
+            "9" * 18,
+        )
+    },
+    "a range nobody asked for": "206 Partial\r\nContent-Range: bytes 0-9/*\r\nContent-Length: 10",
+    "another range": "206 Partial\r\nContent-Range: bytes 5-9/10\r\nContent-Length: 10",
+    "a range without its place": "206 Partial\r\nContent-Length: 10",
+    "two lengths": "200 OK\r\nContent-Length: 3\r\nContent-Length: 9",
+    "a redirect whose body is of negative size": "302 Found\r\nLocation: /x\r\nTransfer-Encoding: chunked\r\n\r\n-5",
+    "a redirect to an endless name": f"302 Found\r\nLocation: http://{'a.' * 30000}/\r\nContent-Length: 0",
+    "a redirect to an empty label": "302 Found\r\nLocation: http://a..b/\r\nContent-Length: 0",
+    "101": "101 Switching Protocols",
+    "1000 headers": "200 OK\r\n" + "A: b\r\n" * 1000,
+}
+
+
+def answering(head):
+    def reply(connection):
+        while True:
+            connection.read_request()
+            connection.sendall(f"HTTP/1.1 {head}\r\n\r\n".encode() + b"0123456789")
+
+    return reply
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    for name, value in {"RETRIES": 1, "BACKOFF_SECONDS": 0.01, "RETRY_AFTER_SECONDS": 0.1}.items():
+        monkeypatch.setenv(f"RANKLOAD_{name}", str(value))
+    monkeypatch.setenv("RANKLOAD_PROGRESS_SECONDS", "5")
+
+
+@pytest.mark.fault(64)
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("call", ["fetch", "open", "sidecar"])
+def test_senseless_answer_is_an_error_of_ours(cache, answer, call):
+    with RawOrigin(answering(ANSWERS[answer])) as origin:
+        url = origin.url("model.safetensors")
+        with pytest.raises(rankload.RankloadError):
+            if call == "open":
+                rankload.open_checkpoint(url)
+            else:
+                rankload.dist_fetch(url, cache, verify="sidecar" if call == "sidecar" else "once", progress=False)
+    assert files_in(cache) == []
+
+
+@pytest.mark.parametrize("answer", ["Retry-After: Mon, 01 Jan 99999999999999 00:00:00 GMT", "a range nobody asked for"])
+def test_senseless_answer_for_a_sidecar_is_the_same_error_on_all_ranks(cache, answer):
+    with RawOrigin(answering(ANSWERS[answer])) as origin:
+        url = origin.url("file.bin")
+        expect(errors_of(fetch, url, cache, verify="sidecar"), rankload.FetchError, f"{url}.sha256", "[rank 0 on ")
