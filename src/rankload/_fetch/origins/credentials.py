@@ -48,10 +48,13 @@ class Credentials:
         url: the one that the caller's headers, its own user and password, and ~/.netrc's entry are meant for.
         given: the caller's headers.
         environ: where tokens are looked for.
+        server: the URL's, if it is written differently where it is asked.
     """
 
-    def __init__(self, url: str, given: Headers, environ: Mapping[str, str] = os.environ) -> None:
-        self._server, self._given, self._environ = server_of(url), given, environ
+    def __init__(
+        self, url: str, given: Headers, environ: Mapping[str, str] = os.environ, *, server: Server | None = None
+    ) -> None:
+        self._server, self._given, self._environ = server or server_of(url), given, environ
         self._user = user_of(url)
 
     def headers_for(self, server: Server) -> Headers:

@@ -86,11 +86,12 @@ class HttpOrigin:
 
     def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
         self.url, self.shown = url, redact(url)
-        self._credentials, self._settings = Credentials(url, headers), settings
         self._sessions: list[requests.Session] = []
         self._idle_sessions: list[requests.Session] = []
         self._first_url = without_user(url)
         self._target = _Target(self._first_url)
+        self._credentials = Credentials(url, headers, server=_server_as_asked(self._first_url))
+        self._settings = settings
 
     def close(self) -> None:
         """Close all connections, and end the requests that are still under way in threads left behind."""
@@ -309,6 +310,14 @@ class HttpBody:
         """See `Body`."""
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # the body has ended already
             self._shut_down()
+
+
+def _server_as_asked(url: str) -> Server | None:
+    """Return a URL's server with its host as requests carry it: a name of another alphabet goes in ASCII (IDNA)."""
+    try:
+        return server_of(requests.Request("GET", url).prepare().url or "")
+    except ValueError:  # requests' own subclasses: nothing can be sent there
+        return None
 
 
 def _plain_socket(response: requests.Response) -> socket.socket | None:
