@@ -123,8 +123,17 @@ def redact(url: str) -> str:
     return printable(f"{match[0].lower()}{shown_user}{host}{slash}{path}{shown_query}{shown_fragment}")
 
 
-def redact_text(text: str) -> str:
-    """Return a library's error text without the passwords and queries of URLs that it may show."""
+def redact_text(text: str, url: str = "") -> str:
+    """Return a library's error text without the passwords and queries of URLs that it may show.
+
+    Args:
+        text: the error's.
+        url: what was asked for. Its password and query are taken out wherever they stand: a library may take a user
+            and password for the name of a bucket, and show that.
+    """
+    _, _, password = _authority_of(url).rpartition("@")[0].partition(":")
+    for secret in sorted({password, unquote(password), url.partition("?")[2]}, key=len, reverse=True):
+        text = text.replace(secret, "…") if secret else text
     return printable(re.sub(r"//[^/@\s]*@", "//", re.sub(r"\?\S+", "?…", text)))
 
 
