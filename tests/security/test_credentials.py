@@ -224,3 +224,26 @@ def test_no_error_of_a_filesystem_shows_a_secret_or_leads_to_one(cache, url, mon
             call()
         assert "SECRET" not in everything_in(caught.value, set())
         assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization: Bearer SECRET\n": ""},
+        {"Authorization: Bearer SECRET": ""},
+        {"Authorization": "SECRET\n"},
+        {"Authorization": " SECRET"},
+        {b"Authorization: SECRET": "x"},
+        {"Authorization": b"SECRET"},
+        {"=SECRET": "x", ":SECRET": ""},
+    ],
+)
+def test_complaint_about_headers_shows_no_secret(cache, headers):
+    """Whatever is wrong about them: a value may stand in the name."""
+    for call in (
+        lambda: rankload.dist_fetch("https://good.test/x", cache, headers=headers),
+        lambda: rankload.open_checkpoint("https://good.test/x", headers=headers),
+    ):
+        with pytest.raises(rankload.ArgumentError) as caught:
+            call()
+        assert "SECRET" not in everything_in(caught.value, set())

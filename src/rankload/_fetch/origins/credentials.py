@@ -112,8 +112,8 @@ def _hugging_face_login(environ: Mapping[str, str]) -> str | None:
         return None
     cache = environ.get("XDG_CACHE_HOME", "~/.cache")
     home = environ.get("HF_HOME") or f"{cache}/huggingface"
-    path = Path(environ.get("HF_TOKEN_PATH") or f"{home}/token").expanduser()
+    path = Path(environ.get("HF_TOKEN_PATH") or f"{home}/token")
     try:
-        return path.read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError):
+        return path.expanduser().read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError, RuntimeError):  # RuntimeError: no such user's home directory
         return None
