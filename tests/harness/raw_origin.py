@@ -43,7 +43,7 @@ class Connection:
             if not piece:
                 raise ConnectionError("the client went away")
             received += piece
-        return received.decode()
+        return received.decode("latin-1")
 
     def sendall(self, content: bytes) -> None:
         """Raises an OSError when the client has gone away."""

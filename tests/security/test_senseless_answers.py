@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import rankload
@@ -66,3 +68,28 @@ def test_senseless_answer_for_a_sidecar_is_the_same_error_on_all_ranks(cache, an
     with RawOrigin(answering(ANSWERS[answer])) as origin:
         url = origin.url("file.bin")
         expect(errors_of(fetch, url, cache, verify="sidecar"), rankload.FetchError, f"{url}.sha256", "[rank 0 on ")
+
+
+@pytest.mark.parametrize("etag", [b'"a\x00\x1b[2J\x85"', b'"a"\r\n X-Forged: yes'])
+def test_validator_brings_no_control_characters_into_a_request(cache, etag, monkeypatch):
+    """It would be sent wherever the origin redirects the next range."""
+    monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(1 << 20))
+    content, heads = bytes(range(256)) * (16 << 10), []
+
+    def reply(connection):
+        while True:
+            heads.append(connection.read_head())
+            asked = re.search(r"bytes=(\d+)-(\d+)", heads[-1])
+            begin, end = int(asked[1]), min(int(asked[2]) + 1, len(content))
+            connection.sendall(
+                f"HTTP/1.1 206 Partial\r\nContent-Range: bytes {begin}-{end - 1}/{len(content)}\r\n".encode()
+                + b"ETag: " + etag + f"\r\nContent-Length: {end - begin}\r\n\r\n".encode() + content[begin:end]
+            )  # fmt: skip
+
+    with RawOrigin(reply) as origin:
+        assert rankload.dist_fetch(origin.url("file.bin"), cache, progress=False).read_bytes() == content
+    assert len(heads) > 1
+    for head in heads:
+        lines = head.split("\r\n")
+        assert all(line.isprintable() for line in lines), head
+        assert not any(line.lower().startswith("x-forged") for line in lines)

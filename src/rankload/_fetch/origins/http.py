@@ -345,7 +345,8 @@ def _range_headers(begin: int, end: int | None, version: Version | None) -> dict
     if version is not None:
         # only a strong validator may stand in If-Range (RFC 9110, 13.1.5); of weak ones the answer's is compared
         validator = version.etag if version.etag and not version.etag.startswith("W/") else version.last_modified
-        if validator and not (version.etag or "").startswith("W/"):
+        # an origin's text may hold control characters, and is not to put them into a request to another server
+        if validator and validator.isprintable() and not (version.etag or "").startswith("W/"):
             headers["If-Range"] = validator
     return headers
 
