@@ -165,7 +165,7 @@ def checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     if not isinstance(headers, Mapping):
         raise ArgumentError(f"headers: expected a mapping of names to values, got {type(headers).__name__}")
     for name, value in headers.items():
-        # Neither the HTTP library's own complaint nor ours may show a value, which is a secret. It may stand in the name.
+        # Neither the HTTP library nor this may show a value in a complaint: it is a secret. It may stand in the name.
         match = _TOKEN.match(name) if isinstance(name, str) else None
         is_name = match is not None and match[0] == name
         shown = name if is_name else f"{match[0]}…" if match else str(name)[:1]
