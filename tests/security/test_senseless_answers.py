@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -68,6 +69,21 @@ def test_senseless_answer_for_a_sidecar_is_the_same_error_on_all_ranks(cache, an
     with RawOrigin(answering(ANSWERS[answer])) as origin:
         url = origin.url("file.bin")
         expect(errors_of(fetch, url, cache, verify="sidecar"), rankload.FetchError, f"{url}.sha256", "[rank 0 on ")
+
+
+def test_cookies_do_not_pile_up(cache):
+    """Each redirect sets a quarter of a megabyte of new ones."""
+
+    def reply(connection):
+        for hop in itertools.count():
+            heads.append(connection.read_head())
+            cookies = "".join(f"Set-Cookie: a{hop}_{one}={'x' * 3000}\r\n" for one in range(80))
+            connection.sendall(f"HTTP/1.1 302 Found\r\n{cookies}Location: /x\r\nContent-Length: 0\r\n\r\n".encode())
+
+    heads: list[str] = []
+    with RawOrigin(reply) as origin, pytest.raises(rankload.FetchError, match="too many redirects"):
+        rankload.dist_fetch(origin.url("file.bin"), cache, progress=False)
+    assert len(heads) > 5 and max(map(len, heads)) < 128 << 10
 
 
 @pytest.mark.parametrize("etag", [b'"a\x00\x1b[2J\x85"', b'"a"\r\n X-Forged: yes'])
