@@ -263,17 +263,18 @@ def _without_signature(query: str) -> str:
     """Return a query without what signs or authorises the request; the rest keeps its bytes and their order.
 
     A semicolon separates parameters for some servers: ``token=x;file=a`` is not left out, since it names a file there.
+    Nor is a name without a value: ``?token`` is a file of that name.
     """
     if not query:
         return query
     pieces = query.split("&")
     names = [unquote_plus(piece.partition("=")[0]).lower() for piece in pieces]
-    has_more = [bool(_NEXT_PARAMETER.search(piece)) for piece in pieces]
+    is_one_value = ["=" in piece and not _NEXT_PARAMETER.search(piece) for piece in pieces]
     left_out = set(_TOKENS)
     for required, all_names in _SIGNED_QUERIES:
         if required.issubset(names):
             left_out |= all_names
-    kept = (name not in left_out or more for name, more in zip(names, has_more, strict=True))
+    kept = (not (is_one and name in left_out) for name, is_one in zip(names, is_one_value, strict=True))
     return "&".join(itertools.compress(pieces, kept))
 
 

@@ -88,6 +88,8 @@ def test_plain_url_is_not_refused(url):
         # a semicolon separates parameters, too
         ("http://host/get?token=x;file=a", "http://host/get?token=x;file=b"),
         ("http://host/get?sv=1&sig=x;file=a", "http://host/get?sv=1&sig=x;file=b"),
+        # a name alone authorises nothing
+        ("http://host/get?token", "http://host/get?jwt"),
         # only on the web is there a query: here it is a part of the name
         ("s3://bucket/get?token=a", "s3://bucket/get?token=b"),
         ("memory://get?sig=a&sv=1", "memory://get?sig=b&sv=1"),
