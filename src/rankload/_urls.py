@@ -8,6 +8,7 @@ agree before it sends anything that belongs to a server.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import posixpath
 import re
@@ -122,8 +123,17 @@ def redact(url: str) -> str:
     return printable(f"{match[0].lower()}{shown_user}{host}{slash}{path}{shown_query}{shown_fragment}")
 
 
-def redact_text(text: str) -> str:
-    """Return a library's error text without the passwords and queries of URLs that it may show."""
+def redact_text(text: str, url: str = "") -> str:
+    """Return a library's error text without the passwords and queries of URLs that it may show.
+
+    Args:
+        text: the error's.
+        url: what was asked for. Its password and query are taken out wherever they stand: a library may take a user
+            and password for the name of a bucket, and show that.
+    """
+    _, _, password = _authority_of(url).rpartition("@")[0].partition(":")
+    for secret in sorted({password, unquote(password), url.partition("?")[2]}, key=len, reverse=True):
+        text = text.replace(secret, "…") if secret else text
     return printable(re.sub(r"//[^/@\s]*@", "//", re.sub(r"\?\S+", "?…", text)))
 
 
@@ -190,12 +200,13 @@ def url_key(url: str) -> str:
     """Return a digest that tells two origins apart: hex SHA-256 of the URL without signatures (`_SIGNED_QUERIES`).
 
     On the web it is without the user, too. Elsewhere what stands before the ``@`` says which file it is, even behind a
-    colon (``github://org:repo@main/file``).
+    colon (``github://org:repo@main/file``), and so does what looks like a query: a ``?`` may stand in a key of S3.
     """
     parts = urlsplit(url)
+    kept = parts.scheme + url[len(parts.scheme) :]
     if parts.scheme in WEB_SCHEMES:
-        parts = parts._replace(netloc=parts.netloc.rpartition("@")[2].lower(), fragment="")
-    kept = urlunsplit(parts._replace(query=_without_signature(parts.query)))
+        host, query = parts.netloc.rpartition("@")[2].lower(), _without_signature(parts.query)
+        kept = urlunsplit(parts._replace(netloc=host, query=query, fragment=""))
     return hashlib.sha256(kept.encode(errors="surrogateescape")).hexdigest()
 
 
@@ -244,17 +255,27 @@ _TOKENS = frozenset(
 )
 
 
+#: After a semicolon, another parameter.
+_NEXT_PARAMETER = re.compile(r";[^=;]+=")
+
+
 def _without_signature(query: str) -> str:
-    """Return a query without what signs or authorises the request; the rest keeps its bytes and their order."""
+    """Return a query without what signs or authorises the request; the rest keeps its bytes and their order.
+
+    A semicolon separates parameters for some servers: ``token=x;file=a`` is not left out, since it names a file there.
+    Nor is a name without a value: ``?token`` is a file of that name.
+    """
     if not query:
         return query
     pieces = query.split("&")
     names = [unquote_plus(piece.partition("=")[0]).lower() for piece in pieces]
+    is_one_value = ["=" in piece and not _NEXT_PARAMETER.search(piece) for piece in pieces]
     left_out = set(_TOKENS)
     for required, all_names in _SIGNED_QUERIES:
         if required.issubset(names):
             left_out |= all_names
-    return "&".join(piece for name, piece in zip(names, pieces, strict=True) if name not in left_out)
+    kept = (not (is_one and name in left_out) for name, is_one in zip(names, is_one_value, strict=True))
+    return "&".join(itertools.compress(pieces, kept))
 
 
 def _authority_of(url: str) -> str:

@@ -33,13 +33,17 @@ class Connection:
 
     def read_request(self) -> str:
         """The request line of the next request."""
+        return self.read_head().partition("\r\n")[0]
+
+    def read_head(self) -> str:
+        """The next request: its line and its headers."""
         received = b""
         while b"\r\n\r\n" not in received:
             piece = self._socket.recv(65536)
             if not piece:
                 raise ConnectionError("the client went away")
             received += piece
-        return received.partition(b"\r\n")[0].decode()
+        return received.decode("latin-1")
 
     def sendall(self, content: bytes) -> None:
         """Raises an OSError when the client has gone away."""

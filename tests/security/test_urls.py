@@ -85,6 +85,15 @@ def test_plain_url_is_not_refused(url):
         ("http://host/get?a&", "http://host/get?a"),
         ("http://host/get?file=a&sig=x&sv=1", "http://host/get?file=b&sig=x&sv=1"),
         ("http://host/a;v=1", "http://host/a;v=2"),
+        # a semicolon separates parameters, too
+        ("http://host/get?token=x;file=a", "http://host/get?token=x;file=b"),
+        ("http://host/get?sv=1&sig=x;file=a", "http://host/get?sv=1&sig=x;file=b"),
+        # a name alone authorises nothing
+        ("http://host/get?token", "http://host/get?jwt"),
+        # only on the web is there a query: here it is a part of the name
+        ("s3://bucket/get?token=a", "s3://bucket/get?token=b"),
+        ("memory://get?sig=a&sv=1", "memory://get?sig=b&sv=1"),
+        ("s3://bucket/get?", "s3://bucket/get"),
     ],
 )
 def test_different_files_have_different_keys(one, other):

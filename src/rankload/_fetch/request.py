@@ -165,17 +165,18 @@ def checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     if not isinstance(headers, Mapping):
         raise ArgumentError(f"headers: expected a mapping of names to values, got {type(headers).__name__}")
     for name, value in headers.items():
-        # The HTTP library's own complaint would show the value, which is a secret.
+        # Neither the HTTP library nor this may show a value in a complaint: it is a secret. It may stand in the name.
+        match = _TOKEN.match(name) if isinstance(name, str) else None
+        is_name = match is not None and match[0] == name
+        shown = name if is_name else f"{match[0]}…" if match else str(name)[:1]
         if not all(isinstance(text, str) and text.isascii() and text.isprintable() for text in (name, value)):
             raise ArgumentError(
-                f"headers[{name!r}]: expected printable ASCII text; a token that was read from a file ends in a line "
+                f"headers[{shown!r}]: expected printable ASCII text; a token that was read from a file ends in a line "
                 "break: strip() it"
             )
-        if not _TOKEN.fullmatch(name):
-            shown = _TOKEN.match(name)  # behind it there may be the value
+        if not is_name:
             raise ArgumentError(
-                f"headers[{shown[0] + '…' if shown else name[:1]!r}]: expected a header's name, without blanks, colons "
-                "or a value in it"
+                f"headers[{shown!r}]: expected a header's name, without blanks, colons or a value in it"
             )
         if value != value.strip():
             raise ArgumentError(f"headers[{name!r}]: expected a value without blanks around it")

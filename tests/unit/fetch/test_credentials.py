@@ -151,6 +151,10 @@ def test_stored_login_that_is_none(tmp_path, content):
     assert authorization("https://huggingface.co/a", {"HF_HOME": str(tmp_path)}) is None
 
 
+def test_stored_login_in_the_home_of_nobody():
+    assert authorization("https://huggingface.co/a", {"HF_HOME": "~no-such-user/hf"}) is None
+
+
 @pytest.mark.parametrize(
     ("mirror", "is_for"),
     [

@@ -71,10 +71,10 @@ def retry_after_of(headers: Mapping[str, str]) -> float | None:
     if _LENGTH.fullmatch(text):
         return float(text)
     try:
-        date = email.utils.parsedate_to_datetime(text)
-    except ValueError:
+        seconds_since_epoch = email.utils.parsedate_to_datetime(text).timestamp()
+    except (ValueError, OverflowError):  # no date, or a number in it that no C integer holds
         return None
-    return max(0.0, date.timestamp() - time.time())
+    return max(0.0, seconds_since_epoch - time.time())
 
 
 def claim_of(headers: Mapping[str, str]) -> Claim | None:

@@ -4,27 +4,51 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import socket
 import threading
 import weakref
+from collections import defaultdict
 from typing import Any
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
+from requests.cookies import RequestsCookieJar
+
+from rankload._urls import server_of
 
 #: What is read of a redirect's body, so that its connection can be used again.
 _MOST_OF_A_REDIRECT_BYTES = 64 << 10
 
 
+#: Of all cookies of a session. Servers take no request with half as many; an origin that sets more and more of them
+#: would fill the memory.
+_MOST_COOKIE_BYTES = 64 << 10
+
+
 class BreakableSession(requests.Session):
-    """A session whose requests `break_off` can end, and that follows no redirects."""
+    """A session whose requests `break_off` can end, that follows no redirects, and that keeps cookies apart.
+
+    Cookies know hosts but not ports (RFC 6265, 8.5): what a server has set after a login would go to whoever listens on
+    another port of its host. Here they go to the scheme and port that they came from alone; which hosts, they say.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self._cookies: dict[tuple[str, int] | None, RequestsCookieJar] = defaultdict(RequestsCookieJar)
         adapter = _BreakableAdapter()
         self.mount("https://", adapter)
         self.mount("http://", adapter)
+
+    def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
+        """Return the request with the cookies of its server; those that its answer sets are kept for that server."""
+        cookies = itertools.chain.from_iterable(jar.items() for jar in self._cookies.values())
+        if sum(len(name) + len(value or "") for name, value in cookies) > _MOST_COOKIE_BYTES:
+            self._cookies.clear()
+        server = server_of(str(request.url))
+        self.cookies = self._cookies[server and (server.scheme, server.port)]
+        return super().prepare_request(request)
 
     def get_redirect_target(self, resp: requests.Response) -> None:
         """Return None: the caller follows redirects itself.

@@ -48,10 +48,13 @@ class Credentials:
         url: the one that the caller's headers, its own user and password, and ~/.netrc's entry are meant for.
         given: the caller's headers.
         environ: where tokens are looked for.
+        server: the URL's, if it is written differently where it is asked.
     """
 
-    def __init__(self, url: str, given: Headers, environ: Mapping[str, str] = os.environ) -> None:
-        self._server, self._given, self._environ = server_of(url), given, environ
+    def __init__(
+        self, url: str, given: Headers, environ: Mapping[str, str] = os.environ, *, server: Server | None = None
+    ) -> None:
+        self._server, self._given, self._environ = server or server_of(url), given, environ
         self._user = user_of(url)
 
     def headers_for(self, server: Server) -> Headers:
@@ -109,8 +112,8 @@ def _hugging_face_login(environ: Mapping[str, str]) -> str | None:
         return None
     cache = environ.get("XDG_CACHE_HOME", "~/.cache")
     home = environ.get("HF_HOME") or f"{cache}/huggingface"
-    path = Path(environ.get("HF_TOKEN_PATH") or f"{home}/token").expanduser()
+    path = Path(environ.get("HF_TOKEN_PATH") or f"{home}/token")
     try:
-        return path.read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError):
+        return path.expanduser().read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError, RuntimeError):  # RuntimeError: no such user's home directory
         return None

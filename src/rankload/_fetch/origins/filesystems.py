@@ -73,7 +73,10 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def translating_any(url: str, shown: str) -> Iterator[None]:
-    """Translate whatever a filesystem raises; each has its own kinds of errors. Theirs may hold the full URL."""
+    """Translate whatever a filesystem raises; each has its own kinds of errors.
+
+    Theirs may hold the whole URL, or a request with its headers. As in `translating`, nothing leads there.
+    """
     try:
         yield
     except FetchError:
@@ -83,7 +86,7 @@ def translating_any(url: str, shown: str) -> Iterator[None]:
 
 
 def _translated(error: Exception, url: str, shown: str) -> FetchError:
-    text = redact_text(str(error))
+    text = redact_text(str(error), url)
     if isinstance(error, FileNotFoundError):
         return FetchError(f"{shown}: no such file there; check the URL", url=shown)
     if isinstance(error, PermissionError):

@@ -86,11 +86,12 @@ class HttpOrigin:
 
     def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
         self.url, self.shown = url, redact(url)
-        self._credentials, self._settings = Credentials(url, headers), settings
         self._sessions: list[requests.Session] = []
         self._idle_sessions: list[requests.Session] = []
         self._first_url = without_user(url)
         self._target = _Target(self._first_url)
+        self._credentials = Credentials(url, headers, server=_server_as_asked(self._first_url))
+        self._settings = settings
 
     def close(self) -> None:
         """Close all connections, and end the requests that are still under way in threads left behind."""
@@ -241,12 +242,11 @@ class HttpOrigin:
 
     def _checked_range(self, response: requests.Response, begin: int, end: int | None) -> tuple[int, int, int | None]:
         found = content_range_of(response.headers)
-        if end is None or found is None or found[0] != begin or found[1] > end:
-            asked = f"bytes {begin}-{end - 1}" if end is not None else "the whole file"
-            raise UnusableRange(
-                f"{self.shown}: asked for {asked}, got status 206 and Content-Range "
-                f"{response.headers.get('Content-Range', '(none)')[:80]!r}"
-            )
+        got = f"got status 206 and Content-Range {response.headers.get('Content-Range', '(none)')[:80]!r}"
+        if end is None:  # there is no other way left to ask
+            raise FetchError(f"{self.shown}: asked for the whole file, {got}", url=self.shown)
+        if found is None or found[0] != begin or found[1] > end:
+            raise UnusableRange(f"{self.shown}: asked for bytes {begin}-{end - 1}, {got}")
         return found
 
     def _status_error(self, response: requests.Response) -> HTTPStatusError:
@@ -312,6 +312,14 @@ class HttpBody:
             self._shut_down()
 
 
+def _server_as_asked(url: str) -> Server | None:
+    """Return a URL's server with its host as requests carry it: a name of another alphabet goes in ASCII (IDNA)."""
+    try:
+        return server_of(requests.Request("GET", url).prepare().url or "")
+    except ValueError:  # requests' own subclasses: nothing can be sent there
+        return None
+
+
 def _plain_socket(response: requests.Response) -> socket.socket | None:
     """Return the socket that the body comes out of as it is: no TLS, no proxy that wraps it, no chunks."""
     found = getattr(response.raw.connection, "sock", None)
@@ -337,7 +345,8 @@ def _range_headers(begin: int, end: int | None, version: Version | None) -> dict
     if version is not None:
         # only a strong validator may stand in If-Range (RFC 9110, 13.1.5); of weak ones the answer's is compared
         validator = version.etag if version.etag and not version.etag.startswith("W/") else version.last_modified
-        if validator and not (version.etag or "").startswith("W/"):
+        # an origin's text may hold control characters, and is not to put them into a request to another server
+        if validator and validator.isprintable() and not (version.etag or "").startswith("W/"):
             headers["If-Range"] = validator
     return headers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import traceback
 
 import pytest
@@ -13,6 +14,7 @@ from harness.namespace import namespace
 from harness.nginx import nginx
 from harness.nginx_behaviours import Behaviour
 from harness.origin import Origin
+from harness.raw_origin import RawOrigin
 from rankload._fetch.origins.filesystems import translating_any
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces")
@@ -124,6 +126,43 @@ def test_user_of_the_url_is_not_for_a_host_that_a_redirect_names(origin, elsewhe
     assert "authorization" not in elsewhere.requests()[0].headers
 
 
+@pytest.mark.fault(63)
+def test_cookie_of_a_login_is_not_for_another_port(origin, elsewhere, cache):
+    """Nor is one that names its domain; but a redirect within the server gets both."""
+    elsewhere.add("blob", CONTENT)
+    within = origin.add("within.bin", b"", redirect_to=elsewhere.url("blob"))
+
+    def log_in(connection):
+        requests.append(connection.read_request())
+        connection.sendall(
+            b"HTTP/1.1 302 Found\r\nLocation: /again\r\nContent-Length: 0\r\n"
+            b"Set-Cookie: session=SECRET; Path=/\r\nSet-Cookie: other=SECRET; Domain=127.0.0.1\r\n\r\n"
+        )
+        requests.append(connection.read_head())
+        connection.sendall(f"HTTP/1.1 302 Found\r\nLocation: {within}\r\nContent-Length: 0\r\n\r\n".encode())
+
+    requests: list[str] = []
+    with RawOrigin(log_in) as own:
+        rankload.dist_fetch(own.url("file.bin"), cache, progress=False)
+    assert "session=SECRET" in requests[1] and "other=SECRET" in requests[1]
+    for server in (origin, elsewhere):
+        assert server.request_count() > 0
+        assert not any("cookie" in request.headers for request in server.requests())
+
+
+@pytest.mark.fault(63)
+def test_host_of_another_alphabet_gets_what_is_its_own(origin, cache, monkeypatch):
+    """Its name is asked in ASCII."""
+    known = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: known("127.0.0.1", *rest, **more))
+    origin.add("file.bin", CONTENT)
+    url = origin.url("file.bin").replace("127.0.0.1", "b\N{LATIN SMALL LETTER U WITH DIAERESIS}cher.test")
+    rankload.dist_fetch(url.replace("//", "//user:password@"), cache, headers={"X-Key": "key"}, progress=False)
+    headers = origin.requests()[0].headers
+    assert headers["host"].startswith("xn--bcher-kva.test:")
+    assert headers["x-key"] == "key" and headers["authorization"].startswith("Basic ")
+
+
 def everything_in(error: BaseException | None, seen: set[int]) -> str:
     """All texts of an error and of what it is chained to, shown or not."""
     if error is None or id(error) in seen:
@@ -161,3 +200,50 @@ def test_no_error_leads_to_the_full_url(origin, cache, how, monkeypatch):
             call(secret_url)
         assert "SECRET" not in everything_in(caught.value, set())
         assert "SECRET" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "memory://key:SECRET@bucket/x.pth?SECRET",
+        "hf://key:SECRET@x/y.pth",
+        "s3://key:SECRET@bucket/x.pth",
+        "s3://key:%53ECRET@bucket/x.pth",
+        "s3://bucket/x.pth?versionId=SECRET",
+    ],
+)
+def test_no_error_of_a_filesystem_shows_a_secret_or_leads_to_one(cache, url, monkeypatch):
+    """Libraries take a user and password for the name of a bucket, and show it."""
+    pytest.importorskip({"s3": "s3fs", "hf": "huggingface_hub"}.get(url.partition(":")[0], "fsspec"))
+    monkeypatch.setenv("RANKLOAD_RETRIES", "0")
+    for name, value in {"ENDPOINT_URL": "http://127.0.0.1:1", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for call in (lambda: rankload.dist_fetch(url, cache, progress=False), lambda: rankload.open_checkpoint(url)):
+        with pytest.raises(rankload.FetchError) as caught:
+            call()
+        assert "SECRET" not in everything_in(caught.value, set())
+        assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization: Bearer SECRET\n": ""},
+        {"Authorization: Bearer SECRET": ""},
+        {"Authorization": "SECRET\n"},
+        {"Authorization": " SECRET"},
+        {b"Authorization: SECRET": "x"},
+        {"Authorization": b"SECRET"},
+        {"=SECRET": "x", ":SECRET": ""},
+    ],
+)
+def test_complaint_about_headers_shows_no_secret(cache, headers):
+    """Whatever is wrong about them: a value may stand in the name."""
+    for call in (
+        lambda: rankload.dist_fetch("https://good.test/x", cache, headers=headers),
+        lambda: rankload.open_checkpoint("https://good.test/x", headers=headers),
+    ):
+        with pytest.raises(rankload.ArgumentError) as caught:
+            call()
+        assert "SECRET" not in everything_in(caught.value, set())
