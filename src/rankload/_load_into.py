@@ -16,9 +16,10 @@ from rankload._call import agree_on_delivery, collective_call
 from rankload._deliver.carrier import Plan
 from rankload._deliver.carriers import open_carrier
 from rankload._deliver.content import open_content
+from rankload._deliver.held import hold
 from rankload._deliver.module_load import left_on_meta, plan_load, prepare_load, run_post_hooks
 from rankload._deliver.optimizer_load import plan_optimizer_load, prepare_optimizer_load
-from rankload._deliver.own_copy import is_foreign, with_own_copy
+from rankload._deliver.own_copy import with_own_copy
 from rankload._deliver.places import bare, device_of, places
 from rankload._deliver.report import LoadReport
 from rankload._deliver.saved import SavedTensor
@@ -141,10 +142,12 @@ def dist_load_into(
         with _timed(phases, "check"):
             inner, _ = bare(target)
             path = file.path if file is not None else None
-            if file is not None and is_foreign(file.path):
-                if file.sha256 is not None:
-                    path = with_own_copy(file.path, file.sha256, channel, closing)
-                else:  # nothing was verified; but its owner could still change it under a mapping
+            if file is not None and file.sha256 is not None:
+                path = with_own_copy(file.path, file.sha256, channel, closing)
+            elif file is not None:
+                held = hold(file.path, None, closing)
+                path = held.path
+                if held.is_changeable:  # nothing was verified; but its owner could still change it under a mapping
                     mmap = False
             carrier = open_carrier(chosen, path, file, sender, channel, group, settings, closing)
             if file is not None:

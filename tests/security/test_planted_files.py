@@ -405,3 +405,96 @@ def test_separate_entry_is_made_once(origin, cache, good_url):
     for _ in range(3):
         rankload.dist_load_state_dict_from_url(good_url, cache)
     assert separate.exists() and origin.request_count() == 1
+
+
+def load_while_bob_swaps(rank: int, url: str, cache: str, arguments: dict, how: str, planted: str) -> list[float] | str:
+    """Bob, who may rename in the directory, puts another file there once this rank has looked at Alice's."""
+    from rankload._deliver import held
+
+    def look_then_swap(path: Path) -> bool:
+        result = looked(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(planted, Path(cache, "victim.pth"))
+        return result
+
+    looked, held.others_may_replace = held.others_may_replace, look_then_swap
+    with acting_as(ALICE, [GROUP]):
+        if how == "module":
+            module = torch.nn.Module()
+            module.w = torch.nn.Parameter(torch.empty(2))
+            rankload.dist_load_into(module, url, cache, progress=False, **arguments)
+            return module.w.tolist()
+        return rankload.dist_load_state_dict_from_url(url, cache, progress=False, **arguments)["w"].tolist()
+
+
+def fetch_as_alice(rank: int, url: str, cache: str) -> None:
+    with acting_as(ALICE, [GROUP]):
+        rankload.dist_fetch(url, cache, progress=False)
+
+
+@needs_root
+@pytest.mark.fault(62)
+@pytest.mark.parametrize("how", ["state dict", "module"])
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_file_that_is_swapped_after_the_look_is_not_loaded(origin, good_url, how, kind):
+    good, bad = checkpoint_of({"w": GOOD}), checkpoint_of({"w": EVIL})
+    arguments = {"sha256": hashlib.sha256(good).hexdigest()}
+    with public_directory(0o2775, GROUP) as cache:
+        run_ranks(fetch_as_alice, 1, env="none", args=(good_url, str(cache)))
+        planted = cache / "planted"
+        if kind == "file":
+            planted.write_bytes(bad)
+        else:
+            os.mkfifo(planted)
+        os.chown(planted, BOB, GROUP)
+        args = (good_url, str(cache), arguments, how, str(planted))
+        [result] = run_ranks(load_while_bob_swaps, 1, args=args, timeout_seconds=40)
+        assert result.value == [1.0, 1.0]
+        assert not planted.exists()
+
+
+def error_with_pipe(rank: int, url: str, cache: str) -> str:
+    """Bob's pipe takes the file's place between the fetch and the look."""
+    from rankload._fetch import once
+
+    def fetch_then_swap(*args, **kwargs):
+        file = fetched(*args, **kwargs)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(Path(cache, "planted"), file.path)
+        return file
+
+    fetched, once.fetch = once.fetch, fetch_then_swap
+    with acting_as(ALICE, [GROUP]):
+        try:
+            rankload.dist_load_state_dict_from_url(url, cache, progress=False)
+        except rankload.CacheError as error:
+            return str(error)
+    return ""
+
+
+@needs_root
+@pytest.mark.fault(62)
+def test_pipe_in_the_place_of_a_fetched_file_is_an_error(origin, good_url, monkeypatch):
+    """Opening it would wait for its writer, forever."""
+    monkeypatch.setenv("RANKLOAD_VISIBILITY_SECONDS", "1")
+    with public_directory(0o2775, GROUP) as cache:
+        os.mkfifo(cache / "planted")
+        os.chown(cache / "planted", BOB, GROUP)
+        results = run_ranks(error_with_pipe, 2, args=(good_url, str(cache)), timeout_seconds=40)
+    assert all("victim.pth" in result.value for result in results), [result.value for result in results]
+
+
+@needs_root
+@pytest.mark.fault(62)
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+def test_file_that_others_may_write_to_is_copied(origin, good_url, mode):
+    """Left there by torch.hub, under an umask that lets the group write."""
+    content = checkpoint_of({"w": GOOD})
+    with public_directory(0o2775, GROUP) as cache:
+        path = cache / "victim.pth"
+        path.write_bytes(content)
+        os.chown(path, ALICE, GROUP)
+        path.chmod(mode)
+        arguments = {"sha256": hashlib.sha256(content).hexdigest()}
+        [result] = run_ranks(load_while_bob_writes, 1, args=(good_url, str(cache), arguments, "state dict"))
+        assert result.value == [[1.0, 1.0], [1.0, 1.0]]

@@ -36,6 +36,35 @@ def name_of(uid: int) -> str:
         return f"uid {uid}"
 
 
+def is_private_group(gid: int) -> bool:
+    """Return whether nobody but this user is of a group, as far as the user database says: it has this user's name."""
+    try:
+        import grp
+        import pwd
+
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
+    except (ImportError, KeyError):
+        return gid == os.geteuid()
+    return group.gr_gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+
+
+def others_may_replace(path: Path) -> bool:
+    """Return whether another user could put another file in the place of one of this user's, or of root's.
+
+    That is who may write to a directory on the way to it, unless its sticky bit forbids it (unlink(2)).
+    """
+    try:
+        directories = {*path.absolute().parents, *path.resolve().parents}
+        return any(_others_may_rename_in(directory.stat()) for directory in directories)
+    except (OSError, RuntimeError):  # it is changing now, or its links lead in a circle
+        return True
+
+
+def _others_may_rename_in(directory: os.stat_result) -> bool:
+    is_shared = directory.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not directory.st_mode & stat.S_ISVTX
+    return bool(is_shared) or not is_trusted(directory.st_uid)
+
+
 def may_rename(path: Path, owner_uid: int) -> bool:
     """Return whether this user may replace a user's file, as far as its directory's sticky bit says (unlink(2))."""
     directory = path.parent.stat()

@@ -7,45 +7,41 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
-from rankload._cache.access import is_trusted, name_of
+from rankload._cache.access import name_of
 from rankload._cache.failures import reading
+from rankload._deliver.held import hold
 from rankload._deliver.memory_file import folder_of, writable
 from rankload._deliver.node_memory import NodeMemory
-from rankload._deliver.parts import all_files, parts_of
+from rankload._deliver.parts import parts_of
 from rankload._errors import DigestMismatchError, LoadError, printable
 from rankload._types import Channel, Progress
 
 _READ_BYTES = 8 << 20
 
 
-def is_foreign(path: Path) -> bool:
-    """Return whether a checkpoint, or one of its parts, belongs to another user than this one and root."""
-    with reading(path):
-        return not all(is_trusted(one.stat().st_uid) for one in all_files(path))
-
-
 def with_own_copy(path: Path, sha256: str | None, channel: Channel, closing: ExitStack) -> Path:
-    """Return where to load a checkpoint from: the path itself, or a copy of another user's files.
+    """Return where to load a checkpoint from: its path, or one that leads to files which nobody else can exchange.
 
-    Whoever owns a file may change it after it was verified, also under a mapping. So one rank of a node copies it into
-    memory that the others open, and hashes what it copies. If it fails, they raise its error.
+    Whoever owns a file may change it after it was verified, also under a mapping. So what another user may write to is
+    copied: by one rank of a node into memory that the others open, and it hashes what it copies. If it fails, they
+    raise its error. What another user may only put another file in the place of is kept open.
 
     Args:
         path: the checkpoint, or the index of one in several files.
         sha256: its digest where it has been verified, 64 hex digits; the parts of an index have none.
         channel: of the call. Every rank of a node that loads from this path calls this.
-        closing: lets go of the memory. What is mapped stays.
+        closing: lets go of the memory and the files. What is mapped stays.
 
     Raises:
         DigestMismatchError: the file is no longer the one that was verified.
         LoadError: its owner has changed it meanwhile.
         RankloadError: what made the copying rank fail.
     """
-    if not is_foreign(path):
-        return path
+    held = hold(path, sha256, closing)
+    if not held.is_changeable:
+        return held.path
     with reading(path), ExitStack() as opened:
-        names = [path.name, *parts_of(path)]
-        files = {name: opened.enter_context((path.parent / name).open("rb", buffering=0)) for name in names}
+        files = {name: opened.enter_context((held.path.parent / name).open("rb", buffering=0)) for name in held.names}
         sizes = {name: os.fstat(file.fileno()).st_size for name, file in files.items()}
         memory = NodeMemory.claim(sizes, channel, closing, purpose="own copy")
         if memory.is_received_here:
@@ -57,7 +53,7 @@ def with_own_copy(path: Path, sha256: str | None, channel: Channel, closing: Exi
                 channel.report(Progress("loading", done_bytes))
     memory.tell_or_wait(channel)
     copied = folder_of(memory.descriptors, closing) / path.name
-    if parts_of(copied) != [name for name in memory.descriptors if name != path.name]:
+    if {path.name, *parts_of(copied)} != set(memory.descriptors):
         raise LoadError(f"{printable(str(path))}: its owner has changed it while it was loaded", path=str(path))
     return copied
 

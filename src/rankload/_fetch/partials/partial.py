@@ -25,7 +25,6 @@ from rankload._fetch.partials.writer import PartialWriter
 from rankload._fetch.transfer.spans import Spans
 from rankload._settings import Settings
 
-
 #: Allocated beyond the file until it is complete: without room for its record it could not be published.
 _SPARE_BYTES = 64 << 10
 
