@@ -121,19 +121,34 @@ def make_own_directory(directory: Path) -> None:
     """
     is_new = False
     with suppress(FileExistsError):
-        directory.mkdir()
+        # an umask of 0, as in many containers, must not let more users in than the parent does
+        directory.mkdir(0o777 & ~(0o022 & ~_mode_of(directory.parent)))
         is_new = True
     # a network filesystem may say that it exists and, from its cache of absent names, that it does not
     with suppress(FileNotFoundError):
         check_own_directory(directory)
     if is_new:
         with suppress(OSError):
-            parent, own = (stat.S_IMODE(path.stat().st_mode) for path in (directory.parent, directory))
-            if is_group_shared(directory.parent):
-                own |= 0o2770
-            if parent & stat.S_IWOTH:
-                own |= parent & 0o1777
-            directory.chmod(own)
+            _share_directory(directory)
+
+
+def _mode_of(directory: Path) -> int:
+    return stat.S_IMODE(directory.stat().st_mode)
+
+
+def _share_directory(directory: Path) -> None:
+    """Let those use a new directory whom its parent asks for."""
+    # by its descriptor: whoever may rename in the parent could put a link to a private directory there
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        parent, own = _mode_of(directory.parent), stat.S_IMODE(os.fstat(descriptor).st_mode)
+        if is_group_shared(directory.parent):
+            own |= 0o2770
+        if parent & stat.S_IWOTH:
+            own |= parent & 0o1777
+        os.fchmod(descriptor, own)
+    finally:
+        os.close(descriptor)
 
 
 def check_own_directory(directory: Path) -> None:
