@@ -20,6 +20,8 @@ from harness.origin import Origin
 from harness.ranks import run_ranks
 from harness.users import ALICE, BOB, GROUP, acting_as, public_directory
 from rankload._cache.layout import Entry
+from rankload._cache.linux import birth_ns
+from rankload._fetch import download
 from rankload._urls import url_key
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as other users")
@@ -226,6 +228,129 @@ def test_published_file_is_not_writable_by_others(good_url, cache, umask):
         os.umask(before)
     for one in (path, cache / ".rankload" / "victim.pth.json"):
         assert not stat.S_IMODE(one.stat().st_mode) & 0o022
+
+
+@pytest.mark.fault(60)
+@pytest.mark.parametrize("content", [b"my own", b""])
+def test_users_file_that_has_got_a_cached_ones_inode_number_stays(origin, cache, good_url, content):
+    """The cached file was removed, and its number is free for the next: by the number alone it would be rankload's."""
+    path = rankload.dist_fetch(good_url, cache)
+    path.unlink()
+    path.write_bytes(content)
+    if birth_ns(path) is None:
+        pytest.skip("this filesystem does not keep when a file was made")
+    record = cache / ".rankload" / "victim.pth.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "inode": path.stat().st_ino}))
+    for kwargs in ({}, {"verify": "always"}, {"verify": "never"}):
+        assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache, **kwargs)["w"], GOOD)
+        assert path.read_bytes() == content
+    assert files_in(cache / ".rankload" / "quarantine") == []
+
+
+def test_record_without_the_time_of_birth_still_speaks_for_its_file(origin, cache, good_url):
+    """As earlier versions wrote it. The file is damaged."""
+    path = rankload.dist_fetch(good_url, cache)
+    record = cache / ".rankload" / "victim.pth.json"
+    facts = json.loads(record.read_text())
+    del facts["birth_ns"]
+    record.write_text(json.dumps(facts))
+    path.write_bytes(b"damaged")
+    assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache)["w"], GOOD)
+    assert path.stat().st_size == facts["size_bytes"]
+
+
+@pytest.mark.fault(60)
+def test_users_file_that_comes_as_the_download_is_published_stays(origin, cache, good_url, monkeypatch):
+    """It gets its name when all has been looked at, while the record is written."""
+    write = download._write_record
+
+    def write_slowly(*arguments):
+        write(*arguments)
+        if not (cache / "victim.pth").exists():
+            (cache / "victim.pth").write_bytes(b"mine")
+
+    monkeypatch.setattr(download, "_write_record", write_slowly)
+    for _ in range(2):
+        assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache)["w"], GOOD)
+        assert (cache / "victim.pth").read_bytes() == b"mine"
+    assert [name for name in files_in(cache) if "partial" in name] == []
+
+
+def test_names_that_are_cut_are_not_those_of_others(origin, evil, cache):
+    """The record of a long name is called by its beginning and a digest: the name of another URL's file."""
+    long = "v" * 216 + ".pth"
+    url = origin.add(f"models/{long}", checkpoint_of({"w": GOOD}))
+    rankload.dist_fetch(url, cache)
+    record = Entry(cache / long).record_path
+    before = record.read_bytes()
+    rankload.dist_fetch(evil.add(f"any/{record.name.removesuffix('.json')}", checkpoint_of({"w": EVIL})), cache)
+    assert record.read_bytes() == before
+    assert torch.equal(rankload.dist_load_state_dict_from_url(url, cache)["w"], GOOD)
+    assert origin.request_count() == 1
+
+
+def test_index_with_the_longest_name(origin, cache):
+    url = planting_index(origin, {"w.bin": checkpoint_of({"0": GOOD})}, "x" * 244 + ".index.json")
+    for _ in range(2):
+        assert torch.equal(rankload.dist_load_state_dict_from_url(url, cache)["0"], GOOD)
+    assert origin.request_count() == 2
+
+
+@pytest.mark.parametrize("kind", ["user's file in the way", "index", "part"])
+def test_file_that_a_mirror_has_sent_is_replaced_without_that_mirror(origin, evil, cache, kind):
+    """In the folder of the first URL it has no other entry to go to."""
+    good = checkpoint_of({"0": GOOD})
+    mirror = planting_index(evil, {"w.bin": checkpoint_of({"0": EVIL})}, INDEX)
+    if kind == "user's file in the way":
+        mirror = evil.add("any/victim.pth", checkpoint_of({"0": EVIL}))
+        cache.mkdir()
+        (cache / "victim.pth").write_bytes(b"mine")
+    elif kind == "part":
+        origin.add(f"any/{INDEX}", json.dumps({"weight_map": {"0": "w.bin"}}).encode())
+    url = mirror.replace(str(evil.port), str(origin.port))
+    loaded = rankload.dist_load_state_dict_from_url([url, mirror], cache)
+    assert torch.equal(loaded["0"], EVIL)
+    origin.add("any/victim.pth", good)
+    planting_index(origin, {"w.bin": good}, INDEX)
+    for _ in range(2):
+        assert torch.equal(rankload.dist_load_state_dict_from_url(url, cache)["0"], GOOD)
+
+
+@pytest.mark.fault(70)
+def test_record_cannot_forge_a_log_line(origin, cache, good_url, caplog):
+    rankload.dist_fetch(good_url, cache)
+    record = cache / ".rankload" / "victim.pth.json"
+    facts = {**json.loads(record.read_text()), "url_key": "0", "url": "http://x/\x1b[2J\nCRITICAL forged"}
+    record.write_text(json.dumps(facts))
+    with caplog.at_level("WARNING", "rankload"):
+        rankload.dist_load_state_dict_from_url(good_url, cache)
+    assert "forged" in caplog.text and "\nCRITICAL" not in caplog.text and "\x1b" not in caplog.text
+
+
+def test_download_to_a_path_replaces_only_files(origin, good_url, tmp_path):
+    """As root, ``/dev/null`` would be a file from then on."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(rankload.CacheError, match="no regular file"):
+        rankload.hub.download_url_to_file(good_url, str(pipe), progress=False)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o775, 0o777, 0o1777, 0o2775])
+def test_own_directories_let_in_whom_the_cache_lets_in(good_url, origin, cache, mode):
+    """An umask of 0, as in many containers, lets in nobody else."""
+    cache.mkdir()
+    cache.chmod(mode)
+    index = planting_index(origin, {"w.bin": checkpoint_of({"0": GOOD})}, INDEX)
+    before = os.umask(0)
+    try:
+        rankload.dist_fetch(good_url, cache)
+        folder = rankload.dist_fetch(index, cache).parent
+    finally:
+        os.umask(before)
+    for one in (cache / ".rankload", folder, folder / ".rankload"):
+        assert stat.S_IMODE(one.stat().st_mode) & 0o1022 == mode & 0o1022
 
 
 # --- another user ----------------------------------------------------------------------------------------------------

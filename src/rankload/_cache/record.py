@@ -34,6 +34,7 @@ class Record:
         vouched_by: whose digest the bytes were compared with: ``sha256`` (the argument), ``hash_prefix`` (the file
             name), ``sidecar``, the response header's name in lower case, or None for nobody's.
         source: ``download``, or ``adopted`` for a file that torch.hub left.
+        birth_ns: when the file was made; None where that is not known. Older records do not have it.
     """
 
     url: str
@@ -45,6 +46,7 @@ class Record:
     sha256: str | None
     vouched_by: str | None
     source: Source
+    birth_ns: int | None = None
 
     def vouches_for(self, status: os.stat_result) -> bool:
         """Tell whether the file is still the one that was published, as far as stat can tell."""
@@ -76,7 +78,8 @@ def find_record(path: Path) -> FoundRecord | None:
     try:
         text, owner_uid = reopening(lambda: _text_of(path))
         found = json.loads(text)
-        record = Record(**{field.name: found[field.name] for field in fields(Record)})
+        names = [field.name for field in fields(Record) if field.name in found or field.name != "birth_ns"]
+        record = Record(**{name: found[name] for name in names})
         return FoundRecord(_checked(record), owner_uid)
     except FileNotFoundError:
         return None
@@ -118,6 +121,8 @@ def _checked(record: Record) -> Record:
     for name in ("size_bytes", "mtime_ns", "inode"):
         if type(getattr(record, name)) is not int:
             raise TypeError(f"{name} is no number")
+    if record.birth_ns is not None and type(record.birth_ns) is not int:
+        raise TypeError("birth_ns is no number")
     for name in ("url", "url_key", "etag", "sha256", "vouched_by", "source"):
         is_optional = name in ("etag", "sha256", "vouched_by")
         if not isinstance(value := getattr(record, name), str) and not (is_optional and value is None):

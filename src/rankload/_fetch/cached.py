@@ -12,6 +12,7 @@ from stat import S_ISLNK, S_ISREG
 from rankload._cache.access import check_own_directory, is_trusted, make_own_directory, may_rename
 from rankload._cache.failures import reading, reopening, writing
 from rankload._cache.layout import Entry
+from rankload._cache.linux import birth_ns
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import FoundRecord, Record, find_record, write_record
 from rankload._checkpoint.open import check_structure
@@ -54,7 +55,7 @@ def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
     Raises:
         CacheError: something else lies in the file's place, or it cannot be read.
     """
-    cached = _inspect(entry)
+    cached = _inspect(entry, request)
     plan, file = decide(request, cached), None
     if plan.action is Action.USE:
         assert cached.status is not None
@@ -115,7 +116,7 @@ def file_version(entry: Entry) -> FileVersion | None:
 
 def may_be_published(entry: Entry, request: FetchRequest) -> bool:
     """Return whether a download may take its final name: nothing lies there now but what rankload published for it."""
-    return may_publish(request, _inspect(entry))
+    return may_publish(request, _inspect(entry, request))
 
 
 def set_damaged_file_aside(look: Look) -> None:
@@ -163,7 +164,7 @@ def _version_of(status: os.stat_result | None) -> FileVersion | None:
     return None if status is None else (status.st_ino, status.st_mtime_ns)
 
 
-def _inspect(entry: Entry) -> Cached:
+def _inspect(entry: Entry, request: FetchRequest) -> Cached:
     for directory in (*entry.directories, entry.record_path.parent):
         with suppress(FileNotFoundError), reading(directory):
             check_own_directory(directory)
@@ -191,6 +192,7 @@ def _inspect(entry: Entry) -> Cached:
         record,
         problem,
         is_trusted=all(map(is_trusted, owners)),
+        is_of_one_url=entry.is_separate or request.is_index or request.is_part,
         is_replaceable=not is_link and found is not None and _is_replaceable(entry, status, found),
     )
 
@@ -205,10 +207,15 @@ def _is_replaceable(entry: Entry, status: os.stat_result, found: FoundRecord) ->
     if record is None or owner_uid is None or record.source != "download":
         return False
     speaks_for_it = is_trusted(owner_uid) or owner_uid == status.st_uid
-    is_that_file = record.inode == status.st_ino or entry.is_separate
+    is_that_file = entry.is_separate or (record.inode == status.st_ino and _is_born_then(entry.path, record))
     if not speaks_for_it or not is_that_file:
         return False
     return may_rename(entry.path, status.st_uid) and may_rename(entry.record_path, owner_uid)
+
+
+def _is_born_then(path: Path, record: Record) -> bool:
+    born_ns = birth_ns(path)
+    return born_ns is None or record.birth_ns is None or born_ns == record.birth_ns
 
 
 def _believed_digest(cached: Cached) -> str | None:
@@ -244,6 +251,7 @@ def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) 
             sha256=sha256,
             vouched_by=vouched_by or (record.vouched_by if record else None),
             source=record.source if record else "adopted",
+            birth_ns=birth_ns(entry.path),
         )
         if record is None or (adopted != record and cached.is_trusted):
             with suppress(OSError):  # a read-only cache: the next call looks again

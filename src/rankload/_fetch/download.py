@@ -11,11 +11,12 @@ from pathlib import Path
 
 from rankload._cache.failures import reading, writing
 from rankload._cache.layout import Entry
+from rankload._cache.linux import birth_ns
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, write_record
 from rankload._checkpoint.open import check_structure
 from rankload._errors import DigestMismatchError, MissingFileError, VerificationError
-from rankload._fetch.cached import may_be_published
+from rankload._fetch.cached import file_version, may_be_published
 from rankload._fetch.partials.adoption import adopt_into, remove_dead_partials
 from rankload._fetch.partials.partial import Partial, SupersededError
 from rankload._fetch.parts import check_index
@@ -54,11 +55,12 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
                 urls = _next_urls(urls, received, failures, error)
                 continue
             status = partial.finish(received.size_bytes)
+            born_ns, is_first = birth_ns(partial.path), file_version(entry) is None
             if not may_be_published(entry, request):  # something has come there since the look
                 raise SupersededError(str(entry.path))
             # Before the file: whoever sees the file must find out whose it is, or would adopt it as its own.
-            _write_record(entry.record_path, _record(received, status, vouched_by), report, settings)
-            partial.publish()
+            _write_record(entry.record_path, _record(received, status, born_ns, vouched_by), report, settings)
+            partial.publish(may_replace=not is_first)
         remove_dead_partials(entry, settings, now=status.st_mtime)
         return FetchedFile(entry.path, received.size_bytes, received.sha256, "download")
 
@@ -137,7 +139,7 @@ def _next_urls(
     return urls
 
 
-def _record(received: Received, status: os.stat_result, vouched_by: str | None) -> Record:
+def _record(received: Received, status: os.stat_result, born_ns: int | None, vouched_by: str | None) -> Record:
     return Record(
         url=redact(received.url),
         url_key=url_key(received.url),
@@ -148,4 +150,5 @@ def _record(received: Received, status: os.stat_result, vouched_by: str | None) 
         sha256=received.sha256,
         vouched_by=vouched_by,
         source="download",
+        birth_ns=born_ns,
     )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from rankload._cache.failures import reading
+from rankload._cache.layout import fitting
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.sharded import has_weight_map, is_plain_name, part_names
 from rankload._checkpoint.source import LocalSource
@@ -38,7 +39,7 @@ def name_in_own_folder(name: str, key: str) -> str:
     """
     path = PurePosixPath(name)
     match = _INDEX_NAME.fullmatch(path.name)
-    return str(path.parent / f"{match['stem'] if match else path.name}-{key[:16]}" / path.name)
+    return str(path.parent / f"{fitting(match['stem'] if match else path.name, 238)}-{key[:16]}" / path.name)
 
 
 def name_without_folder(name: str) -> str:
@@ -141,4 +142,5 @@ def _request_for(name: str, index: FetchedFile, request: FetchRequest) -> FetchR
         hash_prefix=None,
         must_be_checkpoint=True,
         is_index=False,
+        is_part=True,
     )
