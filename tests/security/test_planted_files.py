@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -273,6 +274,36 @@ def test_users_file_that_comes_as_the_download_is_published_stays(origin, cache,
     for _ in range(2):
         assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache)["w"], GOOD)
         assert (cache / "victim.pth").read_bytes() == b"mine"
+    assert [name for name in files_in(cache) if "partial" in name] == []
+
+
+def killed_before_it_is_published(rank: int, url: str, cache: str, arguments: dict) -> None:
+    from rankload._fetch.partials.partial import Partial
+
+    Partial.publish = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    rankload.dist_fetch(url, cache, **arguments)
+
+
+@pytest.mark.fault(60)
+@pytest.mark.parametrize("state", ["another digest is expected", "empty"])
+def test_killed_between_record_and_file(origin, cache, good_url, state, monkeypatch):
+    """The record is the new file's already. The old one is still rankload's: it is replaced, and nothing stays."""
+    monkeypatch.setenv("RANKLOAD_LEASE_SECONDS", "2")
+    path = rankload.dist_fetch(good_url, cache)
+    content, arguments = checkpoint_of({"w": GOOD}), {}
+    if state == "empty":
+        path.write_bytes(b"")
+    else:
+        content = checkpoint_of({"w": GOOD + 1})
+        origin.add("models/victim.pth", content)
+        arguments = {"sha256": hashlib.sha256(content).hexdigest()}
+    [result] = run_ranks(killed_before_it_is_published, 1, env="none", args=(good_url, str(cache), arguments))
+    assert result.exitcode == -signal.SIGKILL
+    assert path.read_bytes() != content
+    for _ in range(2):
+        assert rankload.dist_fetch(good_url, cache, **arguments) == path
+        assert path.read_bytes() == content
+    assert origin.request_count() == 3
     assert [name for name in files_in(cache) if "partial" in name] == []
 
 

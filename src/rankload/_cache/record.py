@@ -20,6 +20,8 @@ _logger = logging.getLogger("rankload")
 #: A record has less than 2 KiB, and more only where a URL is long.
 _MAX_BYTES = 1 << 20
 
+_OPTIONAL_NUMBERS = ("birth_ns", "replaces_inode", "replaces_birth_ns")
+
 
 @dataclass(frozen=True)
 class Record:
@@ -35,6 +37,8 @@ class Record:
             name), ``sidecar``, the response header's name in lower case, or None for nobody's.
         source: ``download``, or ``adopted`` for a file that torch.hub left.
         birth_ns: when the file was made; None where that is not known. Older records do not have it.
+        replaces_inode, replaces_birth_ns: of rankload's file that was to be replaced; it is still there if the process
+            was killed after this record was written.
     """
 
     url: str
@@ -47,6 +51,8 @@ class Record:
     vouched_by: str | None
     source: Source
     birth_ns: int | None = None
+    replaces_inode: int | None = None
+    replaces_birth_ns: int | None = None
 
     def vouches_for(self, status: os.stat_result) -> bool:
         """Tell whether the file is still the one that was published, as far as stat can tell."""
@@ -78,7 +84,7 @@ def find_record(path: Path) -> FoundRecord | None:
     try:
         text, owner_uid = reopening(lambda: _text_of(path))
         found = json.loads(text)
-        names = [field.name for field in fields(Record) if field.name in found or field.name != "birth_ns"]
+        names = [field.name for field in fields(Record) if field.name in found or field.name not in _OPTIONAL_NUMBERS]
         record = Record(**{name: found[name] for name in names})
         return FoundRecord(_checked(record), owner_uid)
     except FileNotFoundError:
@@ -121,8 +127,9 @@ def _checked(record: Record) -> Record:
     for name in ("size_bytes", "mtime_ns", "inode"):
         if type(getattr(record, name)) is not int:
             raise TypeError(f"{name} is no number")
-    if record.birth_ns is not None and type(record.birth_ns) is not int:
-        raise TypeError("birth_ns is no number")
+    for name in _OPTIONAL_NUMBERS:
+        if type(getattr(record, name)) not in (int, type(None)):
+            raise TypeError(f"{name} is no number")
     for name in ("url", "url_key", "etag", "sha256", "vouched_by", "source"):
         is_optional = name in ("etag", "sha256", "vouched_by")
         if not isinstance(value := getattr(record, name), str) and not (is_optional and value is None):

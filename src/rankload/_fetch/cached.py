@@ -207,15 +207,18 @@ def _is_replaceable(entry: Entry, status: os.stat_result, found: FoundRecord) ->
     if record is None or owner_uid is None or record.source != "download":
         return False
     speaks_for_it = is_trusted(owner_uid) or owner_uid == status.st_uid
-    is_that_file = entry.is_separate or (record.inode == status.st_ino and _is_born_then(entry.path, record))
+    is_that_file = entry.is_separate or _is_that_file(entry.path, status.st_ino, record)
     if not speaks_for_it or not is_that_file:
         return False
     return may_rename(entry.path, status.st_uid) and may_rename(entry.record_path, owner_uid)
 
 
-def _is_born_then(path: Path, record: Record) -> bool:
-    born_ns = birth_ns(path)
-    return born_ns is None or record.birth_ns is None or born_ns == record.birth_ns
+def _is_that_file(path: Path, inode: int, record: Record) -> bool:
+    """Return whether a record is about a file, or about the one that has not yet replaced it."""
+    birth = birth_ns(path)
+    if birth is not None and (record.replaces_inode, record.replaces_birth_ns) == (inode, birth):
+        return True
+    return record.inode == inode and (birth is None or record.birth_ns in (None, birth))
 
 
 def _believed_digest(cached: Cached) -> str | None:

@@ -16,7 +16,7 @@ from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, write_record
 from rankload._checkpoint.open import check_structure
 from rankload._errors import DigestMismatchError, MissingFileError, VerificationError
-from rankload._fetch.cached import file_version, may_be_published
+from rankload._fetch.cached import may_be_published
 from rankload._fetch.partials.adoption import adopt_into, remove_dead_partials
 from rankload._fetch.partials.partial import Partial, SupersededError
 from rankload._fetch.parts import check_index
@@ -55,12 +55,13 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
                 urls = _next_urls(urls, received, failures, error)
                 continue
             status = partial.finish(received.size_bytes)
-            born_ns, is_first = birth_ns(partial.path), file_version(entry) is None
+            birth, replaced = birth_ns(partial.path), _identity(entry.path)
             if not may_be_published(entry, request):  # something has come there since the look
                 raise SupersededError(str(entry.path))
             # Before the file: whoever sees the file must find out whose it is, or would adopt it as its own.
-            _write_record(entry.record_path, _record(received, status, born_ns, vouched_by), report, settings)
-            partial.publish(may_replace=not is_first)
+            record = _record(received, status, birth, vouched_by, replaced)
+            _write_record(entry.record_path, record, report, settings)
+            partial.publish(may_replace=replaced is not None)
         remove_dead_partials(entry, settings, now=status.st_mtime)
         return FetchedFile(entry.path, received.size_bytes, received.sha256, "download")
 
@@ -139,7 +140,21 @@ def _next_urls(
     return urls
 
 
-def _record(received: Received, status: os.stat_result, born_ns: int | None, vouched_by: str | None) -> Record:
+def _identity(path: Path) -> tuple[int, int | None] | None:
+    """Return the inode number and time of birth of what lies at a path; None where there is nothing."""
+    try:
+        return path.lstat().st_ino, birth_ns(path)
+    except FileNotFoundError:
+        return None
+
+
+def _record(
+    received: Received,
+    status: os.stat_result,
+    birth: int | None,
+    vouched_by: str | None,
+    replaced: tuple[int, int | None] | None,
+) -> Record:
     return Record(
         url=redact(received.url),
         url_key=url_key(received.url),
@@ -150,5 +165,7 @@ def _record(received: Received, status: os.stat_result, born_ns: int | None, vou
         sha256=received.sha256,
         vouched_by=vouched_by,
         source="download",
-        birth_ns=born_ns,
+        birth_ns=birth,
+        replaces_inode=replaced[0] if replaced else None,
+        replaces_birth_ns=replaced[1] if replaced else None,
     )
