@@ -261,19 +261,21 @@ def test_record_without_the_time_of_birth_still_speaks_for_its_file(origin, cach
 
 
 @pytest.mark.fault(60)
-def test_users_file_that_comes_as_the_download_is_published_stays(origin, cache, good_url, monkeypatch):
+@pytest.mark.parametrize("verify", ["once", "never"])
+@pytest.mark.parametrize("mine", [b"mine", checkpoint_of({"w": EVIL})], ids=["short", "of the same size"])
+def test_users_file_that_comes_as_the_download_is_published_stays(origin, cache, good_url, monkeypatch, verify, mine):
     """It gets its name when all has been looked at, while the record is written."""
     write = download._write_record
 
     def write_slowly(*arguments):
         write(*arguments)
         if not (cache / "victim.pth").exists():
-            (cache / "victim.pth").write_bytes(b"mine")
+            (cache / "victim.pth").write_bytes(mine)
 
     monkeypatch.setattr(download, "_write_record", write_slowly)
     for _ in range(2):
-        assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache)["w"], GOOD)
-        assert (cache / "victim.pth").read_bytes() == b"mine"
+        assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache, verify=verify)["w"], GOOD)
+        assert (cache / "victim.pth").read_bytes() == mine
     assert [name for name in files_in(cache) if "partial" in name] == []
 
 
@@ -305,6 +307,16 @@ def test_killed_between_record_and_file(origin, cache, good_url, state, monkeypa
         assert path.read_bytes() == content
     assert origin.request_count() == 3
     assert [name for name in files_in(cache) if "partial" in name] == []
+
+
+@pytest.mark.parametrize("names", [["a.bin", "A.bin"], [INDEX], [INDEX.upper()]])
+def test_parts_that_are_one_file_where_case_does_not_count_are_refused(evil, cache, names):
+    """One would take the other's place, or the index'."""
+    planting_index(evil, dict.fromkeys(names, checkpoint_of({"w": GOOD})), "other")
+    url = evil.add(f"any/{INDEX}", json.dumps({"weight_map": dict(enumerate(names))}).encode())
+    with pytest.raises(rankload.NotACheckpointError, match="upper and lower case"):
+        rankload.dist_load_state_dict_from_url(url, cache)
+    assert evil.request_count() == 1
 
 
 def test_names_that_are_cut_are_not_those_of_others(origin, evil, cache):

@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rankload._cache.failures import reading, writing
@@ -17,6 +18,7 @@ from rankload._cache.record import Record, write_record
 from rankload._checkpoint.open import check_structure
 from rankload._errors import DigestMismatchError, MissingFileError, VerificationError
 from rankload._fetch.cached import may_be_published
+from rankload._fetch.digest import sha256_of_file
 from rankload._fetch.partials.adoption import adopt_into, remove_dead_partials
 from rankload._fetch.partials.partial import Partial, SupersededError
 from rankload._fetch.parts import check_index
@@ -61,7 +63,11 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
             # Before the file: whoever sees the file must find out whose it is, or would adopt it as its own.
             record = _record(received, status, birth, vouched_by, replaced)
             _write_record(entry.record_path, record, report, settings)
-            partial.publish(may_replace=replaced is not None)
+            try:
+                partial.publish(may_replace=replaced is not None)
+            except SupersededError:
+                _disown(entry, record)
+                raise
         remove_dead_partials(entry, settings, now=status.st_mtime)
         return FetchedFile(entry.path, received.size_bytes, received.sha256, "download")
 
@@ -138,6 +144,13 @@ def _next_urls(
         raise error
     _logger.warning("%s; fetching it once more", error)
     return urls
+
+
+def _disown(entry: Entry, record: Record) -> None:
+    """Let a record speak for no URL: other bytes have come to its file's name, after it was written."""
+    with suppress(OSError):
+        if sha256_of_file(entry.path, lambda count: None) != record.sha256:
+            write_record(entry.record_path, replace(record, url="something else", url_key="", sha256=None))
 
 
 def _identity(path: Path) -> tuple[int, int | None] | None:

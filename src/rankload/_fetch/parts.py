@@ -76,6 +76,16 @@ def check_index(path: Path, request: FetchRequest, shown: str) -> None:
             "letters, digits and _.+=- that lie beside the index",
             path=str(path),
         )
+    # on some filesystems these are one file (names are ASCII by now)
+    seen = {PurePosixPath(request.file_name).name.lower()}
+    for name in names:
+        if name.lower() in seen:
+            raise NotACheckpointError(
+                f"{shown}: index of a checkpoint with a part called {name!r}: refused; another of its files has this "
+                "name, but for upper and lower case",
+                path=str(path),
+            )
+        seen.add(name.lower())
 
 
 def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -> FetchedFile:
