@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankload._cache.access import is_private_group, is_trusted, others_may_replace
-from rankload._cache.failures import reading
+from rankload._cache.failures import reading, reopening
 from rankload._checkpoint.sharded import has_weight_map, part_names
 from rankload._checkpoint.source import LocalSource
 from rankload._deliver.failures import translated
@@ -69,7 +69,7 @@ def _open_all(path: Path, closing: ExitStack) -> dict[str, int]:
 def _open(path: Path, closing: ExitStack) -> int:
     with reading(path):
         # a pipe in the file's place would wait for its writer, forever
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = reopening(lambda: os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         closing.callback(os.close, descriptor)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
