@@ -264,8 +264,7 @@ def _delivered(
         return with_unpacked(path, channel, closing), shown
     assert file is not None and path is not None
     _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", channel.identity.rank)
-    if path == file.path:
-        read_ahead(all_files(path), channel, settings.progress_seconds)
+    read_ahead(all_files(path), channel, settings.progress_seconds)
     return with_unpacked(path, channel, closing), str(file.path)
 
 

@@ -16,6 +16,7 @@ from rankload._call import agree_on_delivery, collective_call
 from rankload._deliver.carrier import Plan
 from rankload._deliver.carriers import open_carrier
 from rankload._deliver.content import open_content
+from rankload._deliver.held import hold
 from rankload._deliver.module_load import left_on_meta, plan_load, prepare_load, run_post_hooks
 from rankload._deliver.node_copy import may_change, settled
 from rankload._deliver.optimizer_load import plan_optimizer_load, prepare_optimizer_load
@@ -141,14 +142,17 @@ def dist_load_into(
             inner, _ = bare(target)
             device = functools.cache(lambda: device_of(inner) or own_device(channel.identity, group))
             path = file.path if file is not None else None
+            may_map = True
             if file is not None and (_leaves_views(inner, assign, adapter) or file.sha256 is not None):
                 location = str(device()) if _has_meta(inner) else "cpu"
                 path = settled(file.path, file, location, channel, closing, settings.progress_seconds, mmap=mmap)
+            elif file is not None:
+                held = hold(file.path, None, closing)
+                path, may_map = held.path, not (mmap is None and may_change(held, file))
             carrier = open_carrier(chosen, path, file, sender, channel, group, settings, closing)
             if file is not None:
                 carrier.path, carrier.files.shown = file.path, printable(str(file.path))
-                if path == file.path and mmap is None and may_change(file):
-                    carrier.files.may_map = False
+                carrier.files.may_map = may_map
             content = open_content(
                 carrier.files,
                 adapter,

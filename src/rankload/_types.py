@@ -93,6 +93,7 @@ class FetchRequest:
             not asked for.
         is_index: the caller asks for the index of a checkpoint in several files, by its name; it lies in a folder that
             is its URL's alone.
+        is_part: an index that was fetched names it; it lies beside that.
         must_be_checkpoint: refuse files that are no checkpoint (a web page, a tar of JPEGs).
         headers: extra request headers for the first URL's host; never logged, never recorded.
         verify: when to hash a cached file again.
@@ -111,6 +112,7 @@ class FetchRequest:
     hash_prefix: str | None = None
     must_be_checkpoint: bool = True
     is_index: bool = False
+    is_part: bool = False
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     verify: Verify = "once"
     scope: Scope = "auto"

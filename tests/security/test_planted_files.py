@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from harness.origin import Origin
 from harness.ranks import run_ranks
 from harness.users import ALICE, BOB, GROUP, acting_as, public_directory
 from rankload._cache.layout import Entry
+from rankload._cache.linux import birth_ns
+from rankload._fetch import download
 from rankload._urls import url_key
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as other users")
@@ -228,6 +231,171 @@ def test_published_file_is_not_writable_by_others(good_url, cache, umask):
         assert not stat.S_IMODE(one.stat().st_mode) & 0o022
 
 
+@pytest.mark.fault(60)
+@pytest.mark.parametrize("content", [b"my own", b""])
+def test_users_file_that_has_got_a_cached_ones_inode_number_stays(origin, cache, good_url, content):
+    """The cached file was removed, and its number is free for the next: by the number alone it would be rankload's."""
+    path = rankload.dist_fetch(good_url, cache)
+    path.unlink()
+    path.write_bytes(content)
+    if birth_ns(path) is None:
+        pytest.skip("this filesystem does not keep when a file was made")
+    record = cache / ".rankload" / "victim.pth.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "inode": path.stat().st_ino}))
+    for kwargs in ({}, {"verify": "always"}, {"verify": "never"}):
+        assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache, **kwargs)["w"], GOOD)
+        assert path.read_bytes() == content
+    assert files_in(cache / ".rankload" / "quarantine") == []
+
+
+def test_record_without_the_time_of_birth_still_speaks_for_its_file(origin, cache, good_url):
+    """As earlier versions wrote it. The file is damaged."""
+    path = rankload.dist_fetch(good_url, cache)
+    record = cache / ".rankload" / "victim.pth.json"
+    facts = json.loads(record.read_text())
+    del facts["birth_ns"]
+    record.write_text(json.dumps(facts))
+    path.write_bytes(b"damaged")
+    assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache)["w"], GOOD)
+    assert path.stat().st_size == facts["size_bytes"]
+
+
+@pytest.mark.fault(60)
+@pytest.mark.parametrize("verify", ["once", "never"])
+@pytest.mark.parametrize("mine", [b"mine", checkpoint_of({"w": EVIL})], ids=["short", "of the same size"])
+def test_users_file_that_comes_as_the_download_is_published_stays(origin, cache, good_url, monkeypatch, verify, mine):
+    """It gets its name when all has been looked at, while the record is written."""
+    write = download._write_record
+
+    def write_slowly(*arguments):
+        write(*arguments)
+        if not (cache / "victim.pth").exists():
+            (cache / "victim.pth").write_bytes(mine)
+
+    monkeypatch.setattr(download, "_write_record", write_slowly)
+    for _ in range(2):
+        assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache, verify=verify)["w"], GOOD)
+        assert (cache / "victim.pth").read_bytes() == mine
+    assert [name for name in files_in(cache) if "partial" in name] == []
+
+
+def killed_before_it_is_published(rank: int, url: str, cache: str, arguments: dict) -> None:
+    from rankload._fetch.partials.partial import Partial
+
+    Partial.publish = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    rankload.dist_fetch(url, cache, **arguments)
+
+
+@pytest.mark.fault(60)
+@pytest.mark.parametrize("state", ["another digest is expected", "empty"])
+def test_killed_between_record_and_file(origin, cache, good_url, state, monkeypatch):
+    """The record is the new file's already. The old one is still rankload's: it is replaced, and nothing stays."""
+    monkeypatch.setenv("RANKLOAD_LEASE_SECONDS", "2")
+    path = rankload.dist_fetch(good_url, cache)
+    content, arguments = checkpoint_of({"w": GOOD}), {}
+    if state == "empty":
+        path.write_bytes(b"")
+    else:
+        content = checkpoint_of({"w": GOOD + 1})
+        origin.add("models/victim.pth", content)
+        arguments = {"sha256": hashlib.sha256(content).hexdigest()}
+    [result] = run_ranks(killed_before_it_is_published, 1, env="none", args=(good_url, str(cache), arguments))
+    assert result.exitcode == -signal.SIGKILL
+    assert path.read_bytes() != content
+    for _ in range(2):
+        assert rankload.dist_fetch(good_url, cache, **arguments) == path
+        assert path.read_bytes() == content
+    assert origin.request_count() == 3
+    assert [name for name in files_in(cache) if "partial" in name] == []
+
+
+@pytest.mark.parametrize("names", [["a.bin", "A.bin"], [INDEX], [INDEX.upper()]])
+def test_parts_that_are_one_file_where_case_does_not_count_are_refused(evil, cache, names):
+    """One would take the other's place, or the index'."""
+    planting_index(evil, dict.fromkeys(names, checkpoint_of({"w": GOOD})), "other")
+    url = evil.add(f"any/{INDEX}", json.dumps({"weight_map": dict(enumerate(names))}).encode())
+    with pytest.raises(rankload.NotACheckpointError, match="upper and lower case"):
+        rankload.dist_load_state_dict_from_url(url, cache)
+    assert evil.request_count() == 1
+
+
+def test_names_that_are_cut_are_not_those_of_others(origin, evil, cache):
+    """The record of a long name is called by its beginning and a digest: the name of another URL's file."""
+    long = "v" * 216 + ".pth"
+    url = origin.add(f"models/{long}", checkpoint_of({"w": GOOD}))
+    rankload.dist_fetch(url, cache)
+    record = Entry(cache / long).record_path
+    before = record.read_bytes()
+    rankload.dist_fetch(evil.add(f"any/{record.name.removesuffix('.json')}", checkpoint_of({"w": EVIL})), cache)
+    assert record.read_bytes() == before
+    assert torch.equal(rankload.dist_load_state_dict_from_url(url, cache)["w"], GOOD)
+    assert origin.request_count() == 1
+
+
+def test_index_with_the_longest_name(origin, cache):
+    url = planting_index(origin, {"w.bin": checkpoint_of({"0": GOOD})}, "x" * 244 + ".index.json")
+    for _ in range(2):
+        assert torch.equal(rankload.dist_load_state_dict_from_url(url, cache)["0"], GOOD)
+    assert origin.request_count() == 2
+
+
+@pytest.mark.parametrize("kind", ["user's file in the way", "index", "part"])
+def test_file_that_a_mirror_has_sent_is_replaced_without_that_mirror(origin, evil, cache, kind):
+    """In the folder of the first URL it has no other entry to go to."""
+    good = checkpoint_of({"0": GOOD})
+    mirror = planting_index(evil, {"w.bin": checkpoint_of({"0": EVIL})}, INDEX)
+    if kind == "user's file in the way":
+        mirror = evil.add("any/victim.pth", checkpoint_of({"0": EVIL}))
+        cache.mkdir()
+        (cache / "victim.pth").write_bytes(b"mine")
+    elif kind == "part":
+        origin.add(f"any/{INDEX}", json.dumps({"weight_map": {"0": "w.bin"}}).encode())
+    url = mirror.replace(str(evil.port), str(origin.port))
+    loaded = rankload.dist_load_state_dict_from_url([url, mirror], cache)
+    assert torch.equal(loaded["0"], EVIL)
+    origin.add("any/victim.pth", good)
+    planting_index(origin, {"w.bin": good}, INDEX)
+    for _ in range(2):
+        assert torch.equal(rankload.dist_load_state_dict_from_url(url, cache)["0"], GOOD)
+
+
+@pytest.mark.fault(70)
+def test_record_cannot_forge_a_log_line(origin, cache, good_url, caplog):
+    rankload.dist_fetch(good_url, cache)
+    record = cache / ".rankload" / "victim.pth.json"
+    facts = {**json.loads(record.read_text()), "url_key": "0", "url": "http://x/\x1b[2J\nCRITICAL forged"}
+    record.write_text(json.dumps(facts))
+    with caplog.at_level("WARNING", "rankload"):
+        rankload.dist_load_state_dict_from_url(good_url, cache)
+    assert "forged" in caplog.text and "\nCRITICAL" not in caplog.text and "\x1b" not in caplog.text
+
+
+def test_download_to_a_path_replaces_only_files(origin, good_url, tmp_path):
+    """As root, ``/dev/null`` would be a file from then on."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(rankload.CacheError, match="no regular file"):
+        rankload.hub.download_url_to_file(good_url, str(pipe), progress=False)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o775, 0o777, 0o1777, 0o2775])
+def test_own_directories_let_in_whom_the_cache_lets_in(good_url, origin, cache, mode):
+    """An umask of 0, as in many containers, lets in nobody else."""
+    cache.mkdir()
+    cache.chmod(mode)
+    index = planting_index(origin, {"w.bin": checkpoint_of({"0": GOOD})}, INDEX)
+    before = os.umask(0)
+    try:
+        rankload.dist_fetch(good_url, cache)
+        folder = rankload.dist_fetch(index, cache).parent
+    finally:
+        os.umask(before)
+    for one in (cache / ".rankload", folder, folder / ".rankload"):
+        assert stat.S_IMODE(one.stat().st_mode) & 0o1022 == mode & 0o1022
+
+
 # --- another user ----------------------------------------------------------------------------------------------------
 
 
@@ -405,3 +573,96 @@ def test_separate_entry_is_made_once(origin, cache, good_url):
     for _ in range(3):
         rankload.dist_load_state_dict_from_url(good_url, cache)
     assert separate.exists() and origin.request_count() == 1
+
+
+def load_while_bob_swaps(rank: int, url: str, cache: str, arguments: dict, how: str, planted: str) -> list[float] | str:
+    """Bob, who may rename in the directory, puts another file there once this rank has looked at Alice's."""
+    from rankload._deliver import held
+
+    def look_then_swap(path: Path) -> bool:
+        result = looked(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(planted, Path(cache, "victim.pth"))
+        return result
+
+    looked, held.others_may_replace = held.others_may_replace, look_then_swap
+    with acting_as(ALICE, [GROUP]):
+        if how == "module":
+            module = torch.nn.Module()
+            module.w = torch.nn.Parameter(torch.empty(2))
+            rankload.dist_load_into(module, url, cache, progress=False, **arguments)
+            return module.w.tolist()
+        return rankload.dist_load_state_dict_from_url(url, cache, progress=False, **arguments)["w"].tolist()
+
+
+def fetch_as_alice(rank: int, url: str, cache: str) -> None:
+    with acting_as(ALICE, [GROUP]):
+        rankload.dist_fetch(url, cache, progress=False)
+
+
+@needs_root
+@pytest.mark.fault(62)
+@pytest.mark.parametrize("how", ["state dict", "module"])
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_file_that_is_swapped_after_the_look_is_not_loaded(origin, good_url, how, kind):
+    good, bad = checkpoint_of({"w": GOOD}), checkpoint_of({"w": EVIL})
+    arguments = {"sha256": hashlib.sha256(good).hexdigest()}
+    with public_directory(0o2775, GROUP) as cache:
+        run_ranks(fetch_as_alice, 1, env="none", args=(good_url, str(cache)))
+        planted = cache / "planted"
+        if kind == "file":
+            planted.write_bytes(bad)
+        else:
+            os.mkfifo(planted)
+        os.chown(planted, BOB, GROUP)
+        args = (good_url, str(cache), arguments, how, str(planted))
+        [result] = run_ranks(load_while_bob_swaps, 1, args=args, timeout_seconds=40)
+        assert result.value == [1.0, 1.0]
+        assert not planted.exists()
+
+
+def error_with_pipe(rank: int, url: str, cache: str) -> str:
+    """Bob's pipe takes the file's place between the fetch and the look."""
+    from rankload._fetch import once
+
+    def fetch_then_swap(*args, **kwargs):
+        file = fetched(*args, **kwargs)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(Path(cache, "planted"), file.path)
+        return file
+
+    fetched, once.fetch = once.fetch, fetch_then_swap
+    with acting_as(ALICE, [GROUP]):
+        try:
+            rankload.dist_load_state_dict_from_url(url, cache, progress=False)
+        except rankload.CacheError as error:
+            return str(error)
+    return ""
+
+
+@needs_root
+@pytest.mark.fault(62)
+def test_pipe_in_the_place_of_a_fetched_file_is_an_error(origin, good_url, monkeypatch):
+    """Opening it would wait for its writer, forever."""
+    monkeypatch.setenv("RANKLOAD_VISIBILITY_SECONDS", "1")
+    with public_directory(0o2775, GROUP) as cache:
+        os.mkfifo(cache / "planted")
+        os.chown(cache / "planted", BOB, GROUP)
+        results = run_ranks(error_with_pipe, 2, args=(good_url, str(cache)), timeout_seconds=40)
+    assert all("victim.pth" in result.value for result in results), [result.value for result in results]
+
+
+@needs_root
+@pytest.mark.fault(62)
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+def test_file_that_others_may_write_to_is_copied(origin, good_url, mode):
+    """Left there by torch.hub, under an umask that lets the group write."""
+    content = checkpoint_of({"w": GOOD})
+    with public_directory(0o2775, GROUP) as cache:
+        path = cache / "victim.pth"
+        path.write_bytes(content)
+        os.chown(path, ALICE, GROUP)
+        path.chmod(mode)
+        arguments = {"sha256": hashlib.sha256(content).hexdigest()}
+        [result] = run_ranks(load_while_bob_writes, 1, args=(good_url, str(cache), arguments, "state dict"))
+        assert result.value == [[1.0, 1.0], [1.0, 1.0]]

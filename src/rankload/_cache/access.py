@@ -36,6 +36,35 @@ def name_of(uid: int) -> str:
         return f"uid {uid}"
 
 
+def is_private_group(gid: int) -> bool:
+    """Return whether nobody but this user is of a group, as far as the user database says: it has this user's name."""
+    try:
+        import grp
+        import pwd
+
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
+    except (ImportError, KeyError):
+        return gid == os.geteuid()
+    return group.gr_gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+
+
+def others_may_replace(path: Path) -> bool:
+    """Return whether another user could put another file in the place of one of this user's, or of root's.
+
+    That is who may write to a directory on the way to it, unless its sticky bit forbids it (unlink(2)).
+    """
+    try:
+        directories = {*path.absolute().parents, *path.resolve().parents}
+        return any(_others_may_rename_in(directory.stat()) for directory in directories)
+    except (OSError, RuntimeError):  # it is changing now, or its links lead in a circle
+        return True
+
+
+def _others_may_rename_in(directory: os.stat_result) -> bool:
+    is_shared = directory.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not directory.st_mode & stat.S_ISVTX
+    return bool(is_shared) or not is_trusted(directory.st_uid)
+
+
 def may_rename(path: Path, owner_uid: int) -> bool:
     """Return whether this user may replace a user's file, as far as its directory's sticky bit says (unlink(2))."""
     directory = path.parent.stat()
@@ -92,19 +121,34 @@ def make_own_directory(directory: Path) -> None:
     """
     is_new = False
     with suppress(FileExistsError):
-        directory.mkdir()
+        # an umask of 0, as in many containers, must not let more users in than the parent does
+        directory.mkdir(0o777 & ~(0o022 & ~_mode_of(directory.parent)))
         is_new = True
     # a network filesystem may say that it exists and, from its cache of absent names, that it does not
     with suppress(FileNotFoundError):
         check_own_directory(directory)
     if is_new:
         with suppress(OSError):
-            parent, own = (stat.S_IMODE(path.stat().st_mode) for path in (directory.parent, directory))
-            if is_group_shared(directory.parent):
-                own |= 0o2770
-            if parent & stat.S_IWOTH:
-                own |= parent & 0o1777
-            directory.chmod(own)
+            _share_directory(directory)
+
+
+def _mode_of(directory: Path) -> int:
+    return stat.S_IMODE(directory.stat().st_mode)
+
+
+def _share_directory(directory: Path) -> None:
+    """Let those use a new directory whom its parent asks for."""
+    # by its descriptor: whoever may rename in the parent could put a link to a private directory there
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        parent, own = _mode_of(directory.parent), stat.S_IMODE(os.fstat(descriptor).st_mode)
+        if is_group_shared(directory.parent):
+            own |= 0o2770
+        if parent & stat.S_IWOTH:
+            own |= parent & 0o1777
+        os.fchmod(descriptor, own)
+    finally:
+        os.close(descriptor)
 
 
 def check_own_directory(directory: Path) -> None:

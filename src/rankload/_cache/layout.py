@@ -42,17 +42,17 @@ class Entry:
     @property
     def record_path(self) -> Path:
         """The sidecar record."""
-        return self.path.parent / OWN_DIRECTORY / f"{_fitting(self.path.name, 200)}.json"
+        return self.path.parent / OWN_DIRECTORY / f"{fitting(self.path.name, 200)}.json"
 
     @property
     def lease_path(self) -> Path:
         """The lease between jobs."""
-        return self.path.parent / OWN_DIRECTORY / f"{_fitting(self.path.name, 200)}.lease"
+        return self.path.parent / OWN_DIRECTORY / f"{fitting(self.path.name, 200)}.lease"
 
     @property
     def quarantine_path(self) -> Path:
         """Where a file of this entry goes that is not what it should be."""
-        return self.record_path.parent / "quarantine" / _fitting(self.path.name, 200)
+        return self.record_path.parent / "quarantine" / fitting(self.path.name, 200)
 
     @property
     def directories(self) -> list[Path]:
@@ -70,7 +70,7 @@ class Entry:
     @property
     def partial_stem(self) -> str:
         """Start of the name of every partial file of this entry."""
-        return _fitting(self.path.name, 120)
+        return fitting(self.path.name, 120)
 
     def separate(self, url: str) -> Entry:
         """Return the entry for a URL whose file name is taken by a file that is not its own."""
@@ -107,9 +107,10 @@ def hash_prefix_of(file_name: str) -> str | None:
     return match.group(1) or None if match else None
 
 
-def _fitting(name: str, most_bytes: int) -> str:
+def fitting(name: str, most_bytes: int) -> str:
     """Return a name, or its beginning and a digest: a file name has at most 255 bytes, and more is to be added."""
     raw = name.encode()
-    if len(raw) <= most_bytes:
+    # what is cut has this length, or less by a part of a character: no name that is kept can be the same
+    if len(raw) < most_bytes - 3:
         return name
     return f"{raw[: most_bytes - 17].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:16]}"

@@ -6,10 +6,15 @@ import ctypes
 import errno
 import mmap
 import os
+import struct
 import sys
+from pathlib import Path
 
 #: Allocate the blocks, leave the length as it is: fallocate(2).
 _FALLOC_FL_KEEP_SIZE = 1
+
+#: fcntl.h, and statx(2) and rename(2).
+_AT_FDCWD, _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, _RENAME_NOREPLACE = -100, 0x100, 0x800, 1
 
 #: Start writing the dirty pages of the range, and do not wait: sync_file_range(2).
 _SYNC_FILE_RANGE_WRITE = 2
@@ -89,6 +94,34 @@ def resident_pages(descriptor: int, size_bytes: int) -> bytes | None:
         return None if failed else bytes(pages).translate(_LOWEST_BIT)
 
 
+def birth_ns(path: Path) -> int | None:
+    """Return when a file was made, in nanoseconds since the epoch; None where the filesystem does not keep it.
+
+    Inode numbers are used again once a file is removed: only together with its birth one names a file (statx(2)).
+    """
+    found = ctypes.create_string_buffer(256)  # struct statx
+    if _statx is None or _statx(_AT_FDCWD, os.fsencode(path), _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, found):
+        return None
+    (mask,) = struct.unpack_from("I", found, 0)
+    seconds, nanoseconds = struct.unpack_from("qI", found, 80)
+    return seconds * 10**9 + nanoseconds if mask & _STATX_BTIME else None
+
+
+def rename_if_absent(path: Path, target: Path) -> None:
+    """Rename a file to a name that nothing has; where the filesystem cannot make sure of that, rename it all the same.
+
+    Raises:
+        FileExistsError: something has that name.
+        OSError: it cannot be renamed.
+    """
+    names = os.fsencode(path), os.fsencode(target)
+    if _renameat2 is None or _renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_NOREPLACE):
+        error = ctypes.get_errno() if _renameat2 is not None else errno.ENOSYS
+        if error not in (errno.EINVAL, errno.ENOSYS):  # NFS and some FUSE filesystems know plain renames only
+            raise OSError(error, os.strerror(error), str(target))
+        path.replace(target)
+
+
 def _find(name: str, *argument_types: type[ctypes._CData]) -> ctypes._NamedFuncPointer | None:
     if not sys.platform.startswith("linux"):
         return None
@@ -103,4 +136,6 @@ def _find(name: str, *argument_types: type[ctypes._CData]) -> ctypes._NamedFuncP
 _fallocate = _find("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _sync_file_range = _find("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _mincore = _find("mincore", ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(ctypes.c_ubyte))
+_statx = _find("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
+_renameat2 = _find("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _fstatfs = _find("fstatfs", ctypes.c_int, ctypes.c_long * 32)

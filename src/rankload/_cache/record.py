@@ -20,6 +20,8 @@ _logger = logging.getLogger("rankload")
 #: A record has less than 2 KiB, and more only where a URL is long.
 _MAX_BYTES = 1 << 20
 
+_OPTIONAL_NUMBERS = ("birth_ns", "replaces_inode", "replaces_birth_ns")
+
 
 @dataclass(frozen=True)
 class Record:
@@ -34,6 +36,9 @@ class Record:
         vouched_by: whose digest the bytes were compared with: ``sha256`` (the argument), ``hash_prefix`` (the file
             name), ``sidecar``, the response header's name in lower case, or None for nobody's.
         source: ``download``, or ``adopted`` for a file that torch.hub left.
+        birth_ns: when the file was made; None where that is not known. Older records do not have it.
+        replaces_inode, replaces_birth_ns: of rankload's file that was to be replaced; it is still there if the process
+            was killed after this record was written.
     """
 
     url: str
@@ -45,6 +50,9 @@ class Record:
     sha256: str | None
     vouched_by: str | None
     source: Source
+    birth_ns: int | None = None
+    replaces_inode: int | None = None
+    replaces_birth_ns: int | None = None
 
     def vouches_for(self, status: os.stat_result) -> bool:
         """Tell whether the file is still the one that was published, as far as stat can tell."""
@@ -76,7 +84,8 @@ def find_record(path: Path) -> FoundRecord | None:
     try:
         text, owner_uid = reopening(lambda: _text_of(path))
         found = json.loads(text)
-        record = Record(**{field.name: found[field.name] for field in fields(Record)})
+        names = [field.name for field in fields(Record) if field.name in found or field.name not in _OPTIONAL_NUMBERS]
+        record = Record(**{name: found[name] for name in names})
         return FoundRecord(_checked(record), owner_uid)
     except FileNotFoundError:
         return None
@@ -117,6 +126,9 @@ def _checked(record: Record) -> Record:
     """Return the record, unless somebody wrote something else into one of its fields."""
     for name in ("size_bytes", "mtime_ns", "inode"):
         if type(getattr(record, name)) is not int:
+            raise TypeError(f"{name} is no number")
+    for name in _OPTIONAL_NUMBERS:
+        if type(getattr(record, name)) not in (int, type(None)):
             raise TypeError(f"{name} is no number")
     for name in ("url", "url_key", "etag", "sha256", "vouched_by", "source"):
         is_optional = name in ("etag", "sha256", "vouched_by")

@@ -71,7 +71,7 @@ def _open_broadcast(
     closing: ExitStack,
 ) -> Carrier:
     announced = announce(path, file, source, channel)
-    here = path if path is not None else find(announced)
+    here = path if path is not None else find(announced, closing)
     relay = open_relay(channel, source, settings, takes_part=here is None)
     if here is None:
         assert relay is not None

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from rankload._cache.access import is_trusted, name_of
+from rankload._cache.access import name_of
 from rankload._cache.failures import reading
 from rankload._cache.linux import is_on_local_disk
 from rankload._checkpoint.broken import BrokenFileError
@@ -28,6 +28,7 @@ from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.zip_index import read_zip_index
 from rankload._deliver.available_memory import available_bytes
+from rankload._deliver.held import Held, hold
 from rankload._deliver.memory_file import folder_of
 from rankload._deliver.node_memory import NodeMemory
 from rankload._deliver.parts import all_files, parts_of
@@ -55,12 +56,6 @@ _MOST_OF_FREE_MEMORY = 0.8
 _MAPPED_FORMATS: frozenset[Format] = frozenset({"torch_zip", "safetensors", "sharded"})
 
 
-def is_foreign(path: Path) -> bool:
-    """Return whether a checkpoint, or one of its parts, belongs to another user than this one and root."""
-    with reading(path):
-        return not all(is_trusted(one.stat().st_uid) for one in all_files(path))
-
-
 def why_copied(path: Path, map_location: Any, *, is_published: bool) -> str:
     """Return why a checkpoint must not stay mapped; empty if it may, or if nothing of it would.
 
@@ -76,13 +71,14 @@ def why_copied(path: Path, map_location: Any, *, is_published: bool) -> str:
     return "it is on a network filesystem" if is_published else "rankload did not put it there, and it may be rewritten"
 
 
-def may_change(file: FetchedFile) -> bool:
+def may_change(held: Held, file: FetchedFile) -> bool:
     """Return whether somebody else may change a file under a mapping, or its server fail."""
-    return is_foreign(file.path) or not file.is_published or not all(map(_is_on_local_disk, all_files(file.path)))
+    return held.is_changeable or not file.is_published or not all(map(_is_on_local_disk, all_files(held.path)))
 
 
 def with_node_copy(
-    path: Path,
+    held: Held,
+    shown: Path,
     channel: Channel,
     closing: ExitStack,
     progress_seconds: float,
@@ -95,8 +91,9 @@ def with_node_copy(
     One rank of the node reads it, in large stripes; the others open its memory. If it fails, they raise its error.
 
     Args:
-        path: the checkpoint, or the index of one in several files.
-        channel: of the call. Every rank of a node that loads from this path may call this.
+        held: the checkpoint's files, open.
+        shown: where it is, for messages.
+        channel: of the call. Every rank of a node that loads from these files may call this.
         closing: lets go of the memory. What is mapped stays.
         progress_seconds: how long the file may not answer.
         sha256: its digest, 64 hex digits, if the copy is to be verified; the parts of an index have none.
@@ -108,9 +105,9 @@ def with_node_copy(
         ProgressTimeoutError: the file does not answer.
         RankloadError: what made the copying rank fail.
     """
-    with reading(path), ExitStack() as opened:
-        names = [path.name, *parts_of(path)]
-        files = {name: opened.enter_context((path.parent / name).open("rb", buffering=0)) for name in names}
+    name, folder = held.path.name, held.path.parent
+    with reading(shown), ExitStack() as opened:
+        files = {name: opened.enter_context((folder / name).open("rb", buffering=0)) for name in held.names}
         sizes = {name: os.fstat(file.fileno()).st_size for name, file in files.items()}
         memory = NodeMemory.claim(
             sizes, channel, closing, purpose="node copy", fits=partial(_fits, sizes.values()) if must_fit else None
@@ -118,15 +115,16 @@ def with_node_copy(
         if memory is None:
             return None
         if memory.is_received_here:
-            for name, file in files.items():
-                shown = printable(str(path.parent / name))
-                _copy(file.fileno(), memory.descriptors[name], sizes[name], shown, channel, progress_seconds)
+            for one, file in files.items():
+                text = printable(str(shown.parent / one))
+                _copy(file.fileno(), memory.descriptors[one], sizes[one], text, channel, progress_seconds)
             if sha256 is not None:
-                _verify(memory.descriptors[path.name], sizes[path.name], sha256, path, channel)
+                owner_uid = os.fstat(files[name].fileno()).st_uid
+                _verify(memory.descriptors[name], sizes[name], sha256, shown, owner_uid, channel)
     memory.tell_or_wait(channel)
-    copied = folder_of(memory.descriptors, closing) / path.name
-    if parts_of(copied) != [name for name in memory.descriptors if name != path.name]:
-        raise LoadError(f"{printable(str(path))}: it was changed while it was loaded", path=str(path))
+    copied = folder_of(memory.descriptors, closing) / name
+    if {name, *parts_of(copied)} != set(memory.descriptors):
+        raise LoadError(f"{printable(str(shown))}: it was changed while it was loaded", path=str(shown))
     return copied
 
 
@@ -134,7 +132,8 @@ def private_copy(path: Path, closing: ExitStack) -> Path:
     """Copy a checkpoint into memory of this process; return where it is then. Not collective."""
     channel = LoneChannel(identity_from_environment())
     closing.callback(channel.close)
-    copied = with_node_copy(path, channel, closing, Settings.from_environment().progress_seconds, must_fit=False)
+    seconds = Settings.from_environment().progress_seconds
+    copied = with_node_copy(hold(path, None, closing), path, channel, closing, seconds, must_fit=False)
     assert copied is not None
     return copied
 
@@ -151,7 +150,8 @@ def settled(
 ) -> Path:
     """Return where to load a checkpoint from, so that nothing stays mapped that somebody else may change.
 
-    That is the file itself, or a copy in the node's memory (`with_node_copy`).
+    That is the file itself, opened where another user could put another one in its place (`hold`), or a copy in the
+    node's memory (`with_node_copy`).
 
     Args:
         path: the checkpoint.
@@ -160,11 +160,12 @@ def settled(
         channel, closing, progress_seconds: see `with_node_copy`.
         mmap: the caller's. True keeps a file of this user's own mapped; False makes private copies later.
     """
-    copy = partial(with_node_copy, path, channel, closing, progress_seconds)
-    if is_foreign(path) and not (mmap is False and file.sha256 is None):
-        return copy(sha256=file.sha256, must_fit=False) or path
-    if mmap is not None or not (reason := why_copied(path, map_location, is_published=file.is_published)):
-        return path
+    held = hold(path, file.sha256, closing)
+    copy = partial(with_node_copy, held, path, channel, closing, progress_seconds)
+    if held.is_changeable and not (mmap is False and file.sha256 is None):
+        return copy(sha256=file.sha256, must_fit=False) or held.path
+    if mmap is not None or not (reason := why_copied(held.path, map_location, is_published=file.is_published)):
+        return held.path
     copied = copy()
     _logger.debug("%s: %s: %s", printable(str(path)), reason, "copied into memory" if copied else "mapped")
     if copied is None:
@@ -172,7 +173,7 @@ def settled(
         advice = "it must not be rewritten in place while this process uses it"
         text = "%s: %s; there is too little free memory for a copy, so it is mapped: %s"
         _logger.log(level, text, printable(str(path)), reason, advice)
-    return copied or path
+    return copied or held.path
 
 
 def _copy(source: int, target: int, size_bytes: int, shown: str, channel: Channel, progress_seconds: float) -> None:
@@ -203,7 +204,7 @@ def _copy_stripe(source: int, target: int, begin: int, end: int, shown: str) -> 
         begin += count
 
 
-def _verify(descriptor: int, size_bytes: int, sha256: str, path: Path, channel: Channel) -> None:
+def _verify(descriptor: int, size_bytes: int, sha256: str, path: Path, owner_uid: int, channel: Channel) -> None:
     """Hash the copy: what is hashed is what is used."""
     digest, buffer, done = hashlib.sha256(), memoryview(bytearray(_STRIPE_BYTES)), 0
     while count := os.preadv(descriptor, [buffer], done):
@@ -211,7 +212,7 @@ def _verify(descriptor: int, size_bytes: int, sha256: str, path: Path, channel: 
         done += count
         channel.report(Progress("hashing", done, size_bytes))
     if digest.hexdigest() != sha256:
-        shown, owner = printable(str(path)), name_of(path.stat().st_uid)
+        shown, owner = printable(str(path)), name_of(owner_uid)
         raise DigestMismatchError(
             f'invalid hash value (expected "{sha256}", got "{digest.hexdigest()}"): {shown} belongs to {owner}, and '
             "was changed since it was verified",

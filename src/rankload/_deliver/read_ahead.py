@@ -44,7 +44,9 @@ def read_ahead(paths: Sequence[Path], channel: Channel, progress_seconds: float)
     remote = [path for path in paths if not _is_local(path)]
     if not remote:
         return
-    key = f"read ahead/{kernel_id()}/{remote[0]}"
+    with reading(remote[0]):
+        status = remote[0].stat()  # not by the path: ranks that keep a file open each have one of their own
+    key = f"read ahead/{kernel_id()}/{status.st_dev}-{status.st_ino}"
     reader = channel.claim(key)
     if reader != channel.identity.rank:
         channel.wait_for(f"{key}/done", from_rank=reader)

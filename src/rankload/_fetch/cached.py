@@ -12,6 +12,7 @@ from stat import S_ISLNK, S_ISREG
 from rankload._cache.access import check_own_directory, is_trusted, make_own_directory, may_rename
 from rankload._cache.failures import reading, reopening, writing
 from rankload._cache.layout import Entry
+from rankload._cache.linux import birth_ns
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import FoundRecord, Record, find_record, write_record
 from rankload._checkpoint.open import check_structure
@@ -56,7 +57,7 @@ def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
     Raises:
         CacheError: something else lies in the file's place, or it cannot be read.
     """
-    cached = _inspect(entry)
+    cached = _inspect(entry, request)
     plan, file = decide(request, cached), None
     if plan.action is Action.USE:
         assert cached.status is not None
@@ -138,7 +139,7 @@ def file_version(entry: Entry) -> FileVersion | None:
 
 def may_be_published(entry: Entry, request: FetchRequest) -> bool:
     """Return whether a download may take its final name: nothing lies there now but what rankload published for it."""
-    return may_publish(request, _inspect(entry))
+    return may_publish(request, _inspect(entry, request))
 
 
 def set_damaged_file_aside(look: Look) -> None:
@@ -186,7 +187,7 @@ def _version_of(status: os.stat_result | None) -> FileVersion | None:
     return None if status is None else (status.st_ino, status.st_mtime_ns)
 
 
-def _inspect(entry: Entry) -> Cached:
+def _inspect(entry: Entry, request: FetchRequest) -> Cached:
     for directory in (*entry.directories, entry.record_path.parent):
         with suppress(FileNotFoundError), reading(directory):
             check_own_directory(directory)
@@ -214,6 +215,7 @@ def _inspect(entry: Entry) -> Cached:
         record,
         problem,
         is_trusted=all(map(is_trusted, owners)),
+        is_of_one_url=entry.is_separate or request.is_index or request.is_part,
         is_replaceable=not is_link and found is not None and _is_replaceable(entry, status, found),
     )
 
@@ -228,7 +230,7 @@ def _is_replaceable(entry: Entry, status: os.stat_result, found: FoundRecord) ->
     if record is None or owner_uid is None or record.source != "download":
         return False
     speaks_for_it = is_trusted(owner_uid) or owner_uid == status.st_uid
-    is_that_file = record.inode == status.st_ino or entry.is_separate
+    is_that_file = entry.is_separate or _is_that_file(entry.path, status.st_ino, record)
     if not speaks_for_it or not is_that_file:
         return False
     return may_rename(entry.path, status.st_uid) and may_rename(entry.record_path, owner_uid)
@@ -236,6 +238,14 @@ def _is_replaceable(entry: Entry, status: os.stat_result, found: FoundRecord) ->
 
 def _is_published(cached: Cached) -> bool:
     return cached.is_trusted and cached.record is not None and cached.record.source == "download"
+
+
+def _is_that_file(path: Path, inode: int, record: Record) -> bool:
+    """Return whether a record is about a file, or about the one that has not yet replaced it."""
+    birth = birth_ns(path)
+    if birth is not None and (record.replaces_inode, record.replaces_birth_ns) == (inode, birth):
+        return True
+    return record.inode == inode and (birth is None or record.birth_ns in (None, birth))
 
 
 def _believed_digest(cached: Cached) -> str | None:
@@ -271,6 +281,7 @@ def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) 
             sha256=sha256,
             vouched_by=vouched_by or (record.vouched_by if record else None),
             source=record.source if record else "adopted",
+            birth_ns=birth_ns(entry.path),
         )
         if record is None or (adopted != record and cached.is_trusted):
             with suppress(OSError):  # a read-only cache: the next call looks again

@@ -7,15 +7,18 @@ import os
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rankload._cache.failures import reading, writing
 from rankload._cache.layout import Entry
+from rankload._cache.linux import birth_ns
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, write_record
 from rankload._checkpoint.open import check_structure
 from rankload._errors import DigestMismatchError, MissingFileError, VerificationError
 from rankload._fetch.cached import may_be_published
+from rankload._fetch.digest import sha256_of_file
 from rankload._fetch.partials.adoption import adopt_into, remove_dead_partials
 from rankload._fetch.partials.partial import Partial, SupersededError
 from rankload._fetch.parts import check_index
@@ -54,11 +57,17 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
                 urls = _next_urls(urls, received, failures, error)
                 continue
             status = partial.finish(received.size_bytes)
+            birth, replaced = birth_ns(partial.path), _identity(entry.path)
             if not may_be_published(entry, request):  # something has come there since the look
                 raise SupersededError(str(entry.path))
             # Before the file: whoever sees the file must find out whose it is, or would adopt it as its own.
-            _write_record(entry.record_path, _record(received, status, vouched_by), report, settings)
-            partial.publish()
+            record = _record(received, status, birth, vouched_by, replaced)
+            _write_record(entry.record_path, record, report, settings)
+            try:
+                partial.publish(may_replace=replaced is not None)
+            except SupersededError:
+                _disown(entry, record)
+                raise
         remove_dead_partials(entry, settings, now=status.st_mtime)
         return FetchedFile(entry.path, received.size_bytes, received.sha256, "download", is_published=True)
 
@@ -137,7 +146,28 @@ def _next_urls(
     return urls
 
 
-def _record(received: Received, status: os.stat_result, vouched_by: str | None) -> Record:
+def _disown(entry: Entry, record: Record) -> None:
+    """Let a record speak for no URL: other bytes have come to its file's name, after it was written."""
+    with suppress(OSError):
+        if sha256_of_file(entry.path, lambda count: None) != record.sha256:
+            write_record(entry.record_path, replace(record, url="something else", url_key="", sha256=None))
+
+
+def _identity(path: Path) -> tuple[int, int | None] | None:
+    """Return the inode number and time of birth of what lies at a path; None where there is nothing."""
+    try:
+        return path.lstat().st_ino, birth_ns(path)
+    except FileNotFoundError:
+        return None
+
+
+def _record(
+    received: Received,
+    status: os.stat_result,
+    birth: int | None,
+    vouched_by: str | None,
+    replaced: tuple[int, int | None] | None,
+) -> Record:
     return Record(
         url=redact(received.url),
         url_key=url_key(received.url),
@@ -148,4 +178,7 @@ def _record(received: Received, status: os.stat_result, vouched_by: str | None) 
         sha256=received.sha256,
         vouched_by=vouched_by,
         source="download",
+        birth_ns=birth,
+        replaces_inode=replaced[0] if replaced else None,
+        replaces_birth_ns=replaced[1] if replaced else None,
     )

@@ -138,8 +138,12 @@ def _await_visible(path: Path, size_bytes: int, report: Report, settings: Settin
 
 def _size_when_opened(path: Path) -> int | None:
     try:
-        with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_size
+        # not waiting for the writer of a pipe that somebody has put there
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
     except PermissionError as error:  # it is there, and will not be ours to read by waiting
         raise CacheError(f"cannot read {path}: {error.strerror}", path=str(path), errno=error.errno) from error
     except OSError:

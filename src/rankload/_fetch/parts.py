@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from rankload._cache.failures import reading
+from rankload._cache.layout import fitting
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.sharded import has_weight_map, is_plain_name, part_names
 from rankload._checkpoint.source import LocalSource
@@ -38,7 +39,7 @@ def name_in_own_folder(name: str, key: str) -> str:
     """
     path = PurePosixPath(name)
     match = _INDEX_NAME.fullmatch(path.name)
-    return str(path.parent / f"{match['stem'] if match else path.name}-{key[:16]}" / path.name)
+    return str(path.parent / f"{fitting(match['stem'] if match else path.name, 238)}-{key[:16]}" / path.name)
 
 
 def name_without_folder(name: str) -> str:
@@ -75,6 +76,16 @@ def check_index(path: Path, request: FetchRequest, shown: str) -> None:
             "letters, digits and _.+=- that lie beside the index",
             path=str(path),
         )
+    # on some filesystems these are one file (names are ASCII by now)
+    seen = {PurePosixPath(request.file_name).name.lower()}
+    for name in names:
+        if name.lower() in seen:
+            raise NotACheckpointError(
+                f"{shown}: index of a checkpoint with a part called {name!r}: refused; another of its files has this "
+                "name, but for upper and lower case",
+                path=str(path),
+            )
+        seen.add(name.lower())
 
 
 def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -> FetchedFile:
@@ -142,4 +153,5 @@ def _request_for(name: str, index: FetchedFile, request: FetchRequest) -> FetchR
         hash_prefix=None,
         must_be_checkpoint=True,
         is_index=False,
+        is_part=True,
     )

@@ -36,6 +36,8 @@ def download_to(url: str, destination: Path, hash_prefix: str | None, *, progres
     path = expanded(destination).absolute()
     if path.is_dir():
         raise CacheError(f"cannot write {path}: Is a directory; name a file in it", path=str(path), errno=errno.EISDIR)
+    if path.exists() and not path.is_file():  # as root, another file in the place of /dev/null would be everybody's
+        raise CacheError(f"cannot write {path}: it is no regular file; name another", path=str(path))
     settings = Settings.from_environment()
     request = FetchRequest(
         urls=checked_urls(url),

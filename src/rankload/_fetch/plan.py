@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from rankload._cache.record import Record
+from rankload._errors import printable
 from rankload._fetch.verify import claims_of, satisfies
 from rankload._types import FetchRequest
 from rankload._urls import url_key
@@ -35,6 +36,8 @@ class Cached:
             where the caller gave a digest.
         is_replaceable: rankload published this very file, and this user may replace it. Nothing else is ever moved or
             replaced: it may be anybody's.
+        is_of_one_url: the entry is in a folder of the request's first URL, so another URL in its record is that of a
+            mirror, which an earlier call had named.
     """
 
     status: os.stat_result | None
@@ -42,6 +45,7 @@ class Cached:
     problem: str = ""
     is_trusted: bool = True
     is_replaceable: bool = False
+    is_of_one_url: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,9 @@ def decide(request: FetchRequest, cached: Cached) -> Plan:
     if record is None:
         return Plan(Action.CHECK, "a file without a record, as torch.hub leaves it")
     if not _is_owner(request, record):
-        return Plan(Action.SEPARATE, f"{record.url} has the same file name")
+        if cached.is_of_one_url and cached.is_replaceable:
+            return Plan(Action.DOWNLOAD, f"it came from {printable(record.url)}, which is not one of the mirrors now")
+        return Plan(Action.SEPARATE, f"{printable(record.url)} has the same file name")
     if record.size_bytes != status.st_size:
         return _instead(cached, Action.REPLACE, f"the cached file has {status.st_size} bytes, not {record.size_bytes}")
     if request.verify == "sidecar" and request.sha256 is None and record.vouched_by != "sidecar":
@@ -87,7 +93,7 @@ def decide(request: FetchRequest, cached: Cached) -> Plan:
     if record.sha256 is None:
         return Plan(Action.CHECK, "a digest is expected, and nobody has hashed the cached file yet")
     return _instead(
-        cached, Action.DOWNLOAD, f"the cached file has digest {record.sha256[:16]}…, another one is expected"
+        cached, Action.DOWNLOAD, f"the cached file has digest {printable(record.sha256[:16])}…, another one is expected"
     )
 
 
@@ -106,7 +112,7 @@ def may_publish(request: FetchRequest, cached: Cached) -> bool:
     """Return whether a download may take the place of what lies there."""
     if cached.status is None:
         return True
-    is_own = cached.record is not None and _is_owner(request, cached.record)
+    is_own = cached.record is not None and (cached.is_of_one_url or _is_owner(request, cached.record))
     return is_own and cached.is_replaceable
 
 

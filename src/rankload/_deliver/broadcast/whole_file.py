@@ -6,6 +6,7 @@ ranks of a node share one copy, as they would share the pages of a file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -16,10 +17,11 @@ from rankload._cache.failures import reading
 from rankload._cache.layout import Entry
 from rankload._cache.record import find_record
 from rankload._deliver.broadcast.header import BadHeaderError, check_names
+from rankload._deliver.held import hold
 from rankload._deliver.memory_file import folder_of, writable
 from rankload._deliver.node_memory import NodeMemory
 from rankload._deliver.parts import parts_of
-from rankload._errors import CoordinationError, DigestMismatchError
+from rankload._errors import CoordinationError, DigestMismatchError, RankloadError
 from rankload._job.channel import RankChannel
 from rankload._job.machine import kernel_id
 from rankload._job.relay.blocks import FileBlock
@@ -54,7 +56,7 @@ def broadcast_files(
     """
     announced = announce(path, file, source, channel)
     sizes: dict[str, int] = announced["sizes"]
-    here = path if path is not None else find(announced)
+    here = path if path is not None else find(announced, closing)
     memory = None if here is not None else NodeMemory.claim(sizes, channel, closing)
     relay = open_relay(channel, source, settings, takes_part=memory is not None and memory.is_received_here)
     if relay is not None:
@@ -89,10 +91,10 @@ def announce(path: Path | None, file: FetchedFile | None, source: int, channel: 
             raise CoordinationError(f"rank {source} announces files that it cannot have: {error}") from error
         return announced
     files = {name: path.parent / name for name in (path.name, *parts_of(path))}
-    digests = {name: _recorded_digest(one) for name, one in files.items()}
+    digests = {name: _recorded_digest(file.path.parent / name, one.stat()) for name, one in files.items()}
     digests[path.name] = file.sha256 or digests[path.name]
     announced = {
-        "path": str(path),
+        "path": str(file.path),
         "shown": str(file.path),
         "identity": _identity(path),
         "may_map": file.is_published or path != file.path,
@@ -103,14 +105,13 @@ def announce(path: Path | None, file: FetchedFile | None, source: int, channel: 
     return announced
 
 
-def find(announced: dict[str, Any]) -> Path | None:
-    """Return the announced file if this process can read it from the same page cache."""
+def find(announced: dict[str, Any], closing: ExitStack) -> Path | None:
+    """Return where this process reads the announced file from the same page cache; None if it cannot."""
     path = Path(announced["path"])
-    with suppress(OSError):
-        for name in announced["sizes"]:
-            (path.parent / name).open("rb").close()
-        if _identity(path) == announced["identity"]:
-            return path
+    with suppress(OSError, RankloadError):
+        held = hold(path, announced["sha256"].get(path.name), closing)
+        if not held.is_changeable and _identity(held.path) == announced["identity"]:
+            return held.path
     return None
 
 
@@ -148,11 +149,11 @@ def receive_files(
             )
 
 
-def _recorded_digest(path: Path) -> str | None:
+def _recorded_digest(path: Path, status: os.stat_result) -> str | None:
     found = find_record(Entry(path).record_path)
     if found is None or found.record is None or found.owner_uid is None or not is_trusted(found.owner_uid):
         return None
-    return found.record.sha256 if found.record.vouches_for(path.stat()) else None
+    return found.record.sha256 if found.record.vouches_for(status) else None
 
 
 def _identity(path: Path) -> str:

@@ -110,6 +110,8 @@ def _candidates(entry: Entry, url_keys: frozenset[str], sha256: str | None) -> l
         owner, entries = owner_of(path), read_journal(path)
         if owner is None or entries is None or not entries.spans.total_bytes:
             continue
+        if entries.owner_uid != os.geteuid():  # it could list what was never written
+            continue
         content = entries.content
         is_same = content.sha256 == sha256 if content.sha256 and sha256 else content.url_key in url_keys
         if is_same and (content.version.has_validator or sha256):

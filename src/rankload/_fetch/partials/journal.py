@@ -54,11 +54,12 @@ class Content:
 
 @dataclass(frozen=True)
 class Entries:
-    """A journal as it was read: the content, the ranges that can be relied on, and when it was last written to."""
+    """A journal as it was read: the content, the ranges that it lists, when it was last written to, and whose it is."""
 
     content: Content
     spans: Spans
     modified_at: float
+    owner_uid: int
 
 
 def journal_path(partial_path: Path) -> Path:
@@ -126,7 +127,7 @@ def read_journal(partial_path: Path) -> Entries | None:
     """Read the journal of a dead process's partial file; None where there is none that can be used."""
     try:
         with os.fdopen(open_plain(journal_path(partial_path)), "rb") as file:
-            modified_at = os.fstat(file.fileno()).st_mtime
+            status = os.fstat(file.fileno())
             lines = file.read().splitlines(keepends=True)
         head = json.loads(lines[0])
         if head.pop("journal") != _FORMAT:
@@ -138,7 +139,7 @@ def read_journal(partial_path: Path) -> Entries | None:
         return None
     kept = ranges if is_same_boot else ranges[:synced]
     spans = Spans((begin, end) for begin, end in kept if 0 <= begin < end <= content.size_bytes)
-    return Entries(content, spans, modified_at)
+    return Entries(content, spans, status.st_mtime, status.st_uid)
 
 
 def _events(lines: list[bytes]) -> tuple[list[tuple[int, int]], int]:

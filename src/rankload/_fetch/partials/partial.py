@@ -14,7 +14,7 @@ from types import TracebackType
 from rankload._cache.access import NEW_FILE_MODE, share_file
 from rankload._cache.failures import no_space_error, writing
 from rankload._cache.layout import Entry
-from rankload._cache.linux import allocate
+from rankload._cache.linux import allocate, rename_if_absent
 from rankload._errors import CacheError, RankloadError, VerificationError
 from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.journal import Content, Journal, journal_path
@@ -158,9 +158,26 @@ class Partial:
             self._remove_journal()  # on a disk with few inodes left, the record needs one
             return self.path.stat()  # by name, after the close: only then an NFS server has set the final mtime
 
-    def publish(self) -> None:
-        """Give the finished file its final name."""
-        self.move_to(self._entry.path)
+    def publish(self, *, may_replace: bool = True) -> None:
+        """Give the finished file its final name.
+
+        Args:
+            may_replace: False if nothing had that name: whatever has come there since is somebody's.
+
+        Raises:
+            SupersededError: something has come there.
+        """
+        if may_replace:
+            self.move_to(self._entry.path)
+        else:
+            try:
+                with writing(self._entry.path):
+                    rename_if_absent(self.path, self._entry.path)
+            except CacheError as error:
+                if error.errno == errno.EEXIST:
+                    raise SupersededError(str(self._entry.path)) from None
+                raise
+            self._is_gone = True
         _sync_directory(self._entry.path.parent)
 
     def move_to(self, path: Path) -> None:
