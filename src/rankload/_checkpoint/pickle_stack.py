@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rankload._checkpoint.entry import StorageEntry, TensorEntry
 from rankload._checkpoint.pickle_memo import PickleMemo
 from rankload._checkpoint.pickle_text import float_of_bytes, number_of_line, value_of_line
 from rankload._checkpoint.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key
@@ -300,10 +301,15 @@ class PickleStack:
     def build(self, start: int, end: int) -> None:
         """Note the state of an object that is not built, and the module versions of a state dict.
 
-        Other attributes of dicts and tensors are no part of their content.
+        Other attributes of dicts are no part of their content.
+
+        Raises:
+            NotUnderstoodError: a tensor, or a storage, gets another state: torch may put it elsewhere then (`set_`).
         """
         state = self._stack.pop()
         target = self._stack[-1]
+        if isinstance(target, (TensorEntry, StorageEntry)):
+            raise NotUnderstoodError("a tensor whose state is set")
         if isinstance(target, Unbuilt):
             target.state = state
             return

@@ -12,6 +12,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.entry import ITEM_BYTES, MOST_DIMENSIONS, StorageEntry, TensorEntry, checked
 from rankload._checkpoint.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key, shown
 
@@ -38,6 +39,9 @@ STORAGE_DTYPES: Mapping[str, str] = MappingProxyType(
         "QUInt2x4Storage": "quint2x4",
     }
 )
+
+#: torch saves tensors of these by `_rebuild_qtensor`, with a scale.
+QUANTIZED_DTYPES = frozenset({"quint8", "qint8", "qint32", "quint4x2", "quint2x4"})
 
 #: Where such classes are, and were.
 _STORAGE_MODULES = frozenset({"torch", "torch.storage", "torch.cuda"})
@@ -66,6 +70,8 @@ def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> Any:
     if not isinstance(storage, StorageEntry):
         raise NotUnderstoodError("a tensor without a storage")
     dtype = dtype or storage.dtype
+    if dtype in QUANTIZED_DTYPES:  # torch makes a tensor of it that fails, internally, at the first look
+        raise BrokenFileError("damaged checkpoint (a quantized tensor without its scale)")
     if not (type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= MOST_DIMENSIONS):
         raise NotUnderstoodError("a tensor of unusual dimensions")
     if set(map(type, (offset, *shape, *stride))) != {int}:
