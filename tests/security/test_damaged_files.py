@@ -457,3 +457,38 @@ def test_a_quantized_tensor_without_a_scale_is_an_error(tmp_path, load):
     path = write_records(tmp_path / "quantized.pth", records)
     with pytest.raises(rankload.RankloadError, match="a quantized tensor without its scale"):
         load(path)
+
+
+def _with_pickle(path: Path, value: bytes) -> Path:
+    """A checkpoint whose only value is what these operations push."""
+    records = records_of(content())
+    records["data.pkl"] = b"\x80\x02}X\x01\x00\x00\x00a" + value + b"s."
+    return write_records(path, records)
+
+
+#: torch would take hours to say no, or gigabytes, or give memory that was never written to.
+ENDLESS = {
+    "name of a class": (b"c" + b"m" * (1 << 20) + b"\nx\n)R", "names a class or function by more than"),
+    "text that is called": (b"X\x00\x00\x10\x00" + b"m" * (1 << 20) + b")R", "calls what is no function"),
+    "text too long to be kept": (b"X\x01\x00\x00\x01" + b"m" * ((1 << 24) + 1) + b")R", "calls what is no function"),
+    "tensor of a size": (b"ctorch\nFloatTensor\nK\x40\x85R", r"a torch\.FloatTensor of a size"),
+    "new tensor of a size": (b"ctorch\nTensor\nK\x40\x85\x81", r"a torch\.Tensor of a size"),
+    "storage of a size": (b"ctorch.storage\nUntypedStorage\nK\x40\x85R", r"a torch\.storage\.UntypedStorage of a size"),
+    "bytearray of a size": (b"c__builtin__\nbytearray\nJ\x00\x00\x00\x7f\x85R", "a bytearray of a size"),
+}
+
+
+@pytest.mark.parametrize("value, message", ENDLESS.values(), ids=ENDLESS)
+@pytest.mark.parametrize("load", [*OPENED.values(), *INDEXED.values()], ids=[*OPENED, *INDEXED])
+def test_what_torch_would_not_refuse_in_time_is_refused_before(tmp_path, value, message, load):
+    with pytest.raises(rankload.LoadError, match=message):
+        load(_with_pickle(tmp_path / "endless.pth", value))
+
+
+def test_halves_of_surrogate_pairs_keep_names_apart(tmp_path):
+    names = [f"a{chr(code)}" for code in (0xD800, 0xD801, 0xFFFD)]
+    saved = {name: torch.full((1,), float(number)) for number, name in enumerate(names)}
+    torch.save(saved, tmp_path / "halves.pth")
+    found = rankload.open_checkpoint(tmp_path / "halves.pth")
+    assert {name: found[name].item() for name in found} == {name: tensor.item() for name, tensor in saved.items()}
+    assert list(rankload.load(tmp_path / "halves.pth")) == list(saved)
