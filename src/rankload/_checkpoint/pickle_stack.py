@@ -80,7 +80,15 @@ class PickleStack:
     def push_unicode(self, start: int, end: int) -> None:
         """Text, in UTF-8, as the standard unpickler reads it: half a surrogate pair is a character of its own."""
         raw = self._bytes(start, end)
-        self._stack.append(_TOO_LONG if raw is None else raw.decode("utf-8", errors="surrogatepass"))
+        if raw is None:
+            self._stack.append(_TOO_LONG)
+            return
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            self.is_exact = False
+            text = raw.decode("utf-8", errors="surrogatepass")
+        self._stack.append(text)
 
     def push_text(self, start: int, end: int) -> None:
         """Text of Python 2, in an encoding that the file does not tell."""
