@@ -43,6 +43,12 @@ from urllib.error import HTTPError, URLError
 #: nobody reads that much (a compiler log in an exception text has been seen).
 MAX_MESSAGE_CHARACTERS = 4000
 
+#: Longest text in an error of this process: names in files may have gigabytes.
+_MOST_CHARACTERS_HERE = 1 << 16
+
+#: Longer names from files are cut in messages.
+LONGEST_SHOWN_NAME = 200
+
 
 class RankloadError(Exception):
     """Base of all errors.
@@ -59,7 +65,7 @@ class RankloadError(Exception):
     """
 
     def __init__(self, message: str, **fields: Any) -> None:
-        message = _printable_lines(message)
+        message = _printable_lines(cut(message, _MOST_CHARACTERS_HERE))
         Exception.__init__(self, message)  # URLError's and OSError's own take other arguments
         self.message = message
         self.fields = {name: _printable_field(value) for name, value in fields.items()}
@@ -258,7 +264,7 @@ def _printable_lines(text: str) -> str:
 
 def _printable_field(value: Any) -> Any:
     if isinstance(value, str):
-        return _printable_lines(value)
+        return _printable_lines(cut(value, _MOST_CHARACTERS_HERE))
     if type(value) in (list, tuple):
         return type(value)(map(_printable_field, value))
     return value

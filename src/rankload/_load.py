@@ -14,8 +14,10 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from rankload._checkpoint.broken import BrokenFileError
-from rankload._checkpoint.open import Format, describe, sniff
+from rankload._checkpoint.open import Format, describe, format_of, sniff
+from rankload._checkpoint.source import FileObject
 from rankload._deliver.failures import translated
+from rankload._deliver.mappable import checked_for_torch
 from rankload._deliver.node_copy import settled
 from rankload._deliver.read import read_checkpoint
 from rankload._deliver.readers import Limits
@@ -87,6 +89,7 @@ def load(
             if file_format not in _FORMATS_OF_TORCH:
                 # torch.load would take it for a pickle, and talk of weights_only
                 raise BrokenFileError(f"expected a checkpoint, got {got}")
+            target = _checked(f, target)
         return torch.load(f, target, weights_only=weights_only, **torch_load_arguments)
 
 
@@ -101,6 +104,23 @@ def _load_file(
         return read_checkpoint(
             found, target, weights_only=weights_only, mmap=mmap, limits=limits, shown=str(path), **arguments
         )
+
+
+def _checked(f: IO[bytes], target: Any) -> Any:
+    """Check what torch.load does not, and return its map_location; leave the file where it stands.
+
+    Raises:
+        BrokenFileError: the file contradicts itself.
+    """
+    position = f.tell()
+    try:
+        source = FileObject(f)
+    except (OSError, ValueError):  # it cannot say where it ends
+        return target
+    try:
+        return checked_for_torch(source, format_of(source), target).map_location
+    finally:
+        f.seek(position)
 
 
 def _head(f: IO[bytes]) -> bytes | None:

@@ -20,7 +20,7 @@ import rankload
 from harness.checkpoints import write_legacy_zip
 from harness.ranks import run_ranks
 from rankload._checkpoint.open import check_structure
-from rankload._checkpoint.unpacked import ALWAYS_ALLOWED_BYTES, LARGEST_RATIO
+from rankload._checkpoint.unpacked_limit import ALWAYS_ALLOWED_BYTES, LARGEST_RATIO
 
 MIB = 1 << 20
 
@@ -215,3 +215,28 @@ def test_two_nodes_have_a_copy_each(tmp_path):
     file = write_legacy_zip(tmp_path, {"weight": torch.ones(10)})
     results = run_ranks(load_and_tell, 4, nodes=2, args=(str(file.path), "read", str(tmp_path / "cache")))
     assert [result.value[1] for result in results] == [10] * 4
+
+
+# torch's own format, compressed by somebody else
+
+
+def _compressed(path: Path, content: dict[str, Any]) -> Path:
+    with (
+        zipfile.ZipFile(io.BytesIO(saved(content, is_legacy=False))) as archive,
+        zipfile.ZipFile(path, "w", 8) as packed,
+    ):
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+    return path
+
+
+@pytest.mark.fault(68)
+@pytest.mark.parametrize(
+    "load", [LOADS["load"], LOADS["trusted"], LOADS["from a URL"], lambda path: rankload.load(path.open("rb"))]
+)
+def test_compressed_tensors_may_not_grow_beyond_measure_either(tmp_path, load):
+    path = _compressed(tmp_path / "zeros.pth", {"weight": torch.zeros(ALWAYS_ALLOWED_BYTES // 4 + 6)})
+    with pytest.raises(rankload.LoadError, match="whose compressed members would have"):
+        load(path)
+    _compressed(path, {"weight": torch.zeros(5 * MIB)})
+    assert load(path)["weight"].numel() == 5 * MIB

@@ -331,3 +331,164 @@ def test_odd_files_load_as_torch_loads_them(tmp_path):
             found, expected = rankload.load(path, **options), torch.load(path, weights_only=False)
             assert repr(found) == repr(expected), (path, options)
             assert found["tied"].data_ptr() == found["again"].data_ptr()
+
+
+# What torch.load leaves as it finds it: memory of this process would become weights
+
+OPENED: dict[str, Callable[[Path], Any]] = {
+    name: LOADS[name] for name in ("plain", "mapped", "copied", "trusted", "callable", "from a URL")
+} | {"open file": lambda path: rankload.load(io.BytesIO(path.read_bytes()))}
+
+
+def _without_storages(path: Path, others: Any) -> Path:
+    """A legacy file whose list of storages is empty."""
+    torch.save(content() | others, path, _use_new_zipfile_serialization=False)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: raw.rindex(b"\x80\x02]q\x00(")] + b"\x80\x02]q\x00.")
+    return path
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("load", OPENED.values(), ids=OPENED)
+def test_a_legacy_storage_that_is_nowhere_in_the_file_is_an_error(tmp_path, load):
+    path = _without_storages(tmp_path / "nowhere.pth", {})
+    with pytest.raises(rankload.RankloadError, match=r"storage '[0-9]+' is nowhere in it"):
+        load(path)
+
+
+@pytest.mark.parametrize("load", OPENED.values(), ids=OPENED)
+def test_a_legacy_file_that_cannot_be_checked_gets_no_old_memory(tmp_path, load):
+    others = NOT_UNDERSTOOD["keys of many kinds"]["others"]
+    old = [torch.full((64,), SECRET) for _ in range(100)]
+    del old  # the allocator hands this memory out again
+    assert not load(_without_storages(tmp_path / "nowhere.pth", others))["secret"].any()
+    path = tmp_path / "whole.pth"
+    torch.save(content() | others, path, _use_new_zipfile_serialization=False)
+    assert load(path)["secret"].tolist() == [SECRET] * 64
+
+
+def _listed(path: Path, name: bytes, field: int, value: int, size_bytes: int = 2) -> Path:
+    """Change a field of a member's entry in the central directory (APPNOTE.TXT 4.3.12)."""
+    raw = bytearray(path.read_bytes())
+    entry = raw.rindex(name) - 46
+    assert raw[entry : entry + 4] == b"PK\1\2"
+    raw[entry + field : entry + field + size_bytes] = value.to_bytes(size_bytes, "little")
+    path.write_bytes(raw)
+    return path
+
+
+METHOD, STORED_BYTES, ATTRIBUTES = 10, 20, 38
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("name", [b"archive/data/1", b"archive/data.pkl"])
+@pytest.mark.parametrize("load", OPENED.values(), ids=OPENED)
+def test_a_record_that_torch_would_take_for_a_folder_is_an_error(tmp_path, name, load):
+    path = write_records(tmp_path / "archive.pth", records_of(content()))
+    with pytest.raises(rankload.RankloadError, match="is a folder, and has bytes"):
+        load(_listed(path, name, ATTRIBUTES, 0x10))
+
+
+@pytest.mark.parametrize("load", INDEXED.values(), ids=INDEXED)
+def test_so_it_is_for_the_index(tmp_path, load):
+    path = write_records(tmp_path / "archive.pth", records_of(content()))
+    with pytest.raises(rankload.RankloadError, match="is a folder, and has bytes"):
+        load(_listed(path, b"archive/data/1", ATTRIBUTES, 0x10))
+
+
+def _compressed(path: Path) -> Path:
+    """The same archive, deflated; its last tensor in its last member."""
+    inner = {name: bytes(record) for name, record in _records(b"0").items()} | records_of(content())
+    secret = inner.pop("data/1")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, record in (*inner.items(), ("data/1", secret)):
+            archive.writestr(f"archive/{name}", record)
+    return path
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("damage", ["not deflated", "nothing packed", "cut off", "garbled"])
+@pytest.mark.parametrize("load", OPENED.values(), ids=OPENED)
+def test_a_compressed_record_that_cannot_be_inflated_is_an_error(tmp_path, damage, load):
+    path = _compressed(tmp_path / "archive.pth")
+    assert load(path)["secret"].tolist() == [SECRET] * 64
+    raw = path.read_bytes()
+    match damage:
+        case "not deflated":
+            path = _listed(write_records(path, records_of(content())), b"archive/data/1", METHOD, 8)
+        case "nothing packed":
+            _listed(path, b"archive/data/1", STORED_BYTES, 0, 4)
+        case "cut off":
+            _listed(path, b"archive/data/1", STORED_BYTES, 3, 4)
+        case "garbled":
+            begin = raw.index(b"archive/data/1") + len(b"archive/data/1")
+            path.write_bytes(raw[:begin] + b"\x07" + raw[begin + 1 :])
+    with pytest.raises(rankload.RankloadError, match=r"damaged zip archive \('archive/data/1'"):
+        load(path)
+
+
+BUILT = {
+    "elsewhere": b"(h\x07QK\x00K\x28\x85K\x01\x85tb",
+    "smaller": b"(h\x07QK\x02K\x02\x85K\x01\x85tb",
+}
+
+
+@pytest.mark.parametrize("state", BUILT.values(), ids=BUILT)
+def test_the_state_of_a_tensor_is_left_to_torch(tmp_path, state):
+    """torch.load gives the tensor another place then (`set_`): the index would still tell of the first one."""
+    made = b"Rq\x0d"
+    path = write_changed(tmp_path / "built.pth", (made + b"X\x06", made + state + b"X\x06"))
+    with pytest.raises(rankload.LoadError, match="a tensor whose state is set"):
+        rankload.open_checkpoint(path)
+    try:
+        expected = torch.load(path)["a"].tolist()
+    except RuntimeError:
+        with pytest.raises(rankload.LoadError):
+            rankload.load(path)
+    else:
+        assert rankload.load(path)["a"].tolist() == expected
+
+
+@pytest.mark.parametrize("load", [*OPENED.values(), *INDEXED.values()], ids=[*OPENED, *INDEXED])
+def test_a_quantized_tensor_without_a_scale_is_an_error(tmp_path, load):
+    """torch makes one whose first use fails within torch."""
+    records = records_of({"a": torch.zeros(4, dtype=torch.uint8), "secret": torch.zeros(4, dtype=torch.uint8)})
+    records["data.pkl"] = changed(records["data.pkl"], b"ctorch\nByteStorage\n", b"ctorch\nQUInt8Storage\n")
+    path = write_records(tmp_path / "quantized.pth", records)
+    with pytest.raises(rankload.RankloadError, match="a quantized tensor without its scale"):
+        load(path)
+
+
+def _with_pickle(path: Path, value: bytes) -> Path:
+    """A checkpoint whose only value is what these operations push."""
+    records = records_of(content())
+    records["data.pkl"] = b"\x80\x02}X\x01\x00\x00\x00a" + value + b"s."
+    return write_records(path, records)
+
+
+#: torch would take hours to say no, or gigabytes, or give memory that was never written to.
+ENDLESS = {
+    "name of a class": (b"c" + b"m" * (1 << 20) + b"\nx\n)R", "names a class or function by more than"),
+    "text that is called": (b"X\x00\x00\x10\x00" + b"m" * (1 << 20) + b")R", "calls what is no function"),
+    "text too long to be kept": (b"X\x01\x00\x00\x01" + b"m" * ((1 << 24) + 1) + b")R", "calls what is no function"),
+    "tensor of a size": (b"ctorch\nFloatTensor\nK\x40\x85R", r"a torch\.FloatTensor of a size"),
+    "new tensor of a size": (b"ctorch\nTensor\nK\x40\x85\x81", r"a torch\.Tensor of a size"),
+    "storage of a size": (b"ctorch.storage\nUntypedStorage\nK\x40\x85R", r"a torch\.storage\.UntypedStorage of a size"),
+    "bytearray of a size": (b"c__builtin__\nbytearray\nJ\x00\x00\x00\x7f\x85R", "a bytearray of a size"),
+}
+
+
+@pytest.mark.parametrize("value, message", ENDLESS.values(), ids=ENDLESS)
+@pytest.mark.parametrize("load", [*OPENED.values(), *INDEXED.values()], ids=[*OPENED, *INDEXED])
+def test_what_torch_would_not_refuse_in_time_is_refused_before(tmp_path, value, message, load):
+    with pytest.raises(rankload.LoadError, match=message):
+        load(_with_pickle(tmp_path / "endless.pth", value))
+
+
+def test_halves_of_surrogate_pairs_keep_names_apart(tmp_path):
+    names = [f"a{chr(code)}" for code in (0xD800, 0xD801, 0xFFFD)]
+    saved = {name: torch.full((1,), float(number)) for number, name in enumerate(names)}
+    torch.save(saved, tmp_path / "halves.pth")
+    found = rankload.open_checkpoint(tmp_path / "halves.pth")
+    assert {name: found[name].item() for name in found} == {name: tensor.item() for name, tensor in saved.items()}
+    assert list(rankload.load(tmp_path / "halves.pth")) == list(saved)

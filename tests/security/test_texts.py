@@ -182,3 +182,33 @@ def test_ordinary_names_are_shown_as_they_are(tmp_path):
     with pytest.raises(rankload.LoadError) as caught:
         into_module(path)
     assert "\n    größe.weight" in str(caught.value) and "größe.pth does not fit" in str(caught.value)
+
+
+# Of any length
+
+LONG = "x" * (4 << 20)
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_names_of_any_length_are_cut(tmp_path, is_strict):
+    torch.save({LONG: torch.zeros(1), "weight": torch.zeros(1, 1)}, tmp_path / "long.pth")
+    module = torch.nn.Linear(1, 1, bias=False)
+    if is_strict:
+        with pytest.raises(rankload.LoadError) as caught:
+            rankload.dist_load_into(module, tmp_path / "long.pth", progress=False)
+        shown = str(caught.value)
+    else:
+        report = rankload.dist_load_into(module, tmp_path / "long.pth", progress=False, strict=False)
+        assert report.unexpected_keys == [LONG]
+        shown = repr(report)
+    assert "xxx" in shown and len(shown) < 2000
+
+
+@pytest.mark.parametrize("name, dtype", [(LONG, "F32"), ("weight", LONG)], ids=["name", "dtype"])
+@pytest.mark.parametrize("load", [rankload.load, lambda path: dict(rankload.open_checkpoint(path))])
+def test_so_are_those_of_a_safetensors_header(tmp_path, name, dtype, load):
+    header = f'{{"{name}": {{"dtype": "{dtype}", "shape": [2], "data_offsets": [0, 4]}}}}'.encode()
+    (tmp_path / "long.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(rankload.LoadError) as caught:
+        load(tmp_path / "long.safetensors")
+    assert len(str(caught.value)) < 100_000

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from rankload._errors import printable
+from rankload._errors import cut, printable
 
 
 class BrokenFileError(ValueError):
     """The file contradicts its own format; the text says how. Never reaches a user: others make it theirs.
 
-    The text may hold names from the file: whatever is not printable in it is escaped, line breaks included.
+    The text may hold names from the file: what is not printable in it is escaped, line breaks
+    included, and it is cut.
     """
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(text))
+        super().__init__(printable(cut(text)))
 
 
 class CutOffError(BrokenFileError):

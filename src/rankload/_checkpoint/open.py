@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal
 
 from rankload._checkpoint import legacy, legacy_tar, safetensors, sharded, torch_zip
 from rankload._checkpoint.broken import BrokenFileError
-from rankload._checkpoint.source import LocalSource
+from rankload._checkpoint.source import LocalSource, Source
 from rankload._errors import NotACheckpointError
 
 Format = Literal[
@@ -60,6 +60,12 @@ def sniff(path: str | os.PathLike[str]) -> Format:
     """Tell the format by content. A zip archive that is too broken to look into is a ``"zip"``."""
     with Path(path).open("rb", buffering=0) as file:
         return _Sniffed(file).format
+
+
+def format_of(source: Source) -> Format:
+    """Tell the format of what torch.load would load from an open file: a zip archive of torch's, or a legacy file."""
+    claimed = _claimed_format(source.read(_HEAD_BYTES, 0))
+    return torch_zip.read_directory(source).kind if claimed == "zip" else claimed
 
 
 def check_structure(path: str | os.PathLike[str], *, must_be_checkpoint: bool, origin: str) -> Format:

@@ -117,9 +117,8 @@ _CUT_OFF = "truncated checkpoint (a pickle in it is cut off)"
 _Meaning = Callable[[PickleStack, int, int], None]
 
 _MEANINGS: dict[str, _Meaning] = {
-    **dict.fromkeys(
-        ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"), PickleStack.push_text
-    ),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), PickleStack.push_unicode),
+    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), PickleStack.push_text),
     **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"), PickleStack.push_bytes),
     "BYTEARRAY8": PickleStack.push_bytearray,
     **dict.fromkeys(("INT", "LONG", "FLOAT", "STRING", "UNICODE"), PickleStack.push_line),

@@ -12,16 +12,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rankload._checkpoint.broken import BrokenFileError
+from rankload._checkpoint.entry import StorageEntry, TensorEntry
 from rankload._checkpoint.pickle_memo import PickleMemo
 from rankload._checkpoint.pickle_text import float_of_bytes, number_of_line, value_of_line
 from rankload._checkpoint.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key
-from rankload._errors import cut
+from rankload._errors import LONGEST_SHOWN_NAME, cut
 
 #: Longer texts (a weight saved as text, a dataset) become `Unbuilt`.
 _LONGEST_TEXT_BYTES = 1 << 24
-
-#: Longer names are cut in messages.
-_LONGEST_SHOWN = 200
 
 #: Longer integers would take quadratic time to show.
 _LONGEST_INTEGER_BYTES = 256
@@ -62,7 +61,7 @@ class PickleStack:
     def nearest_text(self) -> str:
         """The uppermost text, cut for a message: usually the name of the tensor that is being made."""
         text = next((value for value in reversed(self._stack) if type(value) is str), "")
-        return cut(text, _LONGEST_SHOWN)
+        return cut(text, LONGEST_SHOWN_NAME)
 
     def push(self, value: Any) -> None:
         """Put a value on the stack."""
@@ -78,8 +77,21 @@ class PickleStack:
 
     # Values
 
+    def push_unicode(self, start: int, end: int) -> None:
+        """Text, in UTF-8, as the standard unpickler reads it: half a surrogate pair is a character of its own."""
+        raw = self._bytes(start, end)
+        if raw is None:
+            self._stack.append(_TOO_LONG)
+            return
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            self.is_exact = False
+            text = raw.decode("utf-8", errors="surrogatepass")
+        self._stack.append(text)
+
     def push_text(self, start: int, end: int) -> None:
-        """Text, in UTF-8."""
+        """Text of Python 2, in an encoding that the file does not tell."""
         raw = self._bytes(start, end)
         if raw is None:
             self._stack.append(_TOO_LONG)
@@ -125,7 +137,9 @@ class PickleStack:
 
     def push_global(self, start: int, end: int) -> None:
         """The name of a class or function: two lines."""
-        raw = self._bytes(start, end) or b""
+        if end - start > _LONGEST_NAME:
+            raise BrokenFileError(_NAME_TOO_LONG)
+        raw = self._content[start:end]
         module, name = raw.decode("utf-8", errors="replace").split("\n")[:2]
         self._stack.append(GlobalName(module, name))
 
@@ -134,6 +148,8 @@ class PickleStack:
         name, module = self._stack.pop(), self._stack.pop()
         if not (type(module) is str and type(name) is str):
             raise NotUnderstoodError("a malformed pickle")
+        if len(module) + len(name) > _LONGEST_NAME:
+            raise BrokenFileError(_NAME_TOO_LONG)
         self._stack.append(GlobalName(module, name))
 
     def load_persistent(self, start: int, end: int) -> None:
@@ -292,6 +308,8 @@ class PickleStack:
         self._stack.append(self._call(self._stack.pop(), arguments))
 
     def _call(self, function: Any, arguments: Any) -> Any:
+        if not isinstance(function, (GlobalName, Unbuilt)) or function is _TOO_LONG:
+            raise BrokenFileError("damaged checkpoint (its pickle calls what is no function)")
         if not isinstance(function, GlobalName) or type(arguments) is not tuple:
             return Unbuilt(None, ())
         builder = self._builders.get(function) if len(arguments) <= _MOST_ARGUMENTS else None
@@ -300,10 +318,15 @@ class PickleStack:
     def build(self, start: int, end: int) -> None:
         """Note the state of an object that is not built, and the module versions of a state dict.
 
-        Other attributes of dicts and tensors are no part of their content.
+        Other attributes of dicts are no part of their content.
+
+        Raises:
+            NotUnderstoodError: a tensor, or a storage, gets another state: torch may put it elsewhere then (`set_`).
         """
         state = self._stack.pop()
         target = self._stack[-1]
+        if isinstance(target, (TensorEntry, StorageEntry)):
+            raise NotUnderstoodError("a tensor whose state is set")
         if isinstance(target, Unbuilt):
             target.state = state
             return
@@ -315,6 +338,11 @@ class PickleStack:
 
 
 _TOO_LONG = Unbuilt(None, ())
+
+#: No class or function has a longer name. torch takes time in the square of it to refuse one: hours, of a megabyte
+#: (torch/serialization.py, _get_wo_message).
+_LONGEST_NAME = 1000
+_NAME_TOO_LONG = f"damaged checkpoint (its pickle names a class or function by more than {_LONGEST_NAME} characters)"
 
 #: Nobody has a use for more; and a short pickle can give the same ones a million times.
 _MOST_ARGUMENTS = 16

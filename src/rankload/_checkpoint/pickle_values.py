@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rankload._checkpoint.entry import StorageEntry
-from rankload._errors import printable
+from rankload._errors import cut, printable
 
 #: How many values a tuple that is a key has, and how long a text is in it, or bytes.
 _LONGEST_KEY = 16
@@ -30,7 +30,7 @@ class NotUnderstoodError(ValueError):
     """
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(text))
+        super().__init__(printable(cut(text)))
 
 
 class GlobalName(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import IO, Protocol
 
 from rankload._checkpoint.broken import BrokenFileError
 
@@ -31,6 +31,19 @@ class LocalSource:
     def read(self, length: int, offset: int) -> bytes:
         """See `Source`. One read(2) gives 2 GiB at most."""
         return os.pread(self.descriptor, length, offset)
+
+
+class FileObject:
+    """A file object from where it stands. Reading moves it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._start = file, file.tell()
+        self.size_bytes = file.seek(0, os.SEEK_END) - self._start
+
+    def read(self, length: int, offset: int) -> bytes:
+        """See `Source`."""
+        self._file.seek(self._start + offset)
+        return self._file.read(length)
 
 
 def read_exactly(source: Source, length: int, offset: int) -> bytes:

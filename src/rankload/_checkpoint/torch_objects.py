@@ -12,6 +12,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.entry import ITEM_BYTES, MOST_DIMENSIONS, StorageEntry, TensorEntry, checked
 from rankload._checkpoint.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key, shown
 
@@ -38,6 +39,9 @@ STORAGE_DTYPES: Mapping[str, str] = MappingProxyType(
         "QUInt2x4Storage": "quint2x4",
     }
 )
+
+#: torch saves tensors of these by `_rebuild_qtensor`, with a scale.
+QUANTIZED_DTYPES = frozenset({"quint8", "qint8", "qint32", "quint4x2", "quint2x4"})
 
 #: Where such classes are, and were.
 _STORAGE_MODULES = frozenset({"torch", "torch.storage", "torch.cuda"})
@@ -66,6 +70,8 @@ def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> Any:
     if not isinstance(storage, StorageEntry):
         raise NotUnderstoodError("a tensor without a storage")
     dtype = dtype or storage.dtype
+    if dtype in QUANTIZED_DTYPES:  # torch makes a tensor of it that fails, internally, at the first look
+        raise BrokenFileError("damaged checkpoint (a quantized tensor without its scale)")
     if not (type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= MOST_DIMENSIONS):
         raise NotUnderstoodError("a tensor of unusual dimensions")
     if set(map(type, (offset, *shape, *stride))) != {int}:
@@ -139,6 +145,26 @@ def _encoded(arguments: tuple[Any, ...]) -> Any:
     return text.encode(encoding, errors="replace")
 
 
+def _byte_array(arguments: tuple[Any, ...]) -> Any:
+    if any(type(argument) is int for argument in arguments[:1]):  # never pickled so: a few bytes ask for gigabytes
+        raise BrokenFileError("damaged checkpoint (a bytearray of a size, without content)")
+    return Unbuilt(GlobalName("builtins", "bytearray"), arguments)
+
+
+def _without_content(function: GlobalName) -> Builder:
+    """Return what refuses a tensor or storage of which the pickle gives only the size.
+
+    torch pickles none. weights_only allows them, and they hold whatever this process had in that memory before.
+    """
+
+    def build(arguments: tuple[Any, ...]) -> Any:
+        if any(type(argument) in (int, tuple) for argument in arguments[:1]):
+            raise BrokenFileError(f"damaged checkpoint (a {function} of a size, without content)")
+        return Unbuilt(function, arguments)
+
+    return build
+
+
 def _no_bytes(arguments: tuple[Any, ...]) -> Any:
     return Unbuilt(GlobalName("builtins", "bytes"), arguments) if arguments else b""
 
@@ -164,10 +190,17 @@ EXACT_BUILDERS: Mapping[GlobalName, Builder] = MappingProxyType(
     }
 )
 
+_TENSOR_KINDS = ("", *(name.removesuffix("Storage") for name in STORAGE_DTYPES if name != "UntypedStorage"))
+_CONSTRUCTORS = (
+    *(GlobalName(module, f"{kind}Tensor") for module in ("torch", "torch.cuda") for kind in _TENSOR_KINDS),
+    *(GlobalName(module, name) for module in sorted(_STORAGE_MODULES) for name in (*STORAGE_DTYPES, "TypedStorage")),
+)
+
 #: The same, and more, which make something simpler: enough to know what there is, and where.
 BUILDERS: Mapping[GlobalName, Builder] = MappingProxyType(
     {
         **EXACT_BUILDERS,
+        **{name: _without_content(name) for name in _CONSTRUCTORS},
         GlobalName("torch._utils", "_rebuild_tensor"): _tensor,
         GlobalName("torch._utils", "_rebuild_parameter"): _parameter,
         GlobalName("torch._utils", "_rebuild_parameter_with_state"): _parameter,
@@ -179,5 +212,7 @@ BUILDERS: Mapping[GlobalName, Builder] = MappingProxyType(
         GlobalName("collections", "Counter"): _dict,
         GlobalName("_codecs", "encode"): _encoded,
         GlobalName("__builtin__", "bytes"): _no_bytes,
+        GlobalName("__builtin__", "bytearray"): _byte_array,
+        GlobalName("builtins", "bytearray"): _byte_array,
     }
 )

@@ -36,6 +36,9 @@ _IS_UTF8 = 0x0800
 _HAS_DESCRIPTOR = 0x0008
 _STORED, _DEFLATED = 0, 8
 
+#: MS-DOS's. miniz looks at it whatever system the archive says that it is from (mz_zip_reader_is_file_a_directory).
+_FOLDER_ATTRIBUTE = 0x10
+
 #: A directory of a million tensors has about 100 MB. More is a lie, and would be read into memory.
 _LARGEST_DIRECTORY_BYTES = 1 << 28
 
@@ -62,6 +65,7 @@ class Member(NamedTuple):
         size_bytes: its length unpacked.
         method: how it is compressed.
         has_descriptor: its lengths stand behind its bytes once more.
+        is_folder: torch's reader takes it for a folder, and reads nothing of it.
     """
 
     name: str
@@ -71,11 +75,17 @@ class Member(NamedTuple):
     size_bytes: int
     method: int
     has_descriptor: bool
+    is_folder: bool = False
 
     @property
     def is_stored(self) -> bool:
         """Its bytes lie in the archive as they are."""
         return self.method == _STORED
+
+    @property
+    def is_deflated(self) -> bool:
+        """Its bytes are compressed by deflate."""
+        return self.method == _DEFLATED
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,13 +294,14 @@ def _entries(listing: bytes, count: int) -> Iterator[Member]:
         begin_extra = position + _ENTRY.size + name_length
         raw_name = listing[position + _ENTRY.size : begin_extra]
         header_offset = fields[-1]
+        is_folder = raw_name.endswith(b"/") or bool(fields[-2] & _FOLDER_ATTRIBUTE)
         if _IN_EXTRA_FIELD in (size, stored, header_offset):
             extra = listing[begin_extra : begin_extra + extra_length]
             size, stored, header_offset = _widen(extra, size, stored, header_offset)
         name = raw_name.decode("utf-8" if flags & _IS_UTF8 else "cp437", errors="replace")
         if method == _STORED and stored != size:
             raise BrokenFileError(f"damaged zip archive ({name!r} is not compressed, and has two lengths)")
-        yield Member(name, raw_name, header_offset, stored, size, method, bool(flags & _HAS_DESCRIPTOR))
+        yield Member(name, raw_name, header_offset, stored, size, method, bool(flags & _HAS_DESCRIPTOR), is_folder)
         position = begin_extra + extra_length + comment_length
     if position != len(listing):
         raise BrokenFileError("damaged zip archive (its directory has another length than it says)")

@@ -13,13 +13,7 @@ from typing import IO
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import sniff
 from rankload._checkpoint.source import LocalSource
-
-#: How many times its own size an archive may take unpacked. Trained weights shrink by a tenth or so; deflate can reach
-#: 1032 (RFC 1951).
-LARGEST_RATIO = 20
-
-#: Up to this size unpacked the ratio does not count: a small checkpoint may well be nothing but zeros.
-ALWAYS_ALLOWED_BYTES = 64 << 20
+from rankload._checkpoint.unpacked_limit import ALWAYS_ALLOWED_BYTES, LARGEST_RATIO, unpacked_limit
 
 _CHUNK_BYTES = 1 << 20
 
@@ -109,11 +103,6 @@ def _only_member(path: Path) -> Iterator[tuple[zipfile.ZipFile, zipfile.ZipInfo]
             yield archive, member
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise BrokenFileError(f"archive of one file that cannot be unpacked ({error})") from error
-
-
-def unpacked_limit(packed_bytes: int) -> int:
-    """Return the size in bytes up to which an archive is unpacked."""
-    return max(LARGEST_RATIO * packed_bytes, ALWAYS_ALLOWED_BYTES)
 
 
 def _limit(path: Path) -> int:

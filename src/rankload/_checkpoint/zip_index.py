@@ -14,6 +14,7 @@ from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.source import Source
 from rankload._checkpoint.state_dict_pickle import read_state_dict
 from rankload._checkpoint.torch_objects import BUILDERS, EXACT_BUILDERS, storage_type_of
+from rankload._checkpoint.zip_members import check_listing
 
 #: torch.save writes 3; later ones, up to this, are TorchScript's.
 _LATEST_VERSION = 10
@@ -38,6 +39,7 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool 
     directory = torch_zip.read_directory(source)
     if directory.kind != "torch_zip":
         raise NotUnderstoodError(f"a zip archive of the kind {directory.kind}")
+    check_listing(directory, source.size_bytes)
     members = _members_as_torch_sees_them(directory)
     records = _Records(source, directory, members, file, is_remote=is_remote)
     pickled = torch_zip.member_content(source, directory, members[directory.raw_root + b"/data.pkl"])

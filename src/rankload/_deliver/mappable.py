@@ -1,59 +1,113 @@
-"""Whether torch.load may map a file: only where it cannot take bytes for weights that are not theirs."""
+"""Whether torch.load may read a file, and map it: only where it cannot take bytes for weights that are not theirs."""
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch.utils.serialization import config
 
 from rankload._checkpoint import torch_zip
+from rankload._checkpoint.legacy import read_legacy_index
 from rankload._checkpoint.open import Format
 from rankload._checkpoint.pickle_values import NotUnderstoodError
-from rankload._checkpoint.source import LocalSource
+from rankload._checkpoint.source import Source
 from rankload._checkpoint.zip_index import check_script, read_zip_index
+from rankload._checkpoint.zip_members import check_compressed, check_listing
 from rankload._deliver.plain import ALIGNMENT_BYTES
-from rankload._errors import printable
-
-logger = logging.getLogger(__name__)
+from rankload._deliver.restore import Restore, restore_of
 
 
-def why_not_mapped(path: Path, file_format: Format) -> str:
-    """Return why torch.load must read a file instead of mapping it; empty if it may map.
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a file that torch.load is to load.
 
-    Mapped, torch.load checks nothing: it takes as many bytes as the pickle says from where a record begins, compressed
-    ones too. So every storage that the pickle mentions is held against its record here. Where the pickle is not
-    understood that is impossible, and torch.load has to read: then it compares the lengths itself.
+    Attributes:
+        map_location: with which it may.
+        doubt: why its storages could not be checked; empty where they were.
+    """
+
+    map_location: Any
+    doubt: str = ""
+
+
+def checked_for_torch(source: Source, file_format: Format, map_location: Any) -> Checked:
+    """Check what torch.load does not.
+
+    Where torch.load gets fewer bytes than a storage has, it may leave the rest as it was: memory of this process that
+    nothing has been written to.
+
+    Args:
+        source: the file.
+        file_format: of it.
+        map_location: any form that torch.load takes.
 
     Raises:
         BrokenFileError: the file contradicts itself; no way of loading it would be right.
     """
-    if file_format == "torchscript":
-        _check_script(path)
+    if file_format in ("torch_zip", "torchscript"):
+        directory = torch_zip.read_directory(source)
+        check_listing(directory, source.size_bytes)
+        check_compressed(source, directory)
+    check = _CHECKS.get(file_format)
+    try:
+        if check is not None:
+            check(source)
+    except NotUnderstoodError as error:
+        is_legacy = file_format == "legacy"
+        return Checked(_zeroing(restore_of(map_location)) if is_legacy else map_location, str(error))
+    return Checked(map_location)
+
+
+def why_not_mapped(source: Source, file_format: Format, doubt: str) -> str:
+    """Return why torch.load must read a file instead of mapping it; empty if it may map.
+
+    Mapped, torch.load checks nothing: it takes as many bytes as the pickle says from where a record begins, compressed
+    ones too. So every storage that the pickle mentions is held against its record before. Where the pickle is not
+    understood that is impossible, and torch.load has to read: then it compares the lengths itself.
+
+    Args:
+        source: the file.
+        file_format: of it.
+        doubt: see `Checked`.
+
+    Raises:
+        BrokenFileError: the file contradicts itself; no way of loading it would be right.
+    """
     if file_format != "torch_zip":
         return f"the format {file_format} cannot be"
-    with path.open("rb", buffering=0) as file:
-        source = LocalSource(file.fileno())
-        directory = torch_zip.read_directory(source)
-        offsets = torch_zip.payload_offsets(source, directory)
-        storages = [member for member in directory.members if member.name.startswith(f"{directory.root}/data/")]
-        if not all(member.is_stored and offsets[member.name] % ALIGNMENT_BYTES == 0 for member in storages):
-            return "its tensors are compressed or not aligned"
-        try:
-            read_zip_index(source, path.name, is_remote=False)
-        except NotUnderstoodError as error:
-            return f"its tensors cannot be checked: {error}"
+    directory = torch_zip.read_directory(source)
+    offsets = torch_zip.payload_offsets(source, directory)
+    storages = [member for member in directory.members if member.name.startswith(f"{directory.root}/data/")]
+    if not all(member.is_stored and offsets[member.name] % ALIGNMENT_BYTES == 0 for member in storages):
+        return "its tensors are compressed or not aligned"
+    if doubt:
+        return f"its tensors cannot be checked: {doubt}"
     if _guesses_offsets():
         return "torch would guess where its tensors are (calculate_storage_offsets)"
     return ""
 
 
-def _check_script(path: Path) -> None:
-    with path.open("rb", buffering=0) as file:
-        try:
-            check_script(LocalSource(file.fileno()))
-        except NotUnderstoodError as error:  # it is loaded only where its code is trusted
-            logger.debug("%s cannot be checked before torch.jit.load: %s", printable(str(path)), error)
+#: By format: what compares every storage that the pickles mention with what the file has for it.
+_CHECKS: dict[Format, Callable[[Source], object]] = {
+    "torch_zip": lambda source: read_zip_index(source, "", is_remote=False),
+    "torchscript": check_script,  # torch.jit.load compares nothing
+    "legacy": lambda source: read_legacy_index(source, ""),  # a storage may be nowhere in the file
+}
+
+
+def _zeroing(restore: Restore) -> Restore:
+    """Return what clears each storage before torch fills it from the file, if it does."""
+
+    def place(storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
+        placed = restore(storage, tag)
+        if placed.device.type != "meta":
+            cast(Any, placed).fill_(0)
+        return placed
+
+    return place
 
 
 def _guesses_offsets() -> bool:

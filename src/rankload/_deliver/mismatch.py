@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankload._errors import printable
+from rankload._errors import LONGEST_SHOWN_NAME, cut, printable
 
 _MOST_SHOWN = 20
 
@@ -34,7 +34,9 @@ def describe_mismatch(
 def _listed(what: str, items: Sequence[str]) -> str:
     if not items:
         return ""
-    shown = [f"    {printable(item)}" for item in items[:_MOST_SHOWN]]  # a name with a line break forges no line
+    shown = [
+        f"    {printable(cut(item, 2 * LONGEST_SHOWN_NAME))}" for item in items[:_MOST_SHOWN]
+    ]  # a name with a line break forges no line
     if len(items) > _MOST_SHOWN:
         shown.append(f"    and {len(items) - _MOST_SHOWN} more")
     return "\n".join([f"  {len(items)} {what}:", *shown])

@@ -24,7 +24,7 @@ from rankload._checkpoint.sharded import read_weight_map
 from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.unpacked import unpacked
 from rankload._deliver.failures import translated
-from rankload._deliver.mappable import why_not_mapped
+from rankload._deliver.mappable import checked_for_torch, why_not_mapped
 from rankload._deliver.plain import PlainCheckpoint
 from rankload._deliver.private_mapping import torch_maps_privately
 from rankload._deliver.readers import Limits
@@ -109,13 +109,20 @@ def _read(path: Path, map_location: Any, options: _Options) -> Any:
         is_mapped = options.mmap is not False
         with _restoring(map_location, options, may_be_late=is_mapped) as restore:
             return read_safetensors(path, restore, mmap=is_mapped, shown=options.shown)
-    is_mapped = not (reason := why_not_mapped(path, file_format)) and options.mmap is not False
+    with path.open("rb", buffering=0) as file:
+        source = LocalSource(file.fileno())
+        checked = checked_for_torch(source, file_format, map_location)
+        is_mapped = not (reason := why_not_mapped(source, file_format, checked.doubt)) and options.mmap is not False
     if reason and options.mmap is not False:
         level = logging.INFO if options.mmap else logging.DEBUG
         logger.log(level, "%s is read, not mapped: %s", options.shown, reason)
     with _unsuffixed(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
         return torch.load(
-            name, map_location, weights_only=options.weights_only, mmap=is_mapped, **options.torch_load_arguments
+            name,
+            checked.map_location,
+            weights_only=options.weights_only,
+            mmap=is_mapped,
+            **options.torch_load_arguments,
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rankload._deliver.carrier import Carrier
+from rankload._errors import LONGEST_SHOWN_NAME, cut
 
 
 class _Keys(NamedTuple):
@@ -62,6 +63,10 @@ class LoadReport(_Keys):
         return sum(self.phases.values())
 
     def __repr__(self) -> str:
-        fit = f"missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys}"
+        fit = f"missing_keys={_shown(self.missing_keys)}, unexpected_keys={_shown(self.unexpected_keys)}"
         keys = fit if self.missing_keys or self.unexpected_keys else "all keys matched"
         return f"<LoadReport {keys}, {self.bytes_read} bytes in {self.seconds:.3f} s>"
+
+
+def _shown(names: Sequence[str]) -> list[str]:
+    return [cut(name, LONGEST_SHOWN_NAME) for name in names]

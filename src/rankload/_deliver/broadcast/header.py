@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from rankload._checkpoint.unpacked import unpacked_limit
+from rankload._checkpoint.unpacked_limit import unpacked_limit
 from rankload._deliver.buckets import Range
 
 #: Bytes of a description. A range takes about 32 of them, so this suffices for a million storages twice over; a source
