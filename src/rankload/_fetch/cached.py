@@ -7,17 +7,18 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from stat import S_ISLNK, S_ISREG
+from stat import S_ISREG
 
-from rankload._cache.access import check_own_directory, is_trusted, make_own_directory, may_rename
+from rankload._cache.access import make_own_directory
 from rankload._cache.failures import reading, reopening, writing
 from rankload._cache.layout import Entry
 from rankload._cache.linux import birth_ns
 from rankload._cache.quarantine import quarantine
-from rankload._cache.record import FoundRecord, Record, find_record, write_record
+from rankload._cache.record import Record, write_record
 from rankload._checkpoint.open import check_structure
 from rankload._errors import CacheError, DigestMismatchError, RankloadError, VerificationError
 from rankload._fetch.digest import sha256_of_file
+from rankload._fetch.inspection import believed_digest, inspect, is_published
 from rankload._fetch.origins.origin import Claim
 from rankload._fetch.parts import check_index
 from rankload._fetch.plan import Action, Cached, Plan, after_check, decide, known_digest, may_publish
@@ -57,12 +58,12 @@ def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
     Raises:
         CacheError: something else lies in the file's place, or it cannot be read.
     """
-    cached = _inspect(entry, request)
+    cached = inspect(entry, request)
     plan, file = decide(request, cached), None
     if plan.action is Action.USE:
         assert cached.status is not None
-        sha256 = _believed_digest(cached)
-        file = FetchedFile(entry.path, cached.status.st_size, sha256, "cache", is_published=_is_published(cached))
+        sha256 = believed_digest(cached)
+        file = FetchedFile(entry.path, cached.status.st_size, sha256, "cache", is_published=is_published(cached))
     if plan.action is Action.CHECK and cached.record is None and _has_separate(entry, request):
         plan = Plan(Action.SEPARATE, "nobody vouches for it, and there is a file that rankload has fetched")
     if plan.action is Action.CHECK:
@@ -139,7 +140,7 @@ def file_version(entry: Entry) -> FileVersion | None:
 
 def may_be_published(entry: Entry, request: FetchRequest) -> bool:
     """Return whether a download may take its final name: nothing lies there now but what rankload published for it."""
-    return may_publish(request, _inspect(entry, request))
+    return may_publish(request, inspect(entry, request))
 
 
 def set_damaged_file_aside(look: Look) -> None:
@@ -187,71 +188,6 @@ def _version_of(status: os.stat_result | None) -> FileVersion | None:
     return None if status is None else (status.st_ino, status.st_mtime_ns)
 
 
-def _inspect(entry: Entry, request: FetchRequest) -> Cached:
-    for directory in (*entry.directories, entry.record_path.parent):
-        with suppress(FileNotFoundError), reading(directory):
-            check_own_directory(directory)
-    found = find_record(entry.record_path)
-    record, problem = (found.record, found.problem) if found else (None, "")
-    with reading(entry.path):
-        try:
-            link = reopening(entry.path.lstat)
-        except FileNotFoundError:
-            return Cached(None, record, problem)
-        try:
-            status = reopening(entry.path.stat)
-        except FileNotFoundError:
-            return Cached(link, None, "it is a symbolic link that leads nowhere")
-    is_link = S_ISLNK(link.st_mode)
-    if is_link and not is_trusted(link.st_uid):
-        raise CacheError(
-            f"{entry.path} is another user's symbolic link: refused; remove it or pass file_name=", path=str(entry.path)
-        )
-    if not S_ISREG(status.st_mode):
-        raise CacheError(f"{entry.path} is no file; remove it or pass file_name=", path=str(entry.path))
-    owners = {status.st_uid} | ({found.owner_uid} if found and found.owner_uid is not None else set())
-    return Cached(
-        status,
-        record,
-        problem,
-        is_trusted=all(map(is_trusted, owners)),
-        is_of_one_url=entry.is_separate or request.is_index or request.is_part,
-        is_replaceable=not is_link and found is not None and _is_replaceable(entry, status, found),
-    )
-
-
-def _is_replaceable(entry: Entry, status: os.stat_result, found: FoundRecord) -> bool:
-    """Return whether rankload published a file, by its record, and this user may replace it.
-
-    A record speaks for files of its own owner, and a trusted one for all. What lies in a directory that is one URL's
-    alone was put there by rankload, though a copy of the cache has other inodes.
-    """
-    record, owner_uid = found.record, found.owner_uid
-    if record is None or owner_uid is None or record.source != "download":
-        return False
-    speaks_for_it = is_trusted(owner_uid) or owner_uid == status.st_uid
-    is_that_file = entry.is_separate or _is_that_file(entry.path, status.st_ino, record)
-    if not speaks_for_it or not is_that_file:
-        return False
-    return may_rename(entry.path, status.st_uid) and may_rename(entry.record_path, owner_uid)
-
-
-def _is_published(cached: Cached) -> bool:
-    return cached.is_trusted and cached.record is not None and cached.record.source == "download"
-
-
-def _is_that_file(path: Path, inode: int, record: Record) -> bool:
-    """Return whether a record is about a file, or about the one that has not yet replaced it."""
-    birth = birth_ns(path)
-    if birth is not None and (record.replaces_inode, record.replaces_birth_ns) == (inode, birth):
-        return True
-    return record.inode == inode and (birth is None or record.birth_ns in (None, birth))
-
-
-def _believed_digest(cached: Cached) -> str | None:
-    return cached.record.sha256 if cached.record and cached.is_trusted else None
-
-
 def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) -> tuple[Plan, FetchedFile | None]:
     """Check a file for which no record vouches, and adopt it if it passes.
 
@@ -287,7 +223,7 @@ def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) 
             with suppress(OSError):  # a read-only cache: the next call looks again
                 write_record(entry.record_path, adopted)
     source: Source = "cache" if record else "adopted"
-    file = FetchedFile(entry.path, status.st_size, sha256, source, is_published=_is_published(cached))
+    file = FetchedFile(entry.path, status.st_size, sha256, source, is_published=is_published(cached))
     return Plan(Action.USE, "it has passed its check"), file
 
 

@@ -1,0 +1,89 @@
+"""What lies at an entry of the cache: a file, its record, whose they are, and whether rankload may replace them."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from stat import S_ISLNK, S_ISREG
+
+from rankload._cache.access import check_own_directory, is_trusted, may_rename
+from rankload._cache.failures import reading, reopening
+from rankload._cache.layout import Entry
+from rankload._cache.linux import birth_ns
+from rankload._cache.record import FoundRecord, Record, find_record
+from rankload._errors import CacheError
+from rankload._fetch.plan import Cached
+from rankload._types import FetchRequest
+
+
+def inspect(entry: Entry, request: FetchRequest) -> Cached:
+    """Look at an entry. Changes nothing.
+
+    Raises:
+        CacheError: something else lies in the place of the file or of a directory, or it cannot be looked at.
+    """
+    for directory in (*entry.directories, entry.record_path.parent):
+        with suppress(FileNotFoundError), reading(directory):
+            check_own_directory(directory)
+    found = find_record(entry.record_path)
+    record, problem = (found.record, found.problem) if found else (None, "")
+    with reading(entry.path):
+        try:
+            link = reopening(entry.path.lstat)
+        except FileNotFoundError:
+            return Cached(None, record, problem)
+        try:
+            status = reopening(entry.path.stat)
+        except FileNotFoundError:
+            return Cached(link, None, "it is a symbolic link that leads nowhere")
+    is_link = S_ISLNK(link.st_mode)
+    if is_link and not is_trusted(link.st_uid):
+        raise CacheError(
+            f"{entry.path} is another user's symbolic link: refused; remove it or pass file_name=", path=str(entry.path)
+        )
+    if not S_ISREG(status.st_mode):
+        raise CacheError(f"{entry.path} is no file; remove it or pass file_name=", path=str(entry.path))
+    owners = {status.st_uid} | ({found.owner_uid} if found and found.owner_uid is not None else set())
+    return Cached(
+        status,
+        record,
+        problem,
+        is_trusted=all(map(is_trusted, owners)),
+        is_of_one_url=entry.is_separate or request.is_index or request.is_part,
+        is_replaceable=not is_link and found is not None and _is_replaceable(entry, status, found),
+    )
+
+
+def _is_replaceable(entry: Entry, status: os.stat_result, found: FoundRecord) -> bool:
+    """Return whether rankload published a file, by its record, and this user may replace it.
+
+    A record speaks for files of its own owner, and a trusted one for all. What lies in a directory that is one URL's
+    alone was put there by rankload, though a copy of the cache has other inodes.
+    """
+    record, owner_uid = found.record, found.owner_uid
+    if record is None or owner_uid is None or record.source != "download":
+        return False
+    speaks_for_it = is_trusted(owner_uid) or owner_uid == status.st_uid
+    is_that_file = entry.is_separate or _is_that_file(entry.path, status.st_ino, record)
+    if not speaks_for_it or not is_that_file:
+        return False
+    return may_rename(entry.path, status.st_uid) and may_rename(entry.record_path, owner_uid)
+
+
+def is_published(cached: Cached) -> bool:
+    """Return whether rankload has put the file there, by a record that is believed."""
+    return cached.is_trusted and cached.record is not None and cached.record.source == "download"
+
+
+def _is_that_file(path: Path, inode: int, record: Record) -> bool:
+    """Return whether a record is about a file, or about the one that has not yet replaced it."""
+    birth = birth_ns(path)
+    if birth is not None and (record.replaces_inode, record.replaces_birth_ns) == (inode, birth):
+        return True
+    return record.inode == inode and (birth is None or record.birth_ns in (None, birth))
+
+
+def believed_digest(cached: Cached) -> str | None:
+    """Return the recorded digest, if neither file nor record is another user's."""
+    return cached.record.sha256 if cached.record and cached.is_trusted else None
