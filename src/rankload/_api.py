@@ -53,6 +53,7 @@ def dist_load_state_dict_from_url(
     mmap: bool | None = None,
     adapt: Adapter | Sequence[Adapter] | None = None,
     max_bytes: int | None = None,
+    refresh: bool = False,
 ) -> dict[str, Any]:
     """Load the checkpoint at a URL into every rank: downloaded once, verified, the same result or error everywhere.
 
@@ -103,6 +104,9 @@ def dist_load_state_dict_from_url(
             are together, is refused with a FetchError, by its announced length before the first byte is written. No
             mirror is asked then. What is cached does not count. Only the rank that downloads applies it. Default:
             ``RANKLOAD_MAX_BYTES``, else no limit.
+        refresh: ask the origin once whether a cached file is still its file (``If-None-Match``, ``If-Modified-Since``,
+            else length and digest), and fetch the new one if not. Without it, as in torch.hub, a cached name is used
+            forever. Not with ``sha256``, which says which file is wanted. Also ``RANKLOAD_REFRESH=1``.
 
     Returns:
         What torch.load returns: usually ``dict[str, Tensor]``, shapes and dtypes as saved.
@@ -127,6 +131,7 @@ def dist_load_state_dict_from_url(
             offline=offline,
             must_be_checkpoint=True,
             max_bytes=max_bytes,
+            refresh=refresh,
             settings=settings,
         )
         chosen, source = agree_on_delivery(channel, agreed_arguments(request, "load"), delivery, src, group)
@@ -153,6 +158,7 @@ def dist_fetch(
     offline: bool | None = None,
     verify: Verify = "once",
     max_bytes: int | None = None,
+    refresh: bool = False,
 ) -> Path:
     """Fetch a file into the cache once, verified, and return its path on this node. Loads no tensors.
 
@@ -173,6 +179,7 @@ def dist_fetch(
             offline=offline,
             must_be_checkpoint=False,
             max_bytes=max_bytes,
+            refresh=refresh,
             settings=settings,
         )
         channel.agree(agreed_arguments(request, "fetch"))
@@ -215,6 +222,7 @@ def fetch_in_this_process(
     verify: Verify = "once",
     must_be_checkpoint: bool = True,
     max_bytes: int | None = None,
+    refresh: bool = False,
     settings: Settings | None = None,
 ) -> FetchedFile:
     """Fetch without the other ranks, by the arguments of the public calls. Not collective; does not import torch."""
@@ -233,6 +241,7 @@ def fetch_in_this_process(
             offline=None,
             must_be_checkpoint=must_be_checkpoint,
             max_bytes=max_bytes,
+            refresh=refresh,
             settings=settings,
         )
         return fetch_once(request, channel, settings)

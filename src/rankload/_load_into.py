@@ -58,6 +58,7 @@ def dist_load_into(
     mmap: bool | None = None,
     adapt: Adapter | Sequence[Adapter] | None = None,
     max_bytes: int | None = None,
+    refresh: bool = False,
 ) -> LoadReport:
     """Load the checkpoint at a URL into a module on every rank: each reads the bytes of its own parameters, no others.
 
@@ -105,7 +106,7 @@ def dist_load_into(
         adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt` are applied
             to the index, before a byte is read; your own get the tensors, mapped. With an optimizer they are applied
             to the whole checkpoint, and give the module's part; default: ``adapt.unwrap()``.
-        max_bytes: as in `dist_load_state_dict_from_url`.
+        max_bytes, refresh: as in `dist_load_state_dict_from_url`.
 
     Returns:
         A `LoadReport`, which unpacks into ``missing_keys, unexpected_keys``.
@@ -131,6 +132,7 @@ def dist_load_into(
             offline=offline,
             must_be_checkpoint=True,
             max_bytes=max_bytes,
+            refresh=refresh,
             settings=settings,
         )
         chosen, sender = agree_on_delivery(

@@ -38,6 +38,7 @@ class Settings:
         streams: most connections that one download uses at a time.
         chunk_bytes: a range that is asked for, and the unit of what a killed download keeps.
         offline: no socket is opened; what is not cached is an error.
+        refresh: a cached file's origin is asked whether it has another one now.
         hash_prefix_digits: fewest hex digits in a file name that ``check_hash=True`` takes for a hash prefix. Finding a
             file with a given prefix of 8 digits takes some 4 billion tries; torch.hub's own names have 8.
         max_bytes: the most that one call may download (the ``max_bytes=`` argument wins); 0: no limit.
@@ -59,6 +60,7 @@ class Settings:
     streams: int = 16
     chunk_bytes: int = 8 << 20
     offline: bool = False
+    refresh: bool = False
     hash_prefix_digits: int = 8
     max_bytes: int = 0
 

@@ -100,6 +100,7 @@ class FetchRequest:
         scope: who shares one download.
         progress: show a progress bar on the downloading rank.
         offline: never open a socket.
+        refresh: ask the origin whether a cached file is still its file.
         max_bytes: the most that the call may download; None for no limit.
         downloaded_bytes: what other files of the same call have taken of that.
     """
@@ -118,6 +119,7 @@ class FetchRequest:
     scope: Scope = "auto"
     progress: bool = True
     offline: bool = False
+    refresh: bool = False
     max_bytes: int | None = None
     downloaded_bytes: int = 0
 

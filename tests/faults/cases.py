@@ -591,6 +591,14 @@ ALL_CASES = (
         "content and the digest that it gives. If not, your URL gets an entry of its own. If the origin cannot be "
         "asked, a warning says that nobody vouches.",
     ),
+    Case(
+        74,
+        "replaced-at-its-url",
+        CACHED_FILES,
+        "The file at a URL (`last.pth`) is replaced, and the old one is cached.",
+        "As in torch.hub, a cached name is used forever, unless you ask: `refresh=True` is one conditional request by "
+        "one rank. Without a change no body is sent; a new file is verified and takes the old one's place by rename.",
+    ),
 )
 
 CASES: dict[int, Case] = {case.number: case for case in sorted(ALL_CASES, key=lambda case: case.number)}

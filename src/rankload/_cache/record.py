@@ -22,6 +22,9 @@ _MAX_BYTES = 1 << 20
 
 _OPTIONAL_NUMBERS = ("birth_ns", "replaces_inode", "replaces_birth_ns")
 
+#: Older records do not have them.
+_LATER_FIELDS = (*_OPTIONAL_NUMBERS, "last_modified")
+
 
 @dataclass(frozen=True)
 class Record:
@@ -36,6 +39,7 @@ class Record:
         vouched_by: whose digest the bytes were compared with: ``sha256`` (the argument), ``hash_prefix`` (the file
             name), ``sidecar``, the response header's name in lower case, or None for nobody's.
         source: ``download``, or ``adopted`` for a file that torch.hub left.
+        last_modified: the origin's other validator. Older records do not have it.
         birth_ns: when the file was made; None where that is not known. Older records do not have it.
         replaces_inode, replaces_birth_ns: of rankload's file that was to be replaced; it is still there if the process
             was killed after this record was written.
@@ -50,6 +54,7 @@ class Record:
     sha256: str | None
     vouched_by: str | None
     source: Source
+    last_modified: str | None = None
     birth_ns: int | None = None
     replaces_inode: int | None = None
     replaces_birth_ns: int | None = None
@@ -84,7 +89,7 @@ def find_record(path: Path) -> FoundRecord | None:
     try:
         text, owner_uid = reopening(lambda: _text_of(path))
         found = json.loads(text)
-        names = [field.name for field in fields(Record) if field.name in found or field.name not in _OPTIONAL_NUMBERS]
+        names = [field.name for field in fields(Record) if field.name in found or field.name not in _LATER_FIELDS]
         record = Record(**{name: found[name] for name in names})
         return FoundRecord(_checked(record), owner_uid)
     except FileNotFoundError:
@@ -130,8 +135,8 @@ def _checked(record: Record) -> Record:
     for name in _OPTIONAL_NUMBERS:
         if type(getattr(record, name)) not in (int, type(None)):
             raise TypeError(f"{name} is no number")
-    for name in ("url", "url_key", "etag", "sha256", "vouched_by", "source"):
-        is_optional = name in ("etag", "sha256", "vouched_by")
+    for name in ("url", "url_key", "etag", "last_modified", "sha256", "vouched_by", "source"):
+        is_optional = name in ("etag", "last_modified", "sha256", "vouched_by")
         if not isinstance(value := getattr(record, name), str) and not (is_optional and value is None):
             raise TypeError(f"{name} is no text")
     return record

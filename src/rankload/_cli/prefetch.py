@@ -34,6 +34,9 @@ def prefetch(
     max_bytes: Annotated[
         int | None, typer.Option(help="Refuse to download more.", show_default="RANKLOAD_MAX_BYTES, else no limit")
     ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Ask the origin whether a cached file is still its file.")
+    ] = False,
     any_file: Annotated[bool, typer.Option("--any-file", help="Accept what is no checkpoint, too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
@@ -50,6 +53,7 @@ def prefetch(
         headers=dict(map(_split, _lines(header or []))),
         must_be_checkpoint=not any_file,
         max_bytes=max_bytes,
+        refresh=refresh,
         progress=not quiet,
     )
     typer.echo(file.path)

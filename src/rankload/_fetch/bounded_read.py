@@ -43,6 +43,7 @@ def read_bounded(
     most_bytes: int,
     settings: Settings,
     report: Report = lambda progress: None,
+    unless: Version | None = None,
 ) -> Answer:
     """Read a range, retrying failures that may pass, within the limits of `ReadDeadline`.
 
@@ -56,8 +57,10 @@ def read_bounded(
         most_bytes: stop reading the body here, however long it is. At most one read from the socket more is received.
         settings: deadlines, retries.
         report: gets the progress, again and again.
+        unless: nothing is wanted if the content is still of this version.
 
     Raises:
+        NotModified: it is.
         UnusableRange: the answer is not the range that was asked for.
         FetchTimeoutError: a deadline passed; this is not retried.
         FetchError: the origin does not give the bytes.
@@ -66,7 +69,7 @@ def read_bounded(
     deadline, retries, attempt = ReadDeadline(origin.shown, settings.progress_seconds), Retries(settings), 0
     while True:
         attempt += 1
-        reading = _Reading(origin, begin, end, version, most_bytes)
+        reading = _Reading(origin, begin, end, version, unless, most_bytes)
         outcome = _await(reading, deadline, report, attempt)
         if isinstance(outcome, Answer):
             return outcome
@@ -124,9 +127,17 @@ class ReadDeadline:
 class _Reading:
     """One try, on a thread of its own."""
 
-    def __init__(self, origin: Origin, begin: int, end: int | None, version: Version | None, most_bytes: int) -> None:
-        self._origin, self._begin, self._end, self._version = origin, begin, end, version
-        self._most_bytes = most_bytes
+    def __init__(
+        self,
+        origin: Origin,
+        begin: int,
+        end: int | None,
+        version: Version | None,
+        unless: Version | None,
+        most_bytes: int,
+    ) -> None:
+        self._origin, self._begin, self._end = origin, begin, end
+        self._version, self._unless, self._most_bytes = version, unless, most_bytes
         self.received_bytes = 0
         self.is_abandoned = False
 
@@ -139,7 +150,7 @@ class _Reading:
 
     def _read(self) -> Answer:
         pieces: list[bytes] = []
-        with self._origin.open(self._begin, self._end, self._version) as body:
+        with self._origin.open(self._begin, self._end, self._version, unless=self._unless) as body:
             ends = [end for end in (self._end, body.version.size_bytes) if end is not None]
             promised = min(ends) - self._begin if body.version.size_bytes is not None else None
             wanted = self._most_bytes if promised is None else min(self._most_bytes, promised)

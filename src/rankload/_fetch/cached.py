@@ -42,6 +42,8 @@ class Look:
         damage: what is wrong with it, if that is known and it should be set aside.
         reason: why it cannot be used.
         is_unvouched: nobody says whose that file is: `adopt` it or `reject` it.
+        record: that file's, if there is one.
+        is_replaceable: rankload published it, and this user may replace it.
     """
 
     entry: Entry
@@ -50,6 +52,8 @@ class Look:
     damage: str | None = None
     reason: str = ""
     is_unvouched: bool = False
+    record: Record | None = None
+    is_replaceable: bool = False
 
 
 def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
@@ -75,7 +79,16 @@ def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
         return look_up(_separate(entry, plan.reason, request), request, report)
     damage = plan.reason if plan.action is Action.REPLACE else None
     is_unvouched = file is not None and cached.record is None and file.sha256 is None
-    return Look(entry, _version_of(cached.status), file, damage, plan.reason, is_unvouched)
+    return Look(
+        entry,
+        _version_of(cached.status),
+        file,
+        damage,
+        plan.reason,
+        is_unvouched,
+        cached.record,
+        cached.is_replaceable,
+    )
 
 
 def adopt(look: Look, request: FetchRequest, *, etag: str | None, sha256: str | None, vouched_by: str | None) -> None:
@@ -89,11 +102,14 @@ def adopt(look: Look, request: FetchRequest, *, etag: str | None, sha256: str | 
 
 
 def reject(look: Look, reason: str, request: FetchRequest) -> Entry:
-    """Leave an unvouched file alone, and return the entry that is the URL's.
+    """Leave alone a file that is not the URL's, or not any more, and return the entry that is.
 
     Raises:
         CacheError: there is none.
     """
+    if look.record is not None and look.record.source == "adopted":
+        with suppress(OSError):
+            look.entry.record_path.unlink()  # it would be believed again
     return _separate(look.entry, reason, request)
 
 

@@ -175,6 +175,7 @@ def _record(
         mtime_ns=status.st_mtime_ns,
         inode=status.st_ino,
         etag=received.version.etag,
+        last_modified=received.version.last_modified,
         sha256=received.sha256,
         vouched_by=vouched_by,
         source="download",

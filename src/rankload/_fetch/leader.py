@@ -28,6 +28,7 @@ from rankload._fetch.origins.sidecar import fetch_sidecar, read_sidecar
 from rankload._fetch.partials.adoption import progress_of_partials
 from rankload._fetch.partials.partial import SupersededError
 from rankload._fetch.parts import with_parts
+from rankload._fetch.refresh import is_current
 from rankload._fetch.unvouched import ask_origin
 from rankload._settings import Settings
 from rankload._types import FetchedFile, FetchRequest, Progress, Report
@@ -68,8 +69,13 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
         look = look_up(entry, request, report)
         entry = look.entry
         if look.file is not None and not look.is_unvouched:
-            return look.file
-        if look.file is not None:
+            if not _is_outdated(look, request, report, settings):
+                return look.file
+            if not look.is_replaceable:
+                entry = reject(look, "its origin has another file now", request)
+                continue
+            _logger.info("%s: its origin has another file now; fetching that", entry.path)
+        elif look.file is not None:
             opinion = ask_origin(look.file, request, report, settings)
             if opinion.agrees is False:
                 entry = reject(look, opinion.reason, request)
@@ -89,6 +95,13 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
             request = _with_sidecar(request, report, settings)
         elif (file := _download_under_lease(look, request, report, settings)) is not None:
             return file
+
+
+def _is_outdated(look: Look, request: FetchRequest, report: Report, settings: Settings) -> bool:
+    """Return whether the caller wants the origin's present file, and the cached one is another."""
+    if not request.refresh or request.offline or request.sha256 is not None or look.record is None:
+        return False
+    return not is_current(look.record, request, report, settings)
 
 
 def _download_under_lease(look: Look, request: FetchRequest, report: Report, settings: Settings) -> FetchedFile | None:

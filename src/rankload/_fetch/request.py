@@ -42,6 +42,7 @@ def make_request(
     offline: bool | None,
     must_be_checkpoint: bool,
     max_bytes: int | None,
+    refresh: bool,
     settings: Settings,
 ) -> FetchRequest:
     """Check the arguments and put them together; the settings stand in for those that are None.
@@ -54,6 +55,9 @@ def make_request(
     name = checked_file_name(file_name) if file_name else local_path.name if local_path else file_name_of(urls[0])
     is_index = local_path is None and (is_index_name(PurePosixPath(name).name) or _names_index(urls[0]))
     directory = expanded(model_dir).absolute() if model_dir is not None else default_directory()
+    is_offline = (settings.offline if offline is None else offline) or is_switched_off(urls[0])
+    if refresh and is_offline:
+        raise ArgumentError("refresh=True asks the origin, and offline mode forbids that: pass one of them")
     return FetchRequest(
         urls=urls,
         directory=directory,
@@ -66,7 +70,8 @@ def make_request(
         verify=_checked_choice("verify", verify, get_args(Verify)),
         scope=_checked_choice("scope", scope, get_args(Scope)),
         progress=progress,
-        offline=(settings.offline if offline is None else offline) or is_switched_off(urls[0]),
+        offline=is_offline,
+        refresh=refresh or settings.refresh,
         max_bytes=(settings.max_bytes or None) if max_bytes is None else _checked_max_bytes(max_bytes),
     )
 
@@ -92,6 +97,7 @@ def agreed_arguments(request: FetchRequest, call: str) -> dict[str, Any]:
         "sha256": request.sha256,
         "check_hash": request.hash_prefix is not None,
         "scope": request.scope,
+        "refresh": request.refresh,
     }
 
 

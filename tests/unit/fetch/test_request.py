@@ -46,6 +46,7 @@ def test_an_error_about_a_url_shows_no_password_and_no_query(url: str | list[str
             offline=False,
             must_be_checkpoint=True,
             max_bytes=None,
+            refresh=False,
             settings=Settings(),
         )
     assert "hunter2" not in str(caught.value)
@@ -83,6 +84,7 @@ def test_arguments_that_are_none(arguments: Any, text: str) -> None:
             offline=False,
             must_be_checkpoint=True,
             max_bytes=None,
+            refresh=False,
             settings=Settings(),
         )
     assert "hunter2" not in str(caught.value)

@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 
 from rankload._errors import ContentChangedError, FetchError, NetworkError
-from rankload._fetch.origins.origin import Version
+from rankload._fetch.origins.origin import NotModified, Version
 from rankload._fetch.origins.translation import raise_alone
 from rankload._urls import redact, redact_text
 
@@ -35,9 +35,13 @@ class FilesystemOrigin:
         """See `Origin`. fsspec keeps its filesystems for the life of the process."""
 
     @contextlib.contextmanager
-    def open(self, begin: int, end: int | None, version: Version | None) -> Iterator[FilesystemBody]:
+    def open(
+        self, begin: int, end: int | None, version: Version | None, *, unless: Version | None = None
+    ) -> Iterator[FilesystemBody]:
         """See `Origin`."""
         found = self.look(version)
+        if unless is not None and unless.is_same_as(found):
+            raise NotModified(self.shown)
         filesystem, path = self._found
         size_bytes = found.size_bytes
         if end is None or size_bytes is None or begin >= size_bytes:

@@ -26,7 +26,7 @@ from rankload._fetch.origins.connections import BreakableSession, break_off
 from rankload._fetch.origins.credentials import Credentials, Headers
 from rankload._fetch.origins.http_body import HttpBody, plain_socket
 from rankload._fetch.origins.logs import without_queries
-from rankload._fetch.origins.origin import Claim, UnusableRange, Version
+from rankload._fetch.origins.origin import Claim, NotModified, UnusableRange, Version
 from rankload._fetch.origins.translation import translating
 from rankload._settings import Settings
 from rankload._urls import (
@@ -96,10 +96,15 @@ class HttpOrigin:
             session.close()
 
     @contextlib.contextmanager
-    def open(self, begin: int, end: int | None, version: Version | None) -> Iterator[HttpBody]:
+    def open(
+        self, begin: int, end: int | None, version: Version | None, *, unless: Version | None = None
+    ) -> Iterator[HttpBody]:
         """See `Origin`. Once redirects have been followed, where they led is asked, until it refuses or fails."""
         with self._session() as session, contextlib.ExitStack() as stack:
-            response = self._ask(stack, session, _range_headers(begin, end, version))
+            headers = {**_range_headers(begin, end, version), **_conditions(unless)}
+            response = self._ask(stack, session, headers)
+            if response.status_code == 304 and unless is not None:
+                raise NotModified(self.shown)
             if response.status_code == 416 and end is not None:
                 if begin:
                     raise ContentChangedError(f"{self.shown}: the file ends before byte {begin} now", url=self.shown)
@@ -295,6 +300,13 @@ def _range_headers(begin: int, end: int | None, version: Version | None) -> dict
         if validator and validator.isprintable() and not (version.etag or "").startswith("W/"):
             headers["If-Range"] = validator
     return headers
+
+
+def _conditions(unless: Version | None) -> dict[str, str]:
+    """Return the header that asks for another version only (RFC 9110, 13.1.2 and 13.1.3)."""
+    found = {"If-None-Match": unless.etag, "If-Modified-Since": unless.last_modified} if unless is not None else {}
+    usable = [(name, value) for name, value in found.items() if value and value.isprintable()]
+    return dict(usable[:1])
 
 
 def _as_given(request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -27,9 +27,11 @@ class HuggingFaceOrigin:
         self.url, self.shown = url, redact(url)
         self._headers, self._settings = headers, settings
 
-    def open(self, begin: int, end: int | None, version: Version | None) -> AbstractContextManager[HttpBody]:
+    def open(
+        self, begin: int, end: int | None, version: Version | None, *, unless: Version | None = None
+    ) -> AbstractContextManager[HttpBody]:
         """See `Origin`."""
-        return self._http.open(begin, end, version)
+        return self._http.open(begin, end, version, unless=unless)
 
     def close(self) -> None:
         """See `Origin`."""

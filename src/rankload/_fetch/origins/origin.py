@@ -113,14 +113,18 @@ class Origin(Protocol):
     url: str
     shown: str
 
-    def open(self, begin: int, end: int | None, version: Version | None) -> AbstractContextManager[Body]:
+    def open(
+        self, begin: int, end: int | None, version: Version | None, *, unless: Version | None = None
+    ) -> AbstractContextManager[Body]:
         """Ask for a range of the content, ``end`` exclusive; None asks for everything, with no range at all.
 
         Args:
             begin, end: offsets in bytes.
             version: what an earlier answer said; the range is wanted of that version alone.
+            unless: nothing is wanted if the content is still of this version.
 
         Raises:
+            NotModified: it is.
             ContentChangedError: the origin has another version now.
             UnusableRange: its answer is not the range that was asked for.
             FetchError: there was no answer, or an error.
@@ -128,6 +132,10 @@ class Origin(Protocol):
 
     def close(self) -> None:
         """Let go of connections, and end the requests that other threads still wait for, if that can be done."""
+
+
+class NotModified(Exception):
+    """The origin's content is still of the version that was named."""
 
 
 class UnusableRange(Exception):

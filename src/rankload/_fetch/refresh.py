@@ -1,0 +1,44 @@
+"""Whether a cached file is still the one at its URL: one conditional request, if the caller asks for it."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from rankload._cache.record import Record
+from rankload._errors import FetchError
+from rankload._fetch.bounded_read import read_bounded
+from rankload._fetch.origins.choice import origin_for
+from rankload._fetch.origins.credentials import headers_of
+from rankload._fetch.origins.origin import Claim, NotModified, UnusableRange, Version
+from rankload._settings import Settings
+from rankload._types import FetchRequest, Report
+from rankload._urls import url_key
+
+
+def is_current(record: Record, request: FetchRequest, report: Report, settings: Settings) -> bool:
+    """Ask the origin of a cached file whether it has another one now.
+
+    The request carries ``If-None-Match`` or ``If-Modified-Since``. If the origin answers it all the same, length,
+    validators and digest of the answer are compared with the record's; of the body, one byte is asked for.
+
+    Raises:
+        FetchError: no URL answers; the last one's.
+        RankloadError: whatever ``report`` raises.
+    """
+    claim = Claim(record.sha256, "its record") if record.sha256 else None
+    known = Version(record.size_bytes, record.etag, record.last_modified, claim)
+    failure: FetchError | None = None
+    for url in sorted(request.urls, key=lambda url: url_key(url) != record.url_key):  # mirrors have other validators
+        with closing(origin_for(url, headers_of(request, url), settings)) as origin:
+            try:
+                answer = read_bounded(origin, 0, 1, None, most_bytes=1, unless=known, settings=settings, report=report)
+            except NotModified:
+                return True
+            except UnusableRange as error:
+                failure = FetchError(str(error), url=origin.shown)
+            except FetchError as error:
+                failure = error
+            else:
+                return known.is_same_as(answer.version)
+    assert failure is not None
+    raise failure
