@@ -92,7 +92,7 @@ def misspelt(environ: Mapping[str, str]) -> dict[str, str]:
 
     Others may begin so, too: a job script's own.
     """
-    known = [variable(field.name) for field in fields(Settings)]
+    known = [MODEL_DIR_VARIABLE, *(variable(field.name) for field in fields(Settings))]
     unknown = sorted(name for name in environ if name.startswith(_PREFIX) and name not in known)
     return {name: close[0] for name in unknown if (close := get_close_matches(name, known, 1, _LIKENESS))}
 
@@ -120,6 +120,9 @@ def _parse(name: str, text: str) -> float | int | bool:
 
 
 _PREFIX = "RANKLOAD_"
+
+#: The cache directory where none is passed. A path, and each node's own: it need not be the same on all ranks.
+MODEL_DIR_VARIABLE = "RANKLOAD_MODEL_DIR"
 
 #: Of 1, what two names have in common at the least (difflib's ratio) for one to be a slip of the other.
 _LIKENESS = 0.85

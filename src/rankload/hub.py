@@ -16,6 +16,7 @@ from torch.hub import get_dir, set_dir
 
 from rankload._api import load_in_this_process
 from rankload._fetch.plain import download_to
+from rankload._fetch.request import torch_hub_directory
 
 if TYPE_CHECKING:
     from rankload._api import MapLocation
@@ -47,7 +48,7 @@ def load_state_dict_from_url(
     """
     return load_in_this_process(  # type: ignore[no-any-return]
         url,
-        model_dir,
+        model_dir if model_dir is not None else torch_hub_directory(),
         map_location,
         progress=progress,
         check_hash=check_hash,

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import rankload
+
 TOKEN = "Bearer SECRET-TOKEN"
 
 
@@ -55,3 +57,32 @@ def test_error_is_one_line(origin, cache):
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     assert line.startswith("rankload: ") and "404" in line and "SECRET" not in line
+
+
+def test_several_files_and_one_that_is_absent(origin, cache, checkpoint, other_checkpoint):
+    """All that can be had are; a line for each that cannot, and the exit status says so."""
+    urls = [origin.add("a.pth", checkpoint.path), origin.url("absent.pth"), origin.add("b.pth", other_checkpoint.path)]
+    done = prefetch(*urls, "--model-dir", cache)
+    assert done.returncode == 1
+    assert done.stdout == f"{cache / 'a.pth'}\n{cache / 'b.pth'}\n"
+    [line] = done.stderr.splitlines()
+    assert line.startswith("rankload: ") and "404" in line and "absent.pth" in line
+
+
+def test_mirror(origin, cache, checkpoint):
+    done = prefetch(origin.url("absent.pth"), "--mirror", origin.add("a.pth", checkpoint.path), "--model-dir", cache)
+    assert (done.returncode, done.stdout) == (0, f"{cache / 'absent.pth'}\n")
+
+
+def test_options_of_one_file_with_several(origin, cache):
+    for option in (["--mirror", "https://host/c"], ["--file-name", "x"], ["--sha256", "0" * 64]):
+        done = prefetch("https://host/a", "https://host/b", *option, "--model-dir", cache)
+        assert done.returncode == 2 and "pass one URL" in done.stderr
+
+
+def test_directory_from_the_environment(origin, cache, checkpoint, monkeypatch):
+    monkeypatch.setenv("RANKLOAD_MODEL_DIR", str(cache))
+    url = origin.add("a.pth", checkpoint.path)
+    assert prefetch(url).stdout == f"{cache / 'a.pth'}\n"
+    assert rankload.dist_fetch(url) == cache / "a.pth"
+    assert origin.request_count() == 1

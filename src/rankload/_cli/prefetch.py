@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from rankload._errors import RankloadError
+
 
 class Verify(str, Enum):
     """The choices of ``verify=``."""
@@ -20,12 +22,20 @@ class Verify(str, Enum):
 
 
 def prefetch(
-    urls: Annotated[list[str], typer.Argument(help="URL of the file; further ones are its mirrors.", metavar="URL...")],
-    model_dir: Annotated[
-        Path | None, typer.Option(help="Cache directory.", show_default="torch.hub's checkpoints directory")
+    urls: Annotated[list[str], typer.Argument(help="URLs of the files.", metavar="URL...")],
+    mirror: Annotated[
+        list[str] | None, typer.Option(help="Another URL of the same file; with one URL.", metavar="URL")
     ] = None,
-    file_name: Annotated[str | None, typer.Option(help="Name in the cache.", show_default="the URL's")] = None,
-    sha256: Annotated[str | None, typer.Option(help="Expected digest, 64 hex digits.")] = None,
+    model_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Cache directory.", show_default="RANKLOAD_MODEL_DIR, else torch.hub's checkpoints directory"
+        ),
+    ] = None,
+    file_name: Annotated[
+        str | None, typer.Option(help="Name in the cache; with one URL.", show_default="the URL's")
+    ] = None,
+    sha256: Annotated[str | None, typer.Option(help="Expected digest, 64 hex digits; with one URL.")] = None,
     check_hash: Annotated[bool, typer.Option("--check-hash", help="Compare with the prefix in the file name.")] = False,
     verify: Annotated[Verify, typer.Option(help="When to hash a cached file again.")] = Verify.ONCE,
     header: Annotated[
@@ -40,23 +50,39 @@ def prefetch(
     any_file: Annotated[bool, typer.Option("--any-file", help="Accept what is no checkpoint, too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Fetch a file into the cache, verified, and print its path. Compute nodes then load it offline."""
+    """Fetch files into the cache, verified, and print their paths. Compute nodes then load them offline.
+
+    Exits with 1 if one could not be fetched; the others are fetched all the same.
+    """
     from rankload._api import fetch_in_this_process
 
-    file = fetch_in_this_process(
-        urls,
-        model_dir,
-        file_name=file_name,
-        sha256=sha256,
-        check_hash=check_hash,
-        verify=verify.value,
-        headers=dict(map(_split, _lines(header or []))),
-        must_be_checkpoint=not any_file,
-        max_bytes=max_bytes,
-        refresh=refresh,
-        progress=not quiet,
-    )
-    typer.echo(file.path)
+    for option, value in (("--mirror", mirror), ("--file-name", file_name), ("--sha256", sha256)):
+        if value and len(urls) > 1:
+            raise typer.BadParameter("it is about one file; pass one URL", param_hint=option)
+    headers = dict(map(_split, _lines(header or [])))
+    has_failed = False
+    for url in urls:
+        try:
+            file = fetch_in_this_process(
+                [url, *(mirror or [])],
+                model_dir,
+                file_name=file_name,
+                sha256=sha256,
+                check_hash=check_hash,
+                verify=verify.value,
+                headers=headers,
+                must_be_checkpoint=not any_file,
+                max_bytes=max_bytes,
+                refresh=refresh,
+                progress=not quiet,
+            )
+        except RankloadError as error:
+            typer.echo(f"rankload: {error}", err=True)
+            has_failed = True
+        else:
+            typer.echo(file.path)
+    if has_failed:
+        raise typer.Exit(1)
 
 
 def _lines(headers: list[str]) -> Iterator[str]:

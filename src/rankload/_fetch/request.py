@@ -16,7 +16,7 @@ from rankload._cache.layout import checked_file_name, checkpoints_directory, has
 from rankload._errors import ArgumentError
 from rankload._fetch.offline import is_switched_off
 from rankload._fetch.parts import is_index_name, name_in_own_folder
-from rankload._settings import Settings
+from rankload._settings import MODEL_DIR_VARIABLE, Settings
 from rankload._types import FetchRequest, Scope, Verify
 from rankload._urls import expanded, file_name_of, local_path_of, redact, scheme_of, url_key, why_refused
 
@@ -102,6 +102,12 @@ def agreed_arguments(request: FetchRequest, call: str) -> dict[str, Any]:
 
 
 def default_directory() -> Path:
+    """Return ``RANKLOAD_MODEL_DIR``, else torch.hub's directory for checkpoints."""
+    given = os.environ.get(MODEL_DIR_VARIABLE)
+    return expanded(given).absolute() if given else torch_hub_directory()
+
+
+def torch_hub_directory() -> Path:
     """Return torch.hub's directory for checkpoints, honouring torch.hub.set_dir() without importing torch."""
     hub = sys.modules.get("torch.hub")
     return checkpoints_directory(hub.get_dir() if hub is not None else None)
