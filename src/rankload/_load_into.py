@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
+
+
+_logger = logging.getLogger("rankload")
 
 
 def dist_load_into(
@@ -164,6 +168,8 @@ def dist_load_into(
                 mmap=mmap,
             )
             load = plan_load(target, content, strict=strict, assign=assign, shown=carrier.files.shown)
+            if load.warning and channel.identity.rank == 0:
+                _logger.warning("%s", load.warning)
             others: list[SavedTensor] = []
             if optimizer is not None:
                 optimizer_load = plan_optimizer_load(optimizer, content.whole, target, carrier.files.shown)

@@ -53,6 +53,9 @@ def as_adapter(adapt: Adapter | Sequence[Adapter] | None) -> Adapter:
     """
     given = [] if adapt is None else [adapt] if callable(adapt) else adapt
     adapters = list(given) if isinstance(given, Iterable) else [given]
+    if factory := next((one for one in adapters if one in _FACTORIES), None):
+        name = factory.__name__
+        raise ArgumentError(f"adapt=adapt.{name}: it makes an adapter, and has to be called: adapt.{name}(…)")
     if not all(map(callable, adapters)):
         raise ArgumentError(f"adapt={adapt!r}: expected a function of the checkpoint, or a sequence of them")
     return compose(*adapters)
@@ -270,3 +273,6 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise ArgumentError(f"{pattern!r} is no regular expression: {error}") from None
+
+
+_FACTORIES: tuple[object, ...] = (unwrap, strip_prefix, add_prefix, rename, drop, keep, match_shapes, to_dtype)

@@ -192,3 +192,13 @@ def test_a_dict_of_another_class_with_metadata_becomes_a_plain_one() -> None:
 def test_adapt_of_another_kind_is_an_argument_error() -> None:
     with pytest.raises(rankload.ArgumentError, match="adapt=5: expected a function"):
         adapt.as_adapter(5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name", ["unwrap", "strip_prefix", "add_prefix", "rename", "drop", "keep", "match_shapes", "to_dtype"]
+)
+def test_adapter_without_parentheses(name):
+    with pytest.raises(ArgumentError, match=rf"adapt\.{name}\(…\)"):
+        adapt.as_adapter(getattr(adapt, name))
+    with pytest.raises(ArgumentError, match="has to be called"):
+        adapt.as_adapter([adapt.unwrap(), getattr(adapt, name)])

@@ -41,6 +41,7 @@ class ModuleLoad:
         missing_keys, unexpected_keys: as ``load_state_dict`` returns them.
         hooks: the module's own, to be run when all is moved; they may change the keys.
         misfit: makes the error for keys that are missing or unexpected; None where they may be.
+        warning: what is odd about a load that is no error.
     """
 
     module: nn.Module
@@ -49,6 +50,7 @@ class ModuleLoad:
     unexpected_keys: list[str]
     hooks: Sequence[PostHook]
     misfit: Callable[[], LoadError] | None
+    warning: str = ""
 
 
 def plan_load(
@@ -95,7 +97,12 @@ def plan_load(
     # a hook may have something to say about keys, and runs only when the tensors are there
     if unfit or (strict and (missing or unexpected) and not hooks):
         raise misfit()
-    return ModuleLoad(module, _without_repetitions(assignments), missing, unexpected, hooks, misfit if strict else None)
+    warning = ""
+    if own and state_dict and not assignments:  # strict=False is for some names, and hardly for none
+        warning = f"not one tensor of the {type(module).__name__} was loaded: {misfit().message}"
+    return ModuleLoad(
+        module, _without_repetitions(assignments), missing, unexpected, hooks, misfit if strict else None, warning
+    )
 
 
 def prepare_load(

@@ -578,6 +578,15 @@ def test_checkpoint_that_contains_itself(tmp_path: Path) -> None:
     assert torch.equal(module.weight, state_dict["weight"])
 
 
+def test_load_of_nothing_is_a_warning_with_a_guess(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = saved(tmp_path, {f"module.{name}": tensor for name, tensor in nn.Linear(2, 3).state_dict().items()})
+    dist_load_into(nn.Linear(2, 3), path, strict=False)
+    assert "not one tensor of the Linear was loaded" in caplog.text and "strip_prefix('module.')" in caplog.text
+    caplog.clear()
+    dist_load_into(nn.Linear(2, 3), saved(tmp_path, {"bias": torch.ones(3)}), strict=False)
+    assert not caplog.records
+
+
 class WithStorage(nn.Module):
     """Has a bare storage as its extra state."""
 
