@@ -191,6 +191,11 @@ def dist_load_into(
         return LoadReport.make(keys, carrier, bytes_read, phases, left_on_meta(load))
 
 
+def _is_fsdp1(module: nn.Module) -> bool:
+    """Return whether a module is a FullyShardedDataParallel; importing its class would take a while."""
+    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
+
+
 def _has_meta(module: nn.Module) -> bool:
     return any(place.tensor.is_meta for place in places(module))
 
@@ -211,6 +216,11 @@ def _checked_targets(module: Any, assign: bool | None) -> tuple[nn.Module, Optim
     if not is_module or not are_optimizers or len(optimizers) > 1:
         given = ", ".join(type(part).__name__ for part in (target, *optimizers))
         raise ArgumentError(f"dist_load_into({given}, …): expected a torch.nn.Module, or (module, optimizer)")
+    if any(map(_is_fsdp1, target.modules())):
+        raise ArgumentError(
+            "dist_load_into: FullyShardedDataParallel keeps its parameters flat and frees them: load into the module "
+            "before it is wrapped, or shard it with torch.distributed.fsdp.fully_shard"
+        )
     if optimizers and (assign or any(place.tensor.is_meta for place in places(target))):
         raise ArgumentError(
             "dist_load_into((module, optimizer), …): parameters on the meta device, and all with assign=True, are "

@@ -327,3 +327,27 @@ def _load_with_partial_placement(rank: int, url: str, model_dir: str) -> str:
 def test_partial_placements_are_refused(origin: Origin, url: str, cache_dir: str) -> None:
     for result in run_ranks(_load_with_partial_placement, 2, args=(url, cache_dir)):
         assert "blocks.0.positions" in result.value and "Partial" in result.value
+
+
+def _load_into_fsdp1(rank: int, path: Path, use_orig_params: bool) -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    from rankload import ArgumentError, dist_load_into
+
+    dist.init_process_group("gloo")
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    wrapped = FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    try:
+        dist_load_into(nn.Sequential(wrapped), path)
+    except ArgumentError as error:
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+    return ""
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_fsdp1_is_refused_with_what_works(tmp_path: Path, use_orig_params: bool) -> None:
+    torch.save(nn.Linear(64, 64).state_dict(), tmp_path / "file.pth")
+    for result in run_ranks(_load_into_fsdp1, 2, args=(tmp_path / "file.pth", use_orig_params)):
+        assert "before it is wrapped" in result.value and "fully_shard" in result.value

@@ -198,7 +198,7 @@ def test_adapt_of_another_kind_is_an_argument_error() -> None:
     "name", ["unwrap", "strip_prefix", "add_prefix", "rename", "drop", "keep", "match_shapes", "to_dtype"]
 )
 def test_adapter_without_parentheses(name):
-    with pytest.raises(ArgumentError, match=rf"adapt\.{name}\(…\)"):
+    with pytest.raises(rankload.ArgumentError, match=rf"adapt\.{name}\(…\)"):
         adapt.as_adapter(getattr(adapt, name))
-    with pytest.raises(ArgumentError, match="has to be called"):
+    with pytest.raises(rankload.ArgumentError, match="has to be called"):
         adapt.as_adapter([adapt.unwrap(), getattr(adapt, name)])

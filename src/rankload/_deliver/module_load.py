@@ -16,6 +16,7 @@ from rankload._deliver.mismatch import describe_mismatch
 from rankload._deliver.places import (
     Place,
     bare,
+    has_its_storage,
     is_distributed,
     non_persistent_meta_buffers,
     own_part,
@@ -214,9 +215,11 @@ def _problem(step: Assignment, *, is_replaced: bool) -> str:
     if not is_replaced and not target.is_meta and not is_distributed(target) and _overlaps_itself(target):
         return "several of its elements are one in memory (expand); clone() it to load into it"
     try:
-        own_part(target)
+        own, _ = own_part(target)
     except ValueError as error:
         return str(error)
+    if not is_replaced and not target.is_meta and not has_its_storage(own):
+        return "its memory is not there: its storage has been freed or resized, as FSDP does outside of forward"
     return ""
 
 

@@ -86,6 +86,14 @@ def device_of(module: nn.Module) -> torch.device | None:
     return devices.pop() if len(devices) == 1 else None
 
 
+def has_its_storage(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's storage reaches as far as its elements do: a raw read must not go beyond it."""
+    if tensor.layout != torch.strided or not tensor.numel() or tensor.is_meta:
+        return True
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.storage_offset() + last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
 def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
     """Return the local tensor that a rank has of one, and which part it is.
 

@@ -578,6 +578,16 @@ def test_checkpoint_that_contains_itself(tmp_path: Path) -> None:
     assert torch.equal(module.weight, state_dict["weight"])
 
 
+@pytest.mark.parametrize("is_freed", [True, False])
+def test_nothing_is_read_into_memory_that_is_not_there(tmp_path: Path, is_freed: bool) -> None:
+    """As FSDP frees what its modules do not need at the moment; the read would go wherever the kernel lets it."""
+    path = saved(tmp_path, nn.Linear(100, 100).state_dict())
+    linear = nn.Linear(100, 100)
+    linear.weight.data.untyped_storage().resize_(0 if is_freed else 100 * 100 * 4 - 4)
+    with pytest.raises(LoadError, match="weight: its memory is not there"):
+        dist_load_into(linear, path)
+
+
 def test_load_of_nothing_is_a_warning_with_a_guess(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = saved(tmp_path, {f"module.{name}": tensor for name, tensor in nn.Linear(2, 3).state_dict().items()})
     dist_load_into(nn.Linear(2, 3), path, strict=False)
