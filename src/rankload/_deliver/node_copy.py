@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rankload._cache.access import name_of
 from rankload._cache.failures import reading
 from rankload._cache.linux import is_on_local_disk
@@ -35,6 +33,7 @@ from rankload._deliver.parts import all_files, parts_of
 from rankload._deliver.readers import Readers, await_reader
 from rankload._deliver.restore import goes_by_tags, location_of
 from rankload._errors import DigestMismatchError, LoadError, printable
+from rankload._job.devices import visible_accelerator
 from rankload._job.environment import identity_from_environment
 from rankload._job.lone import LoneChannel
 from rankload._settings import Settings
@@ -237,7 +236,7 @@ def _stays_on_cpu(path: Path, map_location: Any) -> bool:
     file_format = sniff(path)
     if file_format not in _MAPPED_FORMATS:
         return False
-    if not goes_by_tags(map_location) or not torch.accelerator.is_available():
+    if not goes_by_tags(map_location) or visible_accelerator() is None:
         return True
     if file_format != "torch_zip":  # all that was saved as safetensors is tagged so
         return location_of(map_location, "cpu") == "cpu"

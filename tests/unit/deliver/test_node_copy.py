@@ -1,0 +1,67 @@
+"""When a checkpoint is copied into the node's memory, and when not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rankload._deliver import node_copy
+from rankload._deliver.node_copy import why_copied
+from rankload._job.devices import Accelerator, Placement
+
+CONTENT = {"w": torch.ones(4)}
+
+
+@pytest.fixture(params=["zip", "safetensors", "legacy"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / f"file.{request.param}"
+    if request.param == "safetensors":
+        save_file(CONTENT, path)
+    else:
+        torch.save(CONTENT, path, _use_new_zipfile_serialization=request.param == "zip")
+    return path
+
+
+@pytest.fixture
+def _with_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_copy, "visible_accelerator", lambda: Accelerator("cuda", 1, 0, False))
+
+
+def test_published_file_on_a_local_disk_stays_mapped(path: Path) -> None:
+    assert why_copied(path, None, is_published=True) == ""
+
+
+def test_file_on_a_network_filesystem_is_copied(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_copy, "is_on_local_disk", lambda descriptor: False)
+    is_mapped = path.suffix != ".legacy"
+    assert ("network" in why_copied(path, None, is_published=True)) == is_mapped
+
+
+@pytest.mark.parametrize("map_location", [None, "cpu", "cuda:0", {"cpu": "cpu"}, lambda storage, tag: storage])
+def test_without_an_accelerator_whatever_would_be_mapped_is_copied(path: Path, map_location: Any) -> None:
+    assert bool(why_copied(path, map_location, is_published=False)) == (path.suffix != ".legacy")
+
+
+@pytest.mark.usefixtures("_with_accelerator")
+@pytest.mark.parametrize(
+    ("map_location", "stays"),
+    [
+        (None, True),
+        ("cpu", True),
+        (torch.device("cpu"), True),
+        ("cuda:0", False),
+        (torch.device("cuda", 0), False),
+        ({"cuda:0": "cpu"}, True),
+        ({"cpu": "cuda:0"}, False),
+        (Placement(lambda tag: None), True),
+        (Placement(lambda tag: torch.device("cuda", 0)), False),
+        (lambda storage, tag: storage, True),
+    ],
+)
+def test_what_goes_to_an_accelerator_is_not_copied(path: Path, map_location: Any, stays: bool) -> None:
+    """No view of a mapping is left there."""
+    assert bool(why_copied(path, map_location, is_published=False)) == (stays and path.suffix != ".legacy")
