@@ -77,7 +77,7 @@ def _open_broadcast(
         assert relay is not None
         return Receiving(relay, source, announced, channel, settings, closing)
     files = _files(here, channel, closing)
-    files.may_map = announced["may_map"]
+    files.may_map = files.may_map and (announced["may_map"] or files.is_in_memory)
     if relay is None:
         return Reading(files, channel, settings, "the source's file is within reach")
     return Sending(files, relay, channel, settings)

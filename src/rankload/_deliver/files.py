@@ -31,6 +31,7 @@ class CheckpointFiles:
         name: of the checkpoint among its files.
         shown: how to name it in messages.
         used: tensors of which somebody has wanted to see the elements.
+        is_in_memory: the checkpoint is an archive's, and was unpacked into the node's memory.
         may_map: whether views of a mapping of the files may be left after the call.
     """
 
@@ -40,6 +41,7 @@ class CheckpointFiles:
         self.path, self.name, self.shown = path, path.name, printable(str(path))
         self.used: list[TensorEntry] = []
         self._content = content or path
+        self.is_in_memory = content not in (None, path)
         self._closing = closing
         self._is_closed = False
         closing.callback(self._close)
