@@ -42,13 +42,17 @@ def digest_of_file(rank, url, caches):
         (2, {"locks": "local", "lag_seconds": 60}, JOBS),  # an exclusive open excludes nobody on the other node
         (2, {"locks": "ENOLCK"}, 1),
         (2, {"locks": "local", "negative_seconds": 1, "attribute_seconds": 1, "entry_seconds": 1}, JOBS),
-        (2, {"errors": {"mkdir": "EPERM"}}, JOBS),  # no lease at all
+        (2, {"planted_lease": "nowhere"}, JOBS),  # no lease at all
     ],
     ids=str,
 )
 def test_twenty_jobs_at_once(origin, tmp_path, big_content, monkeypatch, nodes, vices, most_downloads):
     monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(MIB))
     url = origin.add(NAME, big_content)
+    if target := (vices := dict(vices)).pop("planted_lease", None):
+        own = tmp_path / "server" / ".rankload"
+        own.mkdir(parents=True)
+        (own / f"{NAME}.lease").symlink_to(target)
     with fuse.nodes(tmp_path, nodes, **vices) as mounts, contextlib.ExitStack() as stack:
         paths = [mount.path for mount in mounts]
         jobs = stack.enter_context(start_ranks(digest_of_file, JOBS, env="none", args=(url, paths)))
@@ -60,4 +64,4 @@ def test_twenty_jobs_at_once(origin, tmp_path, big_content, monkeypatch, nodes, 
     assert len(big_content) <= origin.bytes_sent() <= most_downloads * len(big_content)
     server = tmp_path / "server"
     assert (server / NAME).read_bytes() == big_content
-    assert [name for name in files_in(server) if not name.endswith((".json", NAME))] == []
+    assert [name for name in files_in(server) if not name.endswith((".json", ".lease", NAME))] == []

@@ -22,6 +22,12 @@ _MAX_BYTES = 1 << 20
 
 _OPTIONAL_NUMBERS = ("birth_ns", "replaces_inode", "replaces_birth_ns")
 
+#: What opening a record says if something else lies there, or one that is not for this user. Any other failure is the
+#: filesystem's, and says nothing of whose the file is.
+_NO_RECORDS = frozenset(
+    {errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EACCES, errno.EPERM, errno.EFBIG}
+)
+
 #: Older records do not have them.
 _LATER_FIELDS = (*_OPTIONAL_NUMBERS, "last_modified")
 
@@ -84,7 +90,11 @@ class FoundRecord:
 
 
 def find_record(path: Path) -> FoundRecord | None:
-    """Read a record; None only where there is nothing. An unreadable one says that the file is somebody's."""
+    """Read a record; None only where there is nothing. An unreadable one says that the file is somebody's.
+
+    Raises:
+        OSError: the filesystem fails.
+    """
     owner_uid = None
     try:
         text, owner_uid = reopening(lambda: _text_of(path))
@@ -94,10 +104,18 @@ def find_record(path: Path) -> FoundRecord | None:
         return FoundRecord(_checked(record), owner_uid)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        why = getattr(error, "strerror", None) or type(error).__name__
-        _logger.warning("unreadable record %s (%s)", path, why)
-        return FoundRecord(None, owner_uid, f"its record {path} is unreadable ({why})")
+    except OSError as error:
+        if error.errno not in _NO_RECORDS:
+            raise
+        return _unreadable(path, owner_uid, error)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return _unreadable(path, owner_uid, error)
+
+
+def _unreadable(path: Path, owner_uid: int | None, error: Exception) -> FoundRecord:
+    why = getattr(error, "strerror", None) or type(error).__name__
+    _logger.warning("unreadable record %s (%s)", path, why)
+    return FoundRecord(None, owner_uid, f"its record {path} is unreadable ({why})")
 
 
 def write_record(path: Path, record: Record) -> None:

@@ -26,7 +26,8 @@ def inspect(entry: Entry, request: FetchRequest) -> Cached:
     for directory in (*entry.directories, entry.record_path.parent):
         with suppress(FileNotFoundError), reading(directory):
             check_own_directory(directory)
-    found = find_record(entry.record_path)
+    with reading(entry.path):
+        found = find_record(entry.record_path)
     record, problem = (found.record, found.problem) if found else (None, "")
     with reading(entry.path):
         try:
