@@ -81,8 +81,7 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
                 entry = reject(look, opinion.reason, request)
                 continue
             if opinion.agrees:
-                facts = {"etag": opinion.etag, "sha256": opinion.sha256, "vouched_by": opinion.vouched_by}
-                adopt(look, request, **facts)
+                adopt(look, request, etag=opinion.etag, sha256=opinion.sha256, vouched_by=opinion.vouched_by)
             else:
                 text = "%s: nobody vouches that this is the file at %s: there is no record, and no digest (%s)"
                 _logger.warning(text, entry.path, redact(request.urls[0]), opinion.reason)

@@ -150,7 +150,8 @@ def receive_files(
 
 
 def _recorded_digest(path: Path, status: os.stat_result) -> str | None:
-    found = find_record(Entry(path).record_path)
+    with reading(path):
+        found = find_record(Entry(path).record_path)
     if found is None or found.record is None or found.owner_uid is None or not is_trusted(found.owner_uid):
         return None
     return found.record.sha256 if found.record.vouches_for(status) else None
