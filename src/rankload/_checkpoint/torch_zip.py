@@ -254,23 +254,25 @@ def _find_directory(source: Source) -> tuple[int, int, int, bool]:
     if locator.startswith(b"PK\x06\x07"):
         _, _, listing_end, _ = _LOCATOR64.unpack(locator)
         if not 0 <= listing_end <= locator_offset - _END64.size:
-            raise BrokenFileError("truncated zip archive (its zip64 end record lies elsewhere)")
+            raise BrokenFileError("damaged or truncated zip archive (its zip64 end record lies elsewhere)")
         record = _END64.unpack(read_exactly(source, _END64.size, listing_end))
         signature, rest_length, _, _, disk, directory_disk, _, count, length, offset = record
         is_ambiguous |= rest_length != _END64.size - 12
         if signature != b"PK\x06\x06" or listing_end + 12 + rest_length != locator_offset:
-            raise BrokenFileError("truncated zip archive (its zip64 end record lies elsewhere)")
+            raise BrokenFileError("damaged or truncated zip archive (its zip64 end record lies elsewhere)")
     if disk or directory_disk:
         raise BrokenFileError("one part of a zip archive that is split over several files")
     if offset + length != listing_end:
-        raise BrokenFileError(
-            f"truncated zip archive (its directory should end at byte {offset + length}, not {listing_end})"
-        )
+        what = "truncated zip archive" if offset + length > listing_end else "damaged or truncated zip archive"
+        raise BrokenFileError(f"{what} (its directory should end at byte {offset + length}, not {listing_end})")
     return offset, length, count, is_ambiguous
 
 
 def _find_end_record(source: Source) -> tuple[int, bytes]:
-    """Return offset and bytes of the end record; it has to reach exactly to the end of the file."""
+    """Return offset and bytes of the end record: one that reaches exactly to the end of the file, else the last one.
+
+    What somebody has appended, a line break say, does not matter to torch's reader either: it takes the last one.
+    """
     tail_length = min(source.size_bytes, _END.size + _LONGEST_COMMENT)
     tail = read_exactly(source, tail_length, source.size_bytes - tail_length)
     position = len(tail) - _END.size
@@ -279,7 +281,10 @@ def _find_end_record(source: Source) -> tuple[int, bytes]:
         if position + _END.size + comment_length == len(tail):
             return source.size_bytes - tail_length + position, tail[position:]
         position -= 1
-    raise BrokenFileError("truncated zip archive (no directory at its end)")
+    position = tail.rfind(END_SIGNATURE, 0, len(tail) - _END.size + len(END_SIGNATURE))
+    if position >= 0 and position + _END.size + _END.unpack_from(tail, position)[-1] < len(tail):
+        return source.size_bytes - tail_length + position, tail[position:]
+    raise BrokenFileError("truncated zip archive, or one with something behind its end (no directory there)")
 
 
 def _entries(listing: bytes, count: int) -> Iterator[Member]:

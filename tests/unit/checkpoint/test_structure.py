@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import rankload
 from rankload._checkpoint.open import check_structure, sniff
 from rankload._errors import NotACheckpointError
 
@@ -145,7 +146,29 @@ def test_an_archive_cut_right_behind_an_archive_inside_it_is_refused(tmp_path):
         begin = archive.getinfo("model.pth").header_offset + 30 + len("model.pth")
     os.truncate(path, begin + inner.stat().st_size)
     assert zipfile.is_zipfile(path)  # the standard library is taken in
-    assert "truncated zip archive" in refusal(path)
+    assert "damaged or truncated zip archive" in refusal(path)
+
+
+@pytest.mark.parametrize("more", [b"\n", b"\r\n", bytes(1000), b"<!-- served by a proxy -->"])
+def test_bytes_behind_the_end_of_an_archive(tmp_path, more):
+    """torch.load takes such files."""
+    path = tmp_path / "model.pth"
+    torch.save({"a": torch.arange(300.0)}, path)
+    with path.open("ab") as file:
+        file.write(more)
+    assert torch.equal(torch.load(path)["a"], torch.arange(300.0))
+    assert check(path) == "torch_zip"
+    assert torch.equal(rankload.load(path)["a"], torch.arange(300.0))
+    with rankload.open_checkpoint(path) as checkpoint:
+        assert torch.equal(checkpoint["a"], torch.arange(300.0))
+
+
+def test_more_bytes_behind_an_archive_than_torch_skips(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"a": torch.arange(300.0)}, path)
+    with path.open("ab") as file:
+        file.write(bytes(70_000))
+    assert refusal(path) == "truncated zip archive, or one with something behind its end (no directory there)"
 
 
 def test_a_hole_over_a_header_is_found(tmp_path):
