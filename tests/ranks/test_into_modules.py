@@ -337,13 +337,11 @@ def _load_into_fsdp1(rank: int, path: Path, use_orig_params: bool) -> str:
     dist.init_process_group("gloo")
     module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     wrapped = FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
-    try:
+    with pytest.raises(ArgumentError) as caught:
         dist_load_into(nn.Sequential(wrapped), path)
-    except ArgumentError as error:
-        return str(error)
-    finally:
-        dist.destroy_process_group()
-    return ""
+    dist.barrier()  # rank 0 would leave before rank 1 has come
+    dist.destroy_process_group()
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
