@@ -73,7 +73,8 @@ def why_refused(url: str) -> str | None:
     if "\\" in url:
         return "it has a backslash (write %5C)"
     if not _AUTHORITY.fullmatch(_authority_of(url)):
-        return "its host is missing or malformed"
+        slip = " (a Path drops one of two slashes: pass a string)" if re.match("https?:/[^/]", url) else ""
+        return f"its host is missing or malformed{slip}"
     return None
 
 
@@ -171,6 +172,16 @@ def local_path_of(url: str) -> Path | None:
             raise ArgumentError(f"{redact(url)}: a file URL cannot name another host; write file:///path")
         return expanded(unquote(parts.path), is_url=True)
     return expanded(url).absolute() if scheme is None else None
+
+
+def hint_on_scheme(location: str) -> str:
+    """Return what to do about a missing file that looks like a URL without a scheme, to be appended to a message."""
+    host = _HOST_AND_FOLDER.match(location)
+    return f"; if a URL is meant, write https://{host[0]}…" if host else ""
+
+
+#: ``example.com/``, or ``localhost:8000/``
+_HOST_AND_FOLDER = re.compile(r"(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}(?::[0-9]+)?/|[A-Za-z0-9.-]+:[0-9]+/")
 
 
 def expanded(path: str | os.PathLike[str], *, is_url: bool = False) -> Path:

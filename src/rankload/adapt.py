@@ -35,11 +35,20 @@ _MOST_SHOWN = 20
 
 
 def compose(*adapters: Adapter) -> Adapter:
-    """Apply several, the first one first."""
+    """Apply several, the first one first.
+
+    Raises (the function):
+        ArgumentError: one of them returns None.
+    """
 
     def composed(checkpoint: Any) -> Any:
         for adapter in adapters:
             checkpoint = adapter(checkpoint)
+            if checkpoint is None:
+                name = getattr(adapter, "__qualname__", type(adapter).__name__)
+                raise ArgumentError(
+                    f"adapt={name}: it has returned None: return the state dict, changed in place or not"
+                )
         return checkpoint
 
     return _lazy(composed) if all(map(is_lazy, adapters)) else composed

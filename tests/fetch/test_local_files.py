@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,72 @@ def test_missing(tmp_path, cache):
 def test_directory(tmp_path, cache):
     with pytest.raises(rankload.CacheError, match="no regular file"):
         rankload.dist_fetch(tmp_path, cache)
+
+
+def test_directories_have_hints(tmp_path, cache):
+    (tmp_path / "sharded").mkdir()
+    (tmp_path / "sharded/model.safetensors.index.json").write_text("{}")
+    (tmp_path / "distributed").mkdir()
+    (tmp_path / "distributed/.metadata").write_bytes(b"")
+    for call in (lambda path: rankload.dist_fetch(path, cache), rankload.load):
+        with pytest.raises(rankload.CacheError, match=r"name the file in it, such as model\.safetensors\.index\.json"):
+            call(tmp_path / "sharded")
+        with pytest.raises(rankload.CacheError, match=r"load it with torch\.distributed\.checkpoint"):
+            call(tmp_path / "distributed")
+
+
+@pytest.mark.parametrize("location", ["example.invalid/models/model.pth", "localhost:8000/model.pth"])
+def test_url_without_a_scheme(cache, location):
+    with pytest.raises(rankload.MissingFileError, match="if a URL is meant, write https://"):
+        rankload.dist_fetch(location, cache)
+    with pytest.raises(rankload.MissingFileError) as caught:
+        rankload.dist_fetch(f"/nowhere/{location}", cache)
+    assert "URL" not in str(caught.value)
+
+
+def test_path_of_a_url(cache):
+    with pytest.raises(rankload.ArgumentError, match="pass a string"):
+        rankload.dist_fetch(Path("https://example.invalid/model.pth"), cache)
+
+
+def test_names_that_are_not_utf_8(origin, tmp_path, checkpoint):
+    content, cache = checkpoint.path.read_bytes(), tmp_path / os.fsdecode(b"\xfe")
+    path = tmp_path / os.fsdecode(b"mod\xe8le.pth")
+    path.write_bytes(content)
+    assert rankload.dist_fetch(path, cache) == path
+    assert digest_of(rankload.load(path)) == digest_of(checkpoint.content)
+    assert digest_of(rankload.dist_load_state_dict_from_url(path)) == digest_of(checkpoint.content)
+    url, name = origin.add("model.pth", checkpoint.path), os.fsdecode(b"\xff.pth")
+    for _ in range(2):
+        assert rankload.dist_fetch(url, cache, file_name=name).read_bytes() == content
+    assert origin.bytes_sent() == len(content)
+    results = run_ranks(load, 2, args=(url, cache), kwargs={"file_name": name})
+    assert {result.value for result in results} == {digest_of(checkpoint.content)}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes a user that nobody knows")
+def test_without_a_home_directory(origin, checkpoint):
+    """As in a container: a local file needs no cache, and a URL wants to be told where."""
+    code = """
+import os, sys, torch, rankload, rankload._api, rankload._deliver.read, rankload._deliver.node_copy
+os.setgroups([]); os.setgid(54321); os.setuid(54321)
+assert len(rankload.dist_load_state_dict_from_url(sys.argv[1]))
+try:
+    rankload.dist_fetch(sys.argv[2])
+except rankload.CacheError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "TORCH_HOME")}
+    environment["XDG_CACHE_HOME"] = "~/cache"
+    url = origin.add("model.pth", checkpoint.path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(shutil.copy(checkpoint.path, folder))
+        path.parent.chmod(0o755)
+        command = [sys.executable, "-c", code, str(path), url]
+        ran = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert "no home directory" in ran.stdout and "pass model_dir=, or set TORCH_HOME" in ran.stdout
+    assert origin.request_count() == 0
 
 
 def test_pipe_is_refused_instead_of_waited_for(tmp_path, cache):

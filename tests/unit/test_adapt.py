@@ -202,3 +202,11 @@ def test_adapter_without_parentheses(name):
         adapt.as_adapter(getattr(adapt, name))
     with pytest.raises(rankload.ArgumentError, match="has to be called"):
         adapt.as_adapter([adapt.unwrap(), getattr(adapt, name)])
+
+
+def test_an_adapter_that_returns_nothing():
+    def in_place(state_dict):
+        state_dict.pop("a")
+
+    with pytest.raises(rankload.ArgumentError, match=r"in_place: it has returned None"):
+        adapt.compose(adapt.drop("b"), in_place)({"a": 1, "b": 2})

@@ -19,7 +19,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from rankload._errors import ArgumentError
+from rankload._errors import ArgumentError, CacheError
 from rankload._urls import OWN_DIRECTORY, is_own_name, url_key
 
 #: torch.hub's pattern for the hash prefix in a file name: torch/hub.py HASH_REGEX, first match. It also matches
@@ -82,11 +82,20 @@ def checkpoints_directory(hub_dir: str | os.PathLike[str] | None = None) -> Path
     """Return torch.hub's directory for checkpoints: ``$TORCH_HOME/hub/checkpoints``.
 
     ``hub_dir`` is what torch.hub.set_dir() was given, if it was. ``~`` is expanded.
+
+    Raises:
+        CacheError: this user has no home directory (a container with an unknown user id).
     """
     if hub_dir is None:
         cache_home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
         hub_dir = Path(os.environ.get("TORCH_HOME", os.path.join(cache_home, "torch")), "hub")  # noqa: PTH118 - as torch
-    return Path(hub_dir).expanduser().absolute() / "checkpoints"
+    try:
+        return Path(hub_dir).expanduser().absolute() / "checkpoints"
+    except RuntimeError:
+        raise CacheError(
+            f"{hub_dir}: this user has no home directory (HOME is not set, and user {os.geteuid()} is unknown): pass "
+            "model_dir=, or set TORCH_HOME"
+        ) from None
 
 
 def checked_file_name(name: str) -> str:
@@ -109,7 +118,7 @@ def hash_prefix_of(file_name: str) -> str | None:
 
 def fitting(name: str, most_bytes: int) -> str:
     """Return a name, or its beginning and a digest: a file name has at most 255 bytes, and more is to be added."""
-    raw = name.encode()
+    raw = os.fsencode(name)
     # what is cut has this length, or less by a part of a character: no name that is kept can be the same
     if len(raw) < most_bytes - 3:
         return name

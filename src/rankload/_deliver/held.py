@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rankload._cache.access import is_private_group, is_trusted, others_may_replace
 from rankload._cache.failures import reading, reopening
+from rankload._checkpoint.hints import hint_on_directory
 from rankload._checkpoint.sharded import has_weight_map, part_names
 from rankload._checkpoint.source import LocalSource
 from rankload._deliver.failures import translated
@@ -72,7 +73,7 @@ def _open(path: Path, closing: ExitStack) -> int:
         descriptor = reopening(lambda: os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         closing.callback(os.close, descriptor)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+            raise OSError(errno.EINVAL, f"it is no regular file{hint_on_directory(path)}", str(path))
     return descriptor
 
 

@@ -27,6 +27,7 @@ def describe_mismatch(
         _listed("missing in the checkpoint", missing),
         _listed("not in the module", unexpected),
         _advice(missing, unexpected, content),
+        _advice_on_shapes(unfit),
     ]
     return "\n".join(line for line in lines if line)
 
@@ -60,6 +61,12 @@ def _advice(missing: Sequence[str], unexpected: Sequence[str], content: Mapping[
     if prefix := _common_prefix(unexpected, missing):
         return f"  Did you mean adapt=adapt.add_prefix({prefix!r})?"
     return ""
+
+
+def _advice_on_shapes(unfit: Sequence[str]) -> str:
+    if not any(sentence.startswith("size mismatch for ") for sentence in unfit):  # torch's own words
+        return ""
+    return "  To leave out what has another shape: adapt=adapt.match_shapes(module), strict=False"
 
 
 def _common_prefix(short: Sequence[str], long: Sequence[str]) -> str:

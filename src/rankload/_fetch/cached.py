@@ -15,8 +15,9 @@ from rankload._cache.layout import Entry
 from rankload._cache.linux import birth_ns
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, write_record
+from rankload._checkpoint.hints import hint_on_directory
 from rankload._checkpoint.open import check_structure
-from rankload._errors import CacheError, DigestMismatchError, RankloadError, VerificationError
+from rankload._errors import CacheError, DigestMismatchError, MissingFileError, RankloadError, VerificationError
 from rankload._fetch.digest import sha256_of_file
 from rankload._fetch.inspection import believed_digest, inspect, is_published
 from rankload._fetch.origins.origin import Claim
@@ -24,7 +25,7 @@ from rankload._fetch.parts import check_index
 from rankload._fetch.plan import Action, Cached, Plan, after_check, decide, known_digest, may_publish
 from rankload._fetch.verify import check_digest, claims_of
 from rankload._types import FetchedFile, FetchRequest, Progress, Report, Source
-from rankload._urls import redact, url_key
+from rankload._urls import hint_on_scheme, redact, url_key
 
 _logger = logging.getLogger("rankload")
 
@@ -142,8 +143,13 @@ def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFi
         VerificationError: it is not what it should be.
         CacheError: it cannot be read.
     """
-    with reading(path):
-        return reopening(lambda: _in_place(path, request, report))
+    try:
+        with reading(path):
+            return reopening(lambda: _in_place(path, request, report))
+    except MissingFileError as error:
+        if (hint := hint_on_scheme(request.urls[0])) and not path.parent.exists():
+            raise MissingFileError(f"{error.message}{hint}", **error.fields) from error
+        raise
 
 
 def file_version(entry: Entry) -> FileVersion | None:
@@ -191,7 +197,7 @@ def make_directories(entry: Entry) -> None:
 def _in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFile:
     status = path.stat()
     if not S_ISREG(status.st_mode):  # opening a pipe would wait for its writer, for ever
-        raise CacheError(f"cannot read {path}: it is no regular file", path=str(path))
+        raise CacheError(f"cannot read {path}: it is no regular file{hint_on_directory(path)}", path=str(path))
     check_structure(path, must_be_checkpoint=request.must_be_checkpoint, origin=str(path))
     sha256, claims = None, claims_of(request)
     if claims:

@@ -54,7 +54,10 @@ def make_request(
     local_path = local_path_of(urls[0])
     name = checked_file_name(file_name) if file_name else local_path.name if local_path else file_name_of(urls[0])
     is_index = local_path is None and (is_index_name(PurePosixPath(name).name) or _names_index(urls[0]))
-    directory = expanded(model_dir).absolute() if model_dir is not None else default_directory()
+    if model_dir is not None:
+        directory = expanded(model_dir).absolute()
+    else:  # a local file needs no cache
+        directory = local_path.parent if local_path is not None else default_directory()
     is_offline = (settings.offline if offline is None else offline) or is_switched_off(urls[0])
     if refresh and is_offline:
         raise ArgumentError("refresh=True asks the origin, and offline mode forbids that: pass one of them")

@@ -500,6 +500,7 @@ def test_wrong_shapes_are_listed_before_anything_is_written(tmp_path: Path) -> N
     content["head.weight"] = torch.zeros(6, 8)
     text = refused(Net(), saved(tmp_path, content), strict=False)
     assert "head.weight" in text and "[6, 8]" in text and "[5, 8]" in text and "1 do not fit" in text
+    assert "adapt=adapt.match_shapes(module), strict=False" in text
 
 
 def test_dtypes_that_would_lose_their_meaning(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import closing
 from pathlib import Path
@@ -50,7 +51,7 @@ def read_sidecar(path: Path) -> Claim:
 def _parsed(content: bytes, file_name: str, shown: str) -> Claim:
     """Find the file's digest: the line that names it, or the only one."""
     lines = [line for line in content[:_MAX_BYTES].splitlines() if _DIGEST.search(line)]
-    named = [line for line in lines if line.split()[-1].lstrip(b"*").rpartition(b"/")[2] == file_name.encode()]
+    named = [line for line in lines if line.split()[-1].lstrip(b"*").rpartition(b"/")[2] == os.fsencode(file_name)]
     digests = {match[0].decode().lower() for line in named or lines if (match := _DIGEST.search(line))}
     if len(digests) != 1:
         what = "holds no SHA-256" if not digests else f"holds several digests, and none for {file_name}"
