@@ -14,10 +14,10 @@ run() {
 }
 
 # slurm*, munge, tini and iproute2 make the cluster of tests/cluster; nginx and squid are the servers
-# of tests/harness, nftables and iproute2 its networks, e2fsprogs and btrfs-progs its small disks; curl and
+# of tests/harness, openssl names their certificates, nftables and iproute2 make its networks, e2fsprogs and btrfs-progs its small disks; curl and
 # aria2 are what tests and benchmarks compare with.
 packages=(
-  slurmd slurmctld slurm-client munge tini iproute2 nftables nginx-light squid curl aria2 e2fsprogs btrfs-progs
+  slurmd slurmctld slurm-client munge tini iproute2 nftables nginx-light squid openssl curl aria2 e2fsprogs btrfs-progs
   shellcheck
 )
 
@@ -33,6 +33,7 @@ install_packages() {
     printf 'tests/run.sh: not root, so these packages stay missing: %s\n' "${missing[*]}" >&2
     return 0
   fi
+  printf 'tests/run.sh: installing these Debian packages, which the tests need: %s\n' "${missing[*]}"
   export DEBIAN_FRONTEND=noninteractive
   run apt-get update -qq
   run apt-get install -y -qq --no-install-recommends "${missing[@]}"
@@ -42,6 +43,11 @@ shell_scripts() {
   find .ci/run benchmarks launch slurm tests -name .venv -prune -o \
     -type f \( -name '*.sh' -o -name '*.sbatch' -o -path .ci/run \) -print0
 }
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' tests/run.sh
+  exit
+fi
 
 install_packages
 run launch/venv.sh test
