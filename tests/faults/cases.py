@@ -599,6 +599,23 @@ ALL_CASES = (
         "As in torch.hub, a cached name is used forever, unless you ask: `refresh=True` is one conditional request by "
         "one rank. Without a change no body is sent; a new file is verified and takes the old one's place by rename.",
     ),
+    Case(
+        75,
+        "ranges-refused",
+        ORIGIN,
+        "A firewall or a gateway answers requests for a range with an error (403, 405, 503, …), and others with the "
+        "file.",
+        "Before the first byte has come, the whole file is asked for, once. `open_checkpoint`, which needs ranges, "
+        "says that there are none.",
+    ),
+    Case(
+        76,
+        "few-connections",
+        ORIGIN,
+        "An origin serves one connection, or a few, and lets the others wait, even behind an idle one.",
+        "Idle connections are closed when nothing comes for a stall time; fewer streams are used then, also for the "
+        "next file of that host.",
+    ),
 )
 
 CASES: dict[int, Case] = {case.number: case for case in sorted(ALL_CASES, key=lambda case: case.number)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 import pytest
 
@@ -179,17 +180,39 @@ def test_certificate_of_an_authority_in_the_environment(root, cache, authority, 
         expect_fetched(results, cache, big_content)
 
 
-@pytest.mark.parametrize("name", [None, "moved.pem"])
 @pytest.mark.usefixtures("no_certificates")
-def test_certificates_that_are_not_there_are_none(root, cache, authority, monkeypatch, tmp_path, name):
-    """As for Python's ssl module; environments that somebody has moved set such variables."""
-    if name is not None:
-        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / name))
-    with (
-        nginx(root, tls=authority.certificate("127.0.0.1")) as server,
-        pytest.raises(rankload.NetworkError, match="certificate verify failed"),
-    ):
-        rankload.dist_fetch(server.url("file.bin"), cache)
+def test_certificate_of_an_unknown_authority(root, cache, authority):
+    with nginx(root, tls=authority.certificate("127.0.0.1")) as server:
+        errors = errors_of(fetch, server.url("file.bin"), cache)
+        expect(errors, rankload.NetworkError, "certificate verify failed", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+
+
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"])
+@pytest.mark.usefixtures("no_certificates")
+def test_certificates_that_are_not_there(root, cache, authority, monkeypatch, tmp_path, variable):
+    """Environments that somebody has moved set such variables."""
+    monkeypatch.setenv(variable, str(tmp_path / "moved.pem"))
+    with nginx(root, tls=authority.certificate("127.0.0.1")) as server:
+        expect(errors_of(fetch, server.url("file.bin"), cache), rankload.FetchError, f"{variable}={tmp_path}")
+        assert server.accesses() == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("SSL_CERT_DIR", "{folder}"), ("SSL_CERT_DIR", "{folder}-not:{folder}"), ("REQUESTS_CA_BUNDLE", "{folder}")],
+)
+@pytest.mark.usefixtures("no_certificates")
+def test_a_folder_of_certificates(root, cache, authority, big_content, monkeypatch, tmp_path, variable, value):
+    """Of a list, the second folder counts only by OpenSSL's own reading, as the system's certificates do."""
+    (tmp_path / "certificates-not").mkdir()
+    folder = tmp_path / "certificates"
+    folder.mkdir()
+    command = ["openssl", "x509", "-hash", "-noout", "-in", str(authority.path)]
+    name = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    (folder / f"{name}.0").write_bytes(authority.path.read_bytes())
+    monkeypatch.setenv(variable, value.format(folder=folder))
+    with nginx(root, tls=authority.certificate("127.0.0.1")) as server:
+        expect_fetched(run_ranks(fetch, 2, args=(server.url("file.bin"), cache)), cache, big_content)
 
 
 @pytest.mark.parametrize("kind", ["wrong name", "expired", "unknown authority"])

@@ -155,6 +155,9 @@ def _choose_body(
     if any(request.headers.get(name.lower()) != value for name, value in reply.required_headers.items()):
         headers["WWW-Authenticate"] = "Bearer"
         return 401, _error_text(401)
+    if reply.range_status is not None and "range" in request.headers:
+        headers["Content-Type"] = "text/plain"
+        return reply.range_status, _error_text(reply.range_status)
     if reply.redirect_to is not None:
         headers["Location"] = reply.redirect_to
         return (302 if reply.status == 200 else reply.status), memoryview(b"")

@@ -45,6 +45,7 @@ class Reply:
         required_headers: Without these the answer is 401.
         content_length: ``False`` leaves it out (the end of the connection ends the body), a number lies.
         is_chunked: Transfer-Encoding: chunked.
+        range_status: Requests for a range get this error, others the content.
         is_gzipped: Content-Encoding: gzip, whatever the client accepts.
         flip_byte_at: The byte at this offset of the content is not what it should be.
         truncate_at: The connection closes after so many body bytes.
@@ -70,6 +71,7 @@ class Reply:
     is_chunked: bool = False
     is_gzipped: bool = False
     ranges: Ranges = "honest"
+    range_status: int | None = None
     flip_byte_at: int | None = None
     truncate_at: int | None = None
     reset_at: int | None = None

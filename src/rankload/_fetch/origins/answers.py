@@ -16,6 +16,9 @@ from rankload._fetch.origins.origin import Claim, Version
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE | re.ASCII)
 _LENGTH = re.compile(r"\d{1,18}", re.ASCII)
 
+#: RFC 9110, 8.4.1, and IANA's registry of content codings, as far as servers use it.
+_CODINGS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd", "dcb", "dcz"})
+
 _ASCII = "".join(map(chr, range(128)))
 
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -54,6 +57,15 @@ def content_length_of(headers: Mapping[str, str]) -> int | None:
     """Return Content-Length, None where it is missing or no number."""
     text = headers.get("Content-Length", "")
     return int(text) if _LENGTH.fullmatch(text) else None
+
+
+def coding_of(headers: Mapping[str, str]) -> str | None:
+    """Return the content coding that the body is in, in lower case; None if the bytes are the file's.
+
+    Object stores give back whatever the uploader wrote there (``aws-chunked``, ``utf-8``): other words are no codings.
+    """
+    words = (word.strip().lower() for word in headers.get("Content-Encoding", "").split(","))
+    return next((word for word in words if word in _CODINGS), None)
 
 
 def location_of(headers: Mapping[str, str]) -> str | None:

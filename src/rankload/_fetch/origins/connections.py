@@ -16,11 +16,11 @@ import urllib3
 from requests.adapters import HTTPAdapter
 from requests.cookies import RequestsCookieJar
 
+from rankload._fetch.origins.trust import Trust
 from rankload._urls import server_of
 
 #: What is read of a redirect's body, so that its connection can be used again.
 _MOST_OF_A_REDIRECT_BYTES = 64 << 10
-
 
 #: Of all cookies of a session. Servers take no request with half as many; an origin that sets more and more of them
 #: would fill the memory.
@@ -32,12 +32,16 @@ class BreakableSession(requests.Session):
 
     Cookies know hosts but not ports (RFC 6265, 8.5): what a server has set after a login would go to whoever listens on
     another port of its host. Here they go to the scheme and port that they came from alone; which hosts, they say.
+
+    Args:
+        trust: whose certificates are believed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trust: Trust) -> None:
         super().__init__()
+        self.verify = trust.path or True
         self._cookies: dict[tuple[str, int] | None, RequestsCookieJar] = defaultdict(RequestsCookieJar)
-        adapter = _BreakableAdapter()
+        adapter = _BreakableAdapter(trust)
         self.mount("https://", adapter)
         self.mount("http://", adapter)
 
@@ -92,9 +96,17 @@ class _Connections:
 
 
 class _BreakableAdapter(HTTPAdapter):
-    def __init__(self) -> None:
+    def __init__(self, trust: Trust) -> None:
         self.connections = _Connections()
+        self._trust = trust
         super().__init__()
+
+    def build_connection_pool_key_attributes(self, request: Any, verify: Any, cert: Any = None) -> Any:
+        """Return what makes a pool for a request, with the certificates to believe."""
+        host, options = super().build_connection_pool_key_attributes(request, verify, cert)
+        if host["scheme"] == "https":
+            options["ssl_context"] = self._trust.context
+        return host, options
 
     def get_connection_with_tls_context(self, *arguments: Any, **keywords: Any) -> Any:
         """Return the pool for a request, with connections that can be broken off."""

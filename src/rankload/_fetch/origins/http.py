@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urljoin
@@ -13,9 +12,10 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import parse_url
 
-from rankload._errors import ContentChangedError, FetchError, HTTPStatusError, printable
+from rankload._errors import ContentChangedError, FetchError, FetchTimeoutError, HTTPStatusError, printable
 from rankload._fetch.origins.answers import (
     claim_of,
+    coding_of,
     content_length_of,
     content_range_of,
     location_of,
@@ -28,6 +28,7 @@ from rankload._fetch.origins.http_body import HttpBody, plain_socket
 from rankload._fetch.origins.logs import without_queries
 from rankload._fetch.origins.origin import Claim, NotModified, UnusableRange, Version
 from rankload._fetch.origins.translation import translating
+from rankload._fetch.origins.trust import Trust
 from rankload._settings import Settings
 from rankload._urls import (
     Server,
@@ -51,6 +52,9 @@ _SUCCESSES = frozenset({200, 203, 206})
 #: Google Cloud Storage's: ExpiredToken.
 _EXPIRED = frozenset({400, 401, 403, 404, 410})
 
+#: Errors that say nothing of ranges: of credentials, of too many requests, of files that are gone. 416 has other uses.
+_NOT_ABOUT_RANGES = frozenset({401, 407, 408, 410, 416, 425, 429})
+
 
 @dataclass(frozen=True)
 class _Target:
@@ -70,7 +74,7 @@ class HttpOrigin:
 
     Connections are kept alive for the next request, whoever makes it: threads come and go as the pace changes.
 
-    Proxies, CA bundles and netrc are taken from the environment, as requests does. Bodies come as stored
+    Proxies, certificates (`Trust`) and netrc are taken from the environment. Bodies come as stored
     (``Accept-Encoding: identity``): digests are of the file's bytes.
 
     Args:
@@ -87,6 +91,8 @@ class HttpOrigin:
         self._target = _Target(self._first_url)
         self._credentials = Credentials(url, headers, server=_server_as_asked(self._first_url))
         self._settings = settings
+        self._refused_ranges = 0
+        self._trust = Trust.from_environment()
 
     def close(self) -> None:
         """Close all connections, and end the requests that are still under way in threads left behind."""
@@ -103,6 +109,8 @@ class HttpOrigin:
         with self._session() as session, contextlib.ExitStack() as stack:
             headers = {**_range_headers(begin, end, version), **_conditions(unless)}
             response = self._ask(stack, session, headers)
+            if end is not None and version is None and self._may_be_about_ranges(response.status_code):
+                response = self._ask(stack, session, _conditions(unless))
             if response.status_code == 304 and unless is not None:
                 raise NotModified(self.shown)
             if response.status_code == 416 and end is not None:
@@ -112,6 +120,17 @@ class HttpOrigin:
             if response.status_code not in _SUCCESSES:
                 raise self._status_error(response)
             yield self._body_of(response, begin, end, version)
+
+    def _may_be_about_ranges(self, code: int) -> bool:
+        """Return whether to ask for the whole file because a range was refused; True once at the most.
+
+        Some firewalls and gateways answer any range with an error, and would give the file. What may be a passing
+        trouble of the origin's has to come twice: a file that comes whole comes over one connection.
+        """
+        if code < 400 or code in _NOT_ABOUT_RANGES:
+            return False
+        self._refused_ranges += 1
+        return self._refused_ranges == (2 if code >= 500 and code not in (501, 505) else 1)
 
     def _ask(
         self, stack: contextlib.ExitStack, session: requests.Session, range_headers: dict[str, str]
@@ -204,22 +223,27 @@ class HttpOrigin:
         try:
             session = self._idle_sessions.pop()
         except IndexError:
-            session = BreakableSession()
-            # Python's own variable, which urllib and torch.hub go by; requests' REQUESTS_CA_BUNDLE wins
-            bundle = os.environ.get("SSL_CERT_FILE", "")
-            session.verify = bundle if os.path.isfile(bundle) else True  # noqa: PTH113 - no file is no error in Python
+            session = BreakableSession(self._trust)
             self._sessions.append(session)
         try:
             yield session
+        except FetchTimeoutError:
+            self._close_idle_connections()
+            raise
         finally:
             self._idle_sessions.append(session)
 
+    def _close_idle_connections(self) -> None:
+        """Make way for requests that are waiting: some servers serve one connection at a time, idle or not."""
+        with contextlib.suppress(IndexError):  # none is left; other threads take them, too
+            while True:
+                _close_connections(self._idle_sessions.pop())
+
     def _body_of(self, response: requests.Response, begin: int, end: int | None, version: Version | None) -> HttpBody:
-        encoding = response.headers.get("Content-Encoding", "identity")
-        if encoding not in ("identity", ""):
+        if coding := coding_of(response.headers):
             raise FetchError(
-                f"{self.shown}: sent with Content-Encoding {printable(encoding[:80])} although identity was asked for: "
-                "the bytes are not the file's, so they cannot be verified",
+                f"{self.shown}: sent with Content-Encoding {coding} although identity was asked for: the bytes are not "
+                "the file's, so they cannot be verified",
                 url=self.shown,
             )
         is_whole = response.status_code != 206

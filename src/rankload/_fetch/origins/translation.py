@@ -11,6 +11,7 @@ import requests
 import urllib3
 
 from rankload._errors import FetchError, FetchTimeoutError, NetworkError, TruncatedError
+from rankload._fetch.origins.trust import CERTIFICATE_VARIABLES
 from rankload._urls import redact_text
 
 _PROXY = "the proxy that the environment names"
@@ -82,6 +83,9 @@ def _words(cause: BaseException) -> str:
         return "connection refused"
     if isinstance(cause, ConnectionResetError):
         return "connection reset by the origin"
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        advice = f"if the site has certificates of its own, name them in one of {', '.join(CERTIFICATE_VARIABLES)}"
+        return f"{type(cause).__name__}: {redact_text(str(cause))}; {advice}"
     return f"{type(cause).__name__}: {redact_text(str(cause))}"
 
 

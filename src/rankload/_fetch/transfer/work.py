@@ -6,8 +6,9 @@ import threading
 import time
 from dataclasses import dataclass, replace
 
-from rankload._errors import ContentChangedError, FetchError
+from rankload._errors import ContentChangedError, FetchError, FetchTimeoutError
 from rankload._fetch.origins.origin import Body, Origin, UnusableRange, Version
+from rankload._fetch.transfer import few_streams
 from rankload._fetch.transfer.front import Front
 from rankload._fetch.transfer.retry import Retries
 from rankload._fetch.transfer.size_limit import SizeLimit
@@ -224,6 +225,8 @@ class Work:
             if not has_moved and len(self._active) > 1:  # too many for the origin, perhaps
                 self.refusals += 1
                 self._active.discard(stream)
+                if isinstance(error, FetchTimeoutError):  # they were served, and it was kept waiting
+                    few_streams.remember(self.origin.url, len(self._active))
                 return None
             is_new = asked_at >= self._failed_at
             if is_new:

@@ -1,0 +1,77 @@
+"""Origins that serve one kept-alive connection at a time, and let all others wait."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import re
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import rankload
+from harness.fetch_calls import whole_log
+
+_CONTENT = bytes(range(256)) * 4096
+_CHUNK_BYTES = 64 << 10
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        server: _OneConnectionServer = self.server  # type: ignore[assignment]
+        match = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        begin, end = (int(match[1]), min(int(match[2]) + 1, len(_CONTENT))) if match else (0, len(_CONTENT))
+        server.clients.append((self.path, self.client_address[1]))
+        self.send_response(206 if match else 200)
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", str(end - begin))
+        if match:
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(_CONTENT)}")
+        self.end_headers()
+        for at in range(begin, end, 16 << 10):
+            self.wfile.write(_CONTENT[at : min(at + (16 << 10), end)])
+            time.sleep(0.005)  # so slow that more streams are tried
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class _OneConnectionServer(http.server.HTTPServer):
+    """Attributes: clients, the path and the client's port of each request that was answered."""
+
+    request_queue_size = 32
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.clients: list[tuple[str, int]] = []
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """The client has gone."""
+
+
+@pytest.fixture
+def server() -> Iterator[_OneConnectionServer]:
+    with _OneConnectionServer() as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        with contextlib.suppress(OSError):
+            server.shutdown()
+
+
+@pytest.mark.fault(76)
+def test_one_connection_at_a_time(server, cache, monkeypatch, caplog):
+    monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(_CHUNK_BYTES))
+    monkeypatch.setenv("RANKLOAD_STALL_SECONDS", "1")
+    monkeypatch.setenv("RANKLOAD_BACKOFF_SECONDS", "0.01")
+    url = f"http://127.0.0.1:{server.server_port}"
+    with whole_log(caplog):
+        assert rankload.dist_fetch(f"{url}/a.bin", cache).read_bytes() == _CONTENT
+        failures = caplog.text.count("trying again")
+        assert rankload.dist_fetch(f"{url}/b.bin", cache).read_bytes() == _CONTENT
+    assert failures <= 1 and caplog.text.count("trying again") == failures
+    assert len({port for path, port in server.clients if path == "/b.bin"}) == 1  # remembered
