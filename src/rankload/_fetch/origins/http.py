@@ -122,15 +122,15 @@ class HttpOrigin:
             yield self._body_of(response, begin, end, version)
 
     def _may_be_about_ranges(self, code: int) -> bool:
-        """Return whether to ask for the whole file because a range was refused; True once at the most.
+        """Return whether to ask for the whole file because a range was refused.
 
-        Some firewalls and gateways answer any range with an error, and would give the file. What may be a passing
-        trouble of the origin's has to come twice: a file that comes whole comes over one connection.
+        Some firewalls and gateways answer any range with an error, and would give the file. What is usually a passing
+        trouble of the origin's has to come three times: a file that comes whole comes over one connection.
         """
         if code < 400 or code in _NOT_ABOUT_RANGES:
             return False
         self._refused_ranges += 1
-        return self._refused_ranges == (2 if code >= 500 and code not in (501, 505) else 1)
+        return self._refused_ranges == (3 if code >= 500 and code not in (501, 505) else 1)
 
     def _ask(
         self, stack: contextlib.ExitStack, session: requests.Session, range_headers: dict[str, str]
