@@ -99,6 +99,8 @@ def test_directories_have_hints(tmp_path, cache):
 def test_url_without_a_scheme(cache, location):
     with pytest.raises(rankload.MissingFileError, match="if a URL is meant, write https://"):
         rankload.dist_fetch(location, cache)
+    error = errors_of(fetch, f"{location}?sig=SECRET", cache)[0]
+    assert "SECRET" not in f"{error} {error.fields} {error.__cause__!r} {error.__context__!r}"
     with pytest.raises(rankload.MissingFileError) as caught:
         rankload.dist_fetch(f"/nowhere/{location}", cache)
     assert "URL" not in str(caught.value)

@@ -49,7 +49,7 @@ def is_private_group(gid: int) -> bool:
 
 
 def others_may_replace(path: Path) -> bool:
-    """Return whether another user could put another file in the place of one of this user's, or of root's.
+    """Return whether another user could replace a file of this user's, or of root's.
 
     That is who may write to a directory on the way to it, unless its sticky bit forbids it (unlink(2)).
     """

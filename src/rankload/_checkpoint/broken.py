@@ -8,8 +8,7 @@ from rankload._errors import cut, printable
 class BrokenFileError(ValueError):
     """The file contradicts its own format; the text says how. Never reaches a user: others make it theirs.
 
-    The text may hold names from the file: what is not printable in it is escaped, line breaks
-    included, and it is cut.
+    The text may hold names from the file. Unprintable characters and line breaks are escaped, and long texts are cut.
     """
 
     def __init__(self, text: str) -> None:

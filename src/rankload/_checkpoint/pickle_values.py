@@ -26,7 +26,7 @@ _SCALARS = (str, bytes, int, float, bool, type(None))
 class NotUnderstoodError(ValueError):
     """The pickle is malformed, too long, or uses what this machine does not know. Not a verdict on the file.
 
-    Its text is logged and shown, and may hold names from the file: what is not printable in it is escaped.
+    Its text is logged and shown, and may hold names from the file: unprintable characters are escaped.
     """
 
     def __init__(self, text: str) -> None:

@@ -35,9 +35,8 @@ def describe_mismatch(
 def _listed(what: str, items: Sequence[str]) -> str:
     if not items:
         return ""
-    shown = [
-        f"    {printable(cut(item, 2 * LONGEST_SHOWN_NAME))}" for item in items[:_MOST_SHOWN]
-    ]  # a name with a line break forges no line
+    # escaped: a name with a line break in it must not look like two
+    shown = [f"    {printable(cut(item, 2 * LONGEST_SHOWN_NAME))}" for item in items[:_MOST_SHOWN]]
     if len(items) > _MOST_SHOWN:
         shown.append(f"    and {len(items) - _MOST_SHOWN} more")
     return "\n".join([f"  {len(items)} {what}:", *shown])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from contextlib import suppress
@@ -146,10 +147,11 @@ def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFi
     try:
         with reading(path):
             return reopening(lambda: _in_place(path, request, report))
-    except MissingFileError as error:
-        if (hint := hint_on_scheme(request.urls[0])) and not path.parent.exists():
-            raise MissingFileError(f"{error.message}{hint}", **error.fields) from error
-        raise
+    except MissingFileError:
+        if not (hint := hint_on_scheme(request.urls[0])) or path.parent.exists():
+            raise
+    shown = redact(f"https://{request.urls[0]}").partition("://")[2]  # it may be a signed URL
+    raise MissingFileError(f"cannot read {shown}: No such file or directory{hint}", path=shown, errno=errno.ENOENT)
 
 
 def file_version(entry: Entry) -> FileVersion | None:

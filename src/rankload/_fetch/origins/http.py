@@ -196,7 +196,10 @@ class HttpOrigin:
         deadlines = (self._settings.connect_seconds, stall_seconds)
         with translating(self.shown), without_queries():
             request = session.prepare_request(requests.Request("GET", url, headers=own, auth=_as_given))
-            request.headers.update(self._credentials.headers_for(self._server_that_is_asked(request)))
+            server = self._server_that_is_asked(request)
+            if server.scheme == "https":
+                self._trust.check(self.shown)
+            request.headers.update(self._credentials.headers_for(server))
             environment = session.merge_environment_settings(request.url, {}, True, None, None)
             response = session.send(request, timeout=deadlines, allow_redirects=False, **environment)
         return stack.enter_context(response)

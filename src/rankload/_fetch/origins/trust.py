@@ -46,18 +46,25 @@ class Trust:
                 return cls(path, name, is_alone=name in _OF_REQUESTS)
         return cls(None)
 
-    @functools.cached_property
-    def context(self) -> ssl.SSLContext:
-        """What TLS connections begin with; the HTTP library adds what is at ``path``, or certifi's.
+    def check(self, shown: str) -> None:
+        """Check that what the environment names is there.
+
+        Args:
+            shown: the URL that is to be asked, for the message.
 
         Raises:
-            FetchError: what the environment names is not there.
+            FetchError: it is not.
         """
         if self.path is not None and not os.path.exists(self.path):  # noqa: PTH110 - as requests and OpenSSL take it
             raise FetchError(
-                f"{self.variable}={self.path}: there is no such file or folder of certificates: correct the variable, "
-                "or unset it"
+                f"{shown}: {self.variable}={self.path}: there is no such file or folder of certificates: correct the "
+                "variable, or unset it",
+                url=shown,
             )
+
+    @functools.cached_property
+    def context(self) -> ssl.SSLContext:
+        """What TLS connections begin with; the HTTP library adds what is at ``path``, or certifi's."""
         context = create_urllib3_context()
         if not self.is_alone:
             context.load_default_certs()

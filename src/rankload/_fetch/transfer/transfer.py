@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from rankload._errors import FetchTimeoutError
-from rankload._fetch.transfer import few_streams
+from rankload._fetch.transfer import stream_limits
 from rankload._fetch.transfer.pace import Pace
 from rankload._fetch.transfer.stream import Stream
 from rankload._fetch.transfer.work import Work
@@ -32,7 +32,7 @@ class Transfer:
 
     def __init__(self, work: Work, report: Report, show: Callable[[int, int | None], None], attempt: int) -> None:
         self._work, self._report, self._show, self._attempt = work, report, show, attempt
-        self._pace = Pace(few_streams.most(work.origin.url, work.settings.streams))
+        self._pace = Pace(stream_limits.limit_for(work.origin.url, work.settings.streams))
         self._streams: list[Stream] = []
         self._bytes_before, self._refusals = work.done_bytes, 0
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from rankload._errors import ContentChangedError, FetchError, FetchTimeoutError
 from rankload._fetch.origins.origin import Body, Origin, UnusableRange, Version
-from rankload._fetch.transfer import few_streams
+from rankload._fetch.transfer import stream_limits
 from rankload._fetch.transfer.front import Front
 from rankload._fetch.transfer.retry import Retries
 from rankload._fetch.transfer.size_limit import SizeLimit
@@ -226,7 +226,7 @@ class Work:
                 self.refusals += 1
                 self._active.discard(stream)
                 if isinstance(error, FetchTimeoutError):  # they were served, and it was kept waiting
-                    few_streams.remember(self.origin.url, len(self._active))
+                    stream_limits.lower_limit(self.origin.url, len(self._active))
                 return None
             is_new = asked_at >= self._failed_at
             if is_new:
