@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from rank_functions import leftovers, load, outcomes, try_and_tell
 
 from harness.checkpoints import CheckpointFile, digest_of
 from harness.origin import Origin, Reply
-from harness.rank import mark
+from harness.rank import mark, wait_for_gate
 from harness.ranks import start_ranks, wait_until
 
 #: What is promised is half a second; machines that run other tests meanwhile get as much again.
@@ -117,3 +121,69 @@ def test_after_the_call_sigterm_is_at_its_default_again(
     url = origin.add(checkpoint.name, checkpoint.path)
     with start_ranks(_then_the_default_again, 2, args=(url, cache_dir)) as group:
         assert [result.value for result in group.wait()] == [True, True]
+
+
+def _load_on_a_thread(rank: int, url: str, model_dir: str) -> None:
+    thread = threading.Thread(target=load, args=(rank, url, model_dir))
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.fault(38)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sigterm_to_a_leader_that_makes_the_call_on_another_thread(
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str, world_size: int
+) -> None:
+    url = origin.add(checkpoint.name, checkpoint.path, Reply(bytes_per_second=500))
+    launcher = "none" if world_size == 1 else "torchrun"
+    with start_ranks(_load_on_a_thread, world_size, env=launcher, args=(url, cache_dir)) as group:
+        wait_until(lambda: list(Path(cache_dir).glob("*.partial")), 30, "a partial file")
+        signalled_at = time.monotonic()
+        group.kill(0, signal.SIGTERM)
+        ended = group.wait_for_end(0)
+    assert ended.exitcode == -signal.SIGTERM, ended.describe()
+    assert ended.ended_at - signalled_at < _SECONDS + 1
+    assert leftovers(cache_dir) == []
+
+
+def _fork_while_loading_on_a_thread(rank: int, url: str, model_dir: str) -> str:
+    loaded: list[str] = []
+    thread = threading.Thread(target=lambda: loaded.append(load(rank, url, model_dir)))
+    thread.start()
+    mark("began")
+    wait_for_gate("fork")
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    os.kill(child, signal.SIGTERM)  # as a DataLoader does with its workers
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    mark("child is dead")
+    thread.join()
+    return loaded[0]
+
+
+def test_sigterm_to_a_child_is_none_to_the_process_that_makes_the_call(
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str
+) -> None:
+    url = origin.add(checkpoint.name, checkpoint.path, Reply(hold_at=1000))
+    with start_ranks(_fork_while_loading_on_a_thread, 1, env="none", args=(url, cache_dir)) as group:
+        wait_until(lambda: list(Path(cache_dir).glob("*.partial")), 30, "a partial file")
+        group.open_gate("fork")
+        group.wait_for_mark("child is dead")
+        origin.release(checkpoint.name)
+        [result] = group.wait()
+    assert result.value == digest_of(checkpoint.content)
+
+
+def _keep_c_handler(rank: int, url: str, model_dir: str) -> str:
+    faulthandler.register(signal.SIGTERM, file=sys.stderr, chain=False)  # as an MPI library: Python knows nothing of it
+    digest = load(rank, url, model_dir)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return digest
+
+
+def test_handler_of_a_library_is_left_alone(origin: Origin, checkpoint: CheckpointFile, cache_dir: str) -> None:
+    url = origin.add(checkpoint.name, checkpoint.path)
+    with start_ranks(_keep_c_handler, 1, env="none", args=(url, cache_dir)) as group:
+        [result] = group.wait()
+    assert result.value == digest_of(checkpoint.content)

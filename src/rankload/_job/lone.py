@@ -23,7 +23,8 @@ class LoneChannel:
         """Nobody disagrees."""
 
     def report(self, progress: Progress) -> None:
-        """Nobody listens."""
+        """Nobody listens, but for a signal that has come."""
+        self._termination.check()
 
     def post(self, key: str, value: dict[str, Any]) -> None:
         """Nobody reads."""
@@ -35,6 +36,13 @@ class LoneChannel:
     def meet(self, key: str, *, agrees: bool = False) -> bool:
         """Nobody else is to come."""
         return agrees
+
+    def answer(self, question: str, respond: Callable[[], dict[str, Any]]) -> None:
+        """Nobody asks."""
+
+    def ask(self, question: str, of_rank: int) -> dict[str, Any]:
+        """Unreachable: a single process has only its own file."""
+        raise AssertionError("a single process asks nobody")
 
     def has(self, key: str) -> bool:
         """Nobody posts."""

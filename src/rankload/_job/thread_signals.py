@@ -1,0 +1,123 @@
+"""SIGTERM for calls that are made on other threads than the main one.
+
+Only the main thread may install a Python signal handler, and only there it runs. The handlers of `faulthandler` can be
+installed from any thread: they write a few lines to a file, which is a pipe here, and a thread of ours reads it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+#: How long calls get to clean up before the process dies of the signal all the same.
+_GRACE_SECONDS = 5.0
+
+_lock = threading.Lock()
+_waiting: dict[int, Callable[[], None]] = {}
+_pipe: _Pipe | None = None
+
+
+def is_at_default(signum: signal.Signals) -> bool:
+    """Tell whether nobody handles a signal: no Python code, and no library that asked the kernel itself."""
+    if signal.getsignal(signum) is not signal.SIG_DFL:
+        return False
+    with suppress(OSError, ValueError):  # no /proc
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):  # proc_pid_status(5): a mask, bit 0 for signal 1
+                return not int(line.split()[1], 16) >> (signum - 1) & 1
+    return True
+
+
+def call_on_sigterm(token: int, on_signal: Callable[[], None]) -> bool:
+    """Have a function called, on a thread of its own, when SIGTERM arrives; False if somebody else handles it.
+
+    Args:
+        token: for `stop_waiting`.
+        on_signal: must only take note.
+    """
+    global _pipe  # noqa: PLW0603  # a process has one handler for a signal
+    with _lock:
+        if _pipe is None:
+            if not hasattr(faulthandler, "register") or not is_at_default(signal.SIGTERM):
+                return False
+            _pipe = _Pipe()
+        _waiting[token] = on_signal
+        return True
+
+
+def stop_waiting(token: int) -> bool:
+    """Forget a function; the last one takes the handler away. Tell whether no call waits for the signal any more."""
+    global _pipe  # noqa: PLW0603
+    with _lock:
+        _waiting.pop(token, None)
+        if _waiting or _pipe is None:
+            return not _waiting
+        _pipe.close()
+        _pipe = None
+        return True
+
+
+class _Pipe:
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._writer, False)  # a signal handler must not wait
+        faulthandler.register(signal.SIGTERM, file=self._writer, all_threads=False, chain=False)
+        threading.Thread(target=self._read, name="rankload-sigterm", daemon=True).start()
+
+    def close(self) -> None:
+        """Put the default back, unless a handler was installed meanwhile, and end the thread."""
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            faulthandler.unregister(signal.SIGTERM)
+        os.close(self._writer)
+
+    def _read(self) -> None:
+        has_arrived = bool(os.read(self._reader, 1))
+        os.close(self._reader)
+        if not has_arrived:
+            return
+        with _lock:
+            calls = list(_waiting.values())
+        for on_signal in calls:
+            on_signal()
+        threading.Event().wait(_GRACE_SECONDS)
+        faulthandler.unregister(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Mask(threading.local):
+    """The signals that a thread has blocked itself, while it forks."""
+
+    own: set[int | signal.Signals] | None = None
+
+
+_mask = _Mask()
+
+
+def _block_before_fork() -> None:
+    """Keep SIGTERM from a child that still has the handler: it would write to its parent's pipe."""
+    if _pipe is not None:
+        _mask.own = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _unblock_after_fork() -> None:
+    if _mask.own is not None:
+        own, _mask.own = _mask.own, None
+        signal.pthread_sigmask(signal.SIG_SETMASK, own)
+
+
+def _forget_in_child() -> None:
+    """Drop the handler in a forked child, where nobody reads the pipe."""
+    global _pipe, _lock
+    if _pipe is not None:
+        faulthandler.unregister(signal.SIGTERM)
+    _pipe, _lock = None, threading.Lock()  # a thread that held it does not exist here
+    _waiting.clear()
+    _unblock_after_fork()
+
+
+os.register_at_fork(before=_block_before_fork, after_in_parent=_unblock_after_fork, after_in_child=_forget_in_child)
