@@ -153,8 +153,8 @@ def dist_load_into(
                 location = str(device()) if _has_meta(inner) else "cpu"
                 path = settled(file.path, file, location, channel, closing, settings.progress_seconds, mmap=mmap)
             elif file is not None:
-                held = hold(file.path, None, closing)
-                path, may_map = held.path, not (mmap is None and may_change(held, file))
+                held = hold(file.path, None, closing, file.identity)
+                path, may_map = held.loaded_by_name(closing), not (mmap is None and may_change(held, file))
             carrier = open_carrier(chosen, path, file, sender, channel, group, settings, closing)
             if file is not None:
                 carrier.path, carrier.files.shown = file.path, printable(str(file.path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,10 @@ Phase = Literal[
     "done",
 ]
 DECLARED_WAITS: frozenset[Phase] = frozenset({"waiting", "backoff", "done"})
+
+
+#: On network filesystems a file's time may be rounded, or come later than its bytes.
+_TIME_SLACK_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,33 @@ class FetchRequest:
 
 
 @dataclass(frozen=True)
+class FileIdentity:
+    """What tells a file from another one under the same name."""
+
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileIdentity:
+        """Return the identity of the file that a status is of."""
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def is_same(self, other: FileIdentity, *, is_exact: bool) -> bool:
+        """Tell whether both are of one file that nobody has written to.
+
+        Args:
+            other: as seen at another time, or by another node.
+            is_exact: both were seen on one local filesystem. Otherwise inodes may differ between nodes (some FUSE
+                filesystems number files anew), and so may times, but hardly both.
+        """
+        if is_exact:
+            return self == other
+        is_near = abs(self.mtime_ns - other.mtime_ns) <= _TIME_SLACK_NS
+        return self.size_bytes == other.size_bytes and (self.inode == other.inode or is_near)
+
+
+@dataclass(frozen=True)
 class FetchedFile:
     """A verified local file.
 
@@ -140,6 +172,8 @@ class FetchedFile:
         source: how it came here.
         is_published: rankload has put it there, and its parts, and replaces them by rename alone: they may stay mapped.
         part_sizes: where it is the index of several files, theirs, in the order of their names; they lie beside it.
+        parts_sha256: a digest of the digests of these, in the same order, where all are known.
+        identity: of the file that was verified, as this rank sees it; None where it has only just been opened.
     """
 
     path: Path
@@ -148,6 +182,8 @@ class FetchedFile:
     source: Source
     is_published: bool = False
     part_sizes: tuple[int, ...] = ()
+    parts_sha256: str | None = None
+    identity: FileIdentity | None = None
 
 
 class Channel(Protocol):
@@ -174,6 +210,12 @@ class Channel(Protocol):
             ArrivalTimeoutError: it never made the call.
             RankloadError: whatever made another rank fail meanwhile.
         """
+
+    def answer(self, question: str, respond: Callable[[], dict[str, Any]]) -> None:
+        """Be ready to answer a question while this rank, rank 0, waits for the others at the end of the call."""
+
+    def ask(self, question: str, of_rank: int) -> dict[str, Any]:
+        """Return a rank's answer to a question. It has said `answer` before; raises like `wait_for`."""
 
     def has(self, key: str) -> bool:
         """Tell whether a value was posted, without waiting."""

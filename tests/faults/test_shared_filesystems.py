@@ -47,7 +47,7 @@ def load_after_removal(rank, url, path, times, **arguments):
     """Loads; whenever this rank sees the file that rank 0 has published, somebody has just deleted it: ``times``."""
     import rankload._fetch.once as once
 
-    original, left = once._size_when_opened, [times]
+    original, left = once._identity_when_opened, [times]
 
     def delete_and_look(file_path):
         if left[0]:
@@ -56,7 +56,7 @@ def load_after_removal(rank, url, path, times, **arguments):
         return original(file_path)
 
     if rank != 0:
-        once._size_when_opened = delete_and_look
+        once._identity_when_opened = delete_and_look
     return fetch(rank, url, path, **arguments)
 
 

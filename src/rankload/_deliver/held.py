@@ -1,21 +1,25 @@
-"""A checkpoint's files, opened: what was looked at is what is loaded, whoever renames another file to their names."""
+"""A checkpoint's files, opened: what was verified is what is loaded, whoever renames another file to their names."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 from rankload._cache.access import is_private_group, is_trusted, others_may_replace
 from rankload._cache.failures import reading, reopening
+from rankload._cache.linux import is_on_local_disk
 from rankload._checkpoint.hints import hint_on_directory
 from rankload._checkpoint.sharded import has_weight_map, part_names
 from rankload._checkpoint.source import LocalSource
 from rankload._deliver.failures import translated
 from rankload._deliver.memory_file import folder_of
+from rankload._errors import LoadError, printable
+from rankload._types import FileIdentity
 
 
 @dataclass(frozen=True)
@@ -24,36 +28,64 @@ class Held:
 
     Attributes:
         path: the checkpoint's own, or one that leads to the open files.
-        names: of its files, its own first.
+        descriptors: of its files by name, its own first.
+        identities: of these when they were opened, by name.
         is_changeable: another user may write to one of them.
     """
 
     path: Path
-    names: tuple[str, ...]
+    descriptors: dict[str, int]
+    identities: dict[str, FileIdentity]
     is_changeable: bool
 
+    def loaded_by_name(self, closing: ExitStack) -> Path:
+        """Return the path to load from; ``closing`` checks that it has led to the open files all the while.
 
-def hold(path: Path, sha256: str | None, closing: ExitStack) -> Held:
-    """Open a checkpoint's files, and keep them open where another user could put others in their place. Not collective.
+        Another job of this user may publish another version meanwhile, and a local file may be rewritten.
+        """
+        closing.push(self._check_unless_failed)
+        return self.path
+
+    def _check_unless_failed(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            for name, opened in self.identities.items():
+                path = self.path.parent / name
+                with suppress(FileNotFoundError):  # whoever has removed it has not changed what is open
+                    _check_identity(path, FileIdentity.of(path.stat()), opened, self.descriptors[name])
+
+
+def hold(path: Path, sha256: str | None, closing: ExitStack, identity: FileIdentity | None = None) -> Held:
+    """Open a checkpoint's files. Not collective.
+
+    The path leads to what is open where another user could put other files in their place.
 
     Args:
         path: the checkpoint, or the index of one in several files.
         sha256: its digest where it has been verified.
         closing: closes them.
+        identity: of the file that was verified.
 
     Raises:
         CacheError: one of them cannot be read, or is no regular file.
-        LoadError: the index is damaged.
+        LoadError: the index is damaged, or another file is there than was verified.
     """
-    with ExitStack() as opened:
-        descriptors = _open_all(path, opened)
-        statuses = [os.fstat(descriptor) for descriptor in descriptors.values()]
-        is_changeable = any(_may_be_changed(status, is_verified=sha256 is not None) for status in statuses)
-        held = path
-        if is_changeable or any(others_may_replace(path.parent / name) for name in descriptors):
-            held = folder_of(descriptors, closing) / path.name
-            closing.push(opened.pop_all())
-        return Held(held, tuple(descriptors), is_changeable)
+    descriptors = _open_all(path, closing)
+    statuses = {name: os.fstat(descriptor) for name, descriptor in descriptors.items()}
+    identities = {name: FileIdentity.of(status) for name, status in statuses.items()}
+    if identity is not None:
+        _check_identity(path, identities[path.name], identity, descriptors[path.name])
+    is_changeable = any(_may_be_changed(status, is_verified=sha256 is not None) for status in statuses.values())
+    if is_changeable or any(others_may_replace(path.parent / name) for name in descriptors):
+        path = folder_of(descriptors, closing) / path.name
+    return Held(path, descriptors, identities, is_changeable)
+
+
+def _check_identity(path: Path, found: FileIdentity, expected: FileIdentity, descriptor: int) -> None:
+    if not found.is_same(expected, is_exact=is_on_local_disk(descriptor)):
+        shown = printable(str(path))
+        raise LoadError(f"{shown}: it was replaced or rewritten while it was loaded; load it again", path=str(path))
 
 
 def _open_all(path: Path, closing: ExitStack) -> dict[str, int]:

@@ -104,21 +104,20 @@ def with_node_copy(
         ProgressTimeoutError: the file does not answer.
         RankloadError: what made the copying rank fail.
     """
-    name, folder = held.path.name, held.path.parent
-    with reading(shown), ExitStack() as opened:
-        files = {name: opened.enter_context((folder / name).open("rb", buffering=0)) for name in held.names}
-        sizes = {name: os.fstat(file.fileno()).st_size for name, file in files.items()}
+    name = held.path.name
+    with reading(shown):
+        sizes = {one: os.fstat(descriptor).st_size for one, descriptor in held.descriptors.items()}
         memory = NodeMemory.claim(
             sizes, channel, closing, purpose="node copy", fits=partial(_fits, sizes.values()) if must_fit else None
         )
         if memory is None:
             return None
         if memory.is_received_here:
-            for one, file in files.items():
+            for one, descriptor in held.descriptors.items():
                 text = printable(str(shown.parent / one))
-                _copy(file.fileno(), memory.descriptors[one], sizes[one], text, channel, progress_seconds)
+                _copy(descriptor, memory.descriptors[one], sizes[one], text, channel, progress_seconds)
             if sha256 is not None:
-                owner_uid = os.fstat(files[name].fileno()).st_uid
+                owner_uid = os.fstat(held.descriptors[name]).st_uid
                 _verify(memory.descriptors[name], sizes[name], sha256, shown, owner_uid, channel)
     memory.tell_or_wait(channel)
     copied = folder_of(memory.descriptors, closing) / name
@@ -159,12 +158,12 @@ def settled(
         channel, closing, progress_seconds: see `with_node_copy`.
         mmap: the caller's. True keeps a file of this user's own mapped; False makes private copies later.
     """
-    held = hold(path, file.sha256, closing)
+    held = hold(path, file.sha256, closing, file.identity)
     copy = partial(with_node_copy, held, path, channel, closing, progress_seconds)
     if held.is_changeable and not (mmap is False and file.sha256 is None):
-        return copy(sha256=file.sha256, must_fit=False) or held.path
+        return copy(sha256=file.sha256, must_fit=False) or held.loaded_by_name(closing)
     if mmap is not None or not (reason := why_copied(held.path, map_location, is_published=file.is_published)):
-        return held.path
+        return held.loaded_by_name(closing)
     copied = copy()
     _logger.debug("%s: %s: %s", printable(str(path)), reason, "copied into memory" if copied else "mapped")
     if copied is None:
@@ -172,7 +171,7 @@ def settled(
         advice = "it must not be rewritten in place while this process uses it"
         text = "%s: %s; there is too little free memory for a copy, so it is mapped: %s"
         _logger.log(level, text, printable(str(path)), reason, advice)
-    return copied or held.path
+    return copied or held.loaded_by_name(closing)
 
 
 def _copy(source: int, target: int, size_bytes: int, shown: str, channel: Channel, progress_seconds: float) -> None:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from rankload._cache.directory import make_directory
+from rankload._cache.failures import reading
+from rankload._cache.linux import is_on_local_disk
 from rankload._errors import CacheError
 from rankload._fetch.leader import fetch
 from rankload._fetch.parts import files_of
+from rankload._fetch.replicas import is_known, offer_version, same_version
 from rankload._job.domains import Domain, find_domain
+from rankload._job.machine import kernel_id
 from rankload._settings import Settings
-from rankload._types import Channel, FetchedFile, FetchRequest, Progress, Report
+from rankload._types import Channel, FetchedFile, FetchRequest, FileIdentity, Progress, Report
 from rankload._urls import local_path_of
 
 _logger = logging.getLogger("rankload")
@@ -32,16 +38,26 @@ def fetch_once(request: FetchRequest, channel: Channel, settings: Settings) -> F
     domain = _domain_for(request, channel)
     if not domain.is_leader:
         return _wait_for_leader(domain, request, channel, settings)
-    file = fetch(request, channel.report, settings)
+    file = _identified(fetch(request, channel.report, settings))
+    if file.source != "local" and request.sha256 is None:
+        if channel.identity.rank == 0:
+            offer_version(file, channel)
+        else:
+            first = channel.wait_for(f"fetched/{domain.key_of_rank_0}", from_rank=0)
+            file = _identified(same_version(file, first, request, channel, settings))
     channel.post(
         f"fetched/{domain.key}",
         {
             "path": os.path.relpath(file.path, request.directory) if file.source != "local" else str(file.path),
             "size_bytes": file.size_bytes,
             "sha256": file.sha256,
+            "parts_sha256": file.parts_sha256,
+            "is_known": is_known(file),
             "source": file.source,
             "is_published": file.is_published,
             "part_sizes": file.part_sizes,
+            "identity": None if file.identity is None else asdict(file.identity),
+            "kernel": kernel_id(),
         },
     )
     return file
@@ -71,6 +87,14 @@ def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
     return find_domain(channel, request.scope, request.directory)
 
 
+def _identified(file: FetchedFile) -> FetchedFile:
+    """Return the file with its identity, by which it is found again when it is loaded."""
+    if file.identity is not None:
+        return file
+    with reading(file.path):
+        return replace(file, identity=FileIdentity.of(file.path.stat()))
+
+
 def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile:
     fetched = channel.wait_for(f"fetched/{domain.key}", from_rank=domain.leader)
     path = request.directory / fetched["path"]  # an absolute path stays as it is
@@ -81,12 +105,26 @@ def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, se
         fetched["source"],
         fetched["is_published"],
         tuple(fetched["part_sizes"]),
+        fetched["parts_sha256"],
     )
-    found = _await_visible(path, file.size_bytes, channel.report, settings)
-    if found == file.size_bytes:
+    published = FileIdentity(**fetched["identity"])
+    is_here = fetched["kernel"] == kernel_id()
+
+    def is_it(found: FileIdentity, is_local: bool) -> bool:
+        if file.source == "local":  # each node's own: only the size has to be the same
+            return found.size_bytes == file.size_bytes
+        return found.is_same(published, is_exact=is_here and is_local)
+
+    found = _await_visible(path, is_it, channel.report, settings)
+    if found is not None and is_it(found, is_here):
         _await_parts(file, domain, channel.report, settings)
-        return file
-    seen = "does not exist" if found is None else f"has {found} bytes, not {file.size_bytes},"
+        return replace(file, identity=found)
+    if found is None:
+        seen = "does not exist"
+    elif found.size_bytes != file.size_bytes:
+        seen = f"has {found.size_bytes} bytes, not {file.size_bytes},"
+    else:
+        seen = "is another file (another job may have replaced it)"
     error = CacheError(
         f"rank {domain.leader} published {path}, but it {seen} here after {settings.visibility_seconds:g} s: is the "
         "directory shared between these nodes? Pass scope='node', or a model_dir that is the same everywhere",
@@ -101,12 +139,17 @@ def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, se
 
 def _await_parts(file: FetchedFile, domain: Domain, report: Report, settings: Settings) -> None:
     for path, size_bytes in files_of(file)[1:]:
-        if (found := _await_visible(path, size_bytes, report, settings)) != size_bytes:
+        found = _await_visible(path, partial(_has_size, size_bytes), report, settings)
+        if found is None or found.size_bytes != size_bytes:
             raise CacheError(
                 f"rank {domain.leader} published {path}, a part of {file.path.name}, with {size_bytes} bytes; after "
-                f"{settings.visibility_seconds:g} s there are {found or 'none'} here",
+                f"{settings.visibility_seconds:g} s there are {found.size_bytes if found else 'none'} here",
                 path=str(path),
             )
+
+
+def _has_size(size_bytes: int, found: FileIdentity, is_local: bool) -> bool:
+    return found.size_bytes == size_bytes
 
 
 def _fetch_again(
@@ -122,26 +165,39 @@ def _fetch_again(
     return again
 
 
-def _await_visible(path: Path, size_bytes: int, report: Report, settings: Settings) -> int | None:
-    """Wait until this node sees the file that the leader published on another; return its size, None for no file.
+def _await_visible(
+    path: Path, is_it: Callable[[FileIdentity, bool], bool], report: Report, settings: Settings
+) -> FileIdentity | None:
+    """Wait until this node sees the file that the leader published on another; return what it sees, None for no file.
 
     Linux NFS clients keep absent names and old sizes for up to 60 s; opening a file revalidates them sooner than
     stat(), and listing the directory drops absent names (nfs(5), "Data and metadata coherence").
+
+    Args:
+        path: where it is to appear.
+        is_it: tells whether a file is that one; gets also whether it lies on a local disk, where nothing lags.
+        report: receives this rank's progress.
+        settings: deadlines.
     """
     deadline, delay = time.monotonic() + settings.visibility_seconds, 0.01
-    while (found := _size_when_opened(path)) != size_bytes and time.monotonic() < deadline:
+    while True:
+        found, is_local = _identity_when_opened(path)
+        if found is not None and (is_it(found, is_local) or is_local):
+            return found
+        if time.monotonic() >= deadline:
+            return found
         report(Progress("waiting"))  # raises what another rank has failed with
         time.sleep(delay)
         delay = min(delay * 1.5, 1.0)
-    return found
 
 
-def _size_when_opened(path: Path) -> int | None:
+def _identity_when_opened(path: Path) -> tuple[FileIdentity | None, bool]:
+    """Return a file's identity, and whether it lies on a local disk; None if it is not there."""
     try:
         # not waiting for the writer of a pipe that somebody has put there
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            return os.fstat(descriptor).st_size
+            return FileIdentity.of(os.fstat(descriptor)), is_on_local_disk(descriptor)
         finally:
             os.close(descriptor)
     except PermissionError as error:  # it is there, and will not be ours to read by waiting
@@ -149,4 +205,4 @@ def _size_when_opened(path: Path) -> int | None:
     except OSError:
         with suppress(OSError):
             list(path.parent.iterdir())
-        return None
+        return None, False

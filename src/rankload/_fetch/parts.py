@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -107,7 +108,7 @@ def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -
         check_index(index.path, request, str(index.path))
     if not is_local and not request.is_index:
         return index
-    sizes, are_published = [], index.is_published
+    sizes, digests, are_published = [], [], index.is_published
     for name in _part_names(index.path) or ():
         part = fetch_one(_request_for(name, index, request))
         if part.path != index.path.parent / name:
@@ -117,8 +118,16 @@ def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -
                 path=str(index.path.parent / name),
             )
         sizes.append(part.size_bytes)
+        digests.append(part.sha256)
         are_published = are_published and part.is_published
-    return replace(index, part_sizes=tuple(sizes), is_published=are_published)
+    known = [digest for digest in digests if digest is not None]
+    parts_sha256 = digest_of_parts(known) if len(known) == len(digests) else None
+    return replace(index, part_sizes=tuple(sizes), parts_sha256=parts_sha256, is_published=are_published)
+
+
+def digest_of_parts(digests: list[str]) -> str | None:
+    """Return one digest for the parts of an index, of theirs in the order of their names; None without parts."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
 
 
 def files_of(file: FetchedFile) -> list[tuple[Path, int]]:

@@ -48,6 +48,11 @@ class Domain:
     leader: int
     is_leader: bool
 
+    @property
+    def key_of_rank_0(self) -> str:
+        """Return the name of rank 0's domain."""
+        return "rank0" if self.key.startswith("rank") else "0"
+
 
 def find_domain(channel: Channel, scope: Scope, directory: Path) -> Domain:
     """Find this rank's domain. Collective over the channel's ranks. The directory exists."""

@@ -111,7 +111,7 @@ def find(announced: dict[str, Any], closing: ExitStack) -> Path | None:
     with suppress(OSError, RankloadError):
         held = hold(path, announced["sha256"].get(path.name), closing)
         if not held.is_changeable and _identity(held.path) == announced["identity"]:
-            return held.path
+            return held.loaded_by_name(closing)
     return None
 
 

@@ -1,0 +1,96 @@
+"""Replicas: where nodes have directories of their own, all of them load the version of the file that rank 0 has.
+
+Between two downloads the origin may have replaced the file, or a directory may hold an older one. The leader of each
+other domain compares size and SHA-256 with rank 0's, which are known from the download. A file that nobody has hashed,
+such as one that somebody else has left in the directory, is hashed for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rankload._cache.failures import reading
+from rankload._errors import ContentChangedError, FetchError, VerificationError
+from rankload._fetch.digest import sha256_of_file
+from rankload._fetch.leader import fetch
+from rankload._fetch.parts import digest_of_parts, files_of
+from rankload._settings import Settings
+from rankload._types import Channel, FetchedFile, FetchRequest, Progress, Report
+from rankload._urls import redact
+
+_logger = logging.getLogger("rankload")
+
+_QUESTION = "version"
+_ADVICE = "pass refresh=True to get the origin's present file on all ranks, or sha256= to say which one is meant"
+
+
+def offer_version(file: FetchedFile, channel: Channel) -> None:
+    """Hash rank 0's file if another domain asks for it, where its digest is not known."""
+    if not is_known(file):
+        channel.answer(_QUESTION, lambda: _version_of(_hashed(file, channel.report)))
+
+
+def same_version(
+    file: FetchedFile, first: dict[str, Any], request: FetchRequest, channel: Channel, settings: Settings
+) -> FetchedFile:
+    """Return this domain's file in the version that rank 0 has, fetching that if need be. Its leader calls this.
+
+    Args:
+        file: what this domain has.
+        first: what rank 0 has posted of its file.
+        request: what both were fetched by.
+        channel: the ranks of the call.
+        settings: deadlines.
+
+    Raises:
+        ContentChangedError: rank 0's version cannot be had any more; names both.
+    """
+    theirs = first if first["is_known"] else channel.ask(_QUESTION, of_rank=0)
+    file = _hashed(file, channel.report)
+    mine = _version_of(file)
+    if all(mine[name] == theirs[name] for name in mine):
+        return file
+    difference = (
+        f"{redact(request.urls[0])}: rank 0 has one version of the file ({_describe(theirs)}), rank "
+        f"{channel.identity.rank} on {channel.identity.host} another ({_describe(mine)}, {file.path})"
+    )
+    if mine["parts_sha256"] or theirs["parts_sha256"]:  # the digest of an index does not say which parts are meant
+        raise ContentChangedError(f"{difference}: {_ADVICE}", path=str(file.path))
+    _logger.warning("%s; fetching rank 0's", difference)
+    wanted = replace(request, sha256=theirs["sha256"], sha256_source="rank 0's file", refresh=False)
+    try:
+        return fetch(wanted, channel.report, settings)
+    except (FetchError, VerificationError) as error:
+        raise ContentChangedError(
+            f"{difference}, and rank 0's cannot be fetched any more: {_ADVICE} [{error.message}]", path=str(file.path)
+        ) from error
+
+
+def is_known(file: FetchedFile) -> bool:
+    """Return whether a file's version is known by its digest, and its parts' by theirs."""
+    return file.sha256 is not None and (not file.part_sizes or file.parts_sha256 is not None)
+
+
+def _version_of(file: FetchedFile) -> dict[str, Any]:
+    return {"size_bytes": file.size_bytes, "sha256": file.sha256, "parts_sha256": file.parts_sha256}
+
+
+def _hashed(file: FetchedFile, report: Report) -> FetchedFile:
+    """Return the file with its digests."""
+    if is_known(file):
+        return file
+    digests = [_hash(path, size_bytes, report) for path, size_bytes in files_of(file)]
+    return replace(file, sha256=digests[0], parts_sha256=digest_of_parts(digests[1:]))
+
+
+def _hash(path: Path, size_bytes: int, report: Report) -> str:
+    with reading(path):
+        return sha256_of_file(path, lambda done: report(Progress("hashing", done, size_bytes)))
+
+
+def _describe(version: dict[str, Any]) -> str:
+    parts = f", parts {version['parts_sha256'][:12]}…" if version["parts_sha256"] else ""
+    return f"{version['size_bytes']} bytes, SHA-256 {version['sha256'][:12]}…{parts}"
