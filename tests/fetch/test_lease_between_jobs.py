@@ -272,3 +272,32 @@ def test_job_without_the_lease_leaves_anothers_file_alone(origin, cache):
         origin.release(f"y/{NAME}")
         assert [result.value for result in slow.wait()] == [b"other"]
     assert (cache / NAME).read_bytes() == b"first"
+
+
+def be_killed_when_published(rank, url, cache):
+    from rankload._fetch.partials.partial import Partial
+
+    publish = Partial.publish
+
+    def publish_and_die(partial, **arguments):
+        publish(partial, **arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Partial.publish = publish_and_die
+    fetch_and_mark(rank, url, cache)
+
+
+def test_what_a_leader_leaves_that_is_killed_after_publishing_is_removed_by_a_later_call(origin, cache, big_content):
+    """Nobody asks for the lease any more, since the file is there."""
+    url = origin.add(NAME, big_content)
+    with start_ranks(be_killed_when_published, 1, env="none", args=(url, cache)) as job:
+        job.wait_for_end(0)
+    left = files_in(cache)
+    assert lease_of(cache).exists() and len(left) > 2
+    assert rankload.dist_fetch(url, cache).read_bytes() == big_content
+    assert lease_of(cache).exists()  # its holder might live, on another host
+    for path in (cache / ".rankload").iterdir():
+        os.utime(path, (0, 0))
+    assert rankload.dist_fetch(url, cache).read_bytes() == big_content
+    assert files_in(cache) == [f".rankload/{NAME}.json", NAME]
+    assert origin.request_count() == 1

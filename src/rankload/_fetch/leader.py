@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from stat import S_ISREG
 
 from rankload._cache.directory import make_directory
 from rankload._cache.layout import Entry
@@ -25,7 +28,7 @@ from rankload._fetch.download import download
 from rankload._fetch.offline import offline_error
 from rankload._fetch.origins.credentials import headers_of
 from rankload._fetch.origins.sidecar import fetch_sidecar, read_sidecar
-from rankload._fetch.partials.adoption import progress_of_partials
+from rankload._fetch.partials.adoption import progress_of_partials, remove_dead_partials
 from rankload._fetch.partials.partial import SupersededError
 from rankload._fetch.parts import with_parts
 from rankload._fetch.refresh import is_current
@@ -35,6 +38,9 @@ from rankload._types import FetchedFile, FetchRequest, Progress, Report
 from rankload._urls import local_path_of, redact
 
 _logger = logging.getLogger("rankload")
+
+#: After so many times its duration without a sign of life, nobody holds a lease any more.
+_LEASES_UNTIL_ABANDONED = 10
 
 
 def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedFile:
@@ -70,6 +76,7 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
         entry = look.entry
         if look.file is not None and not look.is_unvouched:
             if not _is_outdated(look, request, report, settings):
+                _tidy_up(entry, settings)
                 return look.file
             if not look.is_replaceable:
                 entry = reject(look, "its origin has another file now", request)
@@ -101,6 +108,20 @@ def _is_outdated(look: Look, request: FetchRequest, report: Report, settings: Se
     if not request.refresh or request.offline or request.sha256 is not None or look.record is None:
         return False
     return not is_current(look.record, request, report, settings)
+
+
+def _tidy_up(entry: Entry, settings: Settings) -> None:
+    """Remove what a leader has left that was killed when it had just published: nobody else would ask for its lease.
+
+    A holder that lives renews it three times as often as it expires. Ten times that leaves room for clocks that differ;
+    a lease that is removed in spite of all costs a second download at the most.
+    """
+    with suppress(OSError):
+        status, now = entry.lease_path.lstat(), time.time()
+        is_own = S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+        if is_own and now - status.st_mtime > _LEASES_UNTIL_ABANDONED * settings.lease_seconds:
+            entry.lease_path.unlink()
+            remove_dead_partials(entry, settings, now)
 
 
 def _download_under_lease(look: Look, request: FetchRequest, report: Report, settings: Settings) -> FetchedFile | None:
