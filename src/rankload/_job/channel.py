@@ -2,7 +2,7 @@
 
 A warm call costs a rank six store operations: the agreement, the leader's word (where the file is, who shares it),
 the fetched file, its own success, the verdict, and "seen" where the store lives in rank 0's process. A wait costs
-one operation a poll.
+one operation a poll. Rank 0 also counts who is through.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from rankload._errors import (
 )
 from rankload._job.agreement import Agreement
 from rankload._job.lone import run_all
-from rankload._job.polling import backoff
+from rankload._job.polling import backoff, silence_limit_seconds
 from rankload._job.session import Session
 from rankload._job.signals import Terminated, TerminationAsException
-from rankload._job.status import Pulse, Watch
+from rankload._job.status import Pulse, RollCall, Watch
 from rankload._job.verdict import Verdict, as_shared_error
 from rankload._job.vigil import Vigil
 from rankload._settings import Settings
 from rankload._types import Progress
 
-#: How long rank 0 keeps the store open at the end of a call for ranks that have not read the verdict.
+#: How long rank 0 keeps the store open at the end of a call that failed for ranks that have not read the verdict.
+#: Its process then waits at its end.
 _FAREWELL_SECONDS = 5.0
 
 #: The same after SIGTERM (schedulers kill soon after), and when a rank is lost that is never going to read it. Waiters
@@ -55,17 +56,19 @@ class RankChannel:
     def __init__(self, session: Session, settings: Settings) -> None:
         self.identity = session.identity
         self._session, self._settings = session, settings
-        self._store, self._prefix = session.store, session.next_call_prefix()
+        self._store, self._prefix = session.store, session.call_prefix(session.calls.made)
         self._watched = range(1, self.identity.world_size) if self.identity.rank == 0 else [0]
-        self._agreement = Agreement(self._store, self._key, self.identity, session.calls)
+        self._agreement = Agreement(self._store, self._key, self.identity, session.calls.made)
         self._facts: dict[str, str] = {}
         self._on_exit: list[Callable[[], None]] = []
+        self._answers: dict[str, Callable[[], dict[str, Any]]] = {}
         self._termination = TerminationAsException()
         self._verdict = Verdict(self._store, self._key, self.identity)
         self._failure: RankloadError | None = None
+        self._roll_call: RollCall | None = None
         self._pulse = Pulse(
             self._store,
-            self._key(f"status/{self.identity.rank}"),
+            self._status_key(self.identity.rank),
             self.identity,
             min(settings.heartbeat_seconds, settings.progress_seconds / 4),  # or it would seem not to move
             self._look_around,
@@ -95,6 +98,15 @@ class RankChannel:
     def wait_for(self, key: str, from_rank: int) -> dict[str, Any]:
         """Wait for a posted value, watching over the rank that is to post it (see `Channel`)."""
         return self._wait_for(key, [from_rank])
+
+    def answer(self, question: str, respond: Callable[[], dict[str, Any]]) -> None:
+        """Be ready to answer a question while this rank, rank 0, waits for the others at the end of the call."""
+        self._answers[question] = respond
+
+    def ask(self, question: str, of_rank: int) -> dict[str, Any]:
+        """Return a rank's answer to a question (see `Channel`)."""
+        self.post(f"asked/{question}", {})
+        return self.wait_for(f"answer/{question}", from_rank=of_rank)
 
     def meet(self, key: str, *, agrees: bool = False) -> bool:
         """Wait until every rank has come here: none goes on if one fails before.
@@ -191,9 +203,29 @@ class RankChannel:
         self._raise_failure()
         self._wait_until(self._session.has_left_meeting_point, self._watched, Progress("done"))
         self._verdict.count_through()
+        if self.identity.rank == 0:
+            self._wait_until(self._may_succeed, self._watched, Progress("done"))
+            self._verdict.succeed()
         self._wait_until(self._verdict.look, self._watched, Progress("done"))
         self._raise_failure()
-        self._verdict.outlast_readers(_FAREWELL_SECONDS)
+        self._verdict.outlast_readers(silence_limit_seconds(self._settings))
+
+    def _may_succeed(self) -> bool:
+        """Tell on rank 0 whether every rank is through, and none can have given this one up.
+
+        A rank gives rank 0 up when it has stood still for the silence limit. After half of that, rank 0 asks for
+        another sign of life from everybody: who has left the call gives none, and counts as lost in due time.
+        """
+        self._answer_questions()
+        if not self._verdict.are_all_through():
+            return False
+        if self._pulse.take_longest_still_seconds() > silence_limit_seconds(self._settings) / 2:
+            self._roll_call = RollCall(self._store, map(self._status_key, self._watched))
+        return self._roll_call is None or self._roll_call.is_complete()
+
+    def _answer_questions(self) -> None:
+        for question in [question for question in self._answers if self.has(f"asked/{question}")]:
+            self.post(f"answer/{question}", self._answers.pop(question)())
 
     def _tell(self, error: BaseException) -> None:
         """Tell the other ranks why this one fails; if another failed first, raise its error."""
@@ -203,14 +235,18 @@ class RankChannel:
         if isinstance(error, Terminated):
             patience_seconds = _HURRIED_SECONDS
             self._verdict.hurry(patience_seconds)
+        has_lost_store = isinstance(error, StoreLostError) and error.rank is None  # not one that another rank tells of
         mine = as_shared_error(error, self.identity)
+        self._session.calls.note_failure(mine)
         with suppress(StoreLostError):  # nobody can be told any more; our own error says more than that
-            if not isinstance(error, StoreLostError):
+            if not has_lost_store:
                 self._verdict.fail(mine)
             if not self._verdict.outlast_readers(patience_seconds) and not isinstance(mine, _GIVING_UP):
                 atexit.register(self._verdict.outlast_readers, self._settings.liveness_seconds)
         first = self._verdict.failure
-        is_told = self._verdict.is_known and not isinstance(error, StoreLostError)
+        if first is not None:
+            self._session.calls.note_failure(first)
+        is_told = self._verdict.is_known and not has_lost_store
         self._session.is_over = not is_told or self._session.is_ended_by(first)
         if isinstance(error, Exception) and error is not first:
             if first is None or (first.rank, first.host, type(first)) == (mine.rank, mine.host, type(mine)):
@@ -222,6 +258,7 @@ class RankChannel:
         """Look for the verdict and at those whom this rank watches; the pulse does it."""
         self._agreement.support()
         self._verdict.look()
+        self._session.raise_joining_failure()
         if self._vigil_meanwhile.is_due():
             self._vigil_meanwhile.look()
 
@@ -229,6 +266,7 @@ class RankChannel:
         self._failure = error
 
     def _raise_failure(self) -> None:
+        self._termination.check()
         # once there is a verdict, what the pulse has noted counts no more: others may have gone on, and left
         if failure := self._verdict.failure if self._verdict.is_known else self._failure:
             raise failure
@@ -251,7 +289,7 @@ class RankChannel:
         for _ in backoff(self.identity.world_size):
             if is_there():
                 return
-            if progress.phase != "done" and time.monotonic() - looked_at >= _LOOK_SECONDS:
+            if time.monotonic() - looked_at >= _LOOK_SECONDS:
                 looked_at = time.monotonic()
                 self._verdict.look()
             self._raise_failure()
@@ -260,11 +298,14 @@ class RankChannel:
                 self._pulse.beat(progress)
 
     def _vigil_over(self, ranks: Iterable[int], *, while_working: bool = False) -> Vigil:
-        watches = [
-            Watch(self._store, self._key(f"status/{rank}"), rank, self._settings, self._agreement.look)
-            for rank in ranks
-        ]
+        watches = [Watch(self._store, self._status_key(rank), rank, self._settings, self._has_come) for rank in ranks]
         return Vigil(watches, self._settings, self.identity, while_working=while_working)
+
+    def _has_come(self, rank: int) -> bool:
+        return self._agreement.look() or self._session.has_begun(rank)
+
+    def _status_key(self, rank: int) -> str:
+        return self._key(f"status/{rank}")
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"

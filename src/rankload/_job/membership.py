@@ -7,24 +7,48 @@ import os
 import socket
 import sys
 import weakref
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from rankload._errors import ArgumentError, StoreLostError
+from rankload._errors import ArgumentError, ArrivalTimeoutError, CoordinationError, StoreLostError
 from rankload._job.channel import RankChannel
 from rankload._job.environment import identity_from_environment
+from rankload._job.environment_store import environment_endpoint, store_from_environment
+from rankload._job.last_word import forget_word, leave_word
 from rankload._job.lone import LoneChannel
-from rankload._job.session import Session, join
-from rankload._job.store import store_from_environment, store_of_group
+from rankload._job.session import Calls, Session, join, root_of, tell_joining_failure
+from rankload._job.signals import TerminationAsException
+from rankload._job.store import RankStore, client_of_group, store_of_group, uses_agent_store
+from rankload._job.verdict import as_shared_error
 from rankload._settings import Settings
 from rankload._types import Identity
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_sessions_of_groups: WeakKeyDictionary[ProcessGroup, Session] = WeakKeyDictionary()
-_sessions_of_environments: dict[tuple[Identity, str], Session] = {}
+#: torch.testing's backend for one process that plays a job of many: the others do not exist.
+_FAKE_BACKEND = "fake"
+
+#: What stands for the group's name where there is none.
+_ENVIRONMENT = "environment"
+
+#: How long a rank that cannot join tries to tell the others.
+_LAST_WORD_SECONDS = 2.0
+
+
+@dataclass
+class _Membership:
+    """What this process keeps of one set of ranks."""
+
+    calls: Calls = field(default_factory=Calls)
+    session: Session | None = None
+
+
+_groups: WeakKeyDictionary[ProcessGroup, _Membership] = WeakKeyDictionary()
+_environments: dict[tuple[Identity, str], _Membership] = {}
 
 
 def open_channel(group: ProcessGroup | None, settings: Settings) -> LoneChannel | RankChannel:
@@ -40,7 +64,12 @@ def open_channel(group: ProcessGroup | None, settings: Settings) -> LoneChannel 
     if _is_dataloader_worker():
         return open_lone_channel()
     group = group if group is not None else _default_group()
-    session = _session_of_environment(settings) if group is None else _session_of_group(group, settings)
+    termination = TerminationAsException()
+    termination.install()
+    try:
+        session = _session_of_environment(settings) if group is None else _session_of_group(group, settings)
+    finally:
+        termination.restore()
     return open_lone_channel() if session is None else RankChannel(session, settings)
 
 
@@ -79,15 +108,42 @@ def _session_of_group(group: ProcessGroup, settings: Settings) -> Session | None
 
     if dist.get_rank(group) < 0:
         raise ArgumentError("this rank is no member of group=: call it on the group's members only")
-    if dist.get_world_size(group) == 1:
+    if dist.get_world_size(group) == 1 or dist.get_backend(group) == _FAKE_BACKEND:
         return None
-    session = _sessions_of_groups.get(group)
-    if session is None or session.is_over:
-        store, known = store_of_group(group, settings), weakref.ref(group)
-        identity, name = _identity_in_group(group), _name_of(group)
-        session = join(store, identity, name, settings, lambda: _exists(known()), session)
-        _sessions_of_groups[group] = session
-    return session if session.pid == os.getpid() else None
+    identity = _identity_in_group(group)
+    member = _groups.setdefault(group, _Membership())
+    return _next_session(member, identity, lambda: _join_group(group, identity, settings, member))
+
+
+def _next_session(member: _Membership, identity: Identity, join_anew: Callable[[], Session | None]) -> Session | None:
+    """Count one more call, and return the session that it belongs to; None where there is no place to meet."""
+    if member.session is not None and member.session.pid != os.getpid():
+        return None
+    member.calls.made += 1
+    if member.session is None or member.session.is_over:
+        try:
+            member.session = join_anew()
+        except BaseException as error:
+            member.calls.note_failure(as_shared_error(error, identity))
+            raise
+    return member.session
+
+
+def _join_group(group: ProcessGroup, identity: Identity, settings: Settings, member: _Membership) -> Session:
+    name, known = _name_of(group), weakref.ref(group)
+    try:
+        store = store_of_group(group, settings)
+    except BaseException as error:
+        # no connection of our own, no thread to wait for one: the group's client can still tell the others
+        with suppress(Exception):
+            own_client = RankStore(client_of_group(group), "the group", False, _LAST_WORD_SECONDS)
+            tell_joining_failure(own_client, name, as_shared_error(error, identity), member.calls)
+        raise
+
+    def is_current() -> bool:
+        return not _has_namesake(name, known())
+
+    return join(store, identity, name, settings, member.calls, is_current, member.session)
 
 
 def _session_of_environment(settings: Settings) -> Session | None:
@@ -95,34 +151,51 @@ def _session_of_environment(settings: Settings) -> Session | None:
     if identity.world_size == 1:
         return None
     meeting_point = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    session = _sessions_of_environments.get((identity, meeting_point))
-    if session is None or session.is_over:
-        session = _join_by_environment(identity, settings, session)
-        if session is None:
-            return None
-        _sessions_of_environments[identity, meeting_point] = session
-    return session if session.pid == os.getpid() else None
+    member = _environments.setdefault((identity, meeting_point), _Membership())
+    return _next_session(member, identity, lambda: _join_by_environment(identity, settings, member))
 
 
-def _join_by_environment(identity: Identity, settings: Settings, former: Session | None) -> Session | None:
-    for is_last in (False, True):
-        store = store_from_environment(identity, settings)
-        if store is None:
-            return None
+def _join_by_environment(identity: Identity, settings: Settings, member: _Membership) -> Session | None:
+    try:
+        return _join_at_endpoint(identity, settings, member)
+    except StoreLostError as lost:
+        if identity.rank == 0 or uses_agent_store(os.environ) or lost.fields.get("place") != _place(identity):
+            raise
+        # a process group's store at the same port, which rank 0 was about to destroy: now it opens its own
+        hurried = replace(settings, arrival_seconds=min(settings.arrival_seconds, settings.liveness_seconds))
         try:
-            return join(store, identity, "environment", settings, former=former)
-        except StoreLostError:
-            if is_last or identity.rank == 0 or not store.dies_with_rank_0:
-                raise
-            # a process group's store at the same port, which rank 0 was about to destroy: now it opens its own
-            settings = replace(settings, arrival_seconds=min(settings.arrival_seconds, settings.liveness_seconds))
-    raise AssertionError("the last attempt returns or raises")
+            return _join_at_endpoint(identity, hurried, member)
+        except ArrivalTimeoutError:
+            raise lost from None
 
 
-def _exists(group: ProcessGroup | None) -> bool:
+def _join_at_endpoint(identity: Identity, settings: Settings, member: _Membership) -> Session | None:
+    forget_word()
+    try:
+        store = store_from_environment(identity, settings)
+    except CoordinationError as error:
+        if identity.rank == 0 and (endpoint := environment_endpoint(identity)):
+            leave_word(error, root_of(_ENVIRONMENT), endpoint[1], identity, member.calls.made, settings)
+        raise
+    if store is None:
+        return None
+    return join(store, identity, _ENVIRONMENT, settings, member.calls, former=member.session)
+
+
+def _place(identity: Identity) -> str:
+    endpoint = environment_endpoint(identity)
+    return "" if endpoint is None else f"{endpoint[0]}:{endpoint[1]}"
+
+
+def _has_namesake(name: str, group: ProcessGroup | None) -> bool:
+    """Tell whether another group of that name exists: ranks that say hello from now on mean that one."""
     from torch.distributed import distributed_c10d
 
-    return group is not None and group in distributed_c10d._world.pg_map
+    for other in list(distributed_c10d._world.pg_map):
+        with suppress(KeyError, ValueError):  # it is being destroyed
+            if other is not group and _name_of(other) == name:
+                return True
+    return False
 
 
 def _identity_in_group(group: ProcessGroup) -> Identity:

@@ -7,7 +7,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 from rankload._errors import CoordinationError, ProgressTimeoutError, RankFailedError, RankloadError, RankLostError
@@ -79,10 +79,21 @@ class Pulse:
         self._publishing = threading.Lock()  # or an older status could overwrite a newer one
         self._thread = threading.Thread(target=self._run, name="rankload-pulse", daemon=True)
         self._stop_requested = threading.Event()
+        self._ticked_at, self._longest_still_seconds = time.monotonic(), 0.0
 
     def start(self) -> None:
         """Start the thread."""
+        self._ticked_at = time.monotonic()
         self._thread.start()
+
+    def take_longest_still_seconds(self) -> float:
+        """Return for how long this process stood still at the most since the last call of this method.
+
+        A process that is stopped, or whose threads get no time, shows no sign of life: the others may take it for lost.
+        """
+        longest = max(self._longest_still_seconds, time.monotonic() - self._ticked_at)
+        self._longest_still_seconds, self._ticked_at = 0.0, time.monotonic()
+        return longest
 
     def beat(self, progress: Progress) -> None:
         """Take note of the progress; publish a new phase at once, unless it is one that is usually over at once."""
@@ -103,7 +114,10 @@ class Pulse:
         published_at = -self._interval_seconds
         try:
             while not self._stop_requested.wait(tick_seconds):
-                if (now := time.monotonic()) - published_at >= self._interval_seconds:
+                now = time.monotonic()
+                self._longest_still_seconds = max(self._longest_still_seconds, now - self._ticked_at)
+                self._ticked_at = now
+                if now - published_at >= self._interval_seconds:
                     published_at = now
                     self._publish()
                 self._look_around()
@@ -127,14 +141,18 @@ class Watch:
         key: its status.
         rank: it.
         settings: how long it may be silent, or stand still.
-        have_all_come: tells whether all ranks are known to have made the call, whatever they have published.
+        has_come: tells whether the rank is known to have made the call, whatever it has published.
+
+    Attributes:
+        is_absent: whether the rank may not have made the call yet, as of the last look.
     """
 
     def __init__(
-        self, store: RankStore, key: str, rank: int, settings: Settings, have_all_come: Callable[[], bool]
+        self, store: RankStore, key: str, rank: int, settings: Settings, has_come: Callable[[int], bool]
     ) -> None:
         self.rank, self._store, self._key, self._settings = rank, store, key, settings
-        self._have_all_come = have_all_come
+        self._has_come = has_come
+        self.is_absent = True
         self.status: Status | None = None
         self._silent_seconds = self._still_seconds = 0.0
 
@@ -149,6 +167,7 @@ class Watch:
             ProgressTimeoutError: it beats but does not move, for longer than it needs to tell of its own deadline.
         """
         text = self._store.peek(self._key)
+        self.is_absent = text is None and self.is_absent and not self._has_come(self.rank)
         if text is None:
             self._judge_silence(elapsed_seconds)
             return
@@ -161,11 +180,6 @@ class Watch:
         self.status = status
         if error := self._judge(status):
             raise error
-
-    @property
-    def is_absent(self) -> bool:
-        """Whether the rank may not have made the call yet."""
-        return self.status is None and not self._have_all_come()
 
     def describe(self) -> str:
         """Name the rank, its host and what it does, for a log line."""
@@ -205,6 +219,24 @@ class Watch:
                 phase=status.progress.phase,
             )
         return None
+
+
+class RollCall:
+    """Asks ranks for another sign of life than the one that they have given last.
+
+    Args:
+        store: where they publish.
+        keys: their statuses.
+    """
+
+    def __init__(self, store: RankStore, keys: Iterable[str]) -> None:
+        self._store = store
+        self._before = {key: store.peek(key) for key in keys}
+
+    def is_complete(self) -> bool:
+        """Tell whether all of them have given one."""
+        self._before = {key: text for key, text in self._before.items() if self._store.peek(key) == text}
+        return not self._before
 
 
 def describe(progress: Progress) -> str:

@@ -6,19 +6,19 @@ anything accelerator-bound either: a store needs neither a backend nor a device.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rankload._errors import ArrivalTimeoutError, CoordinationError, StoreLostError
+from rankload._errors import StoreLostError
 from rankload._job.bounded import BoundedCalls
-from rankload._job.environment import slurm_step_endpoint
-from rankload._job.polling import silence_limit_seconds, until_rank_0_comes
+from rankload._job.polling import silence_limit_seconds
 from rankload._settings import Settings
-from rankload._types import Identity
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import ProcessGroup, Store
@@ -29,8 +29,11 @@ T = TypeVar("T")
 #: it returns the expected value when the key is missing (TCPStore.cpp compareSetHandler; same in HashStore, FileStore).
 _ABSENT = "\0absent"
 
-#: How long torch may take to connect to a server that is known to listen.
-_CONNECT_SECONDS = 60.0
+#: After this long without a connection, look why. torch itself retries silently until its timeout.
+_LOOK_AFTER_SECONDS = 1.0
+
+#: What a process that has run out of descriptors gets.
+_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
 @dataclass(frozen=True)
@@ -94,17 +97,33 @@ def store_of_group(group: ProcessGroup, settings: Settings) -> RankStore:
     """Open our own client to the store behind a process group, with the group's prefixes.
 
     They tell worlds apart that share a server; torch's `Store.clone`, which keeps them, is younger than torch 2.6.
+
+    Raises:
+        StoreLostError: the server has gone, or does not answer within the liveness limit.
     """
     from torch._C._distributed_c10d import TCPStore  # torch.distributed re-exports it untyped
-    from torch.distributed import distributed_c10d
 
-    prefixed: Any = distributed_c10d._world.pg_map[group][1]
+    prefixed = client_of_group(group)
     base: Any = _without_prefixes(prefixed)
     if isinstance(base, TCPStore):
-        is_agents = _is_agent_endpoint(base.host, base.port, os.environ)
-        clone = getattr(prefixed, "clone", None)
-        return _connect(base.host, base.port, settings, dies_with_rank_0=not is_agents, connect=clone)
+        is_agents = is_agent_endpoint(base.host, base.port, os.environ)
+        return connect(
+            base.host,
+            base.port,
+            settings,
+            dies_with_rank_0=not is_agents,
+            limit_seconds=silence_limit_seconds(settings),
+            make_client=getattr(prefixed, "clone", None),
+        )
     return RankStore(prefixed, type(base).__name__, False, silence_limit_seconds(settings))
+
+
+def client_of_group(group: ProcessGroup) -> Store:
+    """Return the process group's own client."""
+    from torch.distributed import distributed_c10d
+
+    client: Store = distributed_c10d._world.pg_map[group][1]
+    return client
 
 
 def _without_prefixes(store: Store) -> Store:
@@ -115,112 +134,77 @@ def _without_prefixes(store: Store) -> Store:
     return store
 
 
-def store_from_environment(identity: Identity, settings: Settings) -> RankStore | None:
-    """Open the job's store without a process group, hosting it in rank 0 where nobody else does.
-
-    Returns None when the environment names no meeting point: then ranks meet through the lease only.
-
-    Raises:
-        ArrivalTimeoutError: rank 0 did not open the store in time.
-        CoordinationError: rank 0 cannot listen at the address that the environment gives.
-    """
-    environ = os.environ
-    if endpoint := _endpoint(environ):
-        if _uses_agent_store(environ):
-            return _connect(*endpoint, settings, dies_with_rank_0=False)
-    elif identity.launcher == "slurm":
-        endpoint = slurm_step_endpoint(environ)
-    if endpoint is None:
-        return None
-    if identity.rank == 0:
-        return replace(_host(*endpoint, settings), is_temporary=True)
-    _await_listener(*endpoint, identity, settings)
-    return replace(_connect(*endpoint, settings, dies_with_rank_0=True), is_temporary=True)
-
-
-def host_neighbour(meeting_point: RankStore, settings: Settings) -> tuple[RankStore, int]:
-    """Host another store on this host; return it and its port."""
-    place: Any = meeting_point.store
-    store = _host(place.host, 0, settings)
-    hosted: Any = store.store
-    return store, hosted.port
-
-
-def neighbour(meeting_point: RankStore, port: int, settings: Settings) -> RankStore:
-    """Open a client to what `host_neighbour` hosts on rank 0."""
-    place: Any = meeting_point.store
-    return _connect(place.host, port, settings, dies_with_rank_0=True)
-
-
-def _connect(
+def connect(
     host: str,
     port: int,
     settings: Settings,
     *,
     dies_with_rank_0: bool,
-    connect: Callable[[], Store] | None = None,
+    limit_seconds: float,
+    make_client: Callable[[], Store] | None = None,
 ) -> RankStore:
-    """Open a client to a TCPStore that is known to listen; ``connect`` makes one in another way."""
+    """Open a client to a TCPStore that has been seen to listen.
+
+    Args:
+        host: its host.
+        port: its port.
+        settings: deadlines.
+        dies_with_rank_0: see `RankStore`.
+        limit_seconds: how long it may take to answer.
+        make_client: makes the client in another way than torch's constructor.
+
+    Raises:
+        StoreLostError: nobody listens there any more, or who listens does not answer as a store does.
+    """
     from torch._C._distributed_c10d import TCPStore
 
-    place, calls = f"{host}:{port}", BoundedCalls()
-    timeout = timedelta(seconds=_CONNECT_SECONDS)
+    place, calls, started_at = f"{host}:{port}", BoundedCalls(), time.monotonic()
 
     def connect_as_usual() -> Store:
+        timeout = timedelta(seconds=limit_seconds)
         return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
+    def look() -> None:
+        if time.monotonic() - started_at >= _LOOK_AFTER_SECONDS:
+            _check_listener(host, port)
+
     try:
-        store = calls.call(connect or connect_as_usual, _CONNECT_SECONDS)
-    except (RuntimeError, ConnectionError, TimeoutError) as error:
-        raise StoreLostError(f"cannot reach the store at {place}: {error}", place=place) from error
+        store = calls.call(make_client or connect_as_usual, limit_seconds, look)
+    except (RuntimeError, OSError) as error:  # ConnectionError and TimeoutError are OSErrors
+        whose = f"rank 0 on {host}" if dies_with_rank_0 else "the launcher"
+        raise StoreLostError(
+            f"cannot reach the store of {whose} at {place}: {error}. Its process has ended or is frozen, or something "
+            "else listens at that port, or name lookups hold it up (RANKLOAD_CONNECT_SECONDS; see docs/faults.md)",
+            place=place,
+        ) from error
     return RankStore(store, place, dies_with_rank_0, silence_limit_seconds(settings), _calls=calls)
 
 
-def _host(host: str, port: int, settings: Settings) -> RankStore:
-    from torch._C._distributed_c10d import TCPStore
+def _check_listener(host: str, port: int) -> None:
+    """Raise what a plain connection says of a place where nobody listens, or of a process out of descriptors.
 
-    calls, timeout = BoundedCalls(), timedelta(seconds=_CONNECT_SECONDS)
-
-    def host_store() -> TCPStore:
-        socket.getaddrinfo(host, port)  # torch would try for a minute and a half
-        # multi_tenant: whoever hosts at the same address in this process (init_process_group) shares the server
-        return TCPStore(host, port, is_master=True, multi_tenant=port != 0, wait_for_workers=False, timeout=timeout)
-
+    torch's client retries both until its timeout. A slow connection is not judged: the name server may be slow.
+    """
     try:
-        store = calls.call(host_store, _CONNECT_SECONDS)
-    except (RuntimeError, OSError) as error:
-        raise CoordinationError(
-            f"rank 0 cannot open a store at {host}:{port}: {error}. Set MASTER_ADDR to rank 0's host and "
-            "MASTER_PORT to a free port, alike on all ranks",
-            place=f"{host}:{port}",
-        ) from error
-    return RankStore(store, f"{host}:{store.port}", True, silence_limit_seconds(settings), _calls=calls)
+        socket.create_connection((host, port), timeout=0.5).close()
+    except ConnectionRefusedError:
+        raise
+    except OSError as error:
+        if error.errno in _OUT_OF_DESCRIPTORS:
+            raise
 
 
-def _await_listener(host: str, port: int, identity: Identity, settings: Settings) -> None:
-    """Wait until rank 0 listens. TCPStore's own wait sits in C++, where no Python signal handler runs."""
-    refused: OSError | None = None
-    try:
-        for _ in until_rank_0_comes(identity, settings):
-            try:
-                socket.create_connection((host, port), timeout=5).close()
-                return
-            except OSError as error:
-                refused = error
-    except ArrivalTimeoutError as error:
-        raise ArrivalTimeoutError(
-            f"{error.message} [no store at {host}:{port}: {refused}]", **error.fields, place=f"{host}:{port}"
-        ) from refused
+def is_agent_endpoint(host: str, port: int, environ: Mapping[str, str]) -> bool:
+    """Tell whether torchrun's agent hosts the store there."""
+    return uses_agent_store(environ) and endpoint_of(environ) == (host, port)
 
 
-def _endpoint(environ: Mapping[str, str]) -> tuple[str, int] | None:
+def endpoint_of(environ: Mapping[str, str]) -> tuple[str, int] | None:
+    """Return MASTER_ADDR and MASTER_PORT."""
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT", "")
     return (host, int(port)) if host and port.isdigit() else None
 
 
-def _uses_agent_store(environ: Mapping[str, str]) -> bool:
+def uses_agent_store(environ: Mapping[str, str]) -> bool:
+    """Tell whether torchrun's agent hosts the store."""
     return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _is_agent_endpoint(host: str, port: int, environ: Mapping[str, str]) -> bool:
-    return _uses_agent_store(environ) and _endpoint(environ) == (host, port)

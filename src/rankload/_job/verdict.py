@@ -1,4 +1,8 @@
-"""The verdict: the one outcome of a call on all ranks. All are through, or the first cause of failure counts."""
+"""The verdict: the one outcome of a call on all ranks. All are through, or the first cause of failure counts.
+
+It is one key that is written once. Any rank may write a failure; success is rank 0's to write, for it alone knows
+whether it stood still for so long that others have given it up. Every rank acts on what it reads back.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from rankload._job.signals import Terminated
 from rankload._job.store import RankStore
 from rankload._types import Identity
 
+_KEY = "verdict"
 _SUCCESS = "{}"
 
 
@@ -34,18 +39,25 @@ class Verdict:
     def look(self) -> bool:
         """Tell whether there is a verdict; reads and acknowledges it the first time."""
         with self._looking:
-            if not self.is_known and (text := self._store.peek(self._key("verdict"))) is not None:
+            if not self.is_known and (text := self._store.peek(self._key(_KEY))) is not None:
                 self._take(text)
             return self.is_known
 
     def count_through(self) -> None:
-        """Say that this rank is through with its part. The last one gives the verdict."""
-        if self._store.add(self._key("through")) == self._identity.world_size:
-            self._decide(_SUCCESS)
+        """Say that this rank is through with its part."""
+        self._store.add(self._key("through"))
+
+    def are_all_through(self) -> bool:
+        """Tell whether every rank is through with its part."""
+        return self._store.add(self._key("through"), 0) >= self._identity.world_size
+
+    def succeed(self) -> None:
+        """Say that the call has succeeded, on rank 0; afterwards `failure` says if a rank has failed before."""
+        self._decide(_SUCCESS)
 
     def fail(self, error: RankloadError) -> None:
-        """Say why this rank fails; afterwards `failure` holds the first cause, unless all ranks were through before."""
-        self._decide(json.dumps({"error": to_wire(error)}))
+        """Say why this rank fails; afterwards `failure` holds the first cause, unless the call succeeded before."""
+        self._decide(_text_of_failure(error))
 
     def outlast_readers(self, patience_seconds: float) -> bool:
         """Keep the store's host here until the others have read the verdict, for the store dies with it; tell if so."""
@@ -67,7 +79,7 @@ class Verdict:
     def _decide(self, text: str) -> None:
         with self._looking:
             if not self.is_known:
-                self._take(self._store.set_first(self._key("verdict"), text))
+                self._take(self._store.set_first(self._key(_KEY), text))
 
     def _take(self, text: str) -> None:
         verdict = json.loads(text)
@@ -75,6 +87,15 @@ class Verdict:
         self.is_known = True
         if self._store.dies_with_rank_0 and self._identity.rank != 0:
             self._store.add(self._key("seen"))
+
+
+def tell_failure(store: RankStore, prefix: str, error: RankloadError) -> None:
+    """Give the verdict of a call that has failed without this session, for ranks that have yet to make it."""
+    store.set_first(f"{prefix}/{_KEY}", _text_of_failure(error))
+
+
+def _text_of_failure(error: RankloadError) -> str:
+    return json.dumps({"error": to_wire(error)})
 
 
 def as_shared_error(error: BaseException, identity: Identity) -> RankloadError:

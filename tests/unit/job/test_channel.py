@@ -6,7 +6,7 @@ from torch.distributed import HashStore
 
 from rankload._errors import RankLostError
 from rankload._job.channel import RankChannel
-from rankload._job.session import Session
+from rankload._job.session import Calls, Session
 from rankload._job.store import RankStore
 from rankload._settings import Settings
 from rankload._types import Identity
@@ -15,7 +15,7 @@ from rankload._types import Identity
 def test_after_the_verdict_a_rank_that_has_left_is_not_lost() -> None:
     """The pulse looks at the others while the rank's own thread is slow to come."""
     store = RankStore(HashStore(), "memory", False, 30)
-    session = Session(store, Identity(1, 2, None, None, None, "here", "test"), "session")
+    session = Session(store, Identity(1, 2, None, None, None, "here", "test"), "session", Calls(1))
     with RankChannel(session, Settings()) as channel:
         store.set("session/1/verdict", "{}")
         channel._look_around()

@@ -11,7 +11,7 @@ from torch.distributed import HashStore
 
 from harness.ranks import wait_until
 from rankload._errors import ArrivalTimeoutError
-from rankload._job.session import Session, join
+from rankload._job.session import Calls, Session, join
 from rankload._job.store import RankStore
 from rankload._settings import Settings
 from rankload._types import Identity
@@ -31,7 +31,7 @@ def meet(store: RankStore) -> Iterator[Callable[..., Session]]:
 
     def as_rank(rank: int, arrival_seconds: float = 20) -> Session:
         identity = Identity(rank, 3, rank, 3, 0, "host", "test")
-        sessions.append(join(store, identity, "group", replace(Settings(), arrival_seconds=arrival_seconds)))
+        sessions.append(join(store, identity, "group", replace(Settings(), arrival_seconds=arrival_seconds), Calls(1)))
         return sessions[-1]
 
     yield as_rank

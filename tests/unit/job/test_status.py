@@ -27,7 +27,7 @@ def store() -> RankStore:
 
 
 def watch_over(store: RankStore, settings: Settings = SETTINGS, *, have_all_come: bool = False) -> Watch:
-    return Watch(store, "status", 3, settings, lambda: have_all_come)
+    return Watch(store, "status", 3, settings, lambda rank: have_all_come)
 
 
 def beat(store: RankStore, watch: Watch, status: Status, seconds: float) -> None:
