@@ -17,6 +17,7 @@ from rankload._job.channel import RankChannel
 from rankload._job.lone import LoneChannel
 from rankload._job.membership import open_lone_channel, own_identity
 from rankload._settings import Settings
+from rankload._tracebacks import short_tracebacks
 from rankload._types import Delivery, FetchedFile, FetchRequest, Progress, Scope, Verify
 from rankload.adapt import Adapter, as_adapter
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
+@short_tracebacks
 def dist_load_state_dict_from_url(
     url: Url,
     model_dir: str | os.PathLike[str] | None = None,
@@ -143,6 +145,7 @@ def dist_load_state_dict_from_url(
         return adapter(state_dict)  # type: ignore[no-any-return]
 
 
+@short_tracebacks
 def dist_fetch(
     url: Url,
     model_dir: str | os.PathLike[str] | None = None,

@@ -26,6 +26,7 @@ from rankload._job.devices import resolve_map_location
 from rankload._job.lone import LoneChannel
 from rankload._job.membership import own_identity
 from rankload._settings import Settings
+from rankload._tracebacks import short_tracebacks
 from rankload._types import FetchedFile, Identity
 from rankload._urls import local_path_of, redact
 
@@ -40,6 +41,7 @@ _FORMATS_OF_TORCH: frozenset[Format] = frozenset(
 )
 
 
+@short_tracebacks
 def load(
     f: str | os.PathLike[str] | IO[bytes],
     map_location: MapLocation = None,

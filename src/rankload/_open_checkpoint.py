@@ -20,9 +20,11 @@ from rankload._fetch.offline import is_switched_off
 from rankload._fetch.remote import RemoteSource
 from rankload._fetch.request import checked_headers, checked_urls
 from rankload._settings import Settings
+from rankload._tracebacks import short_tracebacks
 from rankload._urls import beside, local_path_of, redact
 
 
+@short_tracebacks
 def open_checkpoint(path_or_url: str | os.PathLike[str], *, headers: Mapping[str, str] | None = None) -> Checkpoint:
     """Open a checkpoint to see what is in it, and to read single tensors. Not collective.
 

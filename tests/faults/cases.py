@@ -616,6 +616,15 @@ ALL_CASES = (
         "Idle connections are closed when nothing comes for a stall time; fewer streams are used then, also for the "
         "next file of that host.",
     ),
+    Case(
+        89,
+        "failure-of-all-ranks",
+        RANKS,
+        "A call fails on all ranks of a job, and all their outputs end up in one log.",
+        "The rank where it happened prints the traceback: your frames, and where the failure was found. Each of the "
+        "others prints your frames and one line that names that rank. At log level DEBUG all frames and causes are "
+        "logged.",
+    ),
 )
 
 CASES: dict[int, Case] = {case.number: case for case in sorted(ALL_CASES, key=lambda case: case.number)}

@@ -34,6 +34,11 @@ class Outcome:
     text: str = ""
     fields: dict[str, Any] | None = None
 
+    @property
+    def text_everywhere(self) -> str:
+        """The text without what other ranks than the failing one say about where its traceback is."""
+        return self.text.replace("; its traceback is there]", "]")
+
 
 def load(rank: int, url: str, model_dir: str, **arguments: Any) -> str:
     """Loads, and returns the digest of the content."""
