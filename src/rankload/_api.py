@@ -74,7 +74,8 @@ def dist_load_state_dict_from_url(
         map_location: as in torch.load, and also with per-rank templates, ``"{device}"`` or ``"cuda:{local_rank}"``, as
             dict values too. None: CPU tensors stay on the CPU; tensors saved on an accelerator come to this rank's
             own device, never another rank's.
-        progress: show a bar on stderr of the downloading rank, if that is a terminal.
+        progress: show a bar on stderr of the downloading rank, or, where that is no terminal, a line at the start,
+            every 30 s and at the end.
         check_hash: compare the SHA-256 with the hash prefix in the file name (``name-<prefix>.ext``); a name
             without one is an error.
         file_name: the file's name in the cache; default: the URL's.

@@ -67,7 +67,7 @@ def download_url_to_file(url: str, dst: str, hash_prefix: str | None = None, pro
         url: http or https URL.
         dst: full path of the file; ``~`` is expanded. It appears complete and verified, or not at all.
         hash_prefix: what the SHA-256 must start with.
-        progress: show a bar on stderr, if that is a terminal.
+        progress: show a bar on stderr, or lines if that is no terminal.
 
     Raises:
         RankloadError: as above.
