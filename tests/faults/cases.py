@@ -625,6 +625,15 @@ ALL_CASES = (
         "others prints your frames and one line that names that rank. At log level DEBUG all frames and causes are "
         "logged.",
     ),
+    Case(
+        91,
+        "own-file-for-each-rank",
+        RANKS,
+        "Each rank passes a file or URL of its own to a collective call, or URLs that differ in their query only.",
+        "All ranks raise `ArgumentMismatchError`. It names both values, or the parameters of the query that differ "
+        "(never their values), and the call that is not collective: `rankload.load`, or "
+        "`rankload.hub.load_state_dict_from_url`.",
+    ),
 )
 
 CASES: dict[int, Case] = {case.number: case for case in sorted(ALL_CASES, key=lambda case: case.number)}
