@@ -15,6 +15,9 @@ from rankload._fetch.progress_bar import ProgressBar
 
 _logger = logging.getLogger("rankload")
 
+#: What is over sooner is not announced.
+_QUIET_SECONDS = 1.0
+
 #: Shows the number of bytes that are there, and of all bytes (None: unknown).
 Show = Callable[[int, int | None], None]
 
@@ -45,6 +48,8 @@ def open_progress(
 class ProgressLines:
     """A line at the start, one per interval, and one at the end.
 
+    A download that is over within a second has the last alone.
+
     Args:
         clock: seconds that only grow.
         write: takes a line.
@@ -64,15 +69,18 @@ class ProgressLines:
         self._clock, self._write = clock, write or _write
         self._began_at = self._written_at = clock()
         self._initial_bytes = self._done_bytes = initial_bytes
+        self._is_announced = False
 
     def __enter__(self) -> ProgressLines:
-        there = f" ({_size(self._initial_bytes)} are here already)" if self._initial_bytes else ""
-        self._write(f"downloading {self._url}{there}")
         return self
 
     def show(self, done_bytes: int, total_bytes: int | None) -> None:
         """Take note of a number of bytes, and write a line when it is time."""
         now = self._clock()
+        if not self._is_announced and now - self._began_at >= min(_QUIET_SECONDS, self._interval_seconds):
+            self._is_announced = True
+            there = f" ({_size(self._initial_bytes)} are here already)" if self._initial_bytes else ""
+            self._write(f"downloading {self._url}{there}")
         if done_bytes < self._done_bytes:  # the download starts over
             self._initial_bytes, self._began_at = 0, now
         self._done_bytes = done_bytes

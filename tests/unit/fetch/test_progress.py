@@ -78,15 +78,24 @@ def test_a_download_that_stands_still_says_so(clock, written):
 
 
 def test_a_failed_download_has_no_last_line(clock, written):
-    with pytest.raises(ConnectionError), lines_of(clock, written):
+    with pytest.raises(ConnectionError), lines_of(clock, written) as lines:
+        clock.seconds += 1
+        lines.show(0, None)
         raise ConnectionError
     assert written == [f"downloading {URL}"]
+
+
+def test_a_download_of_less_than_a_second_has_one_line(clock, written):
+    with lines_of(clock, written) as lines:
+        clock.seconds += 0.5
+        lines.show(GB, GB)
+    assert written == ["model.pth: 1.00GB in 0.5 s, 2.00GB/s"]
 
 
 def test_lines_go_to_the_log_where_it_shows_them(caplog, capsys):
     with caplog.at_level(logging.INFO, logger="rankload"), open_progress("x.pth", URL, 0, 30, is_wanted=True):
         pass
-    assert caplog.messages[0] == f"downloading {URL}"
+    assert caplog.messages[0].startswith("x.pth: 0.00B in ")
     assert capsys.readouterr().err == ""
 
 
