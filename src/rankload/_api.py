@@ -17,6 +17,7 @@ from rankload._job.channel import RankChannel
 from rankload._job.lone import LoneChannel
 from rankload._job.membership import open_lone_channel, own_identity
 from rankload._settings import Settings
+from rankload._tracebacks import short_tracebacks
 from rankload._types import Delivery, FetchedFile, FetchRequest, Progress, Scope, Verify
 from rankload.adapt import Adapter, as_adapter
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
+@short_tracebacks
 def dist_load_state_dict_from_url(
     url: Url,
     model_dir: str | os.PathLike[str] | None = None,
@@ -72,7 +74,8 @@ def dist_load_state_dict_from_url(
         map_location: as in torch.load, and also with per-rank templates, ``"{device}"`` or ``"cuda:{local_rank}"``, as
             dict values too. None: CPU tensors stay on the CPU; tensors saved on an accelerator come to this rank's
             own device, never another rank's.
-        progress: show a bar on stderr of the downloading rank, if that is a terminal.
+        progress: show a bar on stderr of the downloading rank, or, where that is no terminal, a line at the start,
+            every 30 s and at the end.
         check_hash: compare the SHA-256 with the hash prefix in the file name (``name-<prefix>.ext``); a name
             without one is an error.
         file_name: the file's name in the cache; default: the URL's.
@@ -143,6 +146,7 @@ def dist_load_state_dict_from_url(
         return adapter(state_dict)  # type: ignore[no-any-return]
 
 
+@short_tracebacks
 def dist_fetch(
     url: Url,
     model_dir: str | os.PathLike[str] | None = None,

@@ -46,6 +46,9 @@ MAX_MESSAGE_CHARACTERS = 4000
 #: Longest text in an error of this process: names in files may have gigabytes.
 _MOST_CHARACTERS_HERE = 1 << 16
 
+#: Longest line that a message of several lines is joined to, where another rank prints all of it.
+_LONGEST_JOINED = 500
+
 #: Longer names from files are cut in messages.
 LONGEST_SHOWN_NAME = 200
 
@@ -58,6 +61,7 @@ class RankloadError(Exception):
         fields: the facts in the message, by name (``url``, ``path``, ``expected``, ``got``, ``code``, …).
         rank: the rank where it happened, None while a single process is concerned.
         host: that rank's host name.
+        is_from_another_rank: whether this process only heard of it. Does not survive pickling.
 
     Texts in an error come from files, servers and other ranks as well. Whatever a terminal or a log would not show as
     it is gets escaped here, whoever raises the error; only line breaks stay, for messages of several lines. Code that
@@ -71,12 +75,19 @@ class RankloadError(Exception):
         self.fields = {name: _printable_field(value) for name, value in fields.items()}
         self.rank: int | None = None
         self.host: str | None = None
+        self.is_from_another_rank = False
 
     def __str__(self) -> str:
-        """The message, and the rank and host it comes from when there are several."""
+        """The message, and the rank and host it comes from when there are several.
+
+        Another rank's error takes one line, however long it is: that rank prints the rest, and ``message`` has it here.
+        """
         if self.rank is None:
             return self.message
-        return f"{self.message} [rank {self.rank} on {printable(str(self.host))}]"
+        where = f"rank {self.rank} on {printable(str(self.host))}"
+        if not self.is_from_another_rank:
+            return f"{self.message} [{where}]"
+        return f"{_on_one_line(self.message)} [{where}; its traceback is there]"
 
     def __getattr__(self, name: str) -> Any:
         """Give the fields as attributes (``error.url``)."""
@@ -258,6 +269,17 @@ def printable(text: str) -> str:
     )
 
 
+def _on_one_line(message: str) -> str:
+    """Join the lines of a message, and cut what becomes long; a message of one line comes back unchanged."""
+    first, *others = map(str.strip, message.split("\n"))
+    if not others:
+        return message
+    joined = first
+    for line in others:
+        joined += f"{'' if joined.endswith(':') else ';'} {line}"
+    return joined if len(joined) <= _LONGEST_JOINED else f"{joined[:_LONGEST_JOINED]}…"
+
+
 def _printable_lines(text: str) -> str:
     return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
 
@@ -286,3 +308,7 @@ def _subclasses(base: type[RankloadError]) -> dict[str, type[RankloadError]]:
     for subclass in base.__subclasses__():
         found.update(_subclasses(subclass))
     return found
+
+
+for _error_type in _subclasses(RankloadError).values():
+    _error_type.__module__ = "rankload"  # tracebacks show the name that callers import

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from rankload._cache.failures import missing_url
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import Format, describe, format_of, sniff
 from rankload._checkpoint.source import FileObject
@@ -21,11 +22,12 @@ from rankload._deliver.mappable import checked_for_torch
 from rankload._deliver.node_copy import settled
 from rankload._deliver.read import read_checkpoint
 from rankload._deliver.readers import Limits
-from rankload._errors import ArgumentError, printable
+from rankload._errors import ArgumentError, MissingFileError, printable
 from rankload._job.devices import resolve_map_location
 from rankload._job.lone import LoneChannel
 from rankload._job.membership import own_identity
 from rankload._settings import Settings
+from rankload._tracebacks import short_tracebacks
 from rankload._types import FetchedFile, Identity
 from rankload._urls import local_path_of, redact
 
@@ -40,6 +42,7 @@ _FORMATS_OF_TORCH: frozenset[Format] = frozenset(
 )
 
 
+@short_tracebacks
 def load(
     f: str | os.PathLike[str] | IO[bytes],
     map_location: MapLocation = None,
@@ -75,7 +78,12 @@ def load(
         if path is None:
             shown = redact(os.fspath(f))
             raise ArgumentError(f"load({shown!r}): not a local file; dist_load_state_dict_from_url loads from URLs")
-        return _load_file(path, target, identity, weights_only=weights_only, mmap=mmap, **torch_load_arguments)
+        try:
+            return _load_file(path, target, identity, weights_only=weights_only, mmap=mmap, **torch_load_arguments)
+        except MissingFileError:
+            if (missing := missing_url(os.fspath(f), path)) is None:
+                raise
+        raise missing
     if mmap:
         raise ArgumentError("load(…, mmap=True): an open file cannot be mapped; give its path")
     shown = printable(str(getattr(f, "name", "an open file")))

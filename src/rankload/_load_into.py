@@ -27,6 +27,7 @@ from rankload._deliver.saved import SavedTensor
 from rankload._errors import ArgumentError, printable
 from rankload._fetch.request import Url, agreed_arguments, make_request
 from rankload._job.devices import own_device
+from rankload._tracebacks import short_tracebacks
 from rankload._types import Delivery, Progress, Scope, Verify
 from rankload.adapt import Adapter, as_adapter, is_lazy, unwrap
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("rankload")
 
 
+@short_tracebacks
 def dist_load_into(
     module: nn.Module | tuple[nn.Module, Optimizer],
     source: Url,

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rankload._cache.failures import reading
+from rankload._cache.failures import missing_url, reading
 from rankload._checkpoint.broken import BrokenFileError
+from rankload._checkpoint.hints import hint_on_directory
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.read_index import read_index
 from rankload._checkpoint.source import Source
 from rankload._checkpoint.unpacked import open_unpacked
 from rankload._deliver.checkpoint import Checkpoint
-from rankload._errors import LoadError, OfflineError, printable
+from rankload._errors import CacheError, LoadError, MissingFileError, OfflineError, printable
 from rankload._fetch.offline import is_switched_off
 from rankload._fetch.remote import RemoteSource
 from rankload._fetch.request import checked_headers, checked_urls
 from rankload._settings import Settings
+from rankload._tracebacks import short_tracebacks
 from rankload._urls import beside, local_path_of, redact
 
 
+@short_tracebacks
 def open_checkpoint(path_or_url: str | os.PathLike[str], *, headers: Mapping[str, str] | None = None) -> Checkpoint:
     """Open a checkpoint to see what is in it, and to read single tensors. Not collective.
 
@@ -43,6 +47,15 @@ def open_checkpoint(path_or_url: str | os.PathLike[str], *, headers: Mapping[str
     """
     location = os.fspath(path_or_url)
     path = local_path_of(location)
+    try:
+        return _open(location, path, headers)
+    except MissingFileError:
+        if path is None or (missing := missing_url(location, path)) is None:
+            raise
+    raise missing
+
+
+def _open(location: str, path: Path | None, headers: Mapping[str, str] | None) -> Checkpoint:
     shown = printable(redact(location) if path is None else str(path))
     closing = ExitStack()
     with ExitStack() as unless_opened:
@@ -78,6 +91,9 @@ class _Sources:
 def _local_opener(directory: Path) -> Callable[[str, ExitStack], Source]:
     def open_one(name: str, closing: ExitStack) -> Source:
         path = directory / name
+        if hint := hint_on_directory(path):
+            text = f"cannot read {path}: it is no regular file{hint}"
+            raise CacheError(text, path=str(path), errno=errno.EISDIR)
         with reading(path):
             return open_unpacked(path, closing)
 

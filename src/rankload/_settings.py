@@ -25,7 +25,7 @@ class Settings:
         progress_seconds: deadline on no progress: no byte, no new phase (the ``timeout=`` argument wins).
         connect_seconds: deadline for one connection attempt to the origin.
         heartbeat_seconds: interval between a rank's signs of life in a call that takes longer.
-        report_seconds: interval between log lines of a waiting rank.
+        report_seconds: interval between log lines of a node that waits, and between progress lines.
         lease_seconds: lease between jobs: a holder that is silent for so long may be taken over.
         visibility_seconds: how long a published file may stay invisible on another node. Linux NFS clients
             keep negative name entries for up to 60 s (``acdirmax``, nfs(5)).

@@ -37,12 +37,16 @@ _TIME_SLACK_NS = 2_000_000_000
 
 @dataclass(frozen=True)
 class Progress:
-    """What a rank is doing, as others see it. Sizes in bytes; ``bytes_total`` None where the origin gave no length."""
+    """What a rank is doing, as others see it. Sizes in bytes; ``bytes_total`` None where the origin gave no length.
+
+    ``file`` is the name of the file that is downloaded, fit to be shown.
+    """
 
     phase: Phase
     bytes_done: int = 0
     bytes_total: int | None = None
     attempt: int = 1
+    file: str | None = None
 
 
 #: Receives a rank's own progress. Raises what another rank failed with, so that a download nobody needs any more stops.

@@ -289,6 +289,25 @@ def _without_signature(query: str) -> str:
     return "&".join(itertools.compress(pieces, kept))
 
 
+#: Longer names in queries are not shown.
+_LONGEST_PARAMETER = 40
+
+
+def query_digests(url: str) -> list[list[str]]:
+    """Return name and digest of each parameter of a URL's query, without what signs or authorises the request.
+
+    Enough to say which parameters of two URLs differ; any value may be a secret. What has no value may be one itself,
+    and its name is left empty.
+    """
+    query = url.partition("#")[0].partition("?")[2]
+    digests = []
+    for piece in filter(None, _without_signature(query).split("&")):
+        name, _, value = piece.partition("=")
+        shown = printable(unquote_plus(name)) if value.strip("=") and len(name) <= _LONGEST_PARAMETER else ""
+        digests.append([shown, hashlib.sha256(piece.encode(errors="surrogateescape")).hexdigest()[:16]])
+    return digests
+
+
 def _authority_of(url: str) -> str:
     """Return what stands between ``//`` and the first character that ends it for any parser."""
     scheme, colon, rest = url.partition("://")

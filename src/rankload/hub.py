@@ -17,6 +17,7 @@ from torch.hub import get_dir, set_dir
 from rankload._api import load_in_this_process
 from rankload._fetch.plain import download_to
 from rankload._fetch.request import torch_hub_directory
+from rankload._tracebacks import short_tracebacks
 
 if TYPE_CHECKING:
     from rankload._api import MapLocation
@@ -29,6 +30,7 @@ def __getattr__(name: str) -> Any:
     return getattr(torch.hub, name)
 
 
+@short_tracebacks
 def load_state_dict_from_url(
     url: str,
     model_dir: str | None = None,
@@ -57,6 +59,7 @@ def load_state_dict_from_url(
     )
 
 
+@short_tracebacks
 def download_url_to_file(url: str, dst: str, hash_prefix: str | None = None, progress: bool = True) -> None:
     """Download a URL to a local path, replacing what is there, as torch.hub.download_url_to_file does. Not collective.
 
@@ -64,7 +67,7 @@ def download_url_to_file(url: str, dst: str, hash_prefix: str | None = None, pro
         url: http or https URL.
         dst: full path of the file; ``~`` is expanded. It appears complete and verified, or not at all.
         hash_prefix: what the SHA-256 must start with.
-        progress: show a bar on stderr, if that is a terminal.
+        progress: show a bar on stderr, or lines if that is no terminal.
 
     Raises:
         RankloadError: as above.

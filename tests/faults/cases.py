@@ -616,6 +616,38 @@ ALL_CASES = (
         "Idle connections are closed when nothing comes for a stall time; fewer streams are used then, also for the "
         "next file of that host.",
     ),
+    Case(
+        89,
+        "failure-of-all-ranks",
+        RANKS,
+        "A call fails on all ranks of a job, and all their outputs end up in one log.",
+        "The rank where it happened prints the traceback: your frames, and where the failure was found. Each of the "
+        "others prints your frames and one line that names that rank. At log level DEBUG all frames and causes are "
+        "logged.",
+    ),
+    Case(
+        90,
+        "slow-name-service",
+        RANKS,
+        "The name service (DNS) is slow or dead. torch's store asks it for the name of each client that connects, one "
+        "after another, whatever the ranks are waiting for: the first call of 16 ranks took 12 s with a name service "
+        "that takes 0.3 s to answer, 10 s with a dead one. From torch 2.9 on the first failure ends the questions; "
+        "torch's warning “The hostname of the client socket cannot be retrieved” is its sign.",
+        "The call succeeds, only later. The cure is an entry in `/etc/hosts` of the store's node for each node, in "
+        "the form in which the store sees its clients: `::ffff:10.0.0.7 node7`; plain `10.0.0.7 node7` is not found "
+        "(glibc 2.36). Or a name service that knows the addresses, a cache on the node (nscd, systemd-resolved), "
+        "`hosts: files` in `/etc/nsswitch.conf`, or, against a dead one, `options timeout:1 attempts:1` in "
+        "`/etc/resolv.conf` (10 s became 2 s).",
+    ),
+    Case(
+        91,
+        "own-file-for-each-rank",
+        RANKS,
+        "Each rank passes a file or URL of its own to a collective call, or URLs that differ in their query only.",
+        "All ranks raise `ArgumentMismatchError`. It names both values, or the parameters of the query that differ "
+        "(never their values), and the call that is not collective: `rankload.load`, or "
+        "`rankload.hub.load_state_dict_from_url`.",
+    ),
 )
 
 CASES: dict[int, Case] = {case.number: case for case in sorted(ALL_CASES, key=lambda case: case.number)}

@@ -88,7 +88,7 @@ def test_directories_have_hints(tmp_path, cache):
     (tmp_path / "sharded/model.safetensors.index.json").write_text("{}")
     (tmp_path / "distributed").mkdir()
     (tmp_path / "distributed/.metadata").write_bytes(b"")
-    for call in (lambda path: rankload.dist_fetch(path, cache), rankload.load):
+    for call in (lambda path: rankload.dist_fetch(path, cache), rankload.load, rankload.open_checkpoint):
         with pytest.raises(rankload.CacheError, match=r"name the file in it, such as model\.safetensors\.index\.json"):
             call(tmp_path / "sharded")
         with pytest.raises(rankload.CacheError, match=r"load it with torch\.distributed\.checkpoint"):
@@ -97,8 +97,10 @@ def test_directories_have_hints(tmp_path, cache):
 
 @pytest.mark.parametrize("location", ["example.invalid/models/model.pth", "localhost:8000/model.pth"])
 def test_url_without_a_scheme(cache, location):
-    with pytest.raises(rankload.MissingFileError, match="if a URL is meant, write https://"):
-        rankload.dist_fetch(location, cache)
+    for call in (lambda path: rankload.dist_fetch(path, cache), rankload.load, rankload.open_checkpoint):
+        with pytest.raises(rankload.MissingFileError, match="if a URL is meant, write https://") as caught:
+            call(f"{location}?sig=SECRET")
+        assert "SECRET" not in f"{caught.value} {caught.value.__cause__!r} {caught.value.__context__!r}"
     error = errors_of(fetch, f"{location}?sig=SECRET", cache)[0]
     assert "SECRET" not in f"{error} {error.fields} {error.__cause__!r} {error.__context__!r}"
     with pytest.raises(rankload.MissingFileError) as caught:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from harness.checkpoints import assert_same, digest_of
+from harness.fetch_calls import log_everything
 from harness.rank import mark, mark_and_wait
 from harness.ranks import RankResult
 
@@ -33,6 +34,11 @@ class Outcome:
     error: str | None = None
     text: str = ""
     fields: dict[str, Any] | None = None
+
+    @property
+    def text_everywhere(self) -> str:
+        """The text without what other ranks than the failing one say about where its traceback is."""
+        return self.text.replace("; its traceback is there]", "]")
 
 
 def load(rank: int, url: str, model_dir: str, **arguments: Any) -> str:
@@ -64,7 +70,8 @@ def try_to_load(rank: int, url: str, model_dir: str, **arguments: Any) -> Outcom
 
 
 def try_and_tell(rank: int, url: str, model_dir: str, **arguments: Any) -> Outcome:
-    """Tries to load; a rank that waits for another's download marks ``waiting``."""
+    """Tries to load; a rank that waits for another's download marks ``waiting``, and every rank logs its waits."""
+    log_everything()
     with at_store_operation("peek", "/fetched/", marking("waiting")):
         return try_to_load(rank, url, model_dir, **arguments)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +64,26 @@ def test_ranks_in_another_order_of_calls_fail_together_and_can_go_on(
     errors = [[outcome.error for outcome in result.value] for result in results]
     assert errors == [["ArgumentMismatchError", "ArgumentMismatchError", None]] * 3
     assert [result.value[2].digest for result in results] == [digest_of(checkpoint.content)] * 3
+
+
+def _load_own_file(rank: int, location: str, model_dir: str) -> Outcome:
+    return try_to_load(rank, location.format(rank=rank), model_dir)
+
+
+@pytest.mark.fault(91)
+@pytest.mark.parametrize("kind", ["local", "query"])
+def test_ranks_that_want_a_file_each_hear_what_to_call(
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str, tmp_path: Path, kind: str
+) -> None:
+    for rank in range(3):
+        shutil.copy(checkpoint.path, tmp_path / f"rank{rank}.pth")
+    # held: no rank is to be through with its own before the others have compared
+    url = f"{origin.add(checkpoint.name, checkpoint.path, hold_at=1000)}?part=SECRET{{rank}}"
+    location = {"local": f"{tmp_path}/rank{{rank}}.pth", "query": url}[kind]
+    ended = outcomes(run_ranks(_load_own_file, 3, args=(location, cache_dir)))
+    said = {"local": "call rankload.load(path), which", "query": "differs in its query: 'part'"}[kind]
+    assert [outcome.error for outcome in ended] == ["ArgumentMismatchError"] * 3
+    assert all(said in outcome.text and "SECRET" not in outcome.text for outcome in ended), ended
 
 
 def _load_with_own_taste(rank: int, url: str, model_dir: str) -> str:

@@ -21,7 +21,7 @@ def test_the_leader_gets_a_404_and_every_rank_raises_it_within_two_seconds(
     origin: Origin, cache_dir: str, launcher: str
 ) -> None:
     ended = outcomes(run_ranks(try_to_load, 4, env=launcher, args=(origin.url("nothing.pth"), cache_dir)))
-    assert {(outcome.error, outcome.text) for outcome in ended} == {("HTTPStatusError", ended[0].text)}
+    assert {(outcome.error, outcome.text_everywhere) for outcome in ended} == {("HTTPStatusError", ended[0].text)}
     assert "HTTP Error 404" in ended[0].text and "[rank 0 on " in ended[0].text
     assert max(outcome.ended_at for outcome in ended) - max(outcome.started_at for outcome in ended) < 2
     assert origin.request_count() == 2  # with a range, and without
@@ -67,9 +67,10 @@ def test_one_rank_cannot_load_and_every_rank_names_it(
     url = origin.add(checkpoint.name, checkpoint.path)
     results = run_ranks(_one_rank_fails, 4, args=(url, cache_dir, failing, error))
     firsts = [result.value[0] for result in results]
-    assert len({(outcome.error, outcome.text) for outcome in firsts}) == 1, firsts
+    assert len({(outcome.error, outcome.text_everywhere) for outcome in firsts}) == 1, firsts
     assert firsts[0].error is not None and str(error) in firsts[0].text
     assert f"[rank {failing} on " in firsts[0].text
+    assert [outcome.text == outcome.text_everywhere for outcome in firsts] == [rank == failing for rank in range(4)]
     assert [result.value[1].digest for result in results] == [digest_of(checkpoint.content)] * 4
 
 

@@ -79,28 +79,34 @@ def test_an_address_that_no_host_has_is_told_at_once(
     assert ended.ended_at - ended.started_at < 30  # a name server may be slow to say so
 
 
-_REPORT = re.compile(r"waiting for rank 0 on \S+: (downloading|publishing) \d+\.\d of \d+\.\d MB(, \d+ MB/s)?$")
+_REPORT = re.compile(
+    r"rankload: rank 2 is waiting for rank 0 on \S+: (downloading|publishing) \d+\.\d of \d+\.\d MB \(other\S*\.pth\)"
+    r"(, \d+ MB/s)?$"
+)
+_OWN_REPORT = re.compile(r"rankload: (downloading http\S+|other\S*\.pth: .*)$")
 
 
-def test_who_waits_for_a_download_says_so_once_per_report_interval(
+def test_one_rank_of_a_node_says_what_it_waits_for_once_per_report_interval(
     origin: Origin, cache_dir: str, other_checkpoint: CheckpointFile, short_deadlines: float
 ) -> None:
     url = origin.add(other_checkpoint.name, other_checkpoint.path, Reply(hold_at=2000))
     started = time.monotonic()
-    with start_ranks(load, 4, args=(url, cache_dir)) as group:
-        wait_until(lambda: group.stderr(3).count("\n") >= 3, 30, "rank 3 has said three things")
+    with start_ranks(load, 4, nodes=2, args=(url, cache_dir)) as group:
+        wait_until(lambda: group.stderr(2).count("\n") >= 3, 30, "rank 2 has said three things")
         origin.release(other_checkpoint.name)
         results = group.wait()
     intervals = time.monotonic() - started  # of a second each
-    assert results[0].stderr == ""
-    for result in results[1:]:
-        lines = result.stderr.splitlines()
-        assert 2 <= len(lines) <= intervals
-        assert [line for line in lines if not _REPORT.match(line)] == []
+    assert results[1].stderr == results[3].stderr == ""
+    lines = results[2].stderr.splitlines()
+    assert 2 <= len(lines) <= intervals
+    assert [line for line in lines if not _REPORT.match(line)] == []
+    lines = results[0].stderr.splitlines()  # of the rank that downloads
+    assert 4 <= len(lines) <= intervals + 2
+    assert [line for line in lines if not _OWN_REPORT.match(line)] == []
 
 
 @pytest.mark.slow
-def test_a_wait_of_a_minute_prints_at_most_three_lines(
+def test_a_download_that_stands_for_a_minute_prints_a_few_lines_and_who_waits_none(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str
 ) -> None:
     url = origin.add(checkpoint.name, checkpoint.path, Reply(hold_at=1000))
@@ -110,6 +116,8 @@ def test_a_wait_of_a_minute_prints_at_most_three_lines(
         origin.release(checkpoint.name)
         results = group.wait()
     assert [result.value for result in results] == [digest_of(checkpoint.content)] * 2
-    retried, waited = (result.stderr.splitlines() for result in results)
+    downloaded, waited = (result.stderr.splitlines() for result in results)
+    retried = [line for line in downloaded if not line.startswith("rankload: ")]
     assert len(retried) <= 2 and all("not a byte came" in line and "trying again in" in line for line in retried)
-    assert len(waited) == 2
+    assert len(downloaded) - len(retried) == 4  # at the start, after 30 s, after 60 s, at the end
+    assert waited == []

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from rankload._cache.access import is_trusted, name_of
-from rankload._errors import CacheError, RankloadError
+from rankload._errors import CacheError, MissingFileError, RankloadError
+from rankload._urls import hint_on_scheme, redact
 
 T = TypeVar("T")
 
@@ -42,6 +43,14 @@ def reading(path: Path | str) -> Iterator[None]:
         raise
     except OSError as error:
         raise CacheError(f"cannot read {path}: {_words(error)}", path=str(path), errno=error.errno) from error
+
+
+def missing_url(location: str, path: Path) -> MissingFileError | None:
+    """Return the error for a missing file whose path looks like a URL without a scheme, with its query hidden."""
+    if not (hint := hint_on_scheme(location)) or path.parent.exists():
+        return None
+    shown = redact(f"https://{location}").partition("://")[2]  # it may be a signed URL
+    return MissingFileError(f"cannot read {shown}: No such file or directory{hint}", path=shown, errno=errno.ENOENT)
 
 
 def reopening(read: Callable[[], T]) -> T:

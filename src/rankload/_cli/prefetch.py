@@ -48,7 +48,7 @@ def prefetch(
         bool, typer.Option("--refresh", help="Ask the origin whether a cached file is still its file.")
     ] = False,
     any_file: Annotated[bool, typer.Option("--any-file", help="Accept what is no checkpoint, too.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Fetch files into the cache, verified, and print their paths. Compute nodes then load them offline.
 

@@ -1,6 +1,8 @@
-"""The bar on the downloading rank's stderr."""
+"""The bar on the downloading rank's stderr, where that is a terminal."""
 
 from __future__ import annotations
+
+import logging
 
 from tqdm import tqdm
 
@@ -10,22 +12,43 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]  # generic for type checkers 
 
     Args:
         file_name: what it says in front.
-        is_wanted: False shows nothing; True shows it where stderr is a terminal.
+        initial_bytes: bytes that an earlier download left; they do not count for the rate.
     """
 
     monitor_interval = 0
 
-    def __init__(self, file_name: str, *, is_wanted: bool) -> None:
-        super().__init__(
-            disable=None if is_wanted else True,  # None: quiet when stderr is no terminal
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            desc=file_name,
-        )
+    def __init__(self, file_name: str, initial_bytes: int) -> None:
+        super().__init__(unit="B", unit_scale=True, unit_divisor=1024, desc=file_name, initial=initial_bytes)
+        _clearing.bars.append(self)
 
     def show(self, done_bytes: int, total_bytes: int | None) -> None:
         """Move to a number of bytes; fewer than before when a download starts over."""
-        if not self.disable:
-            self.total = total_bytes
-            self.update(done_bytes - self.n)
+        self.total = total_bytes
+        if done_bytes < self.n:
+            self.initial = 0
+            self.reset()
+        self.update(done_bytes - self.n)
+
+    def close(self) -> None:
+        """Leave the bar as it is; later log lines come after it."""
+        if self in _clearing.bars:
+            _clearing.bars.remove(self)
+        super().close()
+
+
+class _ClearingFilter(logging.Filter):
+    """Clears the bar's line before a log line is written there. The bar comes back with its next update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bars: list[ProgressBar] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record through."""
+        for bar in tuple(self.bars):
+            bar.clear()
+        return True
+
+
+_clearing = _ClearingFilter()
+logging.getLogger("rankload").addFilter(_clearing)

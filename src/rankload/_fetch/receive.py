@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rankload._errors import FetchError, TruncatedError
+from rankload._errors import FetchError, TruncatedError, printable
 from rankload._fetch.origins.choice import origin_for
 from rankload._fetch.origins.credentials import headers_of
 from rankload._fetch.origins.origin import Origin, Version
 from rankload._fetch.partials.partial import Partial
-from rankload._fetch.progress_bar import ProgressBar
+from rankload._fetch.progress import Show, open_progress
 from rankload._fetch.transfer.front import Front
 from rankload._fetch.transfer.retry import Retries, pause
 from rankload._fetch.transfer.size_limit import SizeLimit, exceeds_limit
@@ -21,7 +21,7 @@ from rankload._fetch.transfer.transfer import Transfer
 from rankload._fetch.transfer.work import Restart, Work
 from rankload._settings import Settings
 from rankload._types import FetchRequest, Progress, Report
-from rankload._urls import url_key
+from rankload._urls import redact, url_key
 
 _logger = logging.getLogger("rankload")
 
@@ -64,6 +64,7 @@ class Receiver:
         self._request, self._partial, self._report, self._settings = request, partial, report, settings
         self._is_whole = is_whole
         self._has_digest = bool(request.sha256 or request.hash_prefix)
+        self._file_name = printable(Path(request.file_name).name)
         self._attempt = 0
         content = partial.content
         #: URL key and version of the bytes that are there
@@ -82,18 +83,24 @@ class Receiver:
         if self._there is not None and not self._has_digest:  # only where the bytes came from can they be gone on with
             came_from, _ = self._there
             urls = tuple(sorted(urls, key=lambda url: url_key(url) != came_from))
-        with ProgressBar(Path(self._request.file_name).name, is_wanted=self._request.progress) as bar:
+        with open_progress(
+            self._file_name,
+            redact(urls[0]),
+            self._partial.spans.total_bytes if self._there else 0,
+            self._settings.report_seconds,
+            is_wanted=self._request.progress,
+        ) as show:
             for url in urls:
                 with closing(origin_for(url, headers_of(self._request, url), self._settings)) as origin:
                     try:
-                        return self._receive_from(origin, bar)
+                        return self._receive_from(origin, show)
                     except FetchError as error:
                         if url == urls[-1] or error is self._others_error or exceeds_limit(error):
                             raise
                         _logger.warning("%s; trying the next mirror", error)
         raise AssertionError("there is at least one URL")
 
-    def _receive_from(self, origin: Origin, bar: ProgressBar) -> Received:
+    def _receive_from(self, origin: Origin, show: Show) -> Received:
         _logger.info('Downloading: "%s" to %s', origin.shown, self._partial.path)
         key = self._partial.url_key = url_key(origin.url)
         known, is_whole = self._known_at(key), self._is_whole
@@ -108,7 +115,7 @@ class Receiver:
             )  # fmt: skip
             try:
                 front.start()
-                Transfer(work, self._checked_report, bar.show, self._attempt).run()
+                Transfer(work, self._checked_report, show, self._attempt).run()
                 self._check_length(key, work)
                 return self._received(origin, work, front)
             except Restart as restart:
@@ -181,7 +188,7 @@ class Receiver:
 
     def _checked_report(self, progress: Progress) -> None:
         try:
-            self._report(progress)
+            self._report(replace(progress, file=self._file_name))
         except Exception as error:  # what another rank failed with: no fault of this origin's, whatever it is
             self._others_error = error
             raise

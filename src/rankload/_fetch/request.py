@@ -18,7 +18,7 @@ from rankload._fetch.offline import is_switched_off
 from rankload._fetch.parts import is_index_name, name_in_own_folder
 from rankload._settings import MODEL_DIR_VARIABLE, Settings
 from rankload._types import FetchRequest, Scope, Verify
-from rankload._urls import expanded, file_name_of, local_path_of, redact, scheme_of, url_key, why_refused
+from rankload._urls import expanded, file_name_of, local_path_of, query_digests, redact, scheme_of, url_key, why_refused
 
 _logger = logging.getLogger("rankload")
 
@@ -96,6 +96,7 @@ def agreed_arguments(request: FetchRequest, call: str) -> dict[str, Any]:
         "call": call,
         "url": [redact(url) for url in request.urls],
         "origin": [url_key(url)[:16] for url in request.urls],
+        "query": [query_digests(url) for url in request.urls],
         "file_name": request.file_name,
         "sha256": request.sha256,
         "check_hash": request.hash_prefix is not None,

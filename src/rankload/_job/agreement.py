@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rankload._errors import ArgumentMismatchError
+from rankload._job.disagreement import advice_on, describe_disagreement
 from rankload._job.store import RankStore
 from rankload._types import Identity
 
@@ -60,19 +61,13 @@ class Agreement:
         Raises:
             ArgumentMismatchError: they differ.
         """
-        mine = self._mine["arguments"]
-        names = sorted(first["arguments"].keys() | mine.keys())
-        if differing := [name for name in names if first["arguments"].get(name) != mine.get(name)]:
-            details = "; ".join(
-                f"{name}: rank {first['rank']} has {first['arguments'].get(name)!r}, "
-                f"rank {self._identity.rank} has {mine.get(name)!r}"
-                for name in differing
-            )
+        mine, rank = self._mine["arguments"], self._identity.rank
+        if details := describe_disagreement(first["arguments"], first["rank"], mine, rank):
             raise ArgumentMismatchError(
                 f"ranks disagree on the arguments of call {self._call} ({details}): every rank must make the "
-                "same calls in the same order",
+                f"same calls in the same order{advice_on(first['arguments'], mine)}",
                 first_rank=first["rank"],
-                other_rank=self._identity.rank,
+                other_rank=rank,
             )
 
     def support(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 from rankload._errors import ArrivalTimeoutError
 from rankload._job.awake import AwakeTime
@@ -54,7 +54,24 @@ def until_rank_0_comes(identity: Identity, settings: Settings) -> Iterator[float
             )
         if waited.seconds - reported >= settings.report_seconds:
             reported = waited.seconds
-            _logger.warning("rank %d: rank 0 has not made the call yet (%.0f s)", identity.rank, reported)
+            if is_voice_of_node(identity, [0]):
+                _logger.warning("rankload: rank %d: rank 0 has not made the call yet (%.0f s)", identity.rank, reported)
+
+
+def is_voice_of_node(identity: Identity, awaited: Container[int]) -> bool:
+    """Return whether this rank speaks for its node in a wait: the first local rank that is not itself waited for."""
+    if identity.local_rank is None or not identity.is_whole_job:
+        return True
+    first = identity.rank - identity.local_rank
+    return all(rank in awaited for rank in range(first, identity.rank))
+
+
+def is_on_own_node(identity: Identity, rank: int) -> bool:
+    """Return whether another rank is known to be on this rank's node."""
+    if identity.local_rank is None or identity.local_world_size is None or not identity.is_whole_job:
+        return False
+    first = identity.rank - identity.local_rank
+    return first <= rank < first + identity.local_world_size
 
 
 def silence_limit_seconds(settings: Settings) -> float:

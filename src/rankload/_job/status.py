@@ -240,12 +240,14 @@ class RollCall:
 
 
 def describe(progress: Progress) -> str:
-    """Return e.g. ``downloading 3.1 of 12.0 GB``."""
+    """Return e.g. ``downloading 3.1 of 12.0 GB (model.pth)``."""
+    of_file = f" ({progress.file})" if progress.file else ""
     done, total = progress.bytes_done, progress.bytes_total
     unit, unit_bytes = ("GB", 1e9) if (total or done) >= 1e9 else ("MB", 1e6)
     if total:
-        return f"{progress.phase} {done / unit_bytes:.1f} of {total / unit_bytes:.1f} {unit}"
-    return f"{progress.phase} {done / unit_bytes:.1f} {unit}" if done else progress.phase
+        return f"{progress.phase} {done / unit_bytes:.1f} of {total / unit_bytes:.1f} {unit}{of_file}"
+    doing = f"{progress.phase} {done / unit_bytes:.1f} {unit}" if done else progress.phase
+    return doing + of_file
 
 
 def _stillness_limit_seconds(settings: Settings) -> float:

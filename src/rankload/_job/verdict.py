@@ -83,7 +83,9 @@ class Verdict:
 
     def _take(self, text: str) -> None:
         verdict = json.loads(text)
-        self.failure = from_wire(verdict["error"]) if "error" in verdict else None
+        if "error" in verdict:
+            self.failure = from_wire(verdict["error"])
+            self.failure.is_from_another_rank = self.failure.rank != self._identity.rank
         self.is_known = True
         if self._store.dies_with_rank_0 and self._identity.rank != 0:
             self._store.add(self._key("seen"))

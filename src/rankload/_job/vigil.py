@@ -6,7 +6,7 @@ import logging
 
 from rankload._errors import ArrivalTimeoutError
 from rankload._job.awake import AwakeTime
-from rankload._job.polling import silence_limit_seconds
+from rankload._job.polling import is_on_own_node, is_voice_of_node, silence_limit_seconds
 from rankload._job.status import Watch
 from rankload._settings import Settings
 from rankload._types import Identity
@@ -20,6 +20,8 @@ _LOOKS_PER_SECOND_AT_WORK = 200
 
 class Vigil:
     """Watches over other ranks during one wait, and logs it once per ``report_seconds``.
+
+    The node's voice logs at WARNING, the other ranks at DEBUG.
 
     Only rank 0 watches everybody; the others watch rank 0 or their leader. A look is due every heartbeat, less often
     in a large job: rank 0 reads one key a rank.
@@ -74,20 +76,26 @@ class Vigil:
             self._reported_at = self._watched.seconds
 
     def _log(self, absent: str, elapsed_seconds: float) -> None:
+        is_voice = is_voice_of_node(self._identity, [watch.rank for watch in self._watches])
         busy = [watch for watch in self._watches if watch.status and watch.status.progress.phase != "done"]
         if absent:
             waited = f"{self._watched.seconds:.0f} of {self._settings.arrival_seconds:g} s"
-            _logger.warning(
-                "rank %d is waiting for rank %s to make this call (%s)", self._identity.rank, absent, waited
-            )
+            self._say(f"rank {absent} to make this call ({waited})", is_quiet=not is_voice)
         elif busy:
             first = busy[0]
             assert first.status is not None
             done = first.status.progress.bytes_done
             rate = (done - self._bytes_reported) / elapsed_seconds / 1e6
             self._bytes_reported = done
-            _logger.warning("waiting for %s%s%s", first.describe(), f", {rate:.0f} MB/s" if rate >= 0.5 else "",
-                            f" (and {len(busy) - 1} more ranks)" if len(busy) > 1 else "")  # fmt: skip
+            # a rank that downloads shows its progress itself
+            is_shown = first.status.progress.phase == "downloading" and is_on_own_node(self._identity, first.rank)
+            doing = first.describe() + (f", {rate:.0f} MB/s" if rate >= 0.5 else "")
+            more = f" (and {len(busy) - 1} more ranks)" if len(busy) > 1 else ""
+            self._say(f"{doing}{more}", is_quiet=is_shown or not is_voice)
+
+    def _say(self, awaited: str, *, is_quiet: bool) -> None:
+        level = logging.DEBUG if is_quiet else logging.WARNING
+        _logger.log(level, "rankload: rank %d is waiting for %s", self._identity.rank, awaited)
 
 
 def _ranges(ranks: list[int], limit: int = 20) -> str:
