@@ -617,6 +617,35 @@ ALL_CASES = (
         "next file of that host.",
     ),
     Case(
+        77,
+        "replicas-that-differ",
+        CACHED_FILES,
+        "Nodes have cache directories of their own, and the origin's file is replaced between two downloads, or one "
+        "node has an older file.",
+        "Every node compares size and SHA-256 with rank 0's file and fetches that version if it has another. If that "
+        "cannot be had any more, all ranks raise one error that names both.",
+    ),
+    Case(
+        78,
+        "frozen-at-the-verdict",
+        RANKS,
+        "A rank freezes in the last moment of a call: rank 0 before its vote, or another one before it has read the "
+        "outcome.",
+        "The outcome is written once, and rank 0 goes by it, too: after a freeze it asks the others for a sign of life "
+        "first. It keeps the outcome readable until all have read it, or for the liveness limit (30 s). Only a rank "
+        "that wakes up later, or loses rank 0's process in that moment, raises although the others have succeeded.",
+    ),
+    Case(
+        79,
+        "lost-while-joining",
+        RANKS,
+        "A rank is killed, interrupted, or runs out of threads or descriptors before the ranks of its job have met.",
+        "The others raise its error within 2 s, or learn within the liveness limit that it is lost. A rank that comes "
+        "late raises the same error, and a repeated call finds all ranks at the same one. Where rank 0 dies before "
+        "anybody has met it, nothing tells it from a rank 0 that is late: `RANKLOAD_ARRIVAL_SECONDS` ends that wait, "
+        "if the launcher does not.",
+    ),
+    Case(
         89,
         "failure-of-all-ranks",
         RANKS,
@@ -647,6 +676,15 @@ ALL_CASES = (
         "All ranks raise `ArgumentMismatchError`. It names both values, or the parameters of the query that differ "
         "(never their values), and the call that is not collective: `rankload.load`, or "
         "`rankload.hub.load_state_dict_from_url`.",
+    ),
+    Case(
+        92,
+        "master-port-taken",
+        RANKS,
+        "Without a process group: something else listens at `MASTER_PORT`, such as another job, or `MASTER_ADDR` "
+        "cannot be resolved.",
+        "Rank 0 proves in its store that it is rank 0 of a job of this size. Every rank raises within "
+        "`RANKLOAD_CONNECT_SECONDS` and 2 s; the error says what probably holds the port.",
     ),
 )
 

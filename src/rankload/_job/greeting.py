@@ -107,8 +107,11 @@ class MeetingPoint:
         """Return why a rank has failed to join for a call, since the hello of that number."""
         text = self.store.peek(f"{self.root}/failure")
         failure = {} if text is None else json.loads(text)
-        is_it = failure.get("call") == call and failure["hellos"] >= number
-        return from_wire(failure["error"]) if is_it else None
+        if failure.get("call") != call or failure["hellos"] < number:
+            return None
+        error = from_wire(failure["error"])
+        error.is_from_another_rank = True
+        return error
 
 
 class Greeter:
