@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.serialization import default_restore_location
 
 from rankload._errors import ArgumentError, DeviceError
 from rankload._types import Identity
@@ -29,20 +28,25 @@ _OUT_OF_TREE = ("npu", "mlu", "musa")
 _PLACEHOLDERS = ("device", "local_rank", "rank")
 
 
-@dataclass(frozen=True)
-class Placement:
-    """A ``map_location`` that goes by the tags of storages alone.
+class Placement(dict[Any, Any]):
+    """A ``map_location`` that maps the tags of storages and nothing else, each when it is first met.
 
-    Attributes:
-        device_of: gives the device for what is tagged so, or None for torch's own choice.
+    A dict, although it is empty: torch.load accepts no function for wrapper subclasses, or under FakeTensorMode.
+
+    Args:
+        device_of: returns the device for a tag, or None for torch's own choice.
     """
 
-    device_of: Callable[[str], torch.device | None]
+    def __init__(self, device_of: Callable[[str], torch.device | None]) -> None:
+        super().__init__()
+        self.device_of = device_of
 
-    def __call__(self, storage: Any, tag: str) -> Any:
-        """Return a storage where it belongs, or None; torch.load calls it for each."""
-        device = self.device_of(tag)
-        return None if device is None else default_restore_location(storage, str(device))  # type: ignore[no-untyped-call]
+    def get(self, tag: Any, default: Any = None) -> Any:
+        """Return the place of what is tagged so; torch passes the device of a wrapper subclass as a torch.device."""
+        device = self.device_of(str(tag))
+        if device is None:
+            return default
+        return device if isinstance(tag, torch.device) else str(device)
 
 
 @dataclass(frozen=True)
