@@ -18,9 +18,11 @@ from rankload._deliver.carrier import Plan
 from rankload._deliver.carriers import open_carrier
 from rankload._deliver.content import open_content
 from rankload._deliver.held import hold
+from rankload._deliver.lazy_modules import uninitialised_again_on_error
 from rankload._deliver.module_load import left_on_meta, plan_load, prepare_load, run_post_hooks
 from rankload._deliver.node_copy import may_change, settled
 from rankload._deliver.optimizer_load import plan_optimizer_load, prepare_optimizer_load
+from rankload._deliver.own_code import looks_at_state_dict
 from rankload._deliver.places import bare, device_of, is_distributed, places
 from rankload._deliver.report import LoadReport
 from rankload._deliver.saved import SavedTensor
@@ -74,9 +76,9 @@ def dist_load_into(
 
     The module may be plain, wrapped in DistributedDataParallel or by torch.compile (the names are then those of the
     module within), sharded by ``fully_shard`` (FSDP2), or tensor-parallel, on any mesh. Its hooks, ``_version`` and
-    extra state work as in ``load_state_dict``, with two limits: what hooks find in the state dict before the load are
-    stand-ins, no ``torch.Tensor``s, though they can do what tensors can; and what a module does behind its own
-    ``super()._load_from_state_dict(…)`` is done before the tensors are there, unlike what its post-hooks do.
+    extra state work as in ``load_state_dict``, and find in the state dict exactly what torch.load returns. One limit:
+    what a module does after its own ``super()._load_from_state_dict(…)`` is done before the tensors are there, unlike
+    what its post-hooks do.
 
     Tensors are converted to the dtypes and devices of the module's. What is on the meta device is materialised on the
     device of the rest of the module, else on this rank's own; on the CPU as views of the mapped file, of which the
@@ -144,7 +146,7 @@ def dist_load_into(
         )
         with _timed(phases, "fetch"):
             file = fetch_for(chosen, request, channel, settings, sender)
-        with _timed(phases, "check"):
+        with _timed(phases, "check"), uninitialised_again_on_error(target):
             inner, _ = bare(target)
             device = functools.cache(lambda: device_of(inner) or own_device(channel.identity, group))
             path = file.path if file is not None else None
@@ -162,12 +164,20 @@ def dist_load_into(
             content = open_content(
                 carrier.files,
                 adapter,
-                {place.name for place in places(inner)},
+                target,
                 with_optimizer=optimizer is not None,
+                assign=assign,
                 weights_only=weights_only,
                 mmap=mmap,
             )
-            load = plan_load(target, content, strict=strict, assign=assign, shown=carrier.files.shown)
+            load = plan_load(
+                target,
+                content,
+                strict=strict,
+                assign=assign,
+                shown=carrier.files.shown,
+                may_replace=optimizer is None,
+            )
             if load.warning and channel.identity.rank == 0:
                 _logger.warning("%s", load.warning)
             others: list[SavedTensor] = []
@@ -178,7 +188,7 @@ def dist_load_into(
             carrier.met(all_would_gather=channel.meet("checked", agrees=would_gather))
         with _timed(phases, "fill"), torch.no_grad():
             may_share = carrier.may_share and carrier.files.may_map and mmap is not False
-            prepared = [prepare_load(load, device, assign=assign, may_share=may_share)]
+            prepared = [prepare_load(load, device, may_share=may_share)]
             if optimizer is not None:
                 prepared.append(prepare_optimizer_load(optimizer_load))
             transfers = [transfer for part in prepared for transfer in part.transfers]
@@ -188,7 +198,7 @@ def dist_load_into(
                 part.finish()
         run_post_hooks(load)
         keys = (load.missing_keys, load.unexpected_keys)
-        return LoadReport.make(keys, carrier, bytes_read, phases, left_on_meta(load))
+        return LoadReport.make(keys, carrier, bytes_read, phases, left_on_meta(load), content.remainder)
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
@@ -206,7 +216,9 @@ def _leaves_views(module: nn.Module, assign: bool | None, adapter: Adapter) -> b
     Shards never do: each rank reads its own.
     """
     whole = [place.tensor for place in places(module) if not is_distributed(place.tensor)]
-    return not is_lazy(adapter) or (bool(assign) and bool(whole)) or any(tensor.is_meta for tensor in whole)
+    if not is_lazy(adapter) or looks_at_state_dict(module):
+        return True
+    return (bool(assign) and bool(whole)) or any(tensor.is_meta for tensor in whole)
 
 
 def _checked_targets(module: Any, assign: bool | None) -> tuple[nn.Module, Optimizer | None]:

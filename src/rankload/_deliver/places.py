@@ -166,5 +166,9 @@ def is_replicated(tensor: torch.Tensor) -> bool:
 
 
 def as_parameter_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Make a Parameter of a tensor if the other one is one."""
-    return nn.Parameter(tensor, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else tensor
+    """Make a Parameter of a tensor if the other one is one, as load_state_dict(assign=True) does."""
+    if not isinstance(like, nn.Parameter):
+        return tensor
+    if isinstance(tensor, nn.Parameter):  # of a class of its own
+        return tensor.requires_grad_(like.requires_grad)
+    return nn.Parameter(tensor, requires_grad=like.requires_grad)
