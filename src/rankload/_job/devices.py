@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 #: saved on them reach hosts without it.
 _OUT_OF_TREE = ("npu", "mlu", "musa")
 
+#: Accelerators for which torch itself has a module of that name.
+_KINDS = ("cuda", "xpu", "mps", "mtia")
+
 _PLACEHOLDERS = ("device", "local_rank", "rank")
 
 
@@ -155,8 +158,10 @@ def resolve_map_location(map_location: Any, identity: Identity, group: ProcessGr
     if map_location is None:
         own = functools.cache(lambda: own_device(identity, group))
         return _placement_in_job(own) if _has_other_ranks(identity) else _placement_in_single_process(own)
-    if isinstance(map_location, str):
-        return _fill(map_location, identity, group)
+    if isinstance(map_location, (str, torch.device)):
+        location = _fill(map_location, identity, group) if isinstance(map_location, str) else map_location
+        _check_kind_exists(str(location))
+        return location
     if isinstance(map_location, dict):
         return {tag: _fill(str(location), identity, group) for tag, location in map_location.items()}
     return map_location
@@ -246,6 +251,27 @@ def _check_exists(location: str, template: str, identity: Identity) -> None:
         device=location,
         count=accelerator.count,
     )
+
+
+def _check_kind_exists(location: str) -> None:
+    """Say that it is not the file's fault where this process has no accelerator of the kind that was asked for.
+
+    Raises:
+        DeviceError: it has none.
+    """
+    kind = location.partition(":")[0]
+    accelerator = visible_accelerator()
+    if accelerator is not None and accelerator.type == kind:
+        return
+    is_known = kind in _KINDS and torch._guards.detect_fake_mode() is None  # fake tensors need no device
+    if is_known and not (torch.backends.mps if kind == "mps" else getattr(torch, kind)).is_available():
+        raise DeviceError(
+            f"map_location={location!r}: this process has no {kind} device (torch finds none). "
+            'Pass "cpu", or "{device}": this rank\'s own device, or the CPU where there is none',
+            map_location=location,
+            device=location,
+            count=0,
+        )
 
 
 def _known() -> str:
