@@ -24,7 +24,7 @@ def assert_alike(actual: Any, expected: Any, where: str = "value") -> None:
         assert len(actual) == len(expected), f"{where}: {len(actual)} items, not {len(expected)}"
         for number, pair in enumerate(zip(actual, expected, strict=True)):
             assert_alike(*pair, f"{where}[{number}]")
-    else:
+    elif not isinstance(expected, torch.ScriptObject):  # which cannot be compared
         assert actual == expected or repr(actual) == repr(expected), f"{where}: {actual!r}, not {expected!r}"
 
 

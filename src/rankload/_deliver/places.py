@@ -101,8 +101,9 @@ def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
         ValueError: its parts are sums of which this rank has a summand (``Partial``), or do not follow its placements.
     """
     if not is_distributed(tensor):
-        # a quantised one has a scale, which a copy sets in the very tensor
-        return tensor if tensor.is_quantized else tensor.detach(), whole(tuple(tensor.shape))
+        # a copy sets the scale of a quantised one, and the indices of a sparse one, in the very tensor
+        is_more = tensor.is_quantized or tensor.layout != torch.strided
+        return tensor if is_more else tensor.detach(), whole(tuple(tensor.shape))
     from torch.distributed.tensor import Partial
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # as torch's own checkpoints do
 
