@@ -94,11 +94,13 @@ def dist_load_into(
         source: as ``url`` of `dist_load_state_dict_from_url`.
         model_dir, progress, check_hash, file_name, sha256, headers, timeout, scope, group, offline, verify: see
             there.
-        weights_only: for files that have no index, which torch.load reads; all others cannot run code.
+        weights_only: for what torch.load builds: files that have no index, and objects that the module, the optimizer
+            or ``report.remainder`` wants. Nothing else is built, and cannot run code.
         strict: raise if names are missing or unexpected. Shapes must fit in any case.
         assign: replace the module's tensors instead of writing into them, with the checkpoint's dtypes, as
             ``load_state_dict(assign=True)`` does: on the CPU without a copy. Make the optimizer afterwards.
-            None replaces only what is on the meta device.
+            None replaces only what is on the meta device; and, as in torch, everything where the state dict had been
+            loaded with ``assign=True`` before it was saved.
         delivery, src: see there. With ``"gather"`` the ranks share out the reading of what all of them want: each reads
             and uploads its share and gets the others' by all-gathers of the process group, which must have a backend
             for the module's device; a device holds two buckets beyond its own tensors, 64 MiB at the most. Sharded
@@ -106,8 +108,8 @@ def dist_load_into(
             ``"auto"`` is ``"read"``: gathering has yet to be seen on several accelerators.
             With ``"broadcast"`` each rank takes its own bytes out of what comes by, and holds 8 MiB beyond its own
             tensors, and up to 64 MiB of ones that are too small to be sent one by one. Where the source itself has to
-            load the whole file (it has no index, an ``adapt`` of your own or a hook of the module wants to see
-            tensors), each receiver gets all of it first.
+            load the whole file (it has no index, an ``adapt`` of your own or code of the module's own sees tensors, or
+            the remainder holds large ones), each receiver gets all of it first.
         mmap: False makes private copies of what would be views of the mapped file.
         adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt` are applied
             to the index, before a byte is read; your own get the tensors, mapped. With an optimizer they are applied
@@ -115,7 +117,9 @@ def dist_load_into(
         max_bytes, refresh: as in `dist_load_state_dict_from_url`.
 
     Returns:
-        A `LoadReport`, which unpacks into ``missing_keys, unexpected_keys``.
+        A `LoadReport`, which unpacks into ``missing_keys, unexpected_keys``. With an optimizer, ``report.remainder`` is
+        the rest of the checkpoint, such as ``{"epoch": 3, "scheduler": {…}, "rng": …}``: as torch.load returns it, as
+        nested as it was saved, on every rank. A rank holds the tensors in it.
 
     Raises:
         LoadError: the checkpoint does not fit; the message lists what, and what may help.

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+from harness.alike import assert_alike
 from rankload import LoadError, adapt, dist_load_into, open_checkpoint
 from rankload._deliver.places import own_part
 
@@ -207,6 +208,32 @@ def test_what_else_is_in_an_optimizer(tmp_path: Path, extra: Any) -> None:
     dist_load_into((module, optimizer), saved(tmp_path, {"model": source.state_dict(), "optimizer": state}))
     assert optimizer.param_groups[0]["extra"] == extra and optimizer.param_groups[0]["lr"] == 0.1
     assert optimizer.state["steps so far"] == 7
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda: TwoTensor(torch.ones(2, 3), torch.zeros(2, 3)),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    ],
+)
+def test_state_that_only_torch_load_builds(tmp_path: Path, state: Any) -> None:
+    """As optimizers have it that keep their state in 8 bits."""
+    module = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(3)).sum().backward()
+    optimizer.step()
+    content = optimizer.state_dict()
+    content["kept"] = state()
+    if not state().is_quantized:  # which torch itself does not load as a parameter's state
+        content["state"][0]["more"] = state()
+    torch.save({"model": module.state_dict(), "optimizer": content}, tmp_path / "file.pth")
+    loaded: list[Any] = []
+    optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: loaded.append(state_dict))
+    dist_load_into((module, optimizer), tmp_path / "file.pth", weights_only=False)
+    expected = torch.load(tmp_path / "file.pth", weights_only=False)["optimizer"]
+    assert_alike(loaded[0], expected)
 
 
 def test_state_of_no_parameter_is_not_given_to_another(tmp_path: Path) -> None:
