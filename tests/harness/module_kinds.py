@@ -8,12 +8,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.ao.quantization as quantization
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.testing._internal.two_tensor import TwoTensor
 
-Make = Callable[[], nn.Module]
+from harness.odd_modules import (
+    Converting,
+    CopyingByHand,
+    Holding,
+    Make,
+    Overriding,
+    OwnParameter,
+    OwnTensor,
+    Tied,
+    WithExtraState,
+    WithHooks,
+    dynamically_quantised,
+    dynamically_quantised_rnn,
+    initialised,
+    parametrised,
+    statically_quantised,
+    used,
+    with_attribute,
+    with_observers,
+)
 
 
 @dataclass(frozen=True)
@@ -41,125 +59,6 @@ class Kind:
     def target(self) -> nn.Module:
         """Return a new module to load into."""
         return (self.into or self.make)()
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
-        self.head.weight = self.embedding.weight
-
-
-class Holding(nn.Module):
-    """Has one tensor, as a parameter or as a buffer."""
-
-    def __init__(self, tensor: torch.Tensor, *, persistent: bool = True) -> None:
-        super().__init__()
-        if isinstance(tensor, nn.Parameter):
-            self.held = tensor
-        else:
-            self.register_buffer("held", tensor, persistent=persistent)
-
-
-class WithExtraState(nn.Linear):
-    def __init__(self, state: Any = None) -> None:
-        super().__init__(2, 2)
-        self.state = state
-
-    def get_extra_state(self) -> Any:
-        return self.state
-
-    def set_extra_state(self, state: Any) -> None:
-        self.state = state
-
-
-class WithHooks(nn.Linear):
-    """Renames before, and counts after."""
-
-    def __init__(self) -> None:
-        super().__init__(2, 2)
-        self.loads = 0
-        self.register_load_state_dict_pre_hook(self._rename)
-        self.register_load_state_dict_post_hook(self._count)
-
-    @staticmethod
-    def _rename(module: Any, state_dict: Any, prefix: str, *_: Any) -> None:
-        if f"{prefix}matrix" in state_dict:
-            state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}matrix").t()
-
-    @staticmethod
-    def _count(module: Any, keys: Any) -> None:
-        module.loads += 1
-
-
-class Converting(nn.Linear):
-    """Overrides what torch calls for each module."""
-
-    def __init__(self) -> None:
-        super().__init__(2, 2)
-        self.kept: Any = None
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}kept"] = (torch.Size([2]), torch.float16, torch.ones(2))
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        self.kept = state_dict.pop(f"{prefix}kept")
-        state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 2
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-class OwnParameter(nn.Parameter):
-    """A parameter of a class of its own."""
-
-
-class OwnTensor(torch.Tensor):
-    """A tensor with a ``__torch_function__`` of its own."""
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        return super().__torch_function__(function, types, arguments, keywords or {})
-
-
-class Doubled(nn.Module):
-    """A parametrisation with an inverse."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * 2
-
-    def right_inverse(self, x: torch.Tensor) -> torch.Tensor:
-        return x / 2
-
-
-def parametrised() -> nn.Module:
-    module = nn.Linear(3, 2)
-    parametrize.register_parametrization(module, "weight", Doubled())
-    return module
-
-
-def dynamically_quantised() -> nn.Module:
-    return quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), {nn.Linear})
-
-
-def dynamically_quantised_rnn() -> nn.Module:
-    return quantization.quantize_dynamic(nn.Sequential(nn.LSTM(4, 2)), {nn.LSTM})
-
-
-def statically_quantised() -> nn.Module:
-    module = nn.Sequential(quantization.QuantStub(), nn.Conv2d(1, 2, 3), nn.ReLU(), quantization.DeQuantStub()).eval()
-    module.qconfig = quantization.get_default_qconfig("fbgemm")
-    quantization.prepare(module, inplace=True)
-    module(torch.randn(1, 1, 5, 5))
-    quantization.convert(module, inplace=True)
-    return module
-
-
-def initialised(module: nn.Module, *shape: int) -> Make:
-    def make() -> nn.Module:
-        module(torch.randn(*shape))
-        return module
-
-    return make
 
 
 def random(*shape: int, **keywords: Any) -> torch.Tensor:
@@ -219,6 +118,18 @@ KINDS: dict[str, Kind] = {
     "dynamically quantised": Kind(dynamically_quantised, has_meta=False),
     "dynamically quantised rnn": Kind(dynamically_quantised_rnn, is_unsafe=True, has_meta=False),
     "statically quantised": Kind(statically_quantised, has_meta=False),
+    "observed": Kind(
+        used(with_observers(is_trained=False), 1, 1, 5, 5), into=with_observers(is_trained=False), has_meta=False
+    ),
+    "quantisation aware": Kind(
+        used(with_observers(is_trained=True), 1, 1, 5, 5), into=with_observers(is_trained=True), has_meta=False
+    ),
+    "quantised per channel": Kind(
+        lambda: Holding(
+            torch.quantize_per_channel(random(2, 3), torch.tensor([0.1, 0.2]), torch.tensor([0, 1]), 0, torch.qint8)
+        ),
+        has_meta=False,
+    ),
     "quantised buffer": Kind(
         lambda: Holding(torch.quantize_per_tensor(random(4), 0.1, 3, torch.qint8)), has_meta=False
     ),
@@ -237,6 +148,14 @@ KINDS: dict[str, Kind] = {
     "hooks": Kind(WithHooks),
     "hooks that rename": Kind(WithHooks, change=renamed),
     "own load": Kind(Converting),
+    "own load of everything": Kind(Overriding, has_meta=False),
+    "copies by hand": Kind(CopyingByHand, has_meta=False),
+    "parameters with attributes": Kind(lambda: nn.Linear(3, 2), change=with_attribute),
+    "empty": Kind(lambda: Holding(torch.empty(0, 3))),
+    "nothing": Kind(lambda: nn.Sequential(nn.ReLU())),
+    "buffer that requires a gradient": Kind(
+        lambda: Holding(random(2)), change=lambda d: {"held": d["held"].requires_grad_()}, has_meta=False
+    ),
     "buffer": Kind(lambda: Holding(random(3))),
     "non-persistent buffer": Kind(lambda: nn.Sequential(Holding(random(3), persistent=False), nn.Linear(1, 1))),
     "rnn": Kind(lambda: nn.LSTM(2, 3, 2, bidirectional=True)),

@@ -37,7 +37,7 @@ class Replacer:
             self._replacements.append((target, saved.exact()))  # of whatever class it is
             return None
         if self._may_share and device.type == "cpu" and dtype == saved.dtype and not is_distributed(target):
-            tensor = saved.view()
+            tensor = saved.exact() if step.is_replaced else saved.view()
             self._replacements.append((target, tensor))
             self.bytes_mapped += tensor.nbytes
             return None

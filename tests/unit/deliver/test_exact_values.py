@@ -98,7 +98,7 @@ class WithExtraState(nn.Linear):
         return self.state
 
     def set_extra_state(self, state: Any) -> None:
-        self.state = state
+        vars(self)["state"] = state  # a parameter, too, is only a value here
 
 
 class Popping(nn.Linear):
@@ -113,7 +113,7 @@ class Popping(nn.Linear):
         destination[f"{prefix}kept"] = self.state
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        self.state = state_dict.pop(f"{prefix}kept")
+        vars(self)["state"] = state_dict.pop(f"{prefix}kept")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -134,7 +134,7 @@ class Looking(nn.Linear):
     @staticmethod
     def _look(module: Any, state_dict: Any, prefix: str, *_: Any) -> None:
         assert all(type(value) is torch.Tensor for name, value in state_dict.items() if not name.endswith("kept"))
-        module.state = state_dict.pop(f"{prefix}kept")
+        vars(module)["state"] = state_dict.pop(f"{prefix}kept")
 
 
 MODULES = (WithExtraState, Popping, Looking)
@@ -142,7 +142,7 @@ MODULES = (WithExtraState, Popping, Looking)
 
 def check(kind: type[Any], value: Any, path: Path, *, write: Any = torch.save, is_safe: bool = True) -> None:
     source = kind()
-    source.state = value
+    vars(source)["state"] = value
     module = nn.Sequential(OrderedDict(a=source))
     write(module.state_dict(), path)
     loaded = torch.load(path, weights_only=is_safe)
