@@ -166,7 +166,22 @@ KINDS: dict[str, Kind] = {
     "module list": Kind(lambda: nn.ModuleList([nn.Linear(1, 2), nn.Linear(2, 1)])),
     "module dict": Kind(lambda: nn.ModuleDict({"a": nn.Linear(1, 2), "b": nn.ReLU()})),
     "sparse buffer": Kind(lambda: Holding(torch.eye(3).mul(random(3)).to_sparse()), has_meta=False),
+    "sparse buffer on meta": Kind(
+        lambda: Holding(torch.eye(3).mul(random(3)).to_sparse()),
+        into=lambda: Holding(torch.sparse_coo_tensor(size=(3, 3))),
+    ),
     "sparse csr buffer": Kind(lambda: Holding(torch.eye(3).mul(random(3)).to_sparse_csr()), has_meta=False),
+    "sparse into dense": Kind(
+        lambda: Holding(torch.eye(3).to_sparse()), into=lambda: Holding(torch.zeros(3, 3)), has_meta=False
+    ),
+    "dense into sparse": Kind(
+        lambda: Holding(torch.eye(3)), into=lambda: Holding(torch.zeros(3, 3).to_sparse()), has_meta=False
+    ),
+    "quantised into float": Kind(
+        lambda: Holding(torch.quantize_per_tensor(random(4), 0.1, 3, torch.qint8)),
+        into=lambda: Holding(torch.zeros(4)),
+        has_meta=False,
+    ),
     "complex": Kind(lambda: Holding(nn.Parameter(random(3, dtype=torch.complex64)))),
     "conjugated": Kind(lambda: Holding(random(3, dtype=torch.complex64)), change=lambda d: {"held": d["held"].conj()}),
     "float8": Kind(lambda: Holding(random(8).to(torch.float8_e4m3fn))),

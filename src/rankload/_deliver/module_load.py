@@ -22,13 +22,14 @@ from rankload._deliver.places import (
     bare,
     has_its_storage,
     is_distributed,
+    is_plain,
     non_persistent_meta_buffers,
     own_part,
     places,
 )
 from rankload._deliver.post_hooks import PostHook, postponed, run_hooks
 from rankload._deliver.replace import Replacer
-from rankload._deliver.saved import Assignment
+from rankload._deliver.saved import Assignment, SavedTensor, TensorInMemory
 from rankload._deliver.transfers import Prepared, Transfer
 from rankload._errors import LoadError
 from rankload.adapt import strip_prefix
@@ -230,6 +231,22 @@ def _problem(step: Assignment) -> str:
         return str(error)
     if not is_replaced and not target.is_meta and not has_its_storage(own):
         return "its memory is not there: its storage has been freed or resized, as FSDP does outside of forward"
+    return "" if is_replaced or target.is_meta or is_distributed(target) else _problem_of_classes(target, saved)
+
+
+def _problem_of_classes(target: torch.Tensor, saved: SavedTensor) -> str:
+    """Return why a copy fails that classes, layouts and quantisation have a say in: only trying it tells."""
+    if is_plain(target) and not (isinstance(saved, TensorInMemory) and not is_plain(saved.exact())):
+        return ""
+    try:
+        scratch = target.detach().clone()
+    except Exception:  # of a class that cannot be cloned: then we shall see
+        return ""
+    try:
+        with torch.no_grad():
+            scratch.copy_(saved.view())
+    except Exception as error:
+        return f"it cannot be copied: {error}"
     return ""
 
 

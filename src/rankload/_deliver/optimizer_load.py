@@ -13,7 +13,7 @@ from torch import nn
 
 from rankload._deliver.leaves import with_leaves
 from rankload._deliver.mismatch import describe_mismatch
-from rankload._deliver.places import bare, empty_copy, is_distributed, own_part
+from rankload._deliver.places import bare, empty_copy, is_distributed, is_plain, own_part
 from rankload._deliver.remainder import OPTIMIZER_KEYS, optimizer_key
 from rankload._deliver.saved import SavedTensor, TensorInMemory
 from rankload._deliver.transfers import Prepared, Transfer
@@ -87,7 +87,7 @@ def prepare_optimizer_load(load: OptimizerLoad) -> Prepared:
     transfers: list[Transfer] = []
 
     def made(saved: SavedTensor, parameter: torch.Tensor | None = None) -> torch.Tensor:
-        if isinstance(saved, TensorInMemory) and not _is_plain(saved.exact()):
+        if isinstance(saved, TensorInMemory) and not is_plain(saved.exact()):
             return saved.exact().detach().clone()  # as 8-bit states are; the first step writes into it
         tensor, transfer = _prepared(saved, parameter)
         transfers.append(transfer)
@@ -172,11 +172,6 @@ def _problems(number: int, parameter: torch.Tensor, values: Any) -> list[str]:
         if isinstance(value, SavedTensor) and value.shape.numel() > 1
         if value.shape != parameter.shape  # how it would be cut into parts, nobody can say
     ]
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    is_known = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
-    return is_known and tensor.layout == torch.strided and not tensor.is_quantized
 
 
 def _prepared(saved: SavedTensor, parameter: torch.Tensor | None) -> tuple[torch.Tensor, Transfer]:

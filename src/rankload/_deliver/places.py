@@ -166,6 +166,12 @@ def is_replicated(tensor: torch.Tensor) -> bool:
     return not is_distributed(tensor) or all(placement.is_replicate() for placement in distributed.placements)
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is a strided one, of torch's own class, that has data: any may be copied into any."""
+    is_known = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
+    return is_known and tensor.layout == torch.strided and not tensor.is_quantized
+
+
 def as_parameter_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Make a Parameter of a tensor if the other one is one, as load_state_dict(assign=True) does."""
     if not isinstance(like, nn.Parameter):

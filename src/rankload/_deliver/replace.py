@@ -39,7 +39,7 @@ class Replacer:
         if self._may_share and device.type == "cpu" and dtype == saved.dtype and not is_distributed(target):
             tensor = saved.exact() if step.is_replaced else saved.view()
             self._replacements.append((target, tensor))
-            self.bytes_mapped += tensor.nbytes
+            self.bytes_mapped += saved.numel() * dtype.itemsize
             return None
         tensor = empty_copy(target, device, dtype)
         self._replacements.append((target, tensor))
