@@ -181,8 +181,8 @@ def _in_file(index: Index, files: CheckpointFiles, assignments: list[Assignment]
 
 def _in_memory(assignments: list[Assignment]) -> Callable[[Any], Any]:
     def stand_in(value: Any) -> Any:
-        is_tensor = isinstance(value, torch.Tensor) and not is_uninitialised(value)
-        return TensorInMemory(value, assignments) if is_tensor else value
+        has_shape = isinstance(value, torch.Tensor) and not (is_uninitialised(value) or value.is_nested)
+        return TensorInMemory(value, assignments) if has_shape else value
 
     return stand_in
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.testing._internal.two_tensor import TwoTensor
 
 from harness.alike import assert_alike
@@ -257,3 +258,16 @@ def test_strided_shards_alone_are_refused() -> None:
 
     with pytest.raises(ValueError, match="rows from several places"):
         own_part(torch.zeros(8).as_subclass(Distributed))
+
+
+# --- lazy modules -----------------------------------------------------------------------------------------------------
+
+
+def test_lazy_modules_are_uninitialised_again_where_something_does_not_fit(tmp_path: Path) -> None:
+    path = saved(tmp_path, nn.Sequential(nn.Linear(3, 2), nn.Linear(5, 2)).state_dict())
+    module = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 2))
+    weight = module[0].weight
+    with pytest.raises(LoadError, match=r"size mismatch for 1\.weight"):
+        dist_load_into(module, path)
+    assert module[0].weight is weight and is_lazy(weight) and is_lazy(module[0].bias)
+    assert module(torch.ones(1, 4)).shape == (1, 2), "it takes the shape of its input, as before"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from harness.alike import assert_alike
 from rankload import ArgumentError, adapt, dist_load_into
@@ -79,3 +80,16 @@ def test_of_a_module_alone_there_is_none(tmp_path: Path) -> None:
     torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "file.pth")
     with pytest.raises(ArgumentError, match=r"\(module, optimizer\)"):
         _ = dist_load_into(nn.Linear(3, 2), tmp_path / "file.pth").remainder
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_without_a_shape(tmp_path: Path) -> None:
+    weights, states = state()
+    rest = {
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "lazy": nn.LazyLinear(2).state_dict(),
+        "meta": torch.ones(2, device="meta"),
+    }
+    found = load(tmp_path, {"model": weights, "optimizer": states, **rest}, weights_only=False)
+    assert list(found) == list(rest) and found["meta"].is_meta and is_lazy(found["lazy"]["weight"])
+    assert [part.tolist() for part in found["nested"].unbind()] == [[1, 1], [1, 1, 1]]
