@@ -138,9 +138,9 @@ def dist_load_state_dict_from_url(
             settings=settings,
         )
         chosen, source = agree_on_delivery(channel, agreed_arguments(request, "load"), delivery, src, group)
+        location = _resolved(map_location, channel, group)
         file = fetch_for(chosen, request, channel, settings, source)
         with ExitStack() as closing:
-            location = _resolved(map_location, channel, group)
             path, shown = _delivered(chosen, file, source, location, mmap, channel, settings, closing)
             state_dict = _read(path, shown, location, channel, settings, weights_only, mmap)
         return adapter(state_dict)  # type: ignore[no-any-return]

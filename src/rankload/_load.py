@@ -69,6 +69,7 @@ def load(
         UnsafePickleError: ``weights_only`` refused the file.
         MissingFileError: there is no such file: a FileNotFoundError.
         LoadError: it could not be loaded for another reason.
+        DeviceError: ``map_location`` names a device that this process does not have.
         ArgumentError: it is at a URL: see `dist_load_state_dict_from_url`.
     """
     identity = own_identity()
@@ -87,7 +88,7 @@ def load(
     if mmap:
         raise ArgumentError("load(…, mmap=True): an open file cannot be mapped; give its path")
     shown = printable(str(getattr(f, "name", "an open file")))
-    with translated(Path(shown)):
+    with translated(Path(shown), opened=f):
         if (head := _head(f)) is not None:
             with _copied(io.BytesIO(head)) as path:
                 file_format, got = sniff(path), describe(path)

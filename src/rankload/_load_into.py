@@ -18,9 +18,11 @@ from rankload._deliver.carrier import Plan
 from rankload._deliver.carriers import open_carrier
 from rankload._deliver.content import open_content
 from rankload._deliver.held import hold
+from rankload._deliver.lazy_modules import uninitialised_again_on_error
 from rankload._deliver.module_load import left_on_meta, plan_load, prepare_load, run_post_hooks
 from rankload._deliver.node_copy import may_change, settled
 from rankload._deliver.optimizer_load import plan_optimizer_load, prepare_optimizer_load
+from rankload._deliver.own_code import looks_at_state_dict
 from rankload._deliver.places import bare, device_of, is_distributed, places
 from rankload._deliver.report import LoadReport
 from rankload._deliver.saved import SavedTensor
@@ -76,9 +78,9 @@ def dist_load_into(
 
     The module may be plain, wrapped in DistributedDataParallel or by torch.compile (the names are then those of the
     module within), sharded by ``fully_shard`` (FSDP2), or tensor-parallel, on any mesh. Its hooks, ``_version`` and
-    extra state work as in ``load_state_dict``, with two limits: what hooks find in the state dict before the load are
-    stand-ins, no ``torch.Tensor``s, though they can do what tensors can; and what a module does behind its own
-    ``super()._load_from_state_dict(…)`` is done before the tensors are there, unlike what its post-hooks do.
+    extra state work as in ``load_state_dict``, and find in the state dict exactly what torch.load returns. One limit:
+    what a module does after its own ``super()._load_from_state_dict(…)`` is done before the tensors are there, unlike
+    what its post-hooks do.
 
     Tensors are converted to the dtypes and devices of the module's. What is on the meta device is materialised on the
     device of the rest of the module, else on this rank's own; on the CPU as views of the mapped file, of which the
@@ -94,11 +96,13 @@ def dist_load_into(
         source: as ``url`` of `dist_load_state_dict_from_url`.
         model_dir, progress, check_hash, file_name, sha256, headers, timeout, scope, group, offline, verify: see
             there.
-        weights_only: for files that have no index, which torch.load reads; all others cannot run code.
+        weights_only: for what torch.load builds: files that have no index, and objects that the module, the optimizer
+            or ``report.remainder`` wants. Nothing else is built, and cannot run code.
         strict: raise if names are missing or unexpected. Shapes must fit in any case.
         assign: replace the module's tensors instead of writing into them, with the checkpoint's dtypes, as
             ``load_state_dict(assign=True)`` does: on the CPU without a copy. Make the optimizer afterwards.
-            None replaces only what is on the meta device.
+            None replaces only what is on the meta device; and, as in torch, everything where the state dict had been
+            loaded with ``assign=True`` before it was saved.
         delivery, src: see there. With ``"gather"`` the ranks share out the reading of what all of them want: each reads
             and uploads its share and gets the others' by all-gathers of the process group, which must have a backend
             for the module's device; a device holds two buckets beyond its own tensors, 64 MiB at the most. Sharded
@@ -106,8 +110,8 @@ def dist_load_into(
             ``"auto"`` is ``"read"``: gathering has yet to be seen on several accelerators.
             With ``"broadcast"`` each rank takes its own bytes out of what comes by, and holds 8 MiB beyond its own
             tensors, and up to 64 MiB of ones that are too small to be sent one by one. Where the source itself has to
-            load the whole file (it has no index, an ``adapt`` of your own or a hook of the module wants to see
-            tensors), each receiver gets all of it first.
+            load the whole file (it has no index, an ``adapt`` of your own or code of the module's own sees tensors, or
+            the remainder holds large ones), each receiver gets all of it first.
         mmap: False makes private copies of what would be views of the mapped file.
         adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt` are applied
             to the index, before a byte is read; your own get the tensors, mapped. With an optimizer they are applied
@@ -115,7 +119,9 @@ def dist_load_into(
         max_bytes, refresh: as in `dist_load_state_dict_from_url`.
 
     Returns:
-        A `LoadReport`, which unpacks into ``missing_keys, unexpected_keys``.
+        A `LoadReport`, which unpacks into ``missing_keys, unexpected_keys``. With an optimizer, ``report.remainder`` is
+        the rest of the checkpoint, such as ``{"epoch": 3, "scheduler": {…}, "rng": …}``: as torch.load returns it, as
+        nested as it was saved, on every rank. A rank holds the tensors in it.
 
     Raises:
         LoadError: the checkpoint does not fit; the message lists what, and what may help.
@@ -146,7 +152,7 @@ def dist_load_into(
         )
         with _timed(phases, "fetch"):
             file = fetch_for(chosen, request, channel, settings, sender)
-        with _timed(phases, "check"):
+        with _timed(phases, "check"), uninitialised_again_on_error(target):
             inner, _ = bare(target)
             device = functools.cache(lambda: device_of(inner) or own_device(channel.identity, group))
             path = file.path if file is not None else None
@@ -164,12 +170,20 @@ def dist_load_into(
             content = open_content(
                 carrier.files,
                 adapter,
-                {place.name for place in places(inner)},
+                target,
                 with_optimizer=optimizer is not None,
+                assign=assign,
                 weights_only=weights_only,
                 mmap=mmap,
             )
-            load = plan_load(target, content, strict=strict, assign=assign, shown=carrier.files.shown)
+            load = plan_load(
+                target,
+                content,
+                strict=strict,
+                assign=assign,
+                shown=carrier.files.shown,
+                may_replace=optimizer is None,
+            )
             if load.warning and channel.identity.rank == 0:
                 _logger.warning("%s", load.warning)
             others: list[SavedTensor] = []
@@ -180,7 +194,7 @@ def dist_load_into(
             carrier.met(all_would_gather=channel.meet("checked", agrees=would_gather))
         with _timed(phases, "fill"), torch.no_grad():
             may_share = carrier.may_share and carrier.files.may_map and mmap is not False
-            prepared = [prepare_load(load, device, assign=assign, may_share=may_share)]
+            prepared = [prepare_load(load, device, may_share=may_share)]
             if optimizer is not None:
                 prepared.append(prepare_optimizer_load(optimizer_load))
             transfers = [transfer for part in prepared for transfer in part.transfers]
@@ -190,7 +204,7 @@ def dist_load_into(
                 part.finish()
         run_post_hooks(load)
         keys = (load.missing_keys, load.unexpected_keys)
-        return LoadReport.make(keys, carrier, bytes_read, phases, left_on_meta(load))
+        return LoadReport.make(keys, carrier, bytes_read, phases, left_on_meta(load), content.remainder)
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
@@ -208,7 +222,9 @@ def _leaves_views(module: nn.Module, assign: bool | None, adapter: Adapter) -> b
     Shards never do: each rank reads its own.
     """
     whole = [place.tensor for place in places(module) if not is_distributed(place.tensor)]
-    return not is_lazy(adapter) or (bool(assign) and bool(whole)) or any(tensor.is_meta for tensor in whole)
+    if not is_lazy(adapter) or looks_at_state_dict(module):
+        return True
+    return (bool(assign) and bool(whole)) or any(tensor.is_meta for tensor in whole)
 
 
 def _checked_targets(module: Any, assign: bool | None) -> tuple[nn.Module, Optimizer | None]:

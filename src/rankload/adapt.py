@@ -26,7 +26,7 @@ Adapter = Callable[[Any], Any]
 _logger = logging.getLogger("rankload")
 
 #: Under which keys training scripts save the model: torch's tutorials, Lightning, timm, fairseq, detectron2.
-_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")
 
 #: What DistributedDataParallel and torch.compile put before all names of the module within.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
@@ -107,7 +107,7 @@ def unwrap(key: str = "auto") -> Adapter:
     """
 
     def unwrapped(checkpoint: Mapping[str, Any]) -> Any:
-        for candidate in _WRAPPERS if key == "auto" else (key,):
+        for candidate in WRAPPERS if key == "auto" else (key,):
             inner = checkpoint.get(candidate)
             if isinstance(inner, Mapping):
                 return inner

@@ -57,6 +57,7 @@ class TensorEntry:
         storage_offset: of its first element in the storage, in bytes.
         requires_grad: as it was saved.
         is_parameter: an ``nn.Parameter``.
+        is_plain: False where it is of another class, or has attributes: only torch.load builds it with those.
     """
 
     name: str
@@ -67,6 +68,7 @@ class TensorEntry:
     storage_offset: int = 0
     requires_grad: bool = False
     is_parameter: bool = False
+    is_plain: bool = True
 
     @property
     def item_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -18,7 +18,7 @@ _MOST_VALUES = 2_000_000
 _MOST_CHARACTERS = 1 << 27
 _DEEPEST = 100
 
-_CONTAINERS = (dict, OrderedDict, list, tuple)
+_CONTAINERS = (dict, OrderedDict, Counter, defaultdict, list, tuple)
 _TENSORS_AND_CONTAINERS = (TensorEntry, *_CONTAINERS)
 
 
@@ -29,8 +29,7 @@ class FileIndex:
     Attributes:
         content: as saved, with a `TensorEntry` (without a name yet) in the place of each tensor.
         byte_order: of the elements; None where the file does not say. Then it is little, as far as is known.
-        is_exact: apart from tensors and what is `Unbuilt`, the content is what torch.load would return: nothing in it
-            was made simpler.
+        is_exact: apart from tensors and what is `Unbuilt`, the content is what torch.load would return.
         storages: all that the pickle mentions, in that order.
     """
 
@@ -52,6 +51,7 @@ class Index:
         metadata: the free-form texts of safetensors files.
         content: as saved, nested as it is, with entries in the place of tensors.
         storages: all that there are, of tensors or not.
+        is_exact: as in `FileIndex`.
     """
 
     tensors: Mapping[str, TensorEntry]
@@ -60,6 +60,7 @@ class Index:
     metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     content: Any = None
     storages: tuple[StorageEntry, ...] = ()
+    is_exact: bool = True
 
 
 def flatten(index: FileIndex, file: str) -> Index:
@@ -90,6 +91,7 @@ def flatten(index: FileIndex, file: str) -> Index:
         MappingProxyType({file: index.byte_order or "little"}),
         content=index.content,
         storages=index.storages,
+        is_exact=index.is_exact,
     )
 
 

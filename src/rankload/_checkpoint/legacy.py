@@ -115,7 +115,8 @@ class _Pickles:
         again = PickleMachine(self._head, BUILDERS, self._placed)
         again.position = begin
         content = again.next_pickle()
-        return FileIndex(content, storages=tuple(storage for storage in self._storages.values() if storage.offset))
+        storages = tuple(storage for storage in self._storages.values() if storage.offset)
+        return FileIndex(content, is_exact=again.is_exact, storages=storages)
 
     def _place(self, keys: Any, position: int) -> None:
         if type(keys) is not list or not all(type(key) is str and key in self._storages for key in keys):

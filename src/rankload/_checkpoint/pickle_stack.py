@@ -8,7 +8,7 @@ nothing grows beyond the file: the standard unpickler with harmless stubs would 
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +16,7 @@ from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.entry import StorageEntry, TensorEntry
 from rankload._checkpoint.pickle_memo import PickleMemo
 from rankload._checkpoint.pickle_text import float_of_bytes, number_of_line, value_of_line
-from rankload._checkpoint.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key
+from rankload._checkpoint.pickle_values import SCALARS, Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key
 from rankload._errors import LONGEST_SHOWN_NAME, cut
 
 #: Longer texts (a weight saved as text, a dataset) become `Unbuilt`.
@@ -245,8 +245,11 @@ class PickleStack:
         self._extend(self._take_to_mark())
 
     def _extend(self, items: list[Any]) -> None:
-        if type(self._stack[-1]) is list:  # or something unbuilt, whose items nobody asks for
-            self._stack[-1].extend(items)
+        target = self._stack[-1]
+        if type(target) is list:
+            target.extend(items)
+        elif isinstance(target, Unbuilt) and target is not _TOO_LONG:
+            target.items.extend(items)
         else:
             self.is_exact = False
 
@@ -269,9 +272,11 @@ class PickleStack:
         target = self._stack[-1]
         if len(items) % 2:
             raise NotUnderstoodError("a malformed pickle")
-        if type(target) in (dict, OrderedDict):
+        if type(target) in _DICTS:
             for key, value in zip(items[::2], items[1::2], strict=True):
                 target[checked_key(key, target)] = value
+        elif isinstance(target, Unbuilt) and target is not _TOO_LONG:
+            target.items.extend(items)
         else:
             self.is_exact = False
 
@@ -316,9 +321,7 @@ class PickleStack:
         return Unbuilt(function, arguments) if builder is None else builder(arguments)
 
     def build(self, start: int, end: int) -> None:
-        """Note the state of an object that is not built, and the module versions of a state dict.
-
-        Other attributes of dicts are no part of their content.
+        """Note the state of an object that is not built; set the attributes of a dict, such as module versions.
 
         Raises:
             NotUnderstoodError: a tensor, or a storage, gets another state: torch may put it elsewhere then (`set_`).
@@ -330,11 +333,28 @@ class PickleStack:
         if isinstance(target, Unbuilt):
             target.state = state
             return
-        if type(target) is OrderedDict and type(state) is dict and isinstance(state.get("_metadata"), dict):
-            target._metadata = state["_metadata"]  # type: ignore[attr-defined]  # as nn.Module.state_dict sets it
-            self.is_exact &= len(state) == 1
+        if type(target) is OrderedDict and type(state) is dict:
+            known = {name: value for name, value in state.items() if _is_plain_attribute(name, value)}
+            vars(target).update(known)
+            self.is_exact &= len(known) == len(state)
         else:
             self.is_exact = False
+
+
+#: Dicts that are built as they were saved.
+_DICTS = (dict, OrderedDict, Counter, defaultdict)
+
+_METHODS = frozenset(dir(OrderedDict))
+
+
+def _is_plain_attribute(name: Any, value: Any) -> bool:
+    """Return whether it hides no method of a dict, and holds no tensor.
+
+    The one that nn.Module.state_dict sets holds the versions of modules.
+    """
+    if name == "_metadata":
+        return isinstance(value, dict)
+    return type(name) is str and name not in _METHODS and type(value) in SCALARS
 
 
 _TOO_LONG = Unbuilt(None, ())

@@ -20,7 +20,7 @@ _LARGEST_KEY = (1 << 61) - 1
 _MOST_UNUSUAL_KEYS = 256
 _LARGEST_GAP = 1024
 
-_SCALARS = (str, bytes, int, float, bool, type(None))
+SCALARS = (str, bytes, int, float, bool, type(None))
 
 
 class NotUnderstoodError(ValueError):
@@ -51,11 +51,13 @@ class Unbuilt:
         function: what would have been called: usually a class.
         arguments: with what.
         state: what it would have been given then; None where there is none.
+        items: what would have been put into it then.
     """
 
     function: GlobalName | None
     arguments: tuple[Any, ...] = field(repr=False)
     state: Any = field(default=None, repr=False)
+    items: list[Any] = field(default_factory=list, repr=False)
 
 
 def shown(value: Any) -> str:
@@ -93,7 +95,7 @@ def checked_key(key: Any, target: Mapping[Any, Any]) -> Any:
     parts = key if type(key) is tuple else (key,)
     if (
         len(parts) > _LONGEST_KEY
-        or not all(type(part) in _SCALARS for part in parts)
+        or not all(type(part) in SCALARS for part in parts)
         or any(type(part) is int and abs(part) >= _LARGEST_KEY for part in parts)
         or any(type(part) in (str, bytes) and len(part) > _LONGEST_PART for part in parts)
     ):

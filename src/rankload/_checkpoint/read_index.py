@@ -68,6 +68,7 @@ def _sharded(weight_map: dict[str, str], open_part: OpenPart, *, is_remote: bool
         byte_orders=_merged(part.byte_orders for part in parts.values()),
         metadata=_merged(part.metadata for part in parts.values()),
         storages=tuple(storage for part in parts.values() for storage in part.storages),
+        is_exact=all(part.is_exact for part in parts.values()),
     )
 
 

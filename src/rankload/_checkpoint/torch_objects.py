@@ -6,8 +6,8 @@ arguments come from the file, and are believed nothing.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -96,45 +96,60 @@ def _parameter(arguments: tuple[Any, ...]) -> Any:
     return replace(data, requires_grad=requires_grad is True, is_parameter=True)
 
 
+def _parameter_with_more(arguments: tuple[Any, ...]) -> Any:
+    """A parameter that has hooks, or attributes."""
+    found = _parameter(arguments)
+    is_plain = not any(arguments[2:])
+    return replace(found, is_plain=is_plain) if isinstance(found, TensorEntry) else found
+
+
 def _subclass(arguments: tuple[Any, ...]) -> Any:
     """A tensor of a class of its own: its data are what a plain one's are."""
     function, kind, inner, _ = arguments
     builder = BUILDERS.get(function) if isinstance(function, GlobalName) and function != _SUBCLASS else None
     if builder is None or type(inner) is not tuple:
         return Unbuilt(kind if isinstance(kind, GlobalName) else None, arguments)
-    return builder(inner)
+    found = builder(inner)
+    return replace(found, is_plain=False) if isinstance(found, TensorEntry) else found
 
 
-def _dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
-    if arguments and isinstance(arguments[0], dict):
-        found: dict[Any, Any] = arguments[0]
-        return found
-    pairs = arguments[0] if arguments and type(arguments[0]) is list else []
-    found = {}
+def _ordered_dict(arguments: tuple[Any, ...]) -> Any:
+    """A dict of pairs, as Python 2 pickled it."""
+    if arguments and type(arguments[0]) is not list:
+        return Unbuilt(GlobalName("collections", "OrderedDict"), arguments)
+    pairs = arguments[0] if arguments else []
+    found: OrderedDict[Any, Any] = OrderedDict()
     for key, value in pairs:
         found[checked_key(key, found)] = value
     pairs.clear()  # or a short pickle could have it copied a million times
     return found
 
 
-def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
-    found = _dict(arguments)
-    # One that is made of another dict stays that one: see `_dict`.
-    return found if arguments and found is arguments[0] else OrderedDict(found)
+def _counter(arguments: tuple[Any, ...]) -> Any:
+    if not arguments or type(arguments[0]) is not dict or len(arguments) > 1:
+        return Unbuilt(GlobalName("collections", "Counter"), arguments)
+    found: Counter[Any] = Counter()
+    dict.update(found, arguments[0])
+    arguments[0].clear()  # for the same reason
+    return found
 
 
-def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    (sizes,) = arguments
-    if type(sizes) not in (list, tuple) or len(sizes) > MOST_DIMENSIONS:
-        raise NotUnderstoodError("a size of unusual dimensions")
-    return tuple(sizes)
+def _default_dict(arguments: tuple[Any, ...]) -> Any:
+    factory = _FACTORIES.get(arguments[0]) if arguments and isinstance(arguments[0], GlobalName) else None
+    if len(arguments) > 1 or (arguments and factory is None):
+        return Unbuilt(GlobalName("collections", "defaultdict"), arguments)
+    return defaultdict(factory)
 
 
-def _device(arguments: tuple[Any, ...]) -> Any:
-    kind, *index = arguments
-    if type(kind) is not str or len(kind) > _LONGEST_COPY or not all(type(number) is int for number in index[:1]):
-        raise NotUnderstoodError("a device of another kind")
-    return f"{kind}:{index[0]}" if index else kind
+#: What defaultdicts are usually made with; in Python 2's name of the module, which torch.save writes, and Python 3's.
+_FACTORIES: Mapping[GlobalName, Callable[[], Any]] = MappingProxyType(
+    {
+        GlobalName(module, kind.__name__): kind
+        for module in ("__builtin__", "builtins")
+        for kind in (list, dict, set, tuple, int, float, str, bool)
+    }
+    | {GlobalName("collections", "OrderedDict"): OrderedDict}
+)
 
 
 def _encoded(arguments: tuple[Any, ...]) -> Any:
@@ -196,20 +211,18 @@ _CONSTRUCTORS = (
     *(GlobalName(module, name) for module in sorted(_STORAGE_MODULES) for name in (*STORAGE_DTYPES, "TypedStorage")),
 )
 
-#: The same, and more, which make something simpler: enough to know what there is, and where.
+#: The same, and more; tensors of other classes become entries that are not plain.
 BUILDERS: Mapping[GlobalName, Builder] = MappingProxyType(
     {
         **EXACT_BUILDERS,
         **{name: _without_content(name) for name in _CONSTRUCTORS},
         GlobalName("torch._utils", "_rebuild_tensor"): _tensor,
-        GlobalName("torch._utils", "_rebuild_parameter"): _parameter,
-        GlobalName("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+        GlobalName("torch._utils", "_rebuild_parameter"): _parameter_with_more,
+        GlobalName("torch._utils", "_rebuild_parameter_with_state"): _parameter_with_more,
         _SUBCLASS: _subclass,
-        GlobalName("torch", "Size"): _size,
-        GlobalName("torch", "device"): _device,
         GlobalName("collections", "OrderedDict"): _ordered_dict,
-        GlobalName("collections", "defaultdict"): lambda arguments: _dict(arguments[1:]),
-        GlobalName("collections", "Counter"): _dict,
+        GlobalName("collections", "defaultdict"): _default_dict,
+        GlobalName("collections", "Counter"): _counter,
         GlobalName("_codecs", "encode"): _encoded,
         GlobalName("__builtin__", "bytes"): _no_bytes,
         GlobalName("__builtin__", "bytearray"): _byte_array,

@@ -31,7 +31,7 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool 
         file: its name, for the entries.
         is_remote: a read costs a round trip: where payloads begin is inferred from the directory, and only the first
             and the last are looked up.
-        exactly: what would only be made in a simpler way than torch.load does stays `Unbuilt`.
+        exactly: every tensor in the index is what torch.load would return; all others stay `Unbuilt`.
 
     Raises:
         BrokenFileError, NotUnderstoodError: see there.
@@ -43,20 +43,20 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool 
     members = _members_as_torch_sees_them(directory)
     records = _Records(source, directory, members, file, is_remote=is_remote)
     pickled = torch_zip.member_content(source, directory, members[directory.raw_root + b"/data.pkl"])
-    builders, is_exact = EXACT_BUILDERS if exactly else BUILDERS, exactly
+    builders, is_exact = EXACT_BUILDERS if exactly else BUILDERS, True
     content: Any = read_state_dict(pickled, builders, records.storage)
     if content is None:
         machine = PickleMachine(pickled, builders, records.storage)
         content = machine.next_pickle()
-        is_exact = exactly and machine.is_exact
+        is_exact = machine.is_exact
     member = members.get(directory.raw_root + b"/byteorder")  # since torch 2.1
     order = None if member is None else _byte_order(torch_zip.member_content(source, directory, member))
     is_exact = is_exact and _has_known_version(source, directory, members)
     return FileIndex(content, order, is_exact, tuple(records.storages.values()))
 
 
-def check_script(source: Source) -> None:
-    """Compare every storage that the pickles of a TorchScript archive mention with its record.
+def check_script(source: Source) -> set[str]:
+    """Compare every storage that the pickles of a TorchScript archive mention with its record; return their tags.
 
     torch.jit.load compares nothing: it takes what lies behind a record in memory for weights.
 
@@ -66,12 +66,15 @@ def check_script(source: Source) -> None:
     """
     directory = torch_zip.read_directory(source)
     members = _members_as_torch_sees_them(directory)
+    tags: set[str] = set()
     for folder in ("data", "constants"):
         pickled = members.get(directory.raw_root + f"/{folder}.pkl".encode("ascii"))
         if pickled is not None:
             records = _Records(source, directory, members, "", folder=folder, is_remote=False)
             content = torch_zip.member_content(source, directory, pickled)
             PickleMachine(content, BUILDERS, records.storage).next_pickle()
+            tags.update(storage.location for storage in records.storages.values())
+    return tags
 
 
 def _members_as_torch_sees_them(directory: torch_zip.Directory) -> dict[bytes, torch_zip.Member]:

@@ -25,15 +25,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     Attributes:
         entries: name → `TensorEntry`: dtype, shape, stride, file, offset and length in bytes, storage key. Tensors that
             are tied have the same storage.
-        remainder: name → value of everything that is no tensor. Objects that only torch.load could build are `Unbuilt`
-            here.
         metadata: the texts in the headers of safetensors files.
         shown: where it is, for messages.
     """
 
     def __init__(self, index: Index, sources: Callable[[str], Source], closing: ExitStack, shown: str) -> None:
         self.entries: Mapping[str, TensorEntry] = index.tensors
-        self.remainder: Mapping[str, Any] = index.remainder
         self.metadata: Mapping[str, str] = index.metadata
         self.shown = printable(shown)
         self._index, self._sources, self._closing = index, sources, closing
@@ -54,6 +51,15 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
         entry = self.entries[name]
         return read_tensor(self._sources(entry.file), entry, self._index.byte_orders[entry.file], self.shown)
+
+    @property
+    def remainder(self) -> Mapping[str, Any]:
+        """Name → value of what is no tensor, as torch.load returns it; what only torch.load builds is `Unbuilt`."""
+        from rankload._deliver.exact import built  # imports torch
+        from rankload._deliver.leaves import with_leaves
+
+        made: dict[int, Any] = {}
+        return {name: with_leaves(value, built, made) for name, value in self._index.remainder.items()}
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries  # Mapping's own would read the tensor

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from rankload._cache.failures import reading
-from rankload._checkpoint.entry import TensorEntry
+from rankload._checkpoint.entry import StorageEntry, TensorEntry
 from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.unpacked import open_unpacked
 from rankload._deliver.node_copy import private_copy
@@ -47,6 +47,7 @@ class CheckpointFiles:
         closing.callback(self._close)
         self._sources: dict[str, LocalSource] = {}
         self._mappings: dict[str, torch.UntypedStorage] = {}
+        self._storages: dict[StorageEntry, torch.UntypedStorage] = {}
 
     def source(self, name: str) -> LocalSource:
         """Open a file; of an archive of one checkpoint, that.
@@ -88,12 +89,35 @@ class CheckpointFiles:
             )
         return self._mappings[name]
 
+    def storage(self, entry: TensorEntry) -> torch.UntypedStorage:
+        """Return the storage that a tensor is a view of, mapped or read: for all of its tensors the same one.
+
+        Raises:
+            LoadError: the file ended within it.
+            CacheError: it cannot be read.
+        """
+        whole = entry.storage
+        if whole not in self._storages:
+            if self.may_map and not whole.offset % entry.item_bytes and whole.length:
+                mapping: Any = self.mapping(whole.file)
+                self._storages[whole] = mapping[whole.offset : whole.offset + whole.length]
+            else:
+                storage = torch.empty(whole.length, dtype=torch.uint8, device="cpu").untyped_storage()
+                what = f"tensor {entry.name!r}"
+                self.read(whole.file, storage.data_ptr(), whole.offset, whole.length, what=what)
+                self._storages[whole] = storage
+        return self._storages[whole]
+
     def load(self, *, weights_only: bool, mmap: bool | None) -> Any:
         """Load the whole checkpoint on the CPU, as torch.load does."""
         path = self._content
         if not self.may_map and mmap is None:
             path = private_copy(path, self._closing)
         return read_checkpoint(path, "cpu", weights_only=weights_only, mmap=mmap, shown=self.shown)
+
+    def load_structure(self, *, weights_only: bool) -> Any:
+        """Load the whole checkpoint as torch.load does, but with meta tensors: none is read."""
+        return read_checkpoint(self._content, "meta", weights_only=weights_only, shown=self.shown)
 
     def _close(self) -> None:
         self._is_closed = True

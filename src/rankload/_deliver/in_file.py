@@ -15,7 +15,7 @@ from rankload._deliver.boxes import Box, Runs, runs
 from rankload._deliver.files import CheckpointFiles
 from rankload._deliver.places import holds_plain_elements
 from rankload._deliver.saved import Assignment, SavedTensor
-from rankload._deliver.tensors import read_tensor, torch_dtype
+from rankload._deliver.tensors import read_tensor, tensor_on, torch_dtype
 
 #: Shorter runs are copied from the mapped file: a system call each would cost more than it moves.
 _SHORTEST_RUN_BYTES = 4096
@@ -43,7 +43,22 @@ class TensorInFile(SavedTensor):
     ) -> None:
         super().__init__(torch.Size(entry.shape), torch_dtype(entry, shown), assignments)
         self.entry, self.byte_order, self.files = entry, byte_order, files
+        self.is_plain = entry.is_plain
         self._shown = shown
+        self._exact: torch.Tensor | None = None
+
+    def exact(self) -> torch.Tensor:
+        """See `SavedTensor.exact`; a view of the mapped file where that is possible, and of one storage with others."""
+        if self._made is not None:
+            return self._made
+        if self._exact is None:
+            entry = self.entry
+            self.files.note_use(entry)
+            if self.is_native:
+                self._exact = tensor_on(self.files.storage(entry), entry, self.dtype, entry.storage_offset)
+            else:
+                self._exact = read_tensor(self.files.source(entry.file), entry, self.byte_order, self._shown)
+        return self._exact
 
     @property
     def in_file(self) -> TensorInFile | None:

@@ -17,7 +17,7 @@ from rankload._checkpoint.source import Source
 from rankload._checkpoint.zip_index import check_script, read_zip_index
 from rankload._checkpoint.zip_members import check_compressed, check_listing
 from rankload._deliver.plain import ALIGNMENT_BYTES
-from rankload._deliver.restore import Restore, restore_of
+from rankload._deliver.restore import Restore, location_of_script, restore_of
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,15 @@ def checked_for_torch(source: Source, file_format: Format, map_location: Any) ->
         directory = torch_zip.read_directory(source)
         check_listing(directory, source.size_bytes)
         check_compressed(source, directory)
-    check = _CHECKS.get(file_format)
     try:
+        if file_format == "torchscript":
+            return Checked(location_of_script(map_location, check_script(source)))
+        check = _CHECKS.get(file_format)
         if check is not None:
             check(source)
     except NotUnderstoodError as error:
+        if file_format == "torchscript":
+            return Checked(location_of_script(map_location, ()), str(error))
         is_legacy = file_format == "legacy"
         return Checked(_zeroing(restore_of(map_location)) if is_legacy else map_location, str(error))
     return Checked(map_location)
@@ -93,7 +97,6 @@ def why_not_mapped(source: Source, file_format: Format, doubt: str) -> str:
 #: By format: what compares every storage that the pickles mention with what the file has for it.
 _CHECKS: dict[Format, Callable[[Source], object]] = {
     "torch_zip": lambda source: read_zip_index(source, "", is_remote=False),
-    "torchscript": check_script,  # torch.jit.load compares nothing
     "legacy": lambda source: read_legacy_index(source, ""),  # a storage may be nowhere in the file
 }
 

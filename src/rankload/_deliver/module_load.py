@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,18 +15,21 @@ from torch.autograd.graph import increment_version
 
 from rankload._deliver.content import Content
 from rankload._deliver.mismatch import describe_mismatch
+from rankload._deliver.module_versions import assigned_modules, without_assignment
+from rankload._deliver.noted_copies import NotedCopies
 from rankload._deliver.places import (
     Place,
     bare,
     has_its_storage,
     is_distributed,
+    is_plain,
     non_persistent_meta_buffers,
     own_part,
     places,
 )
 from rankload._deliver.post_hooks import PostHook, postponed, run_hooks
 from rankload._deliver.replace import Replacer
-from rankload._deliver.saved import Assignment, SavedTensor
+from rankload._deliver.saved import Assignment, SavedTensor, TensorInMemory
 from rankload._deliver.transfers import Prepared, Transfer
 from rankload._errors import LoadError
 from rankload.adapt import strip_prefix
@@ -61,6 +66,7 @@ def plan_load(
     strict: bool,
     assign: bool | None,
     shown: str,
+    may_replace: bool = True,
 ) -> ModuleLoad:
     """Find out which tensor goes where, and whether everything fits. Writes nothing, but for extra state.
 
@@ -70,21 +76,27 @@ def plan_load(
         strict: every name must be on both sides.
         assign: the caller's; with True tensors keep the checkpoint's dtype, whatever the module's was.
         shown: where the checkpoint is, for messages.
+        may_replace: replace tensors where the state dict says so (`assigned_modules`).
 
     Raises:
         LoadError: it does not fit; the message lists what, and what would help.
     """
     module, prefix = bare(module)
     own = places(module)
-    state_dict, assignments = _without_wrapper(content.of_module, prefix, own), content.assignments
-    with postponed(module) as hooks:
-        missing, unexpected, unfit = _ask_torch(module, state_dict)
-    _let_go_of_stand_ins(module)
+    state_dict = _without_wrapper(content.of_module, prefix, own)
+    replaced = assigned_modules(state_dict) if may_replace else set[str]()
+    noting = NotedCopies((place.tensor for place in own), content.tensors, content.assignments)
+    with postponed(module) as hooks, noting, _without_warnings_of_meta():
+        missing, unexpected, unfit = _ask_torch(module, without_assignment(state_dict))
     names = {id(place.tensor): place.name for place in reversed(own)}
-    for step in assignments:
-        if problem := _problem(step, is_replaced=assign is True):
+    steps = [
+        replace(step, is_replaced=bool(assign) or names.get(id(step.target), "").rpartition(".")[0] in replaced)
+        for step in content.assignments
+    ]
+    for step in steps:
+        if problem := _problem(step):
             unfit.append(f"{names.get(id(step.target), 'a tensor')}: {problem}")
-    missing = _truly_missing(missing, own, assignments)
+    missing = _truly_missing(missing, own, steps)
 
     def misfit() -> LoadError:
         text = describe_mismatch(missing, unexpected, unfit, state_dict)
@@ -99,32 +111,30 @@ def plan_load(
     if unfit or (strict and (missing or unexpected) and not hooks):
         raise misfit()
     warning = ""
-    if own and state_dict and not assignments:  # strict=False is for some names, and hardly for none
+    if own and state_dict and not steps:  # strict=False is for some names, and hardly for none
         warning = f"not one tensor of the {type(module).__name__} was loaded: {misfit().message}"
     return ModuleLoad(
-        module, _without_repetitions(assignments), missing, unexpected, hooks, misfit if strict else None, warning
+        module, _without_repetitions(steps), missing, unexpected, hooks, misfit if strict else None, warning
     )
 
 
-def prepare_load(
-    load: ModuleLoad, device: Callable[[], torch.device], *, assign: bool | None, may_share: bool
-) -> Prepared:
+def prepare_load(load: ModuleLoad, device: Callable[[], torch.device], *, may_share: bool) -> Prepared:
     """Make the tensors that have to be made; say what is to be moved where.
 
     Tensors on the meta device are replaced, each by one on this rank's device, or, on the CPU, by a view of the mapped
-    file, if its dtype is the module's; tied ones stay tied. Each takes its place when all is moved.
+    file, if its dtype is the module's; tied ones stay tied. So are those of assignments that replace, with the
+    checkpoint's dtype. Each takes its place when all is moved.
 
     Args:
         load: the plan.
         device: gives the device for what is on the meta device now.
-        assign: replace all tensors so, with the checkpoint's dtype, as ``load_state_dict(assign=True)`` does.
         may_share: whether what is replaced may be views of the mapped file.
     """
-    replacer = Replacer(load.module, device, takes_saved_dtype=bool(assign), may_share=may_share)
+    replacer = Replacer(load.module, device, may_share=may_share)
     own = {id(place.tensor) for place in places(load.module)}  # a module may have something copied into a view of one
     transfers = [
         replacer.transfer(step)
-        if (step.target.is_meta or assign) and id(step.target) in own
+        if (step.target.is_meta or step.is_replaced) and id(step.target) in own
         else _transfer_in_place(step)
         for step in load.assignments
     ]
@@ -176,13 +186,12 @@ def _ask_torch(module: nn.Module, content: Mapping[str, Any]) -> tuple[list[str]
     return list(missing), list(unexpected), []
 
 
-def _let_go_of_stand_ins(module: nn.Module) -> None:
-    """Give the tensors themselves to modules that have kept something of the state dict."""
-    for part in module.modules():
-        for kept in (vars(part), part._buffers):
-            for name, value in list(kept.items()):
-                if isinstance(value, SavedTensor):
-                    kept[name] = value.tensor().clone()
+@contextmanager
+def _without_warnings_of_meta() -> Iterator[None]:
+    """Within, torch does not warn that it copies nothing to the meta device: that is not where it is copied to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter in the checkpoint to a meta")
+        yield
 
 
 def _without_wrapper(content: Mapping[str, Any], prefix: str, own: Sequence[Place]) -> Mapping[str, Any]:
@@ -206,8 +215,10 @@ def _without_repetitions(assignments: Sequence[Assignment]) -> list[Assignment]:
     return list({id(step.target): step for step in assignments}.values())
 
 
-def _problem(step: Assignment, *, is_replaced: bool) -> str:
-    target, saved = step.target, step.saved
+def _problem(step: Assignment) -> str:
+    target, saved, is_replaced = step.target, step.saved, step.is_replaced
+    if saved.device.type == "meta" and not is_replaced:
+        return "it has no data in the checkpoint, where it is on the meta device"
     if is_replaced and target.requires_grad and not (saved.dtype.is_floating_point or saved.dtype.is_complex):
         return f"{saved.dtype} in the checkpoint, and the module's parameter requires a gradient"
     if not is_replaced and not _can_convert(saved.dtype, target.dtype):
@@ -220,6 +231,22 @@ def _problem(step: Assignment, *, is_replaced: bool) -> str:
         return str(error)
     if not is_replaced and not target.is_meta and not has_its_storage(own):
         return "its memory is not there: its storage has been freed or resized, as FSDP does outside of forward"
+    return "" if is_replaced or target.is_meta or is_distributed(target) else _problem_of_classes(target, saved)
+
+
+def _problem_of_classes(target: torch.Tensor, saved: SavedTensor) -> str:
+    """Return why a copy fails that classes, layouts and quantisation have a say in: only trying it tells."""
+    if is_plain(target) and not (isinstance(saved, TensorInMemory) and not is_plain(saved.exact())):
+        return ""
+    try:
+        scratch = target.detach().clone()
+    except Exception:  # of a class that cannot be cloned: then we shall see
+        return ""
+    try:
+        with torch.no_grad():
+            scratch.copy_(saved.view())
+    except Exception as error:
+        return f"it cannot be copied: {error}"
     return ""
 
 
@@ -237,6 +264,8 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 
 def _check_materialised(load: ModuleLoad) -> None:
     missing = set(load.missing_keys)
+    if any(step.is_replaced and step.saved.device.type == "meta" for step in load.assignments):
+        return  # as in the checkpoint
     if names := [place.name for place in places(load.module) if place.tensor.is_meta and place.name not in missing]:
         raise LoadError(
             f"{', '.join(names[:20])}: computed by a hook of the module, and lost, for it is on the meta device; "

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankload._deliver.content import OPTIMIZER_KEYS, with_leaves
+from rankload._deliver.leaves import with_leaves
 from rankload._deliver.mismatch import describe_mismatch
-from rankload._deliver.places import bare, empty_copy, is_distributed, own_part
-from rankload._deliver.saved import SavedTensor
+from rankload._deliver.places import bare, empty_copy, is_distributed, is_plain, own_part
+from rankload._deliver.remainder import OPTIMIZER_KEYS, optimizer_key
+from rankload._deliver.saved import SavedTensor, TensorInMemory
 from rankload._deliver.transfers import Prepared, Transfer
 from rankload._errors import LoadError, shown_key
 
@@ -86,6 +87,8 @@ def prepare_optimizer_load(load: OptimizerLoad) -> Prepared:
     transfers: list[Transfer] = []
 
     def made(saved: SavedTensor, parameter: torch.Tensor | None = None) -> torch.Tensor:
+        if isinstance(saved, TensorInMemory) and not is_plain(saved.exact()):
+            return saved.exact().detach().clone()  # as 8-bit states are; the first step writes into it
         tensor, transfer = _prepared(saved, parameter)
         transfers.append(transfer)
         return tensor
@@ -108,12 +111,9 @@ def _with_tensors(content: Any, made: Callable[[SavedTensor], Any]) -> Any:
 
 
 def _state_dict_in(whole: Any, shown: str) -> Mapping[str, Any]:
-    for key in OPTIMIZER_KEYS if isinstance(whole, Mapping) else ():
-        found = whole.get(key)
-        if isinstance(found, (list, tuple)) and len(found) == 1:
-            found = found[0]
-        if isinstance(found, Mapping) and {"state", "param_groups"} <= found.keys():
-            return found
+    if isinstance(whole, Mapping) and (key := optimizer_key(whole)) is not None:
+        found: Any = whole[key]
+        return found if isinstance(found, Mapping) else found[0]
     keys = ", ".join(map(shown_key, islice(whole, 20))) if isinstance(whole, Mapping) else f"a {type(whole).__name__}"
     raise LoadError(f"{shown}: no optimizer's state dict under any of {', '.join(OPTIMIZER_KEYS)}; it has {keys}")
 

@@ -101,8 +101,9 @@ def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
         ValueError: its parts are sums of which this rank has a summand (``Partial``), or do not follow its placements.
     """
     if not is_distributed(tensor):
-        # a quantised one has a scale, which a copy sets in the very tensor
-        return tensor if tensor.is_quantized else tensor.detach(), whole(tuple(tensor.shape))
+        # a copy sets the scale of a quantised one, and the indices of a sparse one, in the very tensor
+        is_more = tensor.is_quantized or tensor.layout != torch.strided
+        return tensor if is_more else tensor.detach(), whole(tuple(tensor.shape))
     from torch.distributed.tensor import Partial
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # as torch's own checkpoints do
 
@@ -165,6 +166,16 @@ def is_replicated(tensor: torch.Tensor) -> bool:
     return not is_distributed(tensor) or all(placement.is_replicate() for placement in distributed.placements)
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is a strided one, of torch's own class, that has data: any may be copied into any."""
+    is_known = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
+    return is_known and tensor.layout == torch.strided and not tensor.is_quantized
+
+
 def as_parameter_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Make a Parameter of a tensor if the other one is one."""
-    return nn.Parameter(tensor, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else tensor
+    """Make a Parameter of a tensor if the other one is one, as load_state_dict(assign=True) does."""
+    if not isinstance(like, nn.Parameter):
+        return tensor
+    if isinstance(tensor, nn.Parameter):  # of a class of its own
+        return tensor.requires_grad_(like.requires_grad)
+    return nn.Parameter(tensor, requires_grad=like.requires_grad)

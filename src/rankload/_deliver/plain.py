@@ -15,12 +15,13 @@ import torch
 from torch._guards import TracingContext
 from torch.serialization import get_default_load_endianness
 
-from rankload._checkpoint.entry import MOST_DIMENSIONS, TensorEntry
+from rankload._checkpoint.entry import TensorEntry
 from rankload._checkpoint.index import FileIndex
-from rankload._checkpoint.pickle_values import GlobalName, NotUnderstoodError, Unbuilt
+from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.torch_zip import LOCAL_SIGNATURE
 from rankload._checkpoint.zip_index import read_zip_index
+from rankload._deliver.exact import built
 from rankload._deliver.restore import Restore
 from rankload._deliver.tensors import tensor_on, torch_dtype
 
@@ -120,25 +121,8 @@ def _places_of_tensors(top: list[Any]) -> Iterator[tuple[Any, Any, TensorEntry]]
                 if kind is TensorEntry and value.dtype in vars(torch):
                     yield container, key, value
                 else:
-                    container[key] = _made(value)
+                    container[key] = made = built(value)
+                    if made is value:
+                        raise NotUnderstoodError(f"a {kind.__name__}")
         if (metadata := getattr(container, "_metadata", None)) is not None:
             rest.append(metadata)
-
-
-def _made(value: Any) -> torch.Size | torch.device | torch.dtype:
-    """Return one of torch's own values.
-
-    Raises:
-        NotUnderstoodError: it is another object.
-    """
-    try:
-        match value:
-            case Unbuilt(GlobalName("torch", "Size"), (sizes,), None) if len(sizes) <= MOST_DIMENSIONS:
-                return torch.Size(sizes)
-            case Unbuilt(GlobalName("torch", "device"), arguments, None):
-                return torch.device(*arguments)
-            case GlobalName("torch", name) if isinstance(dtype := vars(torch).get(name), torch.dtype):
-                return dtype
-    except (TypeError, ValueError, RuntimeError):
-        pass
-    raise NotUnderstoodError(f"a {type(value).__name__}")

@@ -10,7 +10,7 @@ from torch import nn
 
 from rankload._deliver.places import Place, as_parameter_like, empty_copy, is_distributed, own_part, places
 from rankload._deliver.post_hooks import hooks_of_torch, run_hooks
-from rankload._deliver.saved import Assignment
+from rankload._deliver.saved import Assignment, TensorInMemory
 from rankload._deliver.transfers import Transfer
 
 
@@ -20,15 +20,11 @@ class Replacer:
     Args:
         module: without its wrappers.
         device: gives the device for what is on the meta device now.
-        takes_saved_dtype: the checkpoint's dtype, as ``load_state_dict(assign=True)`` does; else the module's stays.
         may_share: on the CPU a tensor may be a view of the mapped file, if the dtype allows it.
     """
 
-    def __init__(
-        self, module: nn.Module, device: Callable[[], torch.device], *, takes_saved_dtype: bool, may_share: bool
-    ) -> None:
-        self._module, self._device = module, device
-        self._takes_saved_dtype, self._may_share = takes_saved_dtype, may_share
+    def __init__(self, module: nn.Module, device: Callable[[], torch.device], *, may_share: bool) -> None:
+        self._module, self._device, self._may_share = module, device, may_share
         self._replacements: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.bytes_mapped = 0
 
@@ -36,11 +32,14 @@ class Replacer:
         """Make what takes the target's place; return what is to be moved into it, None for a view of the file."""
         target, saved = step.target, step.saved
         device = self._device() if target.is_meta else target.device
-        dtype = saved.dtype if self._takes_saved_dtype else target.dtype
+        dtype = saved.dtype if step.is_replaced else target.dtype
+        if step.is_replaced and isinstance(saved, TensorInMemory) and device.type == "cpu":
+            self._replacements.append((target, saved.exact()))  # of whatever class it is
+            return None
         if self._may_share and device.type == "cpu" and dtype == saved.dtype and not is_distributed(target):
-            tensor = saved.view()
+            tensor = saved.exact() if step.is_replaced else saved.view()
             self._replacements.append((target, tensor))
-            self.bytes_mapped += tensor.nbytes
+            self.bytes_mapped += saved.numel() * dtype.itemsize
             return None
         tensor = empty_copy(target, device, dtype)
         self._replacements.append((target, tensor))

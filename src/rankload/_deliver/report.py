@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rankload._deliver.carrier import Carrier
-from rankload._errors import LONGEST_SHOWN_NAME, cut
+from rankload._deliver.remainder import Remainder
+from rankload._errors import LONGEST_SHOWN_NAME, ArgumentError, cut
 
 
 class _Keys(NamedTuple):
@@ -39,6 +40,7 @@ class LoadReport(_Keys):
     delivery: str
     reason: str
     left_on_meta: Sequence[str]
+    _remainder: Remainder | None
 
     @classmethod
     def make(
@@ -48,6 +50,7 @@ class LoadReport(_Keys):
         bytes_read: int,
         phases: Mapping[str, float],
         left_on_meta: Sequence[str],
+        remainder: Remainder | None,
     ) -> LoadReport:
         """Put a report together."""
         report = cls(list(keys[0]), list(keys[1]))
@@ -55,7 +58,26 @@ class LoadReport(_Keys):
         report.delivery, report.reason = carrier.delivery, carrier.reason
         report.phases = dict(phases)
         report.left_on_meta = tuple(left_on_meta)
+        report._remainder = remainder
         return report
+
+    @property
+    def remainder(self) -> Any:
+        """The rest of a training checkpoint, of a load into ``(module, optimizer)``: epoch, scheduler, random states.
+
+        It is what torch.load returns, as nested as it was saved and on the CPU, without the keys under which the
+        module's and the optimizer's state are. Every rank has its own.
+
+        Raises:
+            UnsafePickleError: ``weights_only`` refuses what is in it.
+            LoadError: it could not be loaded for another reason.
+            ArgumentError: the load was into a module alone.
+        """
+        if self._remainder is None:
+            raise ArgumentError("report.remainder: only dist_load_into((module, optimizer), …) loads it")
+        if self._remainder.error is not None:
+            raise self._remainder.error
+        return self._remainder.content
 
     @property
     def seconds(self) -> float:

@@ -1,8 +1,7 @@
 """Tensors of a checkpoint that are not read yet, for load_state_dict to say where they belong.
 
 A `SavedTensor` stands in a state dict where a tensor would be. nn.Module.load_state_dict compares its shape, and copies
-it into the parameter; that copy is only noted, as an `Assignment`. Names, hooks, module versions and extra state are
-left to torch, which knows them; the bytes are moved afterwards, when all ranks have found that everything fits.
+it into the parameter; `NotedCopies` only notes that copy, as an `Assignment`.
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from rankload._deliver.boxes import Box
+from rankload.adapt import to_dtype
 
 if TYPE_CHECKING:
     from rankload._deliver.in_file import TensorInFile
-
-_MODULE_LOAD: Any = torch.Tensor.module_load
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,17 +28,19 @@ class Assignment:
     Attributes:
         target: a module's parameter or buffer.
         saved: what it is to hold.
+        is_replaced: the saved tensor takes its place, as with ``load_state_dict(assign=True)``.
     """
 
     target: torch.Tensor
     saved: SavedTensor
+    is_replaced: bool = False
 
 
 class SavedTensor:
-    """Stands for a tensor of a checkpoint; every copy of it into a real tensor is noted, not made.
+    """Stands for a tensor of a checkpoint, for torch's own code, which copies it.
 
-    Whatever else is done with it (hooks that convert old checkpoints may compute) is done with the tensor itself, which
-    is mapped then; if it is changed in place, that is what the module gets.
+    Whatever else is done with it (torch's hooks that convert old checkpoints compute) is done with the tensor itself,
+    which is mapped then; if it is changed in place, that is what the module gets.
 
     Not an ABC, which are slow to tell what is an instance: that is asked of everything that a module holds.
 
@@ -48,9 +48,11 @@ class SavedTensor:
         shape: sizes.
         dtype: as saved.
         is_meta: True, so that load_state_dict does not warn of meta parameters: they are taken care of later.
+        is_plain: False for a tensor that is of another class, or has attributes, in the file.
     """
 
     is_meta = True
+    is_plain = True
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, assignments: list[Assignment]) -> None:
         self.shape, self.dtype, self._assignments = shape, dtype, assignments
@@ -89,6 +91,14 @@ class SavedTensor:
             self._made = self.view()
         return self._made
 
+    def exact(self) -> torch.Tensor:
+        """Return what torch.load returns for it, always the same object; parameters are parameters.
+
+        Raises:
+            LoadError: it is not here.
+        """
+        raise NotImplementedError
+
     def reader(self, destination: torch.Tensor, box: Box) -> Callable[[], int]:
         """Return what fills a tensor, of any device, with one part, and returns the bytes that were read for it.
 
@@ -100,8 +110,9 @@ class SavedTensor:
             if box.element_count == 0:
                 return 0
             part = self.view()
-            for dimension, (start, size) in enumerate(zip(box.offset, box.shape, strict=True)):
-                part = part.narrow(dimension, start, size)
+            if box.shape != tuple(self.shape):  # sparse tensors, which are never cut, cannot be narrowed
+                for dimension, (start, size) in enumerate(zip(box.offset, box.shape, strict=True)):
+                    part = part.narrow(dimension, start, size)
             destination.copy_(part)
             return box.element_count * self.dtype.itemsize
 
@@ -156,15 +167,7 @@ class SavedTensor:
     def __torch_function__(
         cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
     ) -> Any:
-        """Note a copy into another tensor; carry out anything else."""
-        target = arguments[0] if arguments else None
-        if len(arguments) > 1 and isinstance(saved := arguments[1], cls) and isinstance(target, torch.Tensor):
-            if function is torch.Tensor.copy_:
-                saved._assignments.append(Assignment(target, saved))
-                return target
-            if function is _MODULE_LOAD:  # torch.__future__.set_swap_module_params_on_conversion
-                saved._assignments.append(Assignment(target, saved))
-                return target.detach()
+        """Call a function with the tensors themselves."""
         arguments, keywords = tree_map_only(SavedTensor, methodcaller("tensor"), (arguments, keywords or {}))
         return function(*arguments, **keywords)
 
@@ -195,7 +198,7 @@ class TensorInMemory(SavedTensor):
 
     def __init__(self, tensor: torch.Tensor, assignments: list[Assignment]) -> None:
         super().__init__(tensor.shape, tensor.dtype, assignments)
-        self._tensor = tensor.detach()
+        self._tensor, self._exact = tensor.detach(), tensor
 
     @property
     def device(self) -> torch.device:
@@ -206,6 +209,10 @@ class TensorInMemory(SavedTensor):
         """See `SavedTensor.view`."""
         return self._tensor
 
+    def exact(self) -> torch.Tensor:
+        """See `SavedTensor.exact`."""
+        return self._exact
+
 
 class ConvertedTensor(SavedTensor):
     """One that has another dtype than it was saved with."""
@@ -213,6 +220,17 @@ class ConvertedTensor(SavedTensor):
     def __init__(self, saved: SavedTensor, dtype: torch.dtype) -> None:
         super().__init__(saved.shape, dtype, saved._assignments)
         self._saved = saved
+        self.is_plain = saved.is_plain
+
+    @property
+    def original(self) -> SavedTensor:
+        """The one as it was saved."""
+        return self._saved.original if isinstance(self._saved, ConvertedTensor) else self._saved
+
+    def exact(self) -> torch.Tensor:
+        """See `SavedTensor.exact`."""
+        converted: dict[str, torch.Tensor] = to_dtype(self.dtype)({"": self._saved.exact()})
+        return converted[""]
 
     @property
     def in_file(self) -> TensorInFile | None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.serialization import default_restore_location
 
 from rankload._errors import ArgumentError, DeviceError
 from rankload._types import Identity
@@ -26,23 +25,31 @@ if TYPE_CHECKING:
 #: saved on them reach hosts without it.
 _OUT_OF_TREE = ("npu", "mlu", "musa")
 
+#: Accelerators for which torch itself has a module of that name.
+_KINDS = ("cuda", "xpu", "mps", "mtia")
+
 _PLACEHOLDERS = ("device", "local_rank", "rank")
 
 
-@dataclass(frozen=True)
-class Placement:
-    """A ``map_location`` that goes by the tags of storages alone.
+class Placement(dict[Any, Any]):
+    """A ``map_location`` that maps the tags of storages and nothing else, each when it is first met.
 
-    Attributes:
-        device_of: gives the device for what is tagged so, or None for torch's own choice.
+    A dict, although it is empty: torch.load accepts no function for wrapper subclasses, or under FakeTensorMode.
+
+    Args:
+        device_of: returns the device for a tag, or None for torch's own choice.
     """
 
-    device_of: Callable[[str], torch.device | None]
+    def __init__(self, device_of: Callable[[str], torch.device | None]) -> None:
+        super().__init__()
+        self.device_of = device_of
 
-    def __call__(self, storage: Any, tag: str) -> Any:
-        """Return a storage where it belongs, or None; torch.load calls it for each."""
-        device = self.device_of(tag)
-        return None if device is None else default_restore_location(storage, str(device))  # type: ignore[no-untyped-call]
+    def get(self, tag: Any, default: Any = None) -> Any:
+        """Return the place of what is tagged so; torch passes the device of a wrapper subclass as a torch.device."""
+        device = self.device_of(str(tag))
+        if device is None:
+            return default
+        return device if isinstance(tag, torch.device) else str(device)
 
 
 @dataclass(frozen=True)
@@ -151,8 +158,10 @@ def resolve_map_location(map_location: Any, identity: Identity, group: ProcessGr
     if map_location is None:
         own = functools.cache(lambda: own_device(identity, group))
         return _placement_in_job(own) if _has_other_ranks(identity) else _placement_in_single_process(own)
-    if isinstance(map_location, str):
-        return _fill(map_location, identity, group)
+    if isinstance(map_location, (str, torch.device)):
+        location = _fill(map_location, identity, group) if isinstance(map_location, str) else map_location
+        _check_kind_exists(str(location))
+        return location
     if isinstance(map_location, dict):
         return {tag: _fill(str(location), identity, group) for tag, location in map_location.items()}
     return map_location
@@ -242,6 +251,27 @@ def _check_exists(location: str, template: str, identity: Identity) -> None:
         device=location,
         count=accelerator.count,
     )
+
+
+def _check_kind_exists(location: str) -> None:
+    """Say that it is not the file's fault where this process has no accelerator of the kind that was asked for.
+
+    Raises:
+        DeviceError: it has none.
+    """
+    kind = location.partition(":")[0]
+    accelerator = visible_accelerator()
+    if accelerator is not None and accelerator.type == kind:
+        return
+    is_known = kind in _KINDS and torch._guards.detect_fake_mode() is None  # fake tensors need no device
+    if is_known and not (torch.backends.mps if kind == "mps" else getattr(torch, kind)).is_available():
+        raise DeviceError(
+            f"map_location={location!r}: this process has no {kind} device (torch finds none). "
+            'Pass "cpu", or "{device}": this rank\'s own device, or the CPU where there is none',
+            map_location=location,
+            device=location,
+            count=0,
+        )
 
 
 def _known() -> str:

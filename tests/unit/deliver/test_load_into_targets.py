@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.testing._internal.two_tensor import TwoTensor
 
+from harness.alike import assert_alike
 from rankload import LoadError, adapt, dist_load_into, open_checkpoint
 from rankload._deliver.places import own_part
 
@@ -209,6 +211,32 @@ def test_what_else_is_in_an_optimizer(tmp_path: Path, extra: Any) -> None:
     assert optimizer.state["steps so far"] == 7
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda: TwoTensor(torch.ones(2, 3), torch.zeros(2, 3)),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    ],
+)
+def test_state_that_only_torch_load_builds(tmp_path: Path, state: Any) -> None:
+    """As optimizers have it that keep their state in 8 bits."""
+    module = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(3)).sum().backward()
+    optimizer.step()
+    content = optimizer.state_dict()
+    content["kept"] = state()
+    if not state().is_quantized:  # which torch itself does not load as a parameter's state
+        content["state"][0]["more"] = state()
+    torch.save({"model": module.state_dict(), "optimizer": content}, tmp_path / "file.pth")
+    loaded: list[Any] = []
+    optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: loaded.append(state_dict))
+    dist_load_into((module, optimizer), tmp_path / "file.pth", weights_only=False)
+    expected = torch.load(tmp_path / "file.pth", weights_only=False)["optimizer"]
+    assert_alike(loaded[0], expected)
+
+
 def test_state_of_no_parameter_is_not_given_to_another(tmp_path: Path) -> None:
     source, module = nn.Linear(3, 2), nn.Linear(3, 2)
     state = torch.optim.SGD(source.parameters(), lr=0.1, momentum=0.9).state_dict()
@@ -230,3 +258,16 @@ def test_strided_shards_alone_are_refused() -> None:
 
     with pytest.raises(ValueError, match="rows from several places"):
         own_part(torch.zeros(8).as_subclass(Distributed))
+
+
+# --- lazy modules -----------------------------------------------------------------------------------------------------
+
+
+def test_lazy_modules_are_uninitialised_again_where_something_does_not_fit(tmp_path: Path) -> None:
+    path = saved(tmp_path, nn.Sequential(nn.Linear(3, 2), nn.Linear(5, 2)).state_dict())
+    module = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 2))
+    weight = module[0].weight
+    with pytest.raises(LoadError, match=r"size mismatch for 1\.weight"):
+        dist_load_into(module, path)
+    assert module[0].weight is weight and is_lazy(weight) and is_lazy(module[0].bias)
+    assert module(torch.ones(1, 4)).shape == (1, 2), "it takes the shape of its input, as before"

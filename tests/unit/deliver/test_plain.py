@@ -65,6 +65,12 @@ def every_dtype() -> Any:
     return {str(dtype): bits > 1 if dtype is torch.bool else bits.view(dtype).clone() for dtype in dtypes}
 
 
+def with_attribute() -> Any:
+    content = with_metadata()
+    content.note = "an attribute"
+    return content
+
+
 PLAIN: dict[str, Callable[[], Any]] = {
     "state dict": with_metadata,
     "training": training_checkpoint,
@@ -83,6 +89,7 @@ PLAIN: dict[str, Callable[[], Any]] = {
     "torch's values": lambda: OrderedDict(
         shape=torch.Size([2, 3]), dtype=torch.bfloat16, device=torch.device("cuda", 1), weight=torch.ones(2)
     ),
+    "attributes of a dict": with_attribute,
     "text": lambda: {"naïve 🜁": torch.ones(1), "": "\u20ac", "long": "x" * 70000},
     "many": lambda: {f"layer.{number}": torch.full((2,), float(number)) for number in range(600)},
 }
@@ -120,7 +127,7 @@ def test_what_is_one_object_stays_one(tmp_path: Path) -> None:
 
 def in_other_order() -> Any:
     content = OrderedDict(weight=torch.ones(2))
-    content.note = "an attribute"  # type: ignore[attr-defined]
+    content.note = ["an attribute"]  # type: ignore[attr-defined]
     return content
 
 

@@ -317,10 +317,12 @@ def test_nothing_is_made_on_another_device(tmp_path: Path) -> None:
     with ExitStack() as closing:
         files = CheckpointFiles(tmp_path / "file", closing)
         names = {*module.state_dict()}
-        content = open_content(files, adapt.compose(), names, with_optimizer=False, weights_only=True, mmap=None)
+        content = open_content(
+            files, adapt.compose(), module, with_optimizer=False, assign=None, weights_only=True, mmap=None
+        )
         load = plan_load(module, content, strict=True, assign=None, shown="file")
         with FakeTensorMode(allow_non_fake_inputs=True):
-            prepared = prepare_load(load, lambda: DEVICE, assign=None, may_share=True)
+            prepared = prepare_load(load, lambda: DEVICE, may_share=True)
             assert {transfer.destination.device for transfer in prepared.transfers} == {DEVICE}
             assert len(prepared.transfers) == len(names) and prepared.bytes_mapped == 0
             prepared.finish()

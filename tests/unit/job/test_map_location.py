@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import rankload
 from rankload._errors import ArgumentError, DeviceError
 from rankload._job import devices
 from rankload._job.devices import Accelerator, resolve_map_location
@@ -76,7 +80,7 @@ def test_the_files_are_what_they_pretend_to_be(tmp_path):
     if has_accelerator:
         pytest.skip("torch restores them where there is an accelerator")
     path = save(tmp_path / "x.pth", "cpu", "cuda:1")
-    with pytest.raises(RuntimeError, match="deserialize object on a CUDA device"):
+    with pytest.raises(RuntimeError, match="'cuda:1': this process has no cuda device"):
         torch.load(path, weights_only=True)
 
 
@@ -280,3 +284,27 @@ print(torch.get_device_module(torch.accelerator.current_accelerator()).is_initia
 """
     out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=120)
     assert out.stdout.strip() == "False"
+
+
+# --- a device that this process does not have -------------------------------------------------------------------------
+
+WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this process has the device")
+
+
+@WITHOUT_CUDA
+@pytest.mark.parametrize(
+    "place", ["cuda", "cuda:1", torch.device("cuda"), {"cpu": "cuda"}, {"cpu": torch.device("cuda", 0)}], ids=str
+)
+@pytest.mark.parametrize("way", [rankload.load, rankload.dist_load_state_dict_from_url])
+def test_an_absent_device_is_not_the_files_fault(tmp_path: Path, way: Any, place: Any) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.pth")
+    with pytest.raises(rankload.DeviceError, match=r"(?i)cuda device.*cpu") as caught:
+        way(str(tmp_path / "x.pth"), map_location=place)
+    assert isinstance(caught.value, RuntimeError) and "could not load" not in str(caught.value)
+
+
+@WITHOUT_CUDA
+def test_fake_tensors_need_no_device(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.pth")
+    with FakeTensorMode():
+        assert rankload.load(tmp_path / "x.pth", "cuda")["w"].device.type == "cuda"

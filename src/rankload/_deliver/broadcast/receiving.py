@@ -134,6 +134,7 @@ class ReceivedFiles(CheckpointFiles):
         super().__init__(Path(header.name), closing)
         self.shown, self.kept = header.shown, header.kept
         self._sources = {file: LocalSource(descriptor) for file, descriptor in descriptors.items()}
+        self._content = folder_of(descriptors, closing) / header.name
 
     def has(self, entry: TensorEntry) -> bool:
         """See `CheckpointFiles`."""

@@ -1,0 +1,41 @@
+"""Values of an index as torch.load returns them: what can be built here, and what only torch.load builds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from rankload._checkpoint.entry import MOST_DIMENSIONS, StorageEntry, TensorEntry
+from rankload._checkpoint.pickle_values import GlobalName, Unbuilt
+from rankload._deliver.saved import SavedTensor
+
+
+def built(value: Any) -> Any:
+    """Return one of torch's own values for a note of it in an index; anything else as it is."""
+    with suppress(TypeError, ValueError, RuntimeError):
+        match value:
+            case Unbuilt(GlobalName("torch", "Size"), (sizes,), None, []) if len(sizes) <= MOST_DIMENSIONS:
+                return torch.Size(sizes)
+            case Unbuilt(GlobalName("torch", "device"), arguments, None, []):
+                return torch.device(*arguments)
+            case GlobalName("torch", name) if isinstance(dtype := vars(torch).get(name), torch.dtype):
+                return dtype
+    return value
+
+
+def is_exact(content: Any) -> bool:
+    """Return whether nested content is what torch.load returns, apart from stand-ins for plain tensors."""
+    rest, seen = [content], set[int]()
+    while rest:
+        value = rest.pop()
+        if isinstance(value, (Unbuilt, GlobalName, StorageEntry, TensorEntry)):
+            return False
+        if isinstance(value, SavedTensor) and not value.is_plain:
+            return False
+        if isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            rest.extend(value.values() if isinstance(value, Mapping) else value)
+    return True

@@ -1,0 +1,55 @@
+"""Nested content with other leaves: what torch.save nests, without a walk into objects."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+_DICTS = (dict, OrderedDict, Counter, defaultdict)
+
+
+def with_leaves(content: Any, stand_in: Callable[[Any], Any], made: dict[int, Any] | None = None) -> Any:
+    """Return nested content with other leaves; dicts keep their types and attributes, such as module versions.
+
+    Args:
+        content: it; it may contain itself.
+        stand_in: makes the leaves.
+        made: what has been made of containers already, by their ids: each may be in the content many times over.
+    """
+    made = {} if made is None else made
+    if id(content) in made:
+        return made[id(content)]
+    result: Any
+    if type(content) in _DICTS:
+        result = made[id(content)] = _empty_like(content)
+        for name, value in content.items():
+            result[name] = with_leaves(value, stand_in, made)
+        return result
+    if type(content) is list:
+        result = made[id(content)] = []
+        result.extend(with_leaves(value, stand_in, made) for value in content)
+        return result
+    if type(content) is tuple:
+        result = made[id(content)] = tuple(with_leaves(value, stand_in, made) for value in content)
+        return result
+    return stand_in(content)
+
+
+def leaves(content: Any) -> Iterator[Any]:
+    """Yield what is in nested containers, and is none; each container is looked into once."""
+    rest, seen = [content], set[int]()
+    while rest:
+        value = rest.pop()
+        if not isinstance(value, (Mapping, list, tuple)):
+            yield value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            rest.extend(value.values() if isinstance(value, Mapping) else value)
+
+
+def _empty_like(content: Any) -> Any:
+    result = defaultdict(content.default_factory) if type(content) is defaultdict else type(content)()
+    if hasattr(content, "__dict__"):
+        vars(result).update(vars(content))
+    return result
