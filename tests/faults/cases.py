@@ -605,8 +605,8 @@ ALL_CASES = (
         ORIGIN,
         "A firewall or a gateway answers requests for a range with an error (403, 405, 503, …), and others with the "
         "file.",
-        "Before the first byte has come, the whole file is asked for, once. `open_checkpoint`, which needs ranges, "
-        "says that there are none.",
+        "The first request is for the whole file. Where it breaks off, the whole file is asked for again. "
+        "`open_checkpoint`, which needs ranges, says that there are none.",
     ),
     Case(
         76,
@@ -615,6 +615,24 @@ ALL_CASES = (
         "An origin serves one connection, or a few, and lets the others wait, even behind an idle one.",
         "Idle connections are closed when nothing comes for a stall time; fewer streams are used then, also for the "
         "next file of that host.",
+    ),
+    Case(
+        85,
+        "one-time-url",
+        ORIGIN,
+        "A URL answers once: the first download uses it up, and later requests get 403, 404 or 410.",
+        "The whole file comes in the first answer; requests for more streams beside it may fail. If that connection "
+        "breaks, the error says that the URL may serve one download only; with a new one of the same file (the same "
+        "path with another signature, or any URL and `sha256=`) the download goes on where it broke off.",
+    ),
+    Case(
+        86,
+        "wrong-total",
+        ORIGIN,
+        "The file size in the Content-Range of an origin's answers is missing (`*`), too small, too large, or another "
+        "each time.",
+        "The length of the first answer, which has the whole file, counts. What contradicts it is not used: the file "
+        "comes over one connection, or the call fails. A cut file is never published as if it were the file.",
     ),
 )
 
