@@ -634,6 +634,22 @@ ALL_CASES = (
         "The length of the first answer, which has the whole file, counts. What contradicts it is not used: the file "
         "comes over one connection, or the call fails. A cut file is never published as if it were the file.",
     ),
+    Case(
+        87,
+        "no-temporary-directory",
+        DISKS,
+        "`TMPDIR` is full, too small, read-only, or does not exist.",
+        "Another directory serves (`/var/tmp`, `/dev/shm`), or memory. If no directory has room, the error names those "
+        "that were tried, how much is needed, and `TMPDIR`.",
+    ),
+    Case(
+        88,
+        "bare-container",
+        DISKS,
+        "A container has no `/dev/fd`, no `/proc`, or no `/dev/shm` to speak of.",
+        "`/proc/self/fd` serves in place of `/dev/fd`, and `/dev/shm` is not needed. Without `/proc`, cached "
+        "checkpoints load; where a path to an open file is needed, the error says to mount it.",
+    ),
 )
 
 CASES: dict[int, Case] = {case.number: case for case in sorted(ALL_CASES, key=lambda case: case.number)}
