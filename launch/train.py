@@ -4,12 +4,18 @@
     srun --ntasks=8 python launch/train.py https://host/crepe_tiny-0a1b2c3d.pth --capacity tiny
 
 Copy it, and put your model and data where CREPE and the tones are. The loading stays one line.
+
+With --checkpoint it saves its state now and then, and when SIGTERM comes: before the time limit, or when the job has to
+make way for another. The same command then goes on from there.
 """
 
 import argparse
 import os
+import re
+import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,10 +30,12 @@ from rankload import dist_load_state_dict_from_url
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Fine-tune CREPE from the checkpoint at URL.")
-    parser.add_argument("url", help="where the checkpoint is; its name carries its hash, as torch.hub's names do")
+    parser.add_argument("url", help="where the weights are; a hash in the name (model-0a1b2c3d.pth) is checked")
     parser.add_argument("--model-dir", help="cache directory, shared or node-local (default: torch.hub's)")
     parser.add_argument("--capacity", choices=["full", "tiny"], default="full", help="size of the model")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--checkpoint", type=Path, help="save model, optimizer and step here, and go on from there")
+    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="between two of these")
     parser.add_argument("--output", type=Path, default=Path("trained.pth"), help="rank 0 saves the model here")
     parser.add_argument(
         "--delivery",
@@ -35,7 +43,7 @@ def parse_arguments():
         default="auto",
         help="broadcast: rank 0 downloads, and sends the weights to the other nodes",
     )
-    parser.add_argument("--no-check-hash", action="store_true", help="for a URL without a hash in its name")
+    parser.add_argument("--no-check-hash", action="store_true", help="for a name whose digits are no hash, but a date")
     return parser.parse_args()
 
 
@@ -71,12 +79,53 @@ def tones(step, batch_size=8):
     return torch.cat([tone(hz) for hz in pitch_hz(targets).tolist()]), targets
 
 
-def save_atomically(state_dict, path):
+def save_atomically(state, path):
     """A job that is killed while it saves leaves the previous file, never half a new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(state_dict, partial)
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())  # a node that loses power may otherwise keep the new name, and nothing in it
     partial.replace(path)
+
+
+class Stop:
+    """Whether SIGTERM has come to any rank."""
+
+    def __init__(self):
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number, frame):
+        self.requested = True
+
+    def is_agreed(self, device):
+        """All ranks stop after the same step: one that stopped alone would leave the others waiting for it."""
+        requested = torch.tensor(int(self.requested), device=device)
+        dist.all_reduce(requested, dist.ReduceOp.MAX)
+        return bool(requested.item())
+
+
+def is_there(path):
+    """Whether rank 0 sees the file: ranks that looked for themselves might not agree."""
+    answer = [path is not None and path.exists()]
+    dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def load(arguments):
+    """The state to begin with: what an earlier run has saved, or the weights from the URL."""
+    if is_there(arguments.checkpoint):
+        return dist_load_state_dict_from_url(str(arguments.checkpoint), map_location="cpu")
+    has_hash = re.search(r"-[0-9a-f]{8,}\.[^/]*$", arguments.url.partition("?")[0]) is not None
+    weights = dist_load_state_dict_from_url(
+        arguments.url,
+        model_dir=arguments.model_dir,
+        check_hash=has_hash and not arguments.no_check_hash,
+        delivery=arguments.delivery,
+    )
+    return {"step": 0, "model": weights}
 
 
 def train():
@@ -84,34 +133,52 @@ def train():
     describe_slurm_step()
     device = own_device()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
 
     started = time.perf_counter()
-    state_dict = dist_load_state_dict_from_url(
-        arguments.url,
-        model_dir=arguments.model_dir,
-        check_hash=not arguments.no_check_hash,
-        delivery=arguments.delivery,
-    )
+    state = load(arguments)
     seconds = time.perf_counter() - started
 
+    stop = Stop()  # not before: until then rankload ends the call on all ranks when SIGTERM comes
     model = Crepe(arguments.capacity)
-    model.load_state_dict(state_dict)
+    model.load_state_dict(state["model"])
     model = DistributedDataParallel(model.to(device))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for step in range(arguments.steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    first = state["step"]
+    if first:
+        optimizer.load_state_dict(state["optimizer"])
+
+    def save(step):
+        state = {"step": step, "model": model.module.state_dict(), "optimizer": optimizer.state_dict()}
+        if rank == 0:
+            save_atomically(state, arguments.checkpoint)
+        dist.barrier()
+
+    loss = torch.tensor(float("nan"))
+    for step in range(first, arguments.steps):
         samples, targets = (tensor.to(device) for tensor in tones(step))
         loss = binary_cross_entropy(model(samples), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if arguments.checkpoint is None:
+            continue
+        is_over = stop.is_agreed(device)
+        if is_over or (step + 1) % arguments.save_every == 0:
+            save(step + 1)
+        if is_over:
+            print(f"rank {rank}: saved after step {step + 1} of {arguments.steps}, and stopped\n", end="", flush=True)
+            sys.exit(128 + signal.SIGTERM)
 
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     where = f"rank {rank} of {world_size} on {socket.gethostname()} ({device})"
-    report = f"{where}: loaded in {seconds:.2f} s, {arguments.steps} steps, loss {loss.item():.4f}\n"
+    steps = f"steps {first} to {arguments.steps}" if first else f"{arguments.steps} steps"
+    report = f"{where}: loaded in {seconds:.2f} s, {steps}, loss {loss.item():.4f}\n"
     # The newline in the same write: torchrun's ranks are unbuffered, and their lines would mix.
     print(report, end="", flush=True)
     if rank == 0:
         save_atomically(model.module.state_dict(), arguments.output)
+        if arguments.checkpoint is not None:
+            arguments.checkpoint.unlink(missing_ok=True)
     # Nobody leaves before all is saved. A rank that leaves right after its last step can also hang in its exit: torch's
     # gloo threads may not have let go of the last gradients, and for that they need the GIL (torch 2.13).
     dist.barrier()

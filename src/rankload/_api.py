@@ -82,8 +82,8 @@ def dist_load_state_dict_from_url(
         weights_only: as in torch.load. False lets the file run code: only for sources you trust.
         sha256: the full digest, 64 hex digits.
         headers: extra request headers, e.g. ``{"Authorization": "Bearer …"}``, for the first URL's host; mirrors on
-            other hosts, and hosts that it redirects to, do not get them. Never logged or recorded. GH_TOKEN,
-            GITHUB_TOKEN and HF_TOKEN are sent to their own hosts without being asked for.
+            other hosts, and hosts that it redirects to, get the ``User-Agent`` alone. Never logged or recorded.
+            GH_TOKEN, GITHUB_TOKEN and HF_TOKEN are sent to their own hosts without being asked for.
         timeout: deadline in seconds on *no progress* (no byte, no new phase); default 120. Never a limit on the
             total time.
         scope: who shares one download: ``"job"`` (a directory shared by all nodes), ``"node"``, ``"process"``, or

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from rankload._errors import ArgumentError, MissingFileError, printable
 from rankload._job.devices import resolve_map_location
 from rankload._job.lone import LoneChannel
 from rankload._job.membership import own_identity
+from rankload._scratch import descriptor_path, scratch_file
 from rankload._settings import Settings
 from rankload._tracebacks import short_tracebacks
 from rankload._types import FetchedFile, Identity
@@ -146,7 +146,7 @@ def _head(f: IO[bytes]) -> bytes | None:
 @contextmanager
 def _copied(f: IO[bytes]) -> Iterator[Path]:
     """Give the rest of a file a path."""
-    with tempfile.TemporaryFile() as copy:
+    with scratch_file("a copy of a file object") as copy:
         shutil.copyfileobj(f, copy, length=1 << 20)
         copy.flush()
-        yield Path(f"/dev/fd/{copy.fileno()}")
+        yield Path(descriptor_path(copy.fileno()))

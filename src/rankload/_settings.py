@@ -37,6 +37,9 @@ class Settings:
             will do.
         streams: most connections that one download uses at a time.
         chunk_bytes: a range that is asked for, and the unit of what a killed download keeps.
+        whole_first: the first request asks for all that is missing, so that a URL may answer only once; others follow
+            where several streams are faster. 0: it asks for ``chunk_bytes``, for a proxy that passes no answer on
+            before it has all of it, or an origin that serves large files in ranges only.
         offline: no socket is opened; what is not cached is an error.
         refresh: a cached file's origin is asked whether it has another one now.
         hash_prefix_digits: fewest hex digits in a file name that ``check_hash=True`` takes for a hash prefix. Finding a
@@ -59,6 +62,7 @@ class Settings:
     minimum_bytes_per_second: int = 0
     streams: int = 16
     chunk_bytes: int = 8 << 20
+    whole_first: bool = True
     offline: bool = False
     refresh: bool = False
     hash_prefix_digits: int = 8

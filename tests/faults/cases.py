@@ -605,8 +605,8 @@ ALL_CASES = (
         ORIGIN,
         "A firewall or a gateway answers requests for a range with an error (403, 405, 503, …), and others with the "
         "file.",
-        "Before the first byte has come, the whole file is asked for, once. `open_checkpoint`, which needs ranges, "
-        "says that there are none.",
+        "The first request is for the whole file. Where it breaks off, the whole file is asked for again. "
+        "`open_checkpoint`, which needs ranges, says that there are none.",
     ),
     Case(
         76,
@@ -646,7 +646,41 @@ ALL_CASES = (
         "if the launcher does not.",
     ),
     Case(
-        89,
+        80,
+        "one-time-url",
+        ORIGIN,
+        "A URL answers once: the first download uses it up, and later requests get 403, 404 or 410.",
+        "The whole file comes in the first answer; requests for more streams beside it may fail. If that connection "
+        "breaks, the error says that the URL may serve one download only; with a new one of the same file (the same "
+        "path with another signature, or any URL and `sha256=`) the download goes on where it broke off.",
+    ),
+    Case(
+        81,
+        "wrong-total",
+        ORIGIN,
+        "The file size in the Content-Range of an origin's answers is missing (`*`), too small, too large, or another "
+        "each time.",
+        "The length of the first answer, which has the whole file, counts. What contradicts it is not used: the file "
+        "comes over one connection, or the call fails. A cut file is never published as if it were the file.",
+    ),
+    Case(
+        82,
+        "no-temporary-directory",
+        DISKS,
+        "`TMPDIR` is full, too small, read-only, or does not exist.",
+        "Another directory serves (`/var/tmp`, `/dev/shm`), or memory. If no directory has room, the error names those "
+        "that were tried, how much is needed, and `TMPDIR`.",
+    ),
+    Case(
+        83,
+        "bare-container",
+        DISKS,
+        "A container has no `/dev/fd`, no `/proc`, or no `/dev/shm` to speak of.",
+        "`/proc/self/fd` serves in place of `/dev/fd`, and `/dev/shm` is not needed. Without `/proc`, cached "
+        "checkpoints load; where a path to an open file is needed, the error says to mount it.",
+    ),
+    Case(
+        84,
         "failure-of-all-ranks",
         RANKS,
         "A call fails on all ranks of a job, and all their outputs end up in one log.",
@@ -655,7 +689,7 @@ ALL_CASES = (
         "logged.",
     ),
     Case(
-        90,
+        85,
         "slow-name-service",
         RANKS,
         "The name service (DNS) is slow or dead. torch's store asks it for the name of each client that connects, one "
@@ -669,7 +703,7 @@ ALL_CASES = (
         "`/etc/resolv.conf` (10 s became 2 s).",
     ),
     Case(
-        91,
+        86,
         "own-file-for-each-rank",
         RANKS,
         "Each rank passes a file or URL of its own to a collective call, or URLs that differ in their query only.",
@@ -678,7 +712,7 @@ ALL_CASES = (
         "`rankload.hub.load_state_dict_from_url`.",
     ),
     Case(
-        92,
+        87,
         "master-port-taken",
         RANKS,
         "Without a process group: something else listens at `MASTER_PORT`, such as another job, or `MASTER_ADDR` "

@@ -21,6 +21,7 @@ CHUNK = 256 << 10
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(CHUNK))
+    monkeypatch.setenv("RANKLOAD_WHOLE_FIRST", "0")  # one answer to the first request would be all there is to see
 
 
 @pytest.fixture

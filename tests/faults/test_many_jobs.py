@@ -48,6 +48,7 @@ def digest_of_file(rank, url, caches):
 )
 def test_twenty_jobs_at_once(origin, tmp_path, big_content, monkeypatch, nodes, vices, most_downloads):
     monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(MIB))
+    monkeypatch.setenv("RANKLOAD_WHOLE_FIRST", "0")  # every byte that is sent counts below
     url = origin.add(NAME, big_content)
     if target := (vices := dict(vices)).pop("planted_lease", None):
         own = tmp_path / "server" / ".rankload"

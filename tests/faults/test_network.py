@@ -27,6 +27,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespa
 @pytest.fixture(autouse=True)
 def _small_and_impatient(monkeypatch):
     monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(CHUNK))
+    monkeypatch.setenv("RANKLOAD_WHOLE_FIRST", "0")  # one answer to the first request would be all there is to see
     monkeypatch.setenv("RANKLOAD_STALL_SECONDS", "0.4")
     monkeypatch.setenv("RANKLOAD_HEARTBEAT_SECONDS", "0.2")
 

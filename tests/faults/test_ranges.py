@@ -19,6 +19,7 @@ CHUNK = 1 << 20
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(CHUNK))
+    monkeypatch.setenv("RANKLOAD_WHOLE_FIRST", "0")  # one answer to the first request would be all there is to see
     monkeypatch.setenv("RANKLOAD_STREAMS", "1")
 
 

@@ -31,6 +31,7 @@ needs_namespaces = pytest.mark.skipif(other_host.why_not() is not None, reason=s
 def _short_steps(monkeypatch):
     monkeypatch.setenv("RANKLOAD_LEASE_SECONDS", str(LEASE_SECONDS))
     monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(MIB))
+    monkeypatch.setenv("RANKLOAD_WHOLE_FIRST", "0")  # one answer to the first request would be all there is to see
     monkeypatch.setenv("RANKLOAD_STREAMS", "1")
 
 

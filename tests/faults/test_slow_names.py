@@ -12,7 +12,7 @@ from harness import mounts
 from harness.namespace import namespace
 
 pytestmark = [
-    pytest.mark.fault(90),
+    pytest.mark.fault(85),
     pytest.mark.skipif(mounts.why_not() is not None, reason="needs root and namespaces"),
 ]
 

@@ -78,6 +78,7 @@ def test_wrong_digest_once(origin, cache):
 def test_digest_of_the_whole_holds_for_ranges(origin, cache, big_content, monkeypatch):
     """A Repr-Digest stands in each partial answer, and is of the whole file."""
     monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", "1000000")
+    monkeypatch.setenv("RANKLOAD_WHOLE_FIRST", "0")
     sha256 = hashlib.sha256(big_content).hexdigest()
     url = origin.add("file.bin", big_content, headers=header("Repr-Digest", sha256))
     rankload.dist_fetch(url, cache)
@@ -87,6 +88,7 @@ def test_digest_of_the_whole_holds_for_ranges(origin, cache, big_content, monkey
 
 def test_digest_tells_versions_apart_where_there_is_no_validator(origin, cache, big_content, monkeypatch):
     monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", "1000000")
+    monkeypatch.setenv("RANKLOAD_WHOLE_FIRST", "0")
     sha256 = hashlib.sha256(big_content).hexdigest()
     bare = {"etag": False, "last_modified": None}
     old, new = (Reply(**bare, headers=header("Repr-Digest", one)) for one in (WRONG, sha256))

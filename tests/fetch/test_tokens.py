@@ -136,6 +136,7 @@ def test_headers_of_the_caller_stay_with_their_host(origin, elsewhere, cache):
 
 def test_headers_of_the_caller_stay_with_their_host_for_all_ranges(origin, elsewhere, cache, big_content, monkeypatch):
     monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", "500000")
+    monkeypatch.setenv("RANKLOAD_WHOLE_FIRST", "0")
     elsewhere.add("blob", big_content)
     url = origin.add("file.bin", b"", redirect_to=elsewhere.url("blob"))
     rankload.dist_fetch(url, cache, headers={"X-Api-Key": "SECRET"})

@@ -197,11 +197,15 @@ def _select_range(
         end = begin + max(1, (end - begin) // 2)
     if reply.ranges == "longer":
         end = total
-    told_total = total
+    told_total: int | str = total
     if reply.ranges == "wrong-start":
         begin = 0
     if reply.ranges == "wrong-total":
-        told_total += 1
+        told_total = total + 1
+    if reply.ranges == "small-total":
+        told_total = end
+    if reply.ranges == "unknown-total":
+        told_total = "*"
     headers["Content-Range"] = f"bytes {begin}-{end - 1}/{told_total}"
     if reply.ranges == "no-content-range":
         headers["Content-Range"] = None

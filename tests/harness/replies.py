@@ -16,6 +16,8 @@ HTML_PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body>Pl
 #   shifted              206 that says what was asked for, with the bytes from one further on
 #   wrong-start          206 whose Content-Range and bytes start elsewhere: at 0
 #   wrong-total          206 whose Content-Range tells a total one byte longer
+#   small-total          the same, the end of what it sends
+#   unknown-total        206 whose Content-Range tells no total: "*"
 #   no-content-range     206 without the header
 #   refused              416 always
 #   if-range-ignored     206 even though If-Range names another version
@@ -27,6 +29,8 @@ Ranges = Literal[
     "shifted",
     "wrong-start",
     "wrong-total",
+    "small-total",
+    "unknown-total",
     "no-content-range",
     "refused",
     "if-range-ignored",

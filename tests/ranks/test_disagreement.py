@@ -70,7 +70,7 @@ def _load_own_file(rank: int, location: str, model_dir: str) -> Outcome:
     return try_to_load(rank, location.format(rank=rank), model_dir)
 
 
-@pytest.mark.fault(91)
+@pytest.mark.fault(86)
 @pytest.mark.parametrize("kind", ["local", "query"])
 def test_ranks_that_want_a_file_each_hear_what_to_call(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str, tmp_path: Path, kind: str

@@ -41,7 +41,7 @@ def _all_fail_soon(url: str, cache_dir: str, world_size: int = 3, **variables: s
     return ended
 
 
-@pytest.mark.fault(92)
+@pytest.mark.fault(87)
 def test_something_that_is_no_store_listens_at_the_port(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str, silent_port: int
 ) -> None:
@@ -51,7 +51,7 @@ def test_something_that_is_no_store_listens_at_the_port(
     assert all("something else listens at that port" in outcome.text for outcome in others), others
 
 
-@pytest.mark.fault(92)
+@pytest.mark.fault(87)
 def test_another_jobs_store_is_at_the_port(origin: Origin, checkpoint: CheckpointFile, cache_dir: str) -> None:
     url = origin.add(checkpoint.name, checkpoint.path)
     with agent_store() as store:
@@ -65,7 +65,7 @@ def _load_and_tell_port(rank: int, url: str, model_dir: str) -> str:
         return load(rank, url, model_dir)
 
 
-@pytest.mark.fault(92)
+@pytest.mark.fault(87)
 def test_another_job_of_rankload_is_meeting_at_the_port(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str
 ) -> None:
@@ -79,7 +79,7 @@ def test_another_job_of_rankload_is_meeting_at_the_port(
     assert all("belongs to another job: one of 2 ranks" in outcome.text for outcome in others), others
 
 
-@pytest.mark.fault(92)
+@pytest.mark.fault(87)
 def test_rank_0_cannot_resolve_its_address_and_the_others_can(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str
 ) -> None:
@@ -92,7 +92,7 @@ def test_rank_0_cannot_resolve_its_address_and_the_others_can(
         assert outcome.ended_at - outcome.started_at < 15  # a name server may be slow to say so
 
 
-@pytest.mark.fault(92)
+@pytest.mark.fault(87)
 def test_nobody_can_resolve_the_address(origin: Origin, checkpoint: CheckpointFile, cache_dir: str) -> None:
     url = origin.add(checkpoint.name, checkpoint.path)
     first, *others = outcomes(

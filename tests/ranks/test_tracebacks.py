@@ -19,7 +19,7 @@ from harness.checkpoints import CheckpointFile
 from harness.origin import Origin
 from harness.ranks import run_ranks
 
-pytestmark = pytest.mark.fault(89)
+pytestmark = pytest.mark.fault(84)
 
 _ELSEWHERE = "; its traceback is there]"
 _FRAMES_OF_THE_HARNESS = re.compile(r'  File "[^"]*/harness/[^"]*".*\n(?:    .*\n)*')

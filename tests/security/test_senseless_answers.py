@@ -90,6 +90,7 @@ def test_cookies_do_not_pile_up(cache):
 def test_validator_brings_no_control_characters_into_a_request(cache, etag, monkeypatch):
     """It would be sent wherever the origin redirects the next range."""
     monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(1 << 20))
+    monkeypatch.setenv("RANKLOAD_WHOLE_FIRST", "0")
     content, heads = bytes(range(256)) * (16 << 10), []
 
     def reply(connection):

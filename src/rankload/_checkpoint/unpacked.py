@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import sniff
 from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.unpacked_limit import ALWAYS_ALLOWED_BYTES, LARGEST_RATIO, unpacked_limit
+from rankload._scratch import descriptor_path, scratch_file
 
 _CHUNK_BYTES = 1 << 20
 
@@ -42,8 +42,9 @@ def unpacked(path: Path) -> Iterator[int]:
 
     Raises:
         BrokenFileError: it is damaged, or would become too large.
+        CacheError: there is no place for it.
     """
-    with tempfile.TemporaryFile() as content:
+    with scratch_file(f"{path.name} unpacked", unpacked_size(path)) as content:
         unpack(path, content, lambda done: None)
         yield content.fileno()
 
@@ -81,7 +82,7 @@ def unpack(path: Path, target: IO[bytes], look: Callable[[int], None]) -> None:
         if done != member.file_size:
             raise BrokenFileError(f"archive of one file that has {done} bytes unpacked, and should have others")
     target.flush()
-    inside = sniff(f"/dev/fd/{target.fileno()}")
+    inside = sniff(descriptor_path(target.fileno()))
     if inside == "single_member_zip":
         raise BrokenFileError("a zip archive in a zip archive is no checkpoint")
     if inside == "sharded":  # there is nothing beside it: its names would be those of our own descriptors

@@ -16,6 +16,7 @@ from rankload._deliver.node_copy import private_copy
 from rankload._deliver.read import read_checkpoint
 from rankload._deliver.tensors import fill_memory
 from rankload._errors import LoadError, printable
+from rankload._scratch import descriptor_path
 
 
 class CheckpointFiles:
@@ -83,7 +84,7 @@ class CheckpointFiles:
         """Map a file privately: what is written there never reaches it."""
         if name not in self._mappings:
             source = self.source(name)
-            path = f"/dev/fd/{source.descriptor}"  # the file that was opened, not another of its name
+            path = descriptor_path(source.descriptor)  # the file that was opened, not another of its name
             self._mappings[name] = cast(
                 torch.UntypedStorage, torch.UntypedStorage.from_file(path, False, source.size_bytes)
             )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from rankload._scratch import descriptor_path, scratch_file, scratch_folder
 
 
 def make_memory_file(size_bytes: int, closing: ExitStack) -> int:
@@ -15,10 +16,10 @@ def make_memory_file(size_bytes: int, closing: ExitStack) -> int:
 
     Pages stay for as long as the descriptor, another process's or a mapping does.
     """
-    if hasattr(os, "memfd_create"):
+    try:
         descriptor = os.memfd_create("rankload", os.MFD_CLOEXEC)
-    else:
-        with tempfile.TemporaryFile() as file:
+    except (AttributeError, OSError):  # not Linux; or a sandbox that does not know the call
+        with scratch_file("memory for a checkpoint", size_bytes) as file:
             descriptor = os.dup(file.fileno())
     closing.callback(os.close, descriptor)
     os.ftruncate(descriptor, size_bytes)
@@ -46,12 +47,8 @@ def writable(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
 
 def folder_of(descriptors: Mapping[str, int], closing: ExitStack) -> Path:
     """Return a folder in which this process finds the files under their names."""
-    folder = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="rankload-")))
-    for name, descriptor in descriptors.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)  # the parts of a checkpoint may lie in folders
-        path.symlink_to(f"/dev/fd/{descriptor}")
-    return folder
+    # the parts of a checkpoint may lie in folders
+    return scratch_folder({name: descriptor_path(descriptor) for name, descriptor in descriptors.items()}, closing)
 
 
 def path_for_others(descriptor: int) -> str:

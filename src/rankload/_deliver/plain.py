@@ -24,6 +24,8 @@ from rankload._checkpoint.zip_index import read_zip_index
 from rankload._deliver.exact import built
 from rankload._deliver.restore import Restore
 from rankload._deliver.tensors import tensor_on, torch_dtype
+from rankload._errors import CacheError
+from rankload._scratch import descriptor_path
 
 #: Tensors are mapped only where each of their elements is aligned, for torch's kernels: the longest are complex128's.
 ALIGNMENT_BYTES = 16
@@ -78,8 +80,8 @@ class PlainCheckpoint:
 def _mapped(descriptor: int, size_bytes: int) -> torch.UntypedStorage:
     try:
         # the file that was read, whatever its name stands for by now
-        storage = torch.UntypedStorage.from_file(f"/dev/fd/{descriptor}", False, size_bytes)
-    except RuntimeError as error:
+        storage = torch.UntypedStorage.from_file(descriptor_path(descriptor), False, size_bytes)
+    except (RuntimeError, CacheError) as error:
         raise NotUnderstoodError(f"it cannot be mapped so: {error}") from error
     return cast(torch.UntypedStorage, storage)
 

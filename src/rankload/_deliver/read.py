@@ -33,6 +33,7 @@ from rankload._deliver.safetensors import read_safetensors
 from rankload._deliver.staging.late_storages import LateStorages
 from rankload._errors import printable
 from rankload._job.environment import identity_from_environment
+from rankload._scratch import descriptor_path
 from rankload._settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def _read(path: Path, map_location: Any, options: _Options) -> Any:
         raise BrokenFileError(f"expected a checkpoint, got {describe(path)}")
     if file_format == "single_member_zip":
         with unpacked(path) as descriptor:
-            return _read(Path(f"/dev/fd/{descriptor}"), map_location, options)
+            return _read(Path(descriptor_path(descriptor)), map_location, options)
     if file_format == "sharded":
         return _read_parts(path, map_location, options)
     if file_format == "safetensors":
@@ -187,4 +188,4 @@ def _unsuffixed(path: Path) -> Iterator[str]:
         yield str(path)
         return
     with path.open("rb") as file:
-        yield f"/dev/fd/{file.fileno()}"
+        yield descriptor_path(file.fileno())

@@ -14,6 +14,7 @@ from rankload._checkpoint.source import LocalSource
 from rankload._deliver.restore import Restore
 from rankload._deliver.tensors import fill
 from rankload._errors import LoadError
+from rankload._scratch import descriptor_path
 
 #: torch's dtypes by the format's words; those that this torch does not have are left out.
 _DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
@@ -42,7 +43,7 @@ def read_safetensors(path: Path, restore: Restore, *, mmap: bool, shown: str) ->
         header = read_header(source)
         _check_dtypes(shown, header)
         if mmap:
-            name = f"/dev/fd/{file.fileno()}"  # the file that was read, whatever its name stands for by now
+            name = descriptor_path(file.fileno())  # the file that was read, whatever its name stands for by now
             whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(name, False, source.size_bytes))
             return {entry.name: _tensor(entry, restore(_view(whole, entry), _TAG)) for entry in header.tensors}
         return {entry.name: _tensor(entry, restore(_copy(source, entry), _TAG)) for entry in header.tensors}

@@ -9,6 +9,7 @@ from rankload._checkpoint.open import sniff
 from rankload._checkpoint.unpacked import unpack, unpacked_size
 from rankload._deliver.failures import translated
 from rankload._deliver.node_memory import NodeMemory
+from rankload._scratch import descriptor_path
 from rankload._types import Channel, Progress
 
 _NAME = "unpacked"
@@ -39,4 +40,4 @@ def with_unpacked(path: Path, channel: Channel, closing: ExitStack) -> Path:
             with open(descriptor, "wb", closefd=False) as target:
                 unpack(path, target, lambda done: channel.report(Progress("loading", done)))
         memory.tell_or_wait(channel)
-        return Path(f"/dev/fd/{descriptor}")
+        return Path(descriptor_path(descriptor))

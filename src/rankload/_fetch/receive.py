@@ -14,11 +14,12 @@ from rankload._fetch.origins.credentials import headers_of
 from rankload._fetch.origins.origin import Origin, Version
 from rankload._fetch.partials.partial import Partial
 from rankload._fetch.progress import Show, open_progress
+from rankload._fetch.transfer.failures import Restart
 from rankload._fetch.transfer.front import Front
 from rankload._fetch.transfer.retry import Retries, pause
 from rankload._fetch.transfer.size_limit import SizeLimit, exceeds_limit
 from rankload._fetch.transfer.transfer import Transfer
-from rankload._fetch.transfer.work import Restart, Work
+from rankload._fetch.transfer.work import Work
 from rankload._settings import Settings
 from rankload._types import FetchRequest, Progress, Report
 from rankload._urls import redact, url_key

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from rankload._settings import Settings
 PIECE_BYTES = 1000
 
 SETTINGS = Settings(chunk_bytes=4000, streams=4, retries=3, backoff_seconds=0.001)
+
+#: Every request is for a range of its own, the first one, too.
+RANGES_FIRST = replace(SETTINGS, whole_first=False)
 
 
 @dataclass
@@ -67,6 +70,7 @@ class ScriptedOrigin:
     url: str = "http://origin.example/file"
     shown: str = "http://origin.example/file"
     etag: str = '"1"'
+    may_answer_once: bool = True
     requests: list[tuple[int, int | None]] = field(default_factory=list)
 
     @contextlib.contextmanager

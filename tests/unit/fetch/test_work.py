@@ -6,16 +6,18 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scripted import SETTINGS, ScriptedBody, ScriptedOrigin, broken, content_of, new_work
+from scripted import RANGES_FIRST, ScriptedBody, ScriptedOrigin, broken, content_of, new_work
 
 from rankload._errors import ContentChangedError, FetchError, HTTPStatusError, TruncatedError
 from rankload._fetch.origins.origin import Body, UnusableRange, Version
+from rankload._fetch.transfer.failures import Restart
+from rankload._fetch.transfer.first_request import Span
 from rankload._fetch.transfer.spans import Spans
-from rankload._fetch.transfer.work import Restart, Work
+from rankload._fetch.transfer.work import Work
 
-CHUNK = SETTINGS.chunk_bytes
+CHUNK = RANGES_FIRST.chunk_bytes
 
 
 class CountingFront:
@@ -43,7 +45,7 @@ class Nowhere:
 
 def work_over(size_bytes: int = 100_000, *there: tuple[int, int], **arguments: object) -> Work:
     origin = ScriptedOrigin(content_of(size_bytes))
-    return new_work(origin, Nowhere(), CountingFront(*there), **arguments)
+    return new_work(origin, Nowhere(), CountingFront(*there), RANGES_FIRST, **arguments)
 
 
 def body(work: Work, begin: int, end: int | None, **fields: object) -> Body:
@@ -61,7 +63,7 @@ def begun(size_bytes: int = 100_000, streams: int = 1, **arguments: object) -> t
     names = [f"stream {number}" for number in range(streams)]
     assert work.enter(names[0])
     span = work.take(names[0], 0)
-    work.admit(body(work, span.begin, span.end))
+    work.admit(body(work, span.begin, span.end), span)
     work.target_streams = streams
     assert all(work.enter(name) for name in names[1:])
     return work, names
@@ -73,7 +75,7 @@ def test_one_stream_until_the_origin_has_answered():
     assert work.enter("a") and not work.enter("b")
     span = work.take("a", 0)
     assert (span.begin, span.end) == (0, CHUNK)
-    work.admit(body(work, 0, CHUNK))
+    work.admit(body(work, 0, CHUNK), span)
     assert work.version.size_bytes == 100_000
     assert work.enter("b") and work.enter("c") and work.enter("d") and not work.enter("e")
 
@@ -82,6 +84,7 @@ def test_one_stream_until_the_origin_has_answered():
 @settings(max_examples=50, deadline=None)
 def test_every_byte_is_given_to_exactly_one(size_bytes, streams, seed):
     source = random.Random(seed)
+    assume(size_bytes != CHUNK)  # that is not believed of a first answer
     work, names = begun(size_bytes, 1)
     work.target_streams = streams
     names += [f"more {number}" for number in range(streams - 1)]
@@ -102,6 +105,79 @@ def test_every_byte_is_given_to_exactly_one(size_bytes, streams, seed):
             work.give_back(span)
     offsets = [offset for one in given_out for offset in one]
     assert sorted(offsets) == list(range(size_bytes))
+
+
+def begun_whole(size_bytes: int = 100_000) -> tuple[Work, Span]:
+    """A work whose first stream gets everything, and whose second one may begin."""
+    work = new_work(ScriptedOrigin(content_of(size_bytes)), Nowhere(), CountingFront())
+    assert work.enter("first")
+    span = work.take("first", 0)
+    assert (span.begin, span.end) == (0, None)
+    work.admit(body(work, 0, None), span)
+    assert span.end == size_bytes
+    work.target_streams = 3
+    return work, span
+
+
+def test_others_share_the_first_range_once_one_of_them_is_answered():
+    work, first = begun_whole()
+    assert work.enter("second")
+    probe = work.take("second", 0)
+    assert (probe.begin, probe.end) == (CHUNK, 2 * CHUNK)
+    assert first.end == 100_000 and not work.enter("fourth")
+    work.admit(body(work, probe.begin, probe.end), probe)
+    assert first.end == CHUNK
+    given_out = [range(first.end), range(probe.begin, probe.end)]
+    while (span := work.take("second", 0)) is not None:
+        given_out.append(range(span.begin, span.end))
+    assert sorted(offset for one in given_out for offset in one) == list(range(100_000))
+
+
+@pytest.mark.parametrize(
+    ("error", "may_ask_again"),
+    [(HTTPStatusError("gone", code=404), False), (ContentChangedError("changed"), False), (broken(), True)],
+)
+def test_a_refusal_beside_the_first_answer_costs_nothing(error, may_ask_again):
+    work, first = begun_whole()
+    work.enter("second")
+    probe = work.take("second", 0)
+    assert work.pause_after("second", error, asked_at=0, has_moved=False) is None
+    work.give_back(probe)
+    assert (first.end, work.refusals, work.active_streams) == (100_000, 1, 1)
+    assert work.enter("second") == may_ask_again
+
+
+def test_a_senseless_range_beside_the_first_answer_costs_nothing():
+    work, first = begun_whole()
+    work.enter("second")
+    probe = work.take("second", 0)
+    assert work.pause_after_unusable_range("second", UnusableRange("nonsense")) is None
+    work.give_back(probe)
+    assert first.end == 100_000 and not work.enter("second")
+
+
+def test_an_answer_that_comes_too_late_is_not_used():
+    work, first = begun_whole()
+    work.enter("second")
+    probe = work.take("second", 0)
+    first.begin = 3 * CHUNK
+    work.admit(body(work, probe.begin, probe.end), probe)
+    assert probe.begin == probe.end and first.end == 4 * CHUNK
+    span = work.take("second", 0)
+    assert span.begin == 4 * CHUNK
+
+
+def test_what_the_first_stream_leaves_is_given_out_but_for_the_probe():
+    work, first = begun_whole()
+    work.enter("second")
+    probe = work.take("second", 0)
+    first.begin = 1000
+    assert work.pause_after("first", broken(), asked_at=0, has_moved=False) is None
+    work.give_back(first)
+    work.admit(body(work, probe.begin, probe.end), probe)
+    assert (probe.begin, probe.end) == (CHUNK, 2 * CHUNK)
+    spans = [work.take("second", 0) for _ in range(2)]
+    assert [(span.begin, span.end) for span in spans] == [(1000, CHUNK), (2 * CHUNK, 3 * CHUNK)]
 
 
 def test_a_fast_stream_asks_for_more_and_the_last_portions_are_small():
@@ -129,7 +205,7 @@ def test_nothing_is_given_out_after_the_end():
     work.stop()
     assert work.take(name, 0) is None
     with pytest.raises(Restart):
-        work.admit(body(work, 0, CHUNK))
+        work.admit(body(work, 0, CHUNK), Span(0, CHUNK))
 
 
 def test_the_first_failure_counts_and_none_after_the_end():
@@ -165,7 +241,7 @@ def test_what_was_there_is_not_asked_for():
     assert work.enter("a")
     span = work.take("a", 0)
     assert (span.begin, span.end) == (5000, 7000)
-    work.admit(body(work, 5000, 7000))
+    work.admit(body(work, 5000, 7000), span)
     span = work.take("a", 0)
     assert (span.begin, span.end) == (12_000, 16_000)
 
@@ -185,11 +261,11 @@ def test_ranges_only_where_a_change_would_show(fields, has_digest, is_split):
     work.enter("a")
     work.take("a", 0)
     if is_split:
-        work.admit(body(work, 0, CHUNK, **fields))
+        work.admit(body(work, 0, CHUNK, **fields), Span(0, CHUNK))
         assert [is_resumable for _, is_resumable in work.target.rooms] == [True]
     else:
         with pytest.raises(Restart) as caught:
-            work.admit(body(work, 0, CHUNK, **fields))
+            work.admit(body(work, 0, CHUNK, **fields), Span(0, CHUNK))
         assert caught.value.is_whole and caught.value.error is None and work.target.rooms == ()
 
 
@@ -197,7 +273,7 @@ def test_a_file_of_one_chunk_needs_no_validator():
     work = work_over(1000)
     work.enter("a")
     work.take("a", 0)
-    work.admit(body(work, 0, CHUNK, etag=None))
+    work.admit(body(work, 0, CHUNK, etag=None), Span(0, CHUNK))
     assert [is_resumable for _, is_resumable in work.target.rooms] == [False]
 
 
@@ -205,7 +281,7 @@ def test_an_origin_that_sends_everything_has_one_stream_and_an_end_of_its_own():
     work = work_over(50_000)
     work.enter("a")
     work.take("a", 0)
-    work.admit(body(work, 0, None))
+    work.admit(body(work, 0, None), Span(0, CHUNK))
     work.target_streams = 8
     assert work.is_whole and not work.enter("b")
     work.accept(0, bytes(50_000))
@@ -216,7 +292,7 @@ def test_an_origin_that_sends_everything_has_one_stream_and_an_end_of_its_own():
 
 def test_whole_failures_start_over_after_a_pause_and_no_more_often_than_others():
     work, [name] = begun(is_whole=True)
-    for _ in range(SETTINGS.retries):
+    for _ in range(RANGES_FIRST.retries):
         with pytest.raises(Restart) as caught:
             work.pause_after(name, TruncatedError("cut"), asked_at=9e99, has_moved=True)
         assert caught.value.is_whole and caught.value.pause_seconds > 0
@@ -241,7 +317,7 @@ def test_of_several_streams_that_get_nothing_all_but_the_last_leave():
 
 def test_the_last_ones_failures_count_until_there_are_enough():
     work, [name] = begun()
-    for _ in range(SETTINGS.retries):
+    for _ in range(RANGES_FIRST.retries):
         work.pause_after(name, broken(), asked_at=9e99, has_moved=False)
     with pytest.raises(FetchError):
         work.pause_after(name, broken(), asked_at=9e99, has_moved=False)

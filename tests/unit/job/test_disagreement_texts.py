@@ -10,7 +10,7 @@ from rankload._fetch.request import agreed_arguments, make_request
 from rankload._job.disagreement import advice_on, describe_disagreement
 from rankload._settings import Settings
 
-pytestmark = pytest.mark.fault(91)
+pytestmark = pytest.mark.fault(86)
 
 
 def arguments(url: Any) -> dict[str, Any]:

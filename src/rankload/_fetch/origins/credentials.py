@@ -60,11 +60,12 @@ class Credentials:
     def headers_for(self, server: Server) -> Headers:
         """Return what to send to a server beside the protocol's own headers.
 
-        The caller's headers, user and netrc entry go to their own scheme, host and port alone; tokens to the hosts of
-        `TOKEN_RULES`. What the caller gives comes first, then the URL's user, then a token, then netrc.
+        The caller's headers, user and netrc entry go to their own scheme, host and port alone, but for the User-Agent;
+        tokens to the hosts of `TOKEN_RULES`. What the caller gives comes first, then the URL's user, then a token, then
+        netrc.
         """
         is_own = server == self._server
-        sent = self._given if is_own else ()
+        sent = self._given if is_own else _without_credentials(self._given)
         if any(name.lower() == "authorization" for name, _ in sent):
             return sent
         if is_own and self._user is not None:
@@ -78,7 +79,7 @@ class Credentials:
 
 
 def headers_of(request: FetchRequest, url: str) -> Headers:
-    """Return the caller's headers for one of a request's URLs: they are the first one's server's alone.
+    """Return the caller's headers for one of a request's URLs: all but the User-Agent are for the first one's server.
 
     A token for one origin is no mirror's business. Nor is it the same host's over another scheme: what goes over https
     is not to be sent in the clear.
@@ -87,12 +88,18 @@ def headers_of(request: FetchRequest, url: str) -> Headers:
     if url == first:
         return request.headers
     server = server_of(url)
-    return request.headers if server is not None and server == server_of(first) else ()
+    is_first = server is not None and server == server_of(first)
+    return request.headers if is_first else _without_credentials(request.headers)
 
 
 def basic_authorization(user: str, password: str) -> str:
     """Return the value of an Authorization header (RFC 7617); UTF-8, as it recommends."""
     return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
+
+
+def _without_credentials(headers: Headers) -> Headers:
+    """Return what is sent to any server: the name of the client, as browsers and curl send it along redirects, too."""
+    return tuple((name, value) for name, value in headers if name.lower() == "user-agent")
 
 
 def _token_for(server: Server, environ: Mapping[str, str]) -> str | None:

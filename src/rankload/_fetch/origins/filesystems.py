@@ -29,7 +29,7 @@ class FilesystemOrigin:
     """A file at an fsspec URL. Credentials and endpoints are for fsspec to find, as it always does."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.shown = url, redact(url)
+        self.url, self.shown, self.may_answer_once = url, redact(url), False
 
     def close(self) -> None:
         """See `Origin`. fsspec keeps its filesystems for the life of the process."""

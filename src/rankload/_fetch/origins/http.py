@@ -13,6 +13,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import parse_url
 
 from rankload._errors import ContentChangedError, FetchError, FetchTimeoutError, HTTPStatusError, printable
+from rankload._fetch.origins.advice import ANSWERED_BEFORE, advice_for
 from rankload._fetch.origins.answers import (
     claim_of,
     coding_of,
@@ -84,7 +85,7 @@ class HttpOrigin:
     """
 
     def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
-        self.url, self.shown = url, redact(url)
+        self.url, self.shown, self.may_answer_once = url, redact(url), True
         self._sessions: list[requests.Session] = []
         self._idle_sessions: list[requests.Session] = []
         self._first_url = without_user(url)
@@ -92,7 +93,9 @@ class HttpOrigin:
         self._credentials = Credentials(url, headers, server=_server_as_asked(self._first_url))
         self._settings = settings
         self._refused_ranges = 0
+        self._has_answered = self._has_served_ranges = self._is_sending_whole = False
         self._trust = Trust.from_environment()
+        self._is_client_named = any(name.lower() == "user-agent" for name, _ in headers)
 
     def close(self) -> None:
         """Close all connections, and end the requests that are still under way in threads left behind."""
@@ -109,8 +112,11 @@ class HttpOrigin:
         with self._session() as session, contextlib.ExitStack() as stack:
             headers = {**_range_headers(begin, end, version), **_conditions(unless)}
             response = self._ask(stack, session, headers)
-            if end is not None and version is None and self._may_be_about_ranges(response.status_code):
+            refusal = response.status_code
+            if end is not None and self._may_be_about_ranges(refusal):
                 response = self._ask(stack, session, _conditions(unless))
+                if version is not None and response.status_code in _SUCCESSES:
+                    raise UnusableRange(f"{self.shown}: ranges are refused with status {refusal}", is_refusal=True)
             if response.status_code == 304 and unless is not None:
                 raise NotModified(self.shown)
             if response.status_code == 416 and end is not None:
@@ -119,7 +125,17 @@ class HttpOrigin:
                 response = self._ask(stack, session, {})  # an empty file has no first byte
             if response.status_code not in _SUCCESSES:
                 raise self._status_error(response)
-            yield self._body_of(response, begin, end, version)
+            body = self._body_of(response, begin, end, version)
+            self._has_answered = True
+            if end is not None:
+                self._has_served_ranges = not body.is_whole
+                yield body
+                return
+            self._is_sending_whole = True
+            try:
+                yield body
+            finally:
+                self._is_sending_whole = False
 
     def _may_be_about_ranges(self, code: int) -> bool:
         """Return whether to ask for the whole file because a range was refused.
@@ -127,7 +143,8 @@ class HttpOrigin:
         Some firewalls and gateways answer any range with an error, and would give the file. What is usually a passing
         trouble of the origin's has to come three times: a file that comes whole comes over one connection.
         """
-        if code < 400 or code in _NOT_ABOUT_RANGES:
+        is_answered = self._has_served_ranges or self._is_sending_whole
+        if code < 400 or code in _NOT_ABOUT_RANGES or is_answered:
             return False
         self._refused_ranges += 1
         return self._refused_ranges == (3 if code >= 500 and code not in (501, 505) else 1)
@@ -270,6 +287,8 @@ class HttpOrigin:
     def _checked_range(self, response: requests.Response, begin: int, end: int | None) -> tuple[int, int, int | None]:
         found = content_range_of(response.headers)
         got = f"got status 206 and Content-Range {response.headers.get('Content-Range', '(none)')[:80]!r}"
+        if end is None and found is not None and found[:1] + found[2:] == (0, found[1]):
+            return found
         if end is None:  # there is no other way left to ask
             raise FetchError(f"{self.shown}: asked for the whole file, {got}", url=self.shown)
         if found is None or found[0] != begin or found[1] > end:
@@ -278,15 +297,9 @@ class HttpOrigin:
 
     def _status_error(self, response: requests.Response) -> HTTPStatusError:
         code = response.status_code
-        advice = {
-            202: ": the origin has yet to prepare the file; try again later",
-            401: ": the origin wants credentials; pass headers= or use ~/.netrc",
-            403: ": the origin refuses; is a token or a fresh signed URL needed?",
-            404: ": no such file there; check the URL",
-            407: ": the proxy wants a user and a password; give them in http_proxy (http://user:password@host:port)",
-            410: ": the file is gone for good",
-            429: ": too many requests from this address; try again later, or prefetch into a shared directory",
-        }.get(code, ": the origin's own trouble; try again later, or pass a mirror" if code >= 500 else "")
+        advice = advice_for(code, is_client_named=self._is_client_named)
+        if self._has_answered and code in _EXPIRED:
+            advice = ANSWERED_BEFORE
         asked = redact(response.request.url or self.url)
         where = self.shown if asked == self.shown else f"{self.shown} (redirected to {asked})"
         return HTTPStatusError(

@@ -24,7 +24,7 @@ class HuggingFaceOrigin:
     """A file at ``hf://[datasets/|spaces/]owner/name[@revision]/path``."""
 
     def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
-        self.url, self.shown = url, redact(url)
+        self.url, self.shown, self.may_answer_once = url, redact(url), False
         self._headers, self._settings = headers, settings
 
     def open(

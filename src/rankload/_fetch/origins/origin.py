@@ -108,10 +108,12 @@ class Origin(Protocol):
     Attributes:
         url: as the user gave it.
         shown: the same for messages, without secrets.
+        may_answer_once: a request may use the URL up, so the first one should ask for everything.
     """
 
     url: str
     shown: str
+    may_answer_once: bool
 
     def open(
         self, begin: int, end: int | None, version: Version | None, *, unless: Version | None = None
@@ -139,7 +141,15 @@ class NotModified(Exception):
 
 
 class UnusableRange(Exception):
-    """An answer to a range request that makes no sense; a request without a range may still work."""
+    """An answer to a range request that makes no sense; a request without a range may still work.
+
+    Attributes:
+        is_refusal: it does work, and no range does.
+    """
+
+    def __init__(self, text: str, *, is_refusal: bool = False) -> None:
+        super().__init__(text)
+        self.is_refusal = is_refusal
 
 
 def _opaque(etag: str | None) -> str | None:

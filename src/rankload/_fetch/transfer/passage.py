@@ -8,6 +8,7 @@ from types import TracebackType
 from rankload._errors import TruncatedError
 from rankload._fetch.origins.origin import Body
 from rankload._fetch.origins.splice import new_pipe
+from rankload._fetch.transfer.first_request import Span
 from rankload._fetch.transfer.target import Writer
 from rankload._fetch.transfer.work import Work
 
@@ -39,33 +40,36 @@ class Passage:
         if end is not None and end - begin >= _LEAST_SPLICED_BYTES and body.can_splice and writer.can_splice:
             self._pipe = self._closing.enter_context(new_pipe(_SPLICE_BYTES))
 
-    def move(self, offset: int) -> int:
-        """Write the next bytes at an offset; return how many, 0 at the end of the body.
+    def move(self, span: Span) -> int:
+        """Write the next bytes where a range begins, as far as it goes; return how many, 0 at the end of the body.
 
         Raises:
             FetchError: the body broke, no byte came in time, or more came than were promised or the caller allows.
             CacheError: the disk is full, or broken.
         """
-        count = self._splice(offset)
-        return self._copy(offset) if count is None else count
+        end = self._end if span.end is None or self._end is None else min(span.end, self._end)
+        count = self._splice(span.begin, end)
+        return self._copy(span.begin, end) if count is None else count
 
-    def _copy(self, offset: int) -> int:
+    def _copy(self, offset: int, end: int | None) -> int:
         piece = self._body.read()
         if self._end is not None and offset + len(piece) > self._end:
             shown = self._work.origin.shown
             raise TruncatedError(f"{shown}: more bytes came than were promised", url=shown, expected=self._end)
         if self._end is None:
             self._work.size_limit.check(self._work.origin.shown, offset + len(piece), is_announced=False)
+        if end is not None and offset + len(piece) > end:
+            piece = piece[: end - offset]
         if piece:
             self._writer.write(piece, offset)
             self._work.accept(offset, piece)
         return len(piece)
 
-    def _splice(self, offset: int) -> int | None:
-        if self._pipe is None or self._end is None:
+    def _splice(self, offset: int, end: int | None) -> int | None:
+        if self._pipe is None or end is None:
             return None
         out_of, into = self._pipe
-        count = self._body.splice(into, min(_SPLICE_BYTES, self._end - offset))
+        count = self._body.splice(into, min(_SPLICE_BYTES, end - offset))
         if count:
             self._writer.splice(out_of, count, offset)
             self._work.accept_range(offset, offset + count)

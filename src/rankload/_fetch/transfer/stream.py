@@ -7,9 +7,10 @@ import time
 
 from rankload._errors import FetchError, FetchTimeoutError, TruncatedError
 from rankload._fetch.origins.origin import Body, UnusableRange
+from rankload._fetch.transfer.first_request import Span
 from rankload._fetch.transfer.passage import Passage
 from rankload._fetch.transfer.target import Writer
-from rankload._fetch.transfer.work import Span, Work
+from rankload._fetch.transfer.work import Work
 
 #: A killed process loses no more of a slow download than what has come in so long.
 _NOTE_SECONDS = 5.0
@@ -57,8 +58,7 @@ class Stream(threading.Thread):
                 self._try(span, writer)
                 continue
             except UnusableRange as error:
-                self._work.count_unusable_range(error)
-                pause: float | None = 0.0
+                pause = self._work.pause_after_unusable_range(self, error)
             except FetchError as error:
                 if self._work.is_stopped:
                     return
@@ -74,19 +74,17 @@ class Stream(threading.Thread):
         Raises:
             FetchError: the rest of the span has not come.
         """
-        work, is_whole = self._work, self._work.is_whole
+        work = self._work
         started_at, first = time.monotonic(), span.begin
-        with work.origin.open(span.begin, None if is_whole else span.end, work.expected) as body:
-            filled = work.admit(body)
-            if span.end is not None and body.version.size_bytes is not None:
-                span.end = min(span.end, body.version.size_bytes)
+        with work.origin.open(span.begin, span.end, work.expected) as body:
+            filled = work.admit(body, span)
             self._body = body
             try:
                 self._receive(body, span, filled.end, writer)
             finally:
                 self._body = None
         self._bytes_per_second = (span.begin - first) / max(time.monotonic() - started_at, 1e-6)
-        if body.is_whole:
+        if work.is_whole:
             work.ended()
             span.end = span.begin
 
@@ -97,7 +95,8 @@ class Stream(threading.Thread):
         too_slow = _TooSlow(work.settings.minimum_bytes_per_second, work.settings.stall_seconds, shown)
         try:
             with Passage(body, first, end, writer, work) as passage:
-                while not work.is_stopped and (count := passage.move(span.begin)):
+                # where it is all there, the last read finds the end: the connection is free for another request
+                while not (work.is_stopped or _is_cut(span, end)) and (count := passage.move(span)):
                     span.begin += count
                     if (now := time.monotonic()) - noted_at >= _NOTE_SECONDS or (
                         span.begin - noted >= work.settings.chunk_bytes
@@ -107,7 +106,7 @@ class Stream(threading.Thread):
                     too_slow.check(span.begin - first)
         finally:
             writer.finished(noted, span.begin)
-        if end is not None and span.begin < end and not work.is_stopped:
+        if end is not None and span.begin < end and not (work.is_stopped or _is_cut(span, end)):
             raise TruncatedError(
                 f"{shown}: the body has {span.begin - body.begin} bytes, but {end - body.begin} were promised",
                 url=shown,
@@ -120,6 +119,11 @@ class Stream(threading.Thread):
             self.is_waiting = True
             self._work.wait(seconds)
             self.is_waiting = False
+
+
+def _is_cut(span: Span, end: int | None) -> bool:
+    """Return whether a range has been fetched whose rest was given to other streams while it was on its way."""
+    return end is not None and span.end is not None and span.begin >= span.end and span.end < end
 
 
 class _TooSlow:
