@@ -16,7 +16,8 @@ import torch
 
 import rankload
 import rankload.hub
-from harness.fetch_calls import files_in
+from harness.checkpoints import digest_of
+from harness.fetch_calls import files_in, load
 from harness.origin import Origin
 from harness.ranks import run_ranks
 from harness.users import ALICE, BOB, GROUP, acting_as, public_directory
@@ -171,6 +172,40 @@ def test_users_file_that_has_taken_a_cached_ones_place_stays(origin, cache, good
         except rankload.DigestMismatchError:
             assert "sha256" in kwargs
         assert path.read_bytes() == b"my own, renamed into place"
+
+
+@pytest.mark.fault(60)
+def test_cached_file_that_somebody_has_emptied_is_not_anothers(origin, evil, cache, good_url):
+    """It was downloaded again and again, and never published."""
+    other_url = evil.add("models/victim.pth", checkpoint_of({"w": EVIL}))
+    os.truncate(rankload.dist_fetch(good_url, cache), 0)
+    results = run_ranks(load, 2, args=(other_url, str(cache)), timeout_seconds=40)
+    assert {result.value for result in results} == {digest_of({"w": EVIL})}
+    assert evil.request_count() == 1
+    assert rankload.dist_load_state_dict_from_url(good_url, cache)["w"].equal(GOOD)
+
+
+def fetch_while_somebody_cleans_up(rank: int, url: str, cache: str) -> str:
+    """Every look at the free space of a partial file is the last that it is there for."""
+    from rankload._fetch.partials.partial import Partial
+
+    def look_then_remove(partial: Partial, size_bytes: int) -> None:
+        looked(partial, size_bytes)
+        partial.path.unlink()
+
+    looked, Partial._check_space = Partial._check_space, look_then_remove
+    try:
+        rankload.dist_fetch(url, cache, progress=False)
+    except rankload.CacheError as error:
+        return str(error)
+    return ""
+
+
+def test_partial_files_that_are_always_removed_end_in_an_error(origin, good_url, cache):
+    """Not in downloads without an end."""
+    results = run_ranks(fetch_while_somebody_cleans_up, 2, args=(good_url, str(cache)), timeout_seconds=60)
+    assert all("5 downloads of it were in vain" in result.value for result in results)
+    assert origin.request_count() == 5
 
 
 def test_folder_of_parts_is_one_urls_alone(origin, evil, cache):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from rankload._cache.directory import make_directory
 from rankload._cache.layout import Entry
 from rankload._cache.lease import hold_lease
-from rankload._errors import FetchError
+from rankload._errors import CacheError, FetchError
 from rankload._fetch.cached import (
     Look,
     adopt,
@@ -35,6 +34,9 @@ from rankload._types import FetchedFile, FetchRequest, Progress, Report
 from rankload._urls import local_path_of, redact
 
 _logger = logging.getLogger("rankload")
+
+#: So often a download may lose its file or its name to somebody else. It is seldom once: a process that was frozen.
+_MOST_SUPERSEDED = 4
 
 
 def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedFile:
@@ -65,6 +67,7 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
     make_directory(request.directory)
     entry = Entry(request.directory / request.file_name, request.directory)
     make_directories(entry)
+    superseded = 0
     while True:
         look = look_up(entry, request, report)
         entry = look.entry
@@ -92,8 +95,22 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
         report(Progress("connecting"))
         if request.verify == "sidecar" and request.sha256 is None:
             request = _with_sidecar(request, report, settings)
-        elif (file := _download_under_lease(look, request, report, settings)) is not None:
-            return file
+        else:
+            try:
+                if (file := _download_under_lease(look, request, report, settings)) is not None:
+                    return file
+            except SupersededError:
+                superseded += 1
+                if superseded > _MOST_SUPERSEDED:
+                    raise _disturbed(entry, superseded) from None
+
+
+def _disturbed(entry: Entry, times: int) -> CacheError:
+    return CacheError(
+        f"{entry.path}: {times} downloads of it were in vain: each time somebody removed the partial file, or put "
+        "something else in its place; choose a directory that nobody else cleans up (model_dir=)",
+        path=str(entry.path),
+    )
 
 
 def _is_outdated(look: Look, request: FetchRequest, report: Report, settings: Settings) -> bool:
@@ -104,16 +121,20 @@ def _is_outdated(look: Look, request: FetchRequest, report: Report, settings: Se
 
 
 def _download_under_lease(look: Look, request: FetchRequest, report: Report, settings: Settings) -> FetchedFile | None:
-    """Download, or return None because another job has published since the look."""
+    """Download, or return None because another job has published since the look.
+
+    Raises:
+        SupersededError: see `download`.
+        RankloadError: it cannot be downloaded.
+    """
     entry = look.entry
 
     def has_changed() -> bool:
         report(Progress("waiting"))
         return file_version(entry) != look.version
 
-    with (
-        hold_lease(entry.lease_path, settings, progress_mark=lambda: progress_of_partials(entry), on_wait=has_changed),
-        suppress(SupersededError),
+    with hold_lease(
+        entry.lease_path, settings, progress_mark=lambda: progress_of_partials(entry), on_wait=has_changed
     ):
         if file_version(entry) == look.version:
             set_damaged_file_aside(look)
