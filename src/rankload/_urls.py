@@ -146,17 +146,25 @@ def file_name_of(url: str) -> str:
     """
     name = posixpath.basename(urlparse(url).path)  # not urlsplit: torch drops ``;parameters`` as well
     if name in ("", ".", "..") or is_own_name(name):
-        raise ArgumentError(f"{redact(url)} names no file: pass file_name=", url=redact(url))
+        raise ArgumentError(f"{redact(url)} names no file, or one of rankload's own: pass file_name=", url=redact(url))
     return name
 
 
-#: rankload's own directory inside a cache directory.
+#: rankload's own directory inside a cache directory. What lies beside it and is rankload's own begins so, too,
 OWN_DIRECTORY = ".rankload"
+
+#: or has this in its name: it belongs to a download in progress, or to one that was broken off. In groups its machine,
+#: process id and the time that process began.
+OF_A_PARTIAL_FILE = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}\.partial")
 
 
 def is_own_name(name: str) -> bool:
-    """Return whether a file name is that of rankload's own directory, on any filesystem."""
-    return name.casefold() == OWN_DIRECTORY
+    """Return whether a file name is one of rankload's own, on any filesystem.
+
+    Nothing else may be called so: a download would go on with what has the name of a partial file.
+    """
+    folded = name.casefold()
+    return folded.startswith(OWN_DIRECTORY) or OF_A_PARTIAL_FILE.search(folded) is not None
 
 
 def local_path_of(url: str) -> Path | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
+import resource
 import signal
 import stat
 from pathlib import Path
@@ -18,7 +20,7 @@ import rankload
 import rankload.hub
 from harness.checkpoints import digest_of
 from harness.fetch_calls import files_in, load
-from harness.origin import Origin
+from harness.origin import Origin, Reply
 from harness.ranks import run_ranks
 from harness.users import ALICE, BOB, GROUP, acting_as, public_directory
 from rankload._cache.layout import Entry
@@ -172,6 +174,23 @@ def test_users_file_that_has_taken_a_cached_ones_place_stays(origin, cache, good
         except rankload.DigestMismatchError:
             assert "sha256" in kwargs
         assert path.read_bytes() == b"my own, renamed into place"
+
+
+@pytest.mark.fault(59)
+@pytest.mark.parametrize("with_name", [True, False])
+def test_url_cannot_have_the_name_of_a_partial_file(origin, evil, cache, good_url, with_name):
+    """With its journal, as a second URL, it would be the beginning of another URL's file."""
+    bad, stem = checkpoint_of({"w": EVIL}), "victim.pth.00000000-0-0-00000000.partial"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    content = {"url_key": url_key(good_url), "size_bytes": len(bad), "etag": '"e"', "last_modified": None}
+    head = {"journal": 1, "boot": boot, "sha256": None, **content}
+    planted = {stem: bad, f"{stem}.journal": f"{json.dumps(head)}\n[0, {len(bad)}]\n".encode()}
+    for name, content in planted.items():
+        url, file_name = (evil.add("x.bin", content), name) if with_name else (evil.add(name, content), None)
+        with pytest.raises(rankload.ArgumentError, match="rankload's own"):
+            rankload.dist_fetch(url, cache, file_name=file_name)
+    assert files_in(cache) == [] and evil.request_count() == 0
+    assert rankload.dist_load_state_dict_from_url(good_url, cache)["w"].equal(GOOD)
 
 
 @pytest.mark.fault(60)
@@ -583,6 +602,29 @@ def refusal_as_alice(rank: int, url: str, cache: str, file_name: str | None) -> 
     return ""
 
 
+def fetch_in_bounded_memory(rank: int, url: str, cache: str) -> int:
+    """Bytes of the file; as Alice, who could allocate 1 GiB more."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
+    with acting_as(ALICE, [GROUP]):
+        return rankload.dist_fetch(url, cache, progress=False).stat().st_size
+
+
+@needs_root
+@pytest.mark.fault(62)
+def test_journal_of_another_user_is_not_read(good_url):
+    """It may be as long as Bob likes."""
+    with public_directory(0o2775, GROUP) as cache:
+        partial = cache / "victim.pth.00000000-1-1-00000000.partial"
+        journal = partial.with_name(f"{partial.name}.journal")
+        for path in (partial, journal):
+            path.touch()
+            os.chown(path, BOB, GROUP)
+        os.truncate(journal, 4 << 30)
+        [result] = run_ranks(fetch_in_bounded_memory, 1, env="none", args=(good_url, str(cache)), timeout_seconds=40)
+        assert result.value == len(checkpoint_of({"w": GOOD}))
+
+
 # --- hash prefixes ---------------------------------------------------------------------------------------------------
 
 
@@ -598,6 +640,23 @@ def test_short_hash_prefix_is_an_argument_error_unless_told_otherwise(origin, ca
         assert "a hash prefix of 4 digits proves little" in caplog.text
     monkeypatch.setenv("RANKLOAD_HASH_PREFIX_DIGITS", "4")
     rankload.dist_load_state_dict_from_url(url, cache, check_hash=True)
+
+
+def test_hash_prefix_does_not_pass_on_what_another_url_has_left(origin, evil, cache, monkeypatch):
+    """Whoever forges the prefix knows how the right file goes on."""
+    monkeypatch.setenv("RANKLOAD_HASH_PREFIX_DIGITS", "2")
+    monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", "1024")
+    good = os.urandom(8192)
+    prefix = hashlib.sha256(good).hexdigest()[:2]
+    candidates = (number.to_bytes(1024, "little") + good[1024:] for number in itertools.count())
+    bad = next(one for one in candidates if hashlib.sha256(one).hexdigest().startswith(prefix))
+    name = f"model-{prefix}.bin"
+    evil_url = evil.add(name, bad, Reply(), Reply(status=403))
+    with pytest.raises(rankload.HTTPStatusError):
+        rankload.dist_fetch(evil_url, cache, check_hash=True)
+    assert any(found.endswith(".partial") for found in files_in(cache))
+    found = rankload.dist_fetch(origin.add(name, good), cache, check_hash=True).read_bytes()
+    assert found == good
 
 
 def test_separate_entry_is_made_once(origin, cache, good_url):

@@ -133,9 +133,7 @@ def _download_under_lease(look: Look, request: FetchRequest, report: Report, set
         report(Progress("waiting"))
         return file_version(entry) != look.version
 
-    with hold_lease(
-        entry.lease_path, settings, progress_mark=lambda: progress_of_partials(entry), on_wait=has_changed
-    ):
+    with hold_lease(entry.lease_path, settings, progress_mark=lambda: progress_of_partials(entry), on_wait=has_changed):
         if file_version(entry) == look.version:
             set_damaged_file_aside(look)
             return download(request, entry, report, settings)
