@@ -10,6 +10,7 @@ import os
 from contextlib import closing
 from dataclasses import dataclass, replace
 
+from rankload._checkpoint.source import open_regular
 from rankload._errors import ContentChangedError, FetchError
 from rankload._fetch.bounded_read import Answer, read_bounded
 from rankload._fetch.digest import sha256_of_file
@@ -77,7 +78,7 @@ def _judged(file: FetchedFile, answer: Answer, begin: int, shown: str, report: R
     version = answer.version
     if version.size_bytes not in (None, file.size_bytes):
         return Opinion(False, f"{shown} has {version.size_bytes} bytes, and it has {file.size_bytes}")
-    with file.path.open("rb", buffering=0) as local:
+    with open_regular(file.path) as local:
         if os.pread(local.fileno(), len(answer.content), begin) != answer.content:
             return Opinion(False, f"{shown} has other content")
     if (claim := version.claim) is None:
