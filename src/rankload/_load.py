@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from rankload._cache.failures import check_has_scheme
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import Format, describe, format_of, sniff
 from rankload._checkpoint.source import FileObject
@@ -75,6 +76,7 @@ def load(
         if path is None:
             shown = redact(os.fspath(f))
             raise ArgumentError(f"load({shown!r}): not a local file; dist_load_state_dict_from_url loads from URLs")
+        check_has_scheme(os.fspath(f), path)
         return _load_file(path, target, identity, weights_only=weights_only, mmap=mmap, **torch_load_arguments)
     if mmap:
         raise ArgumentError("load(…, mmap=True): an open file cannot be mapped; give its path")

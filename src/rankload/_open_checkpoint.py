@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rankload._cache.failures import reading
+from rankload._cache.failures import check_has_scheme, reading
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.read_index import read_index
@@ -44,6 +44,8 @@ def open_checkpoint(path_or_url: str | os.PathLike[str], *, headers: Mapping[str
     location = os.fspath(path_or_url)
     path = local_path_of(location)
     shown = printable(redact(location) if path is None else str(path))
+    if path is not None:
+        check_has_scheme(location, path)
     closing = ExitStack()
     with ExitStack() as unless_opened:
         unless_opened.callback(closing.close)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from rankload._cache.access import is_trusted, name_of
-from rankload._errors import CacheError, RankloadError
+from rankload._errors import CacheError, MissingFileError, RankloadError
+from rankload._urls import hint_on_scheme, redact
 
 T = TypeVar("T")
 
@@ -42,6 +43,16 @@ def reading(path: Path | str) -> Iterator[None]:
         raise
     except OSError as error:
         raise CacheError(f"cannot read {path}: {_words(error)}", path=str(path), errno=error.errno) from error
+
+
+def check_has_scheme(location: str, path: Path) -> None:
+    """Raise MissingFileError if what was given for a file is none, and looks like a URL without a scheme.
+
+    It may be a signed one: neither its query nor a user and password are shown.
+    """
+    if (hint := hint_on_scheme(location)) and not path.parent.exists():
+        shown = redact(f"https://{location}").partition("://")[2]
+        raise MissingFileError(f"cannot read {shown}: No such file or directory{hint}", path=shown, errno=errno.ENOENT)
 
 
 def reopening(read: Callable[[], T]) -> T:

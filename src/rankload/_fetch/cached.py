@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from contextlib import suppress
@@ -11,7 +10,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from rankload._cache.access import make_own_directory
-from rankload._cache.failures import reading, reopening, writing
+from rankload._cache.failures import check_has_scheme, reading, reopening, writing
 from rankload._cache.layout import Entry
 from rankload._cache.linux import birth_ns
 from rankload._cache.quarantine import quarantine
@@ -26,7 +25,7 @@ from rankload._fetch.parts import check_index
 from rankload._fetch.plan import Action, Cached, Plan, after_check, decide, known_digest, may_publish
 from rankload._fetch.verify import check_digest, claims_of
 from rankload._types import FetchedFile, FetchRequest, Progress, Report, Source
-from rankload._urls import hint_on_scheme, redact, url_key
+from rankload._urls import redact, url_key
 
 _logger = logging.getLogger("rankload")
 
@@ -148,10 +147,8 @@ def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFi
         with reading(path):
             return reopening(lambda: _in_place(path, request, report))
     except MissingFileError:
-        if not (hint := hint_on_scheme(request.urls[0])) or path.parent.exists():
-            raise
-    shown = redact(f"https://{request.urls[0]}").partition("://")[2]  # it may be a signed URL
-    raise MissingFileError(f"cannot read {shown}: No such file or directory{hint}", path=shown, errno=errno.ENOENT)
+        check_has_scheme(request.urls[0], path)
+        raise
 
 
 def file_version(entry: Entry) -> FileVersion | None:
