@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import io
 import itertools
@@ -11,6 +13,7 @@ import os
 import resource
 import signal
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from harness.fetch_calls import files_in, load
 from harness.origin import Origin, Reply
 from harness.ranks import run_ranks
 from harness.users import ALICE, BOB, GROUP, acting_as, public_directory
+from rankload._cache import linux
 from rankload._cache.layout import Entry
 from rankload._cache.linux import birth_ns
 from rankload._fetch import download
@@ -317,9 +321,15 @@ def test_record_without_the_time_of_birth_still_speaks_for_its_file(origin, cach
 @pytest.mark.fault(60)
 @pytest.mark.parametrize("verify", ["once", "never"])
 @pytest.mark.parametrize("mine", [b"mine", checkpoint_of({"w": EVIL})], ids=["short", "of the same size"])
-def test_users_file_that_comes_as_the_download_is_published_stays(origin, cache, good_url, monkeypatch, verify, mine):
+@pytest.mark.parametrize("filesystem", ["local", "without links"])
+def test_users_file_that_comes_as_the_download_is_published_stays(
+    origin, cache, good_url, monkeypatch, verify, mine, filesystem
+):
     """It gets its name when all has been looked at, while the record is written."""
     write = download._write_record
+    if filesystem == "without links":
+        monkeypatch.setattr(linux, "_renameat2", lambda *_: ctypes.set_errno(errno.EINVAL) or -1)
+        monkeypatch.setattr(os, "link", refusing(errno.EPERM))
 
     def write_slowly(*arguments):
         write(*arguments)
@@ -331,6 +341,48 @@ def test_users_file_that_comes_as_the_download_is_published_stays(origin, cache,
         assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache, verify=verify)["w"], GOOD)
         assert (cache / "victim.pth").read_bytes() == mine
     assert [name for name in files_in(cache) if "partial" in name] == []
+
+
+def refusing(code: int) -> Callable[..., None]:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
+@pytest.mark.fault(60)
+def test_users_file_that_replaces_the_old_one_as_the_new_one_is_published_stays(origin, cache, good_url, monkeypatch):
+    path = rankload.dist_fetch(good_url, cache)
+    os.truncate(path, 0)
+    write = download._write_record
+
+    def write_slowly(*arguments):
+        write(*arguments)
+        (cache / "mine").write_bytes(b"mine")
+        (cache / "mine").replace(path)
+        monkeypatch.setattr(download, "_write_record", write)
+
+    monkeypatch.setattr(download, "_write_record", write_slowly)
+    assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache)["w"], GOOD)
+    assert path.read_bytes() == b"mine"
+
+
+@pytest.mark.fault(60)
+@pytest.mark.parametrize("filesystem", ["nfs", "nfs that answers twice", "without links"])
+def test_file_is_renamed_to_no_name_that_is_taken(tmp_path, monkeypatch, filesystem):
+    """Where there is no renameat2(2)."""
+    monkeypatch.setattr(linux, "_renameat2", None)
+    link = os.link
+    if filesystem == "without links":
+        monkeypatch.setattr(os, "link", refusing(errno.EPERM))
+    if filesystem == "nfs that answers twice":
+        monkeypatch.setattr(os, "link", lambda *names: [link(*names), link(*names)])
+    (tmp_path / "mine").write_bytes(b"mine")
+    for name in ("mine", "free"):
+        (tmp_path / "new").write_bytes(b"new")
+        with pytest.raises(FileExistsError) if name == "mine" else contextlib.nullcontext():
+            linux.rename_if_absent(tmp_path / "new", tmp_path / name)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"mine": b"mine", "free": b"new"}
 
 
 def killed_before_it_is_published(rank: int, url: str, cache: str, arguments: dict) -> None:
