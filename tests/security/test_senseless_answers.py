@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 
 import pytest
@@ -11,6 +12,7 @@ import requests
 import rankload
 from harness.fetch_calls import errors_of, expect, fetch, files_in
 from harness.raw_origin import RawOrigin
+from rankload._cache.layout import Entry
 
 #: Nothing of it can be read as it was meant; one of each kind has once been an OverflowError, an UnusableRange, …
 ANSWERS = {
@@ -95,6 +97,19 @@ def test_cookies_do_not_pile_up(cache, monkeypatch, cookie):
         rankload.dist_fetch(origin.url("file.bin"), cache, progress=False)
     assert len(heads) > 5 and max(map(len, heads)) < 128 << 10
     assert max(kept) <= 64 << 10
+
+
+@pytest.mark.parametrize(
+    "etag", ['"\u4e2d"', f'"{"x" * 100_000}"', '"\ud800"', '"\n"'], ids=["chinese", "long", "surrogate", "control"]
+)
+def test_validator_that_cannot_be_sent_does_not_keep_a_file_from_being_refreshed(origin, cache, etag):
+    """A record may be another user's, with anything in it."""
+    url = origin.add("file.bin", b"old")
+    path = rankload.dist_fetch(url, cache)
+    record_path = Entry(path).record_path
+    record_path.write_text(json.dumps({**json.loads(record_path.read_text()), "etag": etag}))
+    origin.add("file.bin", b"newer")
+    assert rankload.dist_fetch(url, cache, refresh=True).read_bytes() == b"newer"
 
 
 @pytest.mark.parametrize("etag", [b'"a\x00\x1b[2J\x85"', b'"a"\r\n X-Forged: yes'])
