@@ -29,7 +29,7 @@ from harness.users import ALICE, BOB, GROUP, acting_as, public_directory
 from rankload._cache import linux
 from rankload._cache.layout import Entry
 from rankload._cache.linux import birth_ns
-from rankload._fetch import download
+from rankload._fetch import cached, download
 from rankload._urls import url_key
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as other users")
@@ -363,6 +363,23 @@ def test_users_file_that_replaces_the_old_one_as_the_new_one_is_published_stays(
         monkeypatch.setattr(download, "_write_record", write)
 
     monkeypatch.setattr(download, "_write_record", write_slowly)
+    assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache)["w"], GOOD)
+    assert path.read_bytes() == b"mine"
+
+
+@pytest.mark.fault(60)
+def test_users_file_that_replaces_a_damaged_one_is_not_set_aside(origin, cache, good_url, monkeypatch):
+    """It comes after the look that has found the damage."""
+    path = rankload.dist_fetch(good_url, cache)
+    os.truncate(path, 10)
+    set_aside = cached.quarantine
+
+    def set_aside_late(*arguments):
+        (cache / "mine").write_bytes(b"mine")
+        (cache / "mine").replace(path)
+        return set_aside(*arguments)
+
+    monkeypatch.setattr(cached, "quarantine", set_aside_late)
     assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache)["w"], GOOD)
     assert path.read_bytes() == b"mine"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from contextlib import suppress
@@ -12,7 +13,7 @@ from stat import S_ISREG
 from rankload._cache.access import make_own_directory
 from rankload._cache.failures import check_has_scheme, reading, reopening, writing
 from rankload._cache.layout import Entry
-from rankload._cache.linux import birth_ns
+from rankload._cache.linux import birth_ns, rename_if_absent
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, write_record
 from rankload._checkpoint.hints import hint_on_directory
@@ -169,8 +170,15 @@ def set_damaged_file_aside(look: Look) -> None:
 
     Only under the lease and while it is still that file, or the good one that another job has published would go.
     """
+
+    def move_to(path: Path) -> None:
+        look.entry.path.replace(path)
+        if _version_of(path.lstat()) != look.version:  # another has taken its name: a user's own, perhaps
+            rename_if_absent(path, look.entry.path)
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
     if look.damage is not None:
-        path = quarantine(look.entry, look.damage, look.entry.path.replace)
+        path = quarantine(look.entry, look.damage, move_to)
         kept = f" (kept at {path})" if path else ""
         _logger.warning("%s: %s%s; fetching it again", look.entry.path, look.damage, kept)
 

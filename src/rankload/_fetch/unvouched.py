@@ -10,6 +10,7 @@ import os
 from contextlib import closing
 from dataclasses import dataclass, replace
 
+from rankload._cache.failures import reading
 from rankload._checkpoint.source import open_regular
 from rankload._errors import ContentChangedError, FetchError
 from rankload._fetch.bounded_read import Answer, read_bounded
@@ -70,7 +71,8 @@ def ask_origin(file: FetchedFile, request: FetchRequest, report: Report, setting
             except (FetchError, UnusableRange) as error:
                 reason = str(error)
                 continue
-            return _judged(file, answer, 0 if answer.is_whole else middle, origin.shown, report)
+            with reading(file.path):
+                return _judged(file, answer, 0 if answer.is_whole else middle, origin.shown, report)
     return Opinion(None, reason)
 
 
