@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from rankload._cache.failures import missing_url
+from rankload._cache.failures import check_has_scheme
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import Format, describe, format_of, sniff
 from rankload._checkpoint.source import FileObject
@@ -21,7 +21,7 @@ from rankload._deliver.mappable import checked_for_torch
 from rankload._deliver.node_copy import settled
 from rankload._deliver.read import read_checkpoint
 from rankload._deliver.readers import Limits
-from rankload._errors import ArgumentError, MissingFileError, printable
+from rankload._errors import ArgumentError, printable
 from rankload._job.devices import resolve_map_location
 from rankload._job.lone import LoneChannel
 from rankload._job.membership import own_identity
@@ -79,12 +79,8 @@ def load(
         if path is None:
             shown = redact(os.fspath(f))
             raise ArgumentError(f"load({shown!r}): not a local file; dist_load_state_dict_from_url loads from URLs")
-        try:
-            return _load_file(path, target, identity, weights_only=weights_only, mmap=mmap, **torch_load_arguments)
-        except MissingFileError:
-            if (missing := missing_url(os.fspath(f), path)) is None:
-                raise
-        raise missing
+        check_has_scheme(os.fspath(f), path)
+        return _load_file(path, target, identity, weights_only=weights_only, mmap=mmap, **torch_load_arguments)
     if mmap:
         raise ArgumentError("load(…, mmap=True): an open file cannot be mapped; give its path")
     shown = printable(str(getattr(f, "name", "an open file")))

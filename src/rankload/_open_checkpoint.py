@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rankload._cache.failures import missing_url, reading
+from rankload._cache.failures import check_has_scheme, reading
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.hints import hint_on_directory
 from rankload._checkpoint.pickle_values import NotUnderstoodError
@@ -17,7 +17,7 @@ from rankload._checkpoint.read_index import read_index
 from rankload._checkpoint.source import Source
 from rankload._checkpoint.unpacked import open_unpacked
 from rankload._deliver.checkpoint import Checkpoint
-from rankload._errors import CacheError, LoadError, MissingFileError, OfflineError, printable
+from rankload._errors import CacheError, LoadError, OfflineError, printable
 from rankload._fetch.offline import is_switched_off
 from rankload._fetch.remote import RemoteSource
 from rankload._fetch.request import checked_headers, checked_urls
@@ -47,16 +47,9 @@ def open_checkpoint(path_or_url: str | os.PathLike[str], *, headers: Mapping[str
     """
     location = os.fspath(path_or_url)
     path = local_path_of(location)
-    try:
-        return _open(location, path, headers)
-    except MissingFileError:
-        if path is None or (missing := missing_url(location, path)) is None:
-            raise
-    raise missing
-
-
-def _open(location: str, path: Path | None, headers: Mapping[str, str] | None) -> Checkpoint:
     shown = printable(redact(location) if path is None else str(path))
+    if path is not None:
+        check_has_scheme(location, path)
     closing = ExitStack()
     with ExitStack() as unless_opened:
         unless_opened.callback(closing.close)

@@ -30,6 +30,13 @@ _SCHEME = re.compile(r"(?:(https?):/*|([a-z][a-z0-9+.:-]*):/+)", re.IGNORECASE)
 _AUTHORITY = re.compile(r"(?:[^@/\\?#\[\]]*@)?(?:\[[0-9A-Fa-f:.]+\]|[^@:/\\?#\[\]%]+)(?::[0-9]{0,5})?")
 
 
+#: Between the URLs of a chain of fsspec's: ``zip://inner.pth::https://host/outer.zip``.
+_NEXT_OF_CHAIN = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.-]*:/)")
+
+#: A port that is no number: that may be the beginning of a password with a slash in it.
+_ODD_PORT = re.compile(r"[^@/?#]*:(?![0-9]*(?:[/?#]|$))[^@/?#]*(?:[/?#]|$)")
+
+
 class Server(NamedTuple):
     """Where a web URL leads: what credentials belong to."""
 
@@ -107,10 +114,12 @@ def redact(url: str) -> str:
     match, scheme = _SCHEME.match(url), scheme_of(url)
     if match is None:  # a path
         return printable(url)
+    if scheme not in WEB_SCHEMES and len(chain := _NEXT_OF_CHAIN.split(url)) > 1:
+        return "::".join(map(redact, chain))
     rest = url[match.end() :]
     is_well_formed = match[0].partition(":/")[2] == "/"
-    if is_well_formed and scheme in WEB_SCHEMES:
-        is_well_formed = why_refused(url) is None
+    if is_well_formed:
+        is_well_formed = why_refused(url) is None if scheme in WEB_SCHEMES else not _ODD_PORT.match(rest)
     if not is_well_formed:
         rest = rest.rpartition("@")[2]
     rest, hash_mark, fragment = rest.partition("#")
@@ -146,17 +155,25 @@ def file_name_of(url: str) -> str:
     """
     name = posixpath.basename(urlparse(url).path)  # not urlsplit: torch drops ``;parameters`` as well
     if name in ("", ".", "..") or is_own_name(name):
-        raise ArgumentError(f"{redact(url)} names no file: pass file_name=", url=redact(url))
+        raise ArgumentError(f"{redact(url)} names no file, or one of rankload's own: pass file_name=", url=redact(url))
     return name
 
 
-#: rankload's own directory inside a cache directory.
+#: rankload's own directory inside a cache directory. What lies beside it and is rankload's own begins so, too,
 OWN_DIRECTORY = ".rankload"
+
+#: or has this in its name: it belongs to a download in progress, or to one that was broken off. In groups its machine,
+#: process id and the time that process began.
+OF_A_PARTIAL_FILE = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}\.partial")
 
 
 def is_own_name(name: str) -> bool:
-    """Return whether a file name is that of rankload's own directory, on any filesystem."""
-    return name.casefold() == OWN_DIRECTORY
+    """Return whether a file name is one of rankload's own, on any filesystem.
+
+    Nothing else may be called so: a download would go on with what has the name of a partial file.
+    """
+    folded = name.casefold()
+    return folded.startswith(OWN_DIRECTORY) or OF_A_PARTIAL_FILE.search(folded) is not None
 
 
 def local_path_of(url: str) -> Path | None:
@@ -176,12 +193,14 @@ def local_path_of(url: str) -> Path | None:
 
 def hint_on_scheme(location: str) -> str:
     """Return what to do about a missing file that looks like a URL without a scheme, to be appended to a message."""
-    host = _HOST_AND_FOLDER.match(location)
-    return f"; if a URL is meant, write https://{host[0]}…" if host else ""
+    found = _HOST_AND_FOLDER.match(location)
+    return f"; if a URL is meant, write https://{found['host']}…" if found else ""
 
 
-#: ``example.com/``, or ``localhost:8000/``
-_HOST_AND_FOLDER = re.compile(r"(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}(?::[0-9]+)?/|[A-Za-z0-9.-]+:[0-9]+/")
+#: ``example.com/``, or ``localhost:8000/``, perhaps with a user
+_HOST_AND_FOLDER = re.compile(
+    r"(?:[^/@]+@)?(?P<host>(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}(?::[0-9]+)?/|[A-Za-z0-9.-]+:[0-9]+/)"
+)
 
 
 def expanded(path: str | os.PathLike[str], *, is_url: bool = False) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from harness.fetch_calls import files_in, load, whole_log
 from harness.origin import Origin
 from harness.ranks import run_ranks, start_ranks, wait_until
 from rankload._cache.record import find_record
+from rankload._fetch import unvouched
 
 
 @pytest.fixture
@@ -186,3 +188,19 @@ def test_same_content_under_two_urls_is_one_file_when_the_digest_is_given(origin
     rankload.dist_fetch(first, cache)
     rankload.dist_fetch(second, cache, sha256=checkpoint.sha256)
     assert origin.request_count() == 1
+
+
+def test_file_that_is_removed_while_its_origin_is_asked_is_an_error_of_ours(origin, cache, checkpoint, monkeypatch):
+    url = origin.add("file.pth", checkpoint.path)
+    cache.mkdir()
+    shutil.copy(checkpoint.path, cache / "file.pth")
+    read = unvouched.read_bounded
+
+    def read_and_remove(*arguments, **options):
+        answer = read(*arguments, **options)
+        (cache / "file.pth").unlink()
+        return answer
+
+    monkeypatch.setattr(unvouched, "read_bounded", read_and_remove)
+    with pytest.raises(rankload.CacheError, match=r"cannot read .*file\.pth"):
+        rankload.dist_fetch(url, cache)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import rankload
+from harness.origin import Origin
 
 TOKEN = "Bearer SECRET-TOKEN"
 
@@ -67,6 +68,21 @@ def test_several_files_and_one_that_is_absent(origin, cache, checkpoint, other_c
     assert done.stdout == f"{cache / 'a.pth'}\n{cache / 'b.pth'}\n"
     [line] = done.stderr.splitlines()
     assert line.startswith("rankload: ") and "404" in line and "absent.pth" in line
+
+
+def test_header_is_not_for_several_servers(origin, cache, checkpoint):
+    """A token for the one is none of the other's business."""
+    with Origin() as other:
+        urls = origin.add("a.pth", checkpoint.path), other.add("b.pth", checkpoint.path)
+        done = prefetch(*urls, "--model-dir", cache, "--header", f"Authorization: {TOKEN}")
+        assert done.returncode == 2 and "it is for one server" in done.stderr and "SECRET" not in done.stderr
+        assert origin.request_count() == other.request_count() == 0
+
+
+def test_header_for_several_files_of_one_server(origin, cache, checkpoint):
+    urls = [origin.add(name, checkpoint.path, required_headers={"Authorization": TOKEN}) for name in ("a.pth", "b.pth")]
+    done = prefetch(*urls, "--model-dir", cache, "--header", f"Authorization: {TOKEN}")
+    assert (done.returncode, done.stdout) == (0, f"{cache / 'a.pth'}\n{cache / 'b.pth'}\n")
 
 
 def test_mirror(origin, cache, checkpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,9 @@ def test_cold_the_origin_serves_the_file_once_and_every_rank_has_torch_loads_ten
     url = origin.add(checkpoint.name, checkpoint.path)
     results = run_ranks(load_like_torch, world_size, env=launcher, args=(url, cache_dir, checkpoint.path))
     assert [result.outcome for result in results] == ["returned"] * world_size
-    assert [result.stdout + result.stderr for result in results] == [""] * world_size
+    said, *nothing = [result.stdout + result.stderr for result in results]
+    assert re.fullmatch(r"rankload: .*: \S+B in \d+\.\d s, \S+B/s\n", said), said
+    assert nothing == [""] * (world_size - 1)
     assert (origin.request_count(), origin.bytes_sent()) == (1, checkpoint.size)
     assert leftovers(cache_dir) == []
 

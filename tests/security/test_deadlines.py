@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
 
 import rankload
+import rankload.hub
 from harness.fetch_calls import errors_of, expect, fetch, fetch_and_mark, files_in
 from harness.origin import Origin
-from harness.ranks import start_ranks, wait_until
+from harness.ranks import run_ranks, start_ranks, wait_until
 from harness.raw_origin import Connection, RawOrigin
 from harness.replies import Reply
 
@@ -241,3 +245,32 @@ def test_spliced_body_that_stalls_is_a_timeout(origin, cache, monkeypatch):
     url = origin.add("file.bin", bytes(64 * MIB), hold_at=40 * MIB)
     with pytest.raises(rankload.FetchTimeoutError, match="not a byte came within the deadline"):
         rankload.dist_fetch(url, cache, progress=False)
+
+
+def load_beside_a_pipe(rank: int, call: str, folder: str) -> str:
+    """Anybody who may write to a directory may put a pipe there, which waits for its writer."""
+    path, pipe = Path(folder, "model.pth"), Path(folder, "pipe")
+    try:
+        match call:
+            case "sidecar":
+                rankload.dist_fetch(path, verify="sidecar", timeout=5)
+            case "part":
+                rankload.open_checkpoint(Path(folder, "model.safetensors.index.json"))
+            case "open_checkpoint":
+                rankload.open_checkpoint(pipe)
+            case _:
+                rankload.hub.download_url_to_file(pipe.as_uri(), f"{folder}/copy", progress=False)
+    except rankload.CacheError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("call", ["sidecar", "part", "open_checkpoint", "download_url_to_file"])
+def test_nobody_waits_for_the_writer_of_a_pipe(tmp_path, checkpoint, call):
+    shutil.copy(checkpoint.path, tmp_path / "model.pth")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "pipe"}}))
+    os.mkfifo(tmp_path / "model.pth.sha256")
+    os.mkfifo(tmp_path / "pipe")
+    ranks = 2 if call == "sidecar" else 1
+    results = run_ranks(load_beside_a_pipe, ranks, args=(call, str(tmp_path)), timeout_seconds=40)
+    assert all("it is no regular file" in result.value for result in results)

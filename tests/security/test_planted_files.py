@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import io
+import itertools
 import json
 import os
+import resource
 import signal
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,13 +21,15 @@ import torch
 
 import rankload
 import rankload.hub
-from harness.fetch_calls import files_in
-from harness.origin import Origin
+from harness.checkpoints import digest_of
+from harness.fetch_calls import files_in, load
+from harness.origin import Origin, Reply
 from harness.ranks import run_ranks
 from harness.users import ALICE, BOB, GROUP, acting_as, public_directory
+from rankload._cache import linux
 from rankload._cache.layout import Entry
 from rankload._cache.linux import birth_ns
-from rankload._fetch import download
+from rankload._fetch import cached, download
 from rankload._urls import url_key
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as other users")
@@ -173,6 +180,57 @@ def test_users_file_that_has_taken_a_cached_ones_place_stays(origin, cache, good
         assert path.read_bytes() == b"my own, renamed into place"
 
 
+@pytest.mark.fault(59)
+@pytest.mark.parametrize("with_name", [True, False])
+def test_url_cannot_have_the_name_of_a_partial_file(origin, evil, cache, good_url, with_name):
+    """With its journal, as a second URL, it would be the beginning of another URL's file."""
+    bad, stem = checkpoint_of({"w": EVIL}), "victim.pth.00000000-0-0-00000000.partial"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    content = {"url_key": url_key(good_url), "size_bytes": len(bad), "etag": '"e"', "last_modified": None}
+    head = {"journal": 1, "boot": boot, "sha256": None, **content}
+    planted = {stem: bad, f"{stem}.journal": f"{json.dumps(head)}\n[0, {len(bad)}]\n".encode()}
+    for name, content in planted.items():
+        url, file_name = (evil.add("x.bin", content), name) if with_name else (evil.add(name, content), None)
+        with pytest.raises(rankload.ArgumentError, match="rankload's own"):
+            rankload.dist_fetch(url, cache, file_name=file_name)
+    assert files_in(cache) == [] and evil.request_count() == 0
+    assert rankload.dist_load_state_dict_from_url(good_url, cache)["w"].equal(GOOD)
+
+
+@pytest.mark.fault(60)
+def test_cached_file_that_somebody_has_emptied_is_not_anothers(origin, evil, cache, good_url):
+    """It was downloaded again and again, and never published."""
+    other_url = evil.add("models/victim.pth", checkpoint_of({"w": EVIL}))
+    os.truncate(rankload.dist_fetch(good_url, cache), 0)
+    results = run_ranks(load, 2, args=(other_url, str(cache)), timeout_seconds=40)
+    assert {result.value for result in results} == {digest_of({"w": EVIL})}
+    assert evil.request_count() == 1
+    assert rankload.dist_load_state_dict_from_url(good_url, cache)["w"].equal(GOOD)
+
+
+def fetch_while_somebody_cleans_up(rank: int, url: str, cache: str) -> str:
+    """Every look at the free space of a partial file is the last that it is there for."""
+    from rankload._fetch.partials.partial import Partial
+
+    def look_then_remove(partial: Partial, size_bytes: int) -> None:
+        looked(partial, size_bytes)
+        partial.path.unlink()
+
+    looked, Partial._check_space = Partial._check_space, look_then_remove
+    try:
+        rankload.dist_fetch(url, cache, progress=False)
+    except rankload.CacheError as error:
+        return str(error)
+    return ""
+
+
+def test_partial_files_that_are_always_removed_end_in_an_error(origin, good_url, cache):
+    """Not in downloads without an end."""
+    results = run_ranks(fetch_while_somebody_cleans_up, 2, args=(good_url, str(cache)), timeout_seconds=60)
+    assert all("5 downloads of it were in vain" in result.value for result in results)
+    assert origin.request_count() == 5
+
+
 def test_folder_of_parts_is_one_urls_alone(origin, evil, cache):
     """What lies in it that rankload did not publish stays, and is an error."""
     url = planting_index(origin, {"w.bin": checkpoint_of({"0": GOOD})}, INDEX)
@@ -263,9 +321,15 @@ def test_record_without_the_time_of_birth_still_speaks_for_its_file(origin, cach
 @pytest.mark.fault(60)
 @pytest.mark.parametrize("verify", ["once", "never"])
 @pytest.mark.parametrize("mine", [b"mine", checkpoint_of({"w": EVIL})], ids=["short", "of the same size"])
-def test_users_file_that_comes_as_the_download_is_published_stays(origin, cache, good_url, monkeypatch, verify, mine):
+@pytest.mark.parametrize("filesystem", ["local", "without links"])
+def test_users_file_that_comes_as_the_download_is_published_stays(
+    origin, cache, good_url, monkeypatch, verify, mine, filesystem
+):
     """It gets its name when all has been looked at, while the record is written."""
     write = download._write_record
+    if filesystem == "without links":
+        monkeypatch.setattr(linux, "_renameat2", lambda *_: ctypes.set_errno(errno.EINVAL) or -1)
+        monkeypatch.setattr(os, "link", refusing(errno.EPERM))
 
     def write_slowly(*arguments):
         write(*arguments)
@@ -277,6 +341,65 @@ def test_users_file_that_comes_as_the_download_is_published_stays(origin, cache,
         assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache, verify=verify)["w"], GOOD)
         assert (cache / "victim.pth").read_bytes() == mine
     assert [name for name in files_in(cache) if "partial" in name] == []
+
+
+def refusing(code: int) -> Callable[..., None]:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
+@pytest.mark.fault(60)
+def test_users_file_that_replaces_the_old_one_as_the_new_one_is_published_stays(origin, cache, good_url, monkeypatch):
+    path = rankload.dist_fetch(good_url, cache)
+    os.truncate(path, 0)
+    write = download._write_record
+
+    def write_slowly(*arguments):
+        write(*arguments)
+        (cache / "mine").write_bytes(b"mine")
+        (cache / "mine").replace(path)
+        monkeypatch.setattr(download, "_write_record", write)
+
+    monkeypatch.setattr(download, "_write_record", write_slowly)
+    assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache)["w"], GOOD)
+    assert path.read_bytes() == b"mine"
+
+
+@pytest.mark.fault(60)
+def test_users_file_that_replaces_a_damaged_one_is_not_set_aside(origin, cache, good_url, monkeypatch):
+    """It comes after the look that has found the damage."""
+    path = rankload.dist_fetch(good_url, cache)
+    os.truncate(path, 10)
+    set_aside = cached.quarantine
+
+    def set_aside_late(*arguments):
+        (cache / "mine").write_bytes(b"mine")
+        (cache / "mine").replace(path)
+        return set_aside(*arguments)
+
+    monkeypatch.setattr(cached, "quarantine", set_aside_late)
+    assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache)["w"], GOOD)
+    assert path.read_bytes() == b"mine"
+
+
+@pytest.mark.fault(60)
+@pytest.mark.parametrize("filesystem", ["nfs", "nfs that answers twice", "without links"])
+def test_file_is_renamed_to_no_name_that_is_taken(tmp_path, monkeypatch, filesystem):
+    """Where there is no renameat2(2)."""
+    monkeypatch.setattr(linux, "_renameat2", None)
+    link = os.link
+    if filesystem == "without links":
+        monkeypatch.setattr(os, "link", refusing(errno.EPERM))
+    if filesystem == "nfs that answers twice":
+        monkeypatch.setattr(os, "link", lambda *names: [link(*names), link(*names)])
+    (tmp_path / "mine").write_bytes(b"mine")
+    for name in ("mine", "free"):
+        (tmp_path / "new").write_bytes(b"new")
+        with pytest.raises(FileExistsError) if name == "mine" else contextlib.nullcontext():
+            linux.rename_if_absent(tmp_path / "new", tmp_path / name)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"mine": b"mine", "free": b"new"}
 
 
 def killed_before_it_is_published(rank: int, url: str, cache: str, arguments: dict) -> None:
@@ -548,6 +671,29 @@ def refusal_as_alice(rank: int, url: str, cache: str, file_name: str | None) -> 
     return ""
 
 
+def fetch_in_bounded_memory(rank: int, url: str, cache: str) -> int:
+    """Bytes of the file; as Alice, who could allocate 1 GiB more."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
+    with acting_as(ALICE, [GROUP]):
+        return rankload.dist_fetch(url, cache, progress=False).stat().st_size
+
+
+@needs_root
+@pytest.mark.fault(62)
+def test_journal_of_another_user_is_not_read(good_url):
+    """It may be as long as Bob likes."""
+    with public_directory(0o2775, GROUP) as cache:
+        partial = cache / "victim.pth.00000000-1-1-00000000.partial"
+        journal = partial.with_name(f"{partial.name}.journal")
+        for path in (partial, journal):
+            path.touch()
+            os.chown(path, BOB, GROUP)
+        os.truncate(journal, 4 << 30)
+        [result] = run_ranks(fetch_in_bounded_memory, 1, env="none", args=(good_url, str(cache)), timeout_seconds=40)
+        assert result.value == len(checkpoint_of({"w": GOOD}))
+
+
 # --- hash prefixes ---------------------------------------------------------------------------------------------------
 
 
@@ -563,6 +709,23 @@ def test_short_hash_prefix_is_an_argument_error_unless_told_otherwise(origin, ca
         assert "a hash prefix of 4 digits proves little" in caplog.text
     monkeypatch.setenv("RANKLOAD_HASH_PREFIX_DIGITS", "4")
     rankload.dist_load_state_dict_from_url(url, cache, check_hash=True)
+
+
+def test_hash_prefix_does_not_pass_on_what_another_url_has_left(origin, evil, cache, monkeypatch):
+    """Whoever forges the prefix knows how the right file goes on."""
+    monkeypatch.setenv("RANKLOAD_HASH_PREFIX_DIGITS", "2")
+    monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", "1024")
+    good = os.urandom(8192)
+    prefix = hashlib.sha256(good).hexdigest()[:2]
+    candidates = (number.to_bytes(1024, "little") + good[1024:] for number in itertools.count())
+    bad = next(one for one in candidates if hashlib.sha256(one).hexdigest().startswith(prefix))
+    name = f"model-{prefix}.bin"
+    evil_url = evil.add(name, bad, Reply(), Reply(status=403))
+    with pytest.raises(rankload.HTTPStatusError):
+        rankload.dist_fetch(evil_url, cache, check_hash=True)
+    assert any(found.endswith(".partial") for found in files_in(cache))
+    found = rankload.dist_fetch(origin.add(name, good), cache, check_hash=True).read_bytes()
+    assert found == good
 
 
 def test_separate_entry_is_made_once(origin, cache, good_url):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 
 import pytest
+import requests
 
 import rankload
 from harness.fetch_calls import errors_of, expect, fetch, files_in
 from harness.raw_origin import RawOrigin
+from rankload._cache.layout import Entry
 
 #: Nothing of it can be read as it was meant; one of each kind has once been an OverflowError, an UnusableRange, …
 ANSWERS = {
@@ -71,19 +74,42 @@ def test_senseless_answer_for_a_sidecar_is_the_same_error_on_all_ranks(cache, an
         expect(errors_of(fetch, url, cache, verify="sidecar"), rankload.FetchError, f"{url}.sha256", "[rank 0 on ")
 
 
-def test_cookies_do_not_pile_up(cache):
-    """Each redirect sets a quarter of a megabyte of new ones."""
+@pytest.mark.parametrize("cookie", ["a{number}={long}", "a=b; Path=/x{number}{long}", "a=b; Path=/{number}; x={long}"])
+def test_cookies_do_not_pile_up(cache, monkeypatch, cookie):
+    """Each redirect sets a quarter of a megabyte of new ones; not all of it is sent back."""
 
     def reply(connection):
         for hop in itertools.count():
             heads.append(connection.read_head())
-            cookies = "".join(f"Set-Cookie: a{hop}_{one}={'x' * 3000}\r\n" for one in range(80))
+            given = [cookie.format(number=f"{hop}_{one}", long="x" * 3000) for one in range(80)]
+            cookies = "".join(f"Set-Cookie: {one}\r\n" for one in given)
             connection.sendall(f"HTTP/1.1 302 Found\r\n{cookies}Location: /x\r\nContent-Length: 0\r\n\r\n".encode())
 
+    def prepare(session, request):
+        kept.append(sum(len(str(vars(one))) for jar in session._cookies.values() for one in jar))
+        return prepared(session, request)
+
     heads: list[str] = []
+    kept: list[int] = []
+    prepared = requests.Session.prepare_request
+    monkeypatch.setattr(requests.Session, "prepare_request", prepare)
     with RawOrigin(reply) as origin, pytest.raises(rankload.FetchError, match="too many redirects"):
         rankload.dist_fetch(origin.url("file.bin"), cache, progress=False)
     assert len(heads) > 5 and max(map(len, heads)) < 128 << 10
+    assert max(kept) <= 64 << 10
+
+
+@pytest.mark.parametrize(
+    "etag", ['"\u4e2d"', f'"{"x" * 100_000}"', '"\ud800"', '"\n"'], ids=["chinese", "long", "surrogate", "control"]
+)
+def test_validator_that_cannot_be_sent_does_not_keep_a_file_from_being_refreshed(origin, cache, etag):
+    """A record may be another user's, with anything in it."""
+    url = origin.add("file.bin", b"old")
+    path = rankload.dist_fetch(url, cache)
+    record_path = Entry(path).record_path
+    record_path.write_text(json.dumps({**json.loads(record_path.read_text()), "etag": etag}))
+    origin.add("file.bin", b"newer")
+    assert rankload.dist_fetch(url, cache, refresh=True).read_bytes() == b"newer"
 
 
 @pytest.mark.parametrize("etag", [b'"a\x00\x1b[2J\x85"', b'"a"\r\n X-Forged: yes'])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 
 import rankload
@@ -145,12 +147,24 @@ def test_signed_url_is_the_same_file_the_next_day(signed):
         "HTTPS://user:SECRET@HOST/m.pth",
         "s3://key:SECRET@bucket/m.pth",
         "s3:/key:SECRET@bucket/m.pth",
+        "s3://key:SEC/RET@bucket/m.pth",
+        "zip://m.pth::https://user:SECRET@host/m.zip",
+        "zip://folder/m.pth::https://user:SECRET@host/m.zip?SECRET",
+        "simplecache::s3://key:SEC/RET@bucket/m.pth",
         "http://host/m.pth\x1b[2J\n\u202e",
     ],
 )
 def test_redacted_url_is_printable_and_has_no_secret(url):
     shown = redact(url)
     assert shown.isprintable() and "SECRET" not in shown and "RET@" not in shown
+
+
+@pytest.mark.parametrize("call", [rankload.dist_fetch, rankload.load, rankload.open_checkpoint])
+@pytest.mark.parametrize("url", ["host.example/m.pth?SECRET", "user:SECRET@host.example/m.pth", "u:SECRET@host:8000/m"])
+def test_url_without_a_scheme_is_shown_without_its_secrets(url, call):
+    with pytest.raises(rankload.CacheError, match="if a URL is meant, write https://host") as caught:
+        call(url)
+    assert "SECRET" not in "".join(traceback.format_exception_only(caught.value)) + repr(vars(caught.value))
 
 
 @pytest.mark.parametrize("name", ["/.rankload", "/.RANKLOAD", "/a/.rankload?x", "/.."])

@@ -45,12 +45,14 @@ def reading(path: Path | str) -> Iterator[None]:
         raise CacheError(f"cannot read {path}: {_words(error)}", path=str(path), errno=error.errno) from error
 
 
-def missing_url(location: str, path: Path) -> MissingFileError | None:
-    """Return the error for a missing file whose path looks like a URL without a scheme, with its query hidden."""
-    if not (hint := hint_on_scheme(location)) or path.parent.exists():
-        return None
-    shown = redact(f"https://{location}").partition("://")[2]  # it may be a signed URL
-    return MissingFileError(f"cannot read {shown}: No such file or directory{hint}", path=shown, errno=errno.ENOENT)
+def check_has_scheme(location: str, path: Path) -> None:
+    """Raise MissingFileError if what was given for a file is none, and looks like a URL without a scheme.
+
+    It may be a signed one: neither its query nor a user and password are shown.
+    """
+    if (hint := hint_on_scheme(location)) and not path.parent.exists():
+        shown = redact(f"https://{location}").partition("://")[2]
+        raise MissingFileError(f"cannot read {shown}: No such file or directory{hint}", path=shown, errno=errno.ENOENT)
 
 
 def reopening(read: Callable[[], T]) -> T:

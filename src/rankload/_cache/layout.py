@@ -102,11 +102,11 @@ def checked_file_name(name: str) -> str:
     """Return a user's file name if it stays inside the directory.
 
     Raises:
-        ArgumentError: it is empty, absolute, or climbs with ``..``.
+        ArgumentError: it is empty, absolute, climbs with ``..``, or is one of rankload's own.
     """
     path = PurePosixPath(name)
     if not path.name or path.is_absolute() or ".." in path.parts or any(map(is_own_name, path.parts)):
-        raise ArgumentError(f"file_name={name!r}: expected a relative file name without '..'")
+        raise ArgumentError(f"file_name={name!r}: expected a relative file name without '..', and not rankload's own")
     return name
 
 

@@ -108,7 +108,10 @@ def birth_ns(path: Path) -> int | None:
 
 
 def rename_if_absent(path: Path, target: Path) -> None:
-    """Rename a file to a name that nothing has; where the filesystem cannot make sure of that, rename it all the same.
+    """Rename a file to a name that nothing has.
+
+    Where the filesystem knows only plain renames, which replace, by a second name; if it does not have these either, it
+    is looked at what has the name.
 
     Raises:
         FileExistsError: something has that name.
@@ -119,7 +122,20 @@ def rename_if_absent(path: Path, target: Path) -> None:
         error = ctypes.get_errno() if _renameat2 is not None else errno.ENOSYS
         if error not in (errno.EINVAL, errno.ENOSYS):  # NFS and some FUSE filesystems know plain renames only
             raise OSError(error, os.strerror(error), str(target))
-        path.replace(target)
+        _link_if_absent(path, target)
+
+
+def _link_if_absent(path: Path, target: Path) -> None:
+    try:
+        os.link(path, target)
+    except OSError as error:
+        if not os.path.lexists(target):
+            path.replace(target)
+            return
+        # NFS may send a request twice, and hear only the second answer
+        if error.errno != errno.EEXIST or not os.path.samestat(path.lstat(), target.lstat()):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+    path.unlink()
 
 
 def _find(name: str, *argument_types: type[ctypes._CData]) -> ctypes._NamedFuncPointer | None:

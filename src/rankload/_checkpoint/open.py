@@ -6,13 +6,13 @@ Never by its name: a safetensors file may be called ``model.pth``, and a web pag
 from __future__ import annotations
 
 import codecs
+import io
 import os
-from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from rankload._checkpoint import legacy, legacy_tar, safetensors, sharded, torch_zip
 from rankload._checkpoint.broken import BrokenFileError
-from rankload._checkpoint.source import LocalSource, Source
+from rankload._checkpoint.source import LocalSource, Source, open_regular
 from rankload._errors import NotACheckpointError
 
 Format = Literal[
@@ -58,7 +58,7 @@ _STRANGERS = (
 
 def sniff(path: str | os.PathLike[str]) -> Format:
     """Tell the format by content. A zip archive that is too broken to look into is a ``"zip"``."""
-    with Path(path).open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         return _Sniffed(file).format
 
 
@@ -84,7 +84,7 @@ def check_structure(path: str | os.PathLike[str], *, must_be_checkpoint: bool, o
         NotACheckpointError: the file is empty, broken, or (under must_be_checkpoint) something else.
         OSError: it cannot be read.
     """
-    with Path(path).open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         sniffed = _Sniffed(file)
         try:
             sniffed.check_lengths()
@@ -105,7 +105,7 @@ def check_structure(path: str | os.PathLike[str], *, must_be_checkpoint: bool, o
 
 def describe(path: str | os.PathLike[str]) -> str:
     """Say in words what a file is, for messages: ``"text that begins '<html>…'"``."""
-    with Path(path).open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         return _Sniffed(file).name
 
 
@@ -118,7 +118,7 @@ class _Sniffed:
         format: what it is.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: io.FileIO) -> None:
         self._file, self._source = file, LocalSource(file.fileno())
         self._directory: torch_zip.Directory | None = None
         self._broken: BrokenFileError | None = None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import stat
 from typing import IO, Protocol
 
 from rankload._checkpoint.broken import BrokenFileError
@@ -44,6 +47,22 @@ class FileObject:
         """See `Source`."""
         self._file.seek(self._start + offset)
         return self._file.read(length)
+
+
+def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
+    """Open a regular file for reading, unbuffered. Opening a pipe, which may stand in its place, could wait forever.
+
+    Raises:
+        OSError: it is no regular file, or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+    return io.FileIO(descriptor)
 
 
 def read_exactly(source: Source, length: int, offset: int) -> bytes:

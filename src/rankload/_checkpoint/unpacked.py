@@ -11,7 +11,7 @@ from typing import IO
 
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import sniff
-from rankload._checkpoint.source import LocalSource
+from rankload._checkpoint.source import LocalSource, open_regular
 from rankload._checkpoint.unpacked_limit import ALWAYS_ALLOWED_BYTES, LARGEST_RATIO, unpacked_limit
 from rankload._scratch import descriptor_path, scratch_file
 
@@ -33,7 +33,7 @@ def open_unpacked(path: Path, closing: ExitStack) -> LocalSource:
     """
     if sniff(path) == "single_member_zip":
         return LocalSource(closing.enter_context(unpacked(path)))
-    return LocalSource(closing.enter_context(path.open("rb", buffering=0)).fileno())
+    return LocalSource(closing.enter_context(open_regular(path)).fileno())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from rankload._errors import RankloadError
+from rankload._urls import scheme_of, server_of
 
 
 class Verify(str, Enum):
@@ -39,7 +40,8 @@ def prefetch(
     check_hash: Annotated[bool, typer.Option("--check-hash", help="Compare with the prefix in the file name.")] = False,
     verify: Annotated[Verify, typer.Option(help="When to hash a cached file again.")] = Verify.ONCE,
     header: Annotated[
-        list[str] | None, typer.Option(help="Extra request header, as 'Name: value'; as '@FILE': those in a file.")
+        list[str] | None,
+        typer.Option(help="Extra request header, for one server: 'Name: value', or '@FILE' for those in a file."),
     ] = None,
     max_bytes: Annotated[
         int | None, typer.Option(help="Refuse to download more.", show_default="RANKLOAD_MAX_BYTES, else no limit")
@@ -60,6 +62,8 @@ def prefetch(
         if value and len(urls) > 1:
             raise typer.BadParameter("it is about one file; pass one URL", param_hint=option)
     headers = dict(map(_split, _lines(header or [])))
+    if headers and len({server_of(url) or scheme_of(url) for url in urls}) > 1:
+        raise typer.BadParameter("it is for one server, and the URLs are on several", param_hint="--header")
     has_failed = False
     for url in urls:
         try:

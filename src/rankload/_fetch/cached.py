@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from contextlib import suppress
@@ -10,14 +11,14 @@ from pathlib import Path
 from stat import S_ISREG
 
 from rankload._cache.access import make_own_directory
-from rankload._cache.failures import missing_url, reading, reopening, writing
+from rankload._cache.failures import check_has_scheme, reading, reopening, writing
 from rankload._cache.layout import Entry
-from rankload._cache.linux import birth_ns
+from rankload._cache.linux import birth_ns, rename_if_absent
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, write_record
 from rankload._checkpoint.hints import hint_on_directory
 from rankload._checkpoint.open import check_structure
-from rankload._errors import CacheError, DigestMismatchError, MissingFileError, RankloadError, VerificationError
+from rankload._errors import CacheError, DigestMismatchError, RankloadError, VerificationError
 from rankload._fetch.digest import sha256_of_file
 from rankload._fetch.inspection import believed_digest, inspect, is_published
 from rankload._fetch.origins.origin import Claim
@@ -143,13 +144,9 @@ def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFi
         VerificationError: it is not what it should be.
         CacheError: it cannot be read.
     """
-    try:
-        with reading(path):
-            return reopening(lambda: _in_place(path, request, report))
-    except MissingFileError:
-        if (error := missing_url(request.urls[0], path)) is None:
-            raise
-    raise error  # out here, or the traceback would show the path with its query
+    check_has_scheme(request.urls[0], path)
+    with reading(path):
+        return reopening(lambda: _in_place(path, request, report))
 
 
 def file_version(entry: Entry) -> FileVersion | None:
@@ -170,8 +167,15 @@ def set_damaged_file_aside(look: Look) -> None:
 
     Only under the lease and while it is still that file, or the good one that another job has published would go.
     """
+
+    def move_to(path: Path) -> None:
+        look.entry.path.replace(path)
+        if _version_of(path.lstat()) != look.version:  # another has taken its name: a user's own, perhaps
+            rename_if_absent(path, look.entry.path)
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
     if look.damage is not None:
-        path = quarantine(look.entry, look.damage, look.entry.path.replace)
+        path = quarantine(look.entry, look.damage, move_to)
         kept = f" (kept at {path})" if path else ""
         _logger.warning("%s: %s%s; fetching it again", look.entry.path, look.damage, kept)
 

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+from rankload._checkpoint.source import open_regular
+
 _READ_BYTES = 4 << 20
 
 
@@ -17,7 +19,7 @@ def sha256_of_file(path: Path, on_bytes: Callable[[int], None]) -> str:
     """
     digest, done = hashlib.sha256(), 0
     buffer = memoryview(bytearray(_READ_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             done += count

@@ -64,6 +64,8 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
             record = _record(received, status, birth, vouched_by, replaced)
             _write_record(entry.record_path, record, report, settings)
             try:
+                if _identity(entry.path) != replaced:  # writing the record may take long
+                    raise SupersededError(str(entry.path))
                 partial.publish(may_replace=replaced is not None)
             except SupersededError:
                 _disown(entry, record)

@@ -13,7 +13,7 @@ from stat import S_ISREG
 from rankload._cache.directory import make_directory
 from rankload._cache.layout import Entry
 from rankload._cache.lease import hold_lease
-from rankload._errors import FetchError
+from rankload._errors import CacheError, FetchError
 from rankload._fetch.cached import (
     Look,
     adopt,
@@ -41,6 +41,9 @@ _logger = logging.getLogger("rankload")
 
 #: After so many times its duration without a sign of life, nobody holds a lease any more.
 _LEASES_UNTIL_ABANDONED = 10
+
+#: So often a download may lose its file or its name to somebody else. It is seldom once: a process that was frozen.
+_MOST_SUPERSEDED = 4
 
 
 def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedFile:
@@ -71,6 +74,7 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
     make_directory(request.directory)
     entry = Entry(request.directory / request.file_name, request.directory)
     make_directories(entry)
+    superseded = 0
     while True:
         look = look_up(entry, request, report)
         entry = look.entry
@@ -99,8 +103,22 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
         report(Progress("connecting"))
         if request.verify == "sidecar" and request.sha256 is None:
             request = _with_sidecar(request, report, settings)
-        elif (file := _download_under_lease(look, request, report, settings)) is not None:
-            return file
+        else:
+            try:
+                if (file := _download_under_lease(look, request, report, settings)) is not None:
+                    return file
+            except SupersededError:
+                superseded += 1
+                if superseded > _MOST_SUPERSEDED:
+                    raise _disturbed(entry, superseded) from None
+
+
+def _disturbed(entry: Entry, times: int) -> CacheError:
+    return CacheError(
+        f"{entry.path}: {times} downloads of it were in vain: each time somebody removed the partial file, or put "
+        "something else in its place; choose a directory that nobody else cleans up (model_dir=)",
+        path=str(entry.path),
+    )
 
 
 def _is_outdated(look: Look, request: FetchRequest, report: Report, settings: Settings) -> bool:
@@ -125,17 +143,19 @@ def _tidy_up(entry: Entry, settings: Settings) -> None:
 
 
 def _download_under_lease(look: Look, request: FetchRequest, report: Report, settings: Settings) -> FetchedFile | None:
-    """Download, or return None because another job has published since the look."""
+    """Download, or return None because another job has published since the look.
+
+    Raises:
+        SupersededError: see `download`.
+        RankloadError: it cannot be downloaded.
+    """
     entry = look.entry
 
     def has_changed() -> bool:
         report(Progress("waiting"))
         return file_version(entry) != look.version
 
-    with (
-        hold_lease(entry.lease_path, settings, progress_mark=lambda: progress_of_partials(entry), on_wait=has_changed),
-        suppress(SupersededError),
-    ):
+    with hold_lease(entry.lease_path, settings, progress_mark=lambda: progress_of_partials(entry), on_wait=has_changed):
         if file_version(entry) == look.version:
             set_damaged_file_aside(look)
             return download(request, entry, report, settings)

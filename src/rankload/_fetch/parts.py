@@ -12,7 +12,7 @@ from rankload._cache.failures import reading
 from rankload._cache.layout import fitting
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.sharded import has_weight_map, is_plain_name, part_names
-from rankload._checkpoint.source import LocalSource
+from rankload._checkpoint.source import LocalSource, open_regular
 from rankload._errors import CacheError, NotACheckpointError
 from rankload._types import FetchedFile, FetchRequest
 from rankload._urls import beside, local_path_of
@@ -139,7 +139,7 @@ def files_of(file: FetchedFile) -> list[tuple[Path, int]]:
 
 def _part_names(path: Path) -> list[str] | None:
     """Return the names of an index' parts; None for a file that is no index."""
-    with reading(path), path.open("rb", buffering=0) as file:
+    with reading(path), open_regular(path) as file:
         source = LocalSource(file.fileno())
         try:
             return part_names(source) if has_weight_map(source) else None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rankload._cache.failures import reading
 from rankload._cache.layout import Entry
+from rankload._checkpoint.source import open_regular
 from rankload._errors import CacheError, OfflineError
 from rankload._fetch.download import verify
 from rankload._fetch.offline import is_switched_off
@@ -77,7 +78,7 @@ def _cleaning_up_on_sigterm() -> Iterator[None]:
 
 def _copy(source: Path, request: FetchRequest, partial: Partial) -> None:
     digest = hashlib.sha256()
-    with reading(source), source.open("rb") as file, closing(partial.writer()) as writer:
+    with reading(source), open_regular(source) as file, closing(partial.writer()) as writer:
         while piece := file.read(_READ_BYTES):
             writer.write(piece, file.tell() - len(piece))
             digest.update(piece)

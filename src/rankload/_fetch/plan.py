@@ -61,6 +61,10 @@ def decide(request: FetchRequest, cached: Cached) -> Plan:
     status, record = cached.status, cached.record
     if status is None:
         return Plan(Action.DOWNLOAD, "not cached")
+    if record is not None and not _is_owner(request, record):  # before all else: nothing may take its place
+        if cached.is_of_one_url and cached.is_replaceable:
+            return Plan(Action.DOWNLOAD, f"it came from {printable(record.url)}, which is not one of the mirrors now")
+        return Plan(Action.SEPARATE, f"{printable(record.url)} has the same file name")
     if status.st_size == 0:
         return _instead(cached, Action.DOWNLOAD, "the cached file is empty")
     if cached.problem:  # it is somebody's, nobody knows whose; its bytes may be right all the same
@@ -70,10 +74,6 @@ def decide(request: FetchRequest, cached: Cached) -> Plan:
         return Plan(Action.ASK, "a file without a record, and its sidecar at the origin is to vouch")
     if record is None:
         return Plan(Action.CHECK, "a file without a record, as torch.hub leaves it")
-    if not _is_owner(request, record):
-        if cached.is_of_one_url and cached.is_replaceable:
-            return Plan(Action.DOWNLOAD, f"it came from {printable(record.url)}, which is not one of the mirrors now")
-        return Plan(Action.SEPARATE, f"{printable(record.url)} has the same file name")
     if record.size_bytes != status.st_size:
         return _instead(cached, Action.REPLACE, f"the cached file has {status.st_size} bytes, not {record.size_bytes}")
     if request.verify == "sidecar" and request.sha256 is None and record.vouched_by != "sidecar":

@@ -10,6 +10,8 @@ import os
 from contextlib import closing
 from dataclasses import dataclass, replace
 
+from rankload._cache.failures import reading
+from rankload._checkpoint.source import open_regular
 from rankload._errors import ContentChangedError, FetchError
 from rankload._fetch.bounded_read import Answer, read_bounded
 from rankload._fetch.digest import sha256_of_file
@@ -69,7 +71,8 @@ def ask_origin(file: FetchedFile, request: FetchRequest, report: Report, setting
             except (FetchError, UnusableRange) as error:
                 reason = str(error)
                 continue
-            return _judged(file, answer, 0 if answer.is_whole else middle, origin.shown, report)
+            with reading(file.path):
+                return _judged(file, answer, 0 if answer.is_whole else middle, origin.shown, report)
     return Opinion(None, reason)
 
 
@@ -77,7 +80,7 @@ def _judged(file: FetchedFile, answer: Answer, begin: int, shown: str, report: R
     version = answer.version
     if version.size_bytes not in (None, file.size_bytes):
         return Opinion(False, f"{shown} has {version.size_bytes} bytes, and it has {file.size_bytes}")
-    with file.path.open("rb", buffering=0) as local:
+    with open_regular(file.path) as local:
         if os.pread(local.fileno(), len(answer.content), begin) != answer.content:
             return Opinion(False, f"{shown} has other content")
     if (claim := version.claim) is None:

@@ -41,6 +41,7 @@ TABLE = [
     (request(verify="never"), status(), None, CHECK, "torch.hub"),
     # whose file it is
     (request(), status(), record(STRANGER), SEPARATE, STRANGER),
+    (request(), status(size=0), record(STRANGER), SEPARATE, STRANGER),
     (request(sha256=OTHER), status(), record(STRANGER), SEPARATE, STRANGER),
     (request(sha256=SHA), status(), record(STRANGER), USE, "vouches"),
     (request(), status(), record(MIRROR), USE, "vouches"),
@@ -89,6 +90,15 @@ def test_nothing_is_replaced_that_rankload_did_not_publish(asked, file, known, a
     is_replacing = action in (DOWNLOAD, REPLACE) and file is not None
     assert plan.action is (SEPARATE if is_replacing else action)
     assert reason in plan.reason
+
+
+@pytest.mark.parametrize("is_of_one_url", [True, False])
+@pytest.mark.parametrize(("asked", "file", "known", "action", "reason"), TABLE)
+def test_what_is_downloaded_may_be_published(asked, file, known, action, reason, is_of_one_url):
+    """Otherwise it would be downloaded again, and again."""
+    cached = Cached(file, known, is_replaceable=known is not None, is_of_one_url=is_of_one_url)
+    if decide(asked, cached).action in (DOWNLOAD, REPLACE):
+        assert may_publish(asked, cached)
 
 
 @pytest.mark.parametrize("verify", ["once", "always", "never"])

@@ -22,8 +22,8 @@ from rankload._urls import server_of
 #: What is read of a redirect's body, so that its connection can be used again.
 _MOST_OF_A_REDIRECT_BYTES = 64 << 10
 
-#: Of all cookies of a session. Servers take no request with half as many; an origin that sets more and more of them
-#: would fill the memory.
+#: Of all cookies of a session, with their paths and other attributes. Servers take no request with half as many; an
+#: origin that sets more and more of them would fill the memory.
 _MOST_COOKIE_BYTES = 64 << 10
 
 
@@ -47,8 +47,8 @@ class BreakableSession(requests.Session):
 
     def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
         """Return the request with the cookies of its server; those that its answer sets are kept for that server."""
-        cookies = itertools.chain.from_iterable(jar.items() for jar in self._cookies.values())
-        if sum(len(name) + len(value or "") for name, value in cookies) > _MOST_COOKIE_BYTES:
+        cookies = itertools.chain.from_iterable(self._cookies.values())
+        if sum(len(str(vars(cookie))) for cookie in cookies) > _MOST_COOKIE_BYTES:
             self._cookies.clear()
         server = server_of(str(request.url))
         self.cookies = self._cookies[server and (server.scheme, server.port)]

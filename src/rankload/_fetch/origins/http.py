@@ -43,6 +43,10 @@ from rankload._urls import (
 from rankload._version import __version__
 
 _MAX_REDIRECTS = 10
+
+#: Servers make them of some 20 to 100.
+_MOST_VALIDATOR_CHARACTERS = 1024
+
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 #: With these a body is the file, or a range of it. 202 is not among them: "come back later", say servers that pack an
@@ -336,8 +340,7 @@ def _range_headers(begin: int, end: int | None, version: Version | None) -> dict
     if version is not None:
         # only a strong validator may stand in If-Range (RFC 9110, 13.1.5); of weak ones the answer's is compared
         validator = version.etag if version.etag and not version.etag.startswith("W/") else version.last_modified
-        # an origin's text may hold control characters, and is not to put them into a request to another server
-        if validator and validator.isprintable() and not (version.etag or "").startswith("W/"):
+        if validator and _can_be_sent(validator) and not (version.etag or "").startswith("W/"):
             headers["If-Range"] = validator
     return headers
 
@@ -345,8 +348,17 @@ def _range_headers(begin: int, end: int | None, version: Version | None) -> dict
 def _conditions(unless: Version | None) -> dict[str, str]:
     """Return the header that asks for another version only (RFC 9110, 13.1.2 and 13.1.3)."""
     found = {"If-None-Match": unless.etag, "If-Modified-Since": unless.last_modified} if unless is not None else {}
-    usable = [(name, value) for name, value in found.items() if value and value.isprintable()]
+    usable = [(name, value) for name, value in found.items() if value and _can_be_sent(value)]
     return dict(usable[:1])
+
+
+def _can_be_sent(validator: str) -> bool:
+    """Return whether an origin's text, or what stands in a record, may go into a request, perhaps to another server.
+
+    It may hold control characters, or be longer than servers take; in a record of another user's, be no header's text
+    at all.
+    """
+    return validator.isascii() and validator.isprintable() and len(validator) <= _MOST_VALIDATOR_CHARACTERS
 
 
 def _as_given(request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from rankload._cache.failures import reading
+from rankload._checkpoint.source import open_regular
 from rankload._errors import FetchError
 from rankload._fetch.bounded_read import read_bounded
 from rankload._fetch.origins.choice import origin_for
@@ -44,7 +45,7 @@ def read_sidecar(path: Path) -> Claim:
         FetchError: it holds no SHA-256, or not exactly one for this file.
     """
     sidecar = path.with_name(f"{path.name}.sha256")
-    with reading(sidecar), sidecar.open("rb") as file:
+    with reading(sidecar), open_regular(sidecar) as file:
         return _parsed(file.read(_MAX_BYTES), path.name, str(sidecar))
 
 

@@ -28,6 +28,9 @@ _FORMAT = 1
 
 _SUFFIX, _BEGINNING = ".journal", ".new"
 
+#: A download of 10 TB has written so much.
+_MAX_BYTES = 64 << 20
+
 
 @dataclass(frozen=True)
 class Content:
@@ -54,12 +57,11 @@ class Content:
 
 @dataclass(frozen=True)
 class Entries:
-    """A journal as it was read: the content, the ranges that it lists, when it was last written to, and whose it is."""
+    """A journal as it was read: the content, the ranges that it lists, and when it was last written to."""
 
     content: Content
     spans: Spans
     modified_at: float
-    owner_uid: int
 
 
 def journal_path(partial_path: Path) -> Path:
@@ -124,10 +126,15 @@ class Journal:
 
 
 def read_journal(partial_path: Path) -> Entries | None:
-    """Read the journal of a dead process's partial file; None where there is none that can be used."""
+    """Read the journal of a dead process's partial file; None where there is none that can be used.
+
+    Another user's cannot: it could list what was never written, and be as long as its owner likes.
+    """
     try:
         with os.fdopen(open_plain(journal_path(partial_path)), "rb") as file:
             status = os.fstat(file.fileno())
+            if status.st_uid != os.geteuid() or status.st_size > _MAX_BYTES:
+                return None
             lines = file.read().splitlines(keepends=True)
         head = json.loads(lines[0])
         if head.pop("journal") != _FORMAT:
@@ -139,7 +146,19 @@ def read_journal(partial_path: Path) -> Entries | None:
         return None
     kept = ranges if is_same_boot else ranges[:synced]
     spans = Spans((begin, end) for begin, end in kept if 0 <= begin < end <= content.size_bytes)
-    return Entries(content, spans, status.st_mtime, status.st_uid)
+    return Entries(content, spans, status.st_mtime)
+
+
+def last_beat(partial_path: Path) -> float | None:
+    """Return when a journal was last written to, whoever has written it; None where there is none that can be read."""
+    try:
+        descriptor = open_plain(journal_path(partial_path))  # which makes a network filesystem ask its server
+    except OSError:
+        return None
+    try:
+        return os.fstat(descriptor).st_mtime
+    finally:
+        os.close(descriptor)
 
 
 def _events(lines: list[bytes]) -> tuple[list[tuple[int, int]], int]:

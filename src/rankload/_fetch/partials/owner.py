@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankload._cache.layout import Entry
+from rankload._urls import OF_A_PARTIAL_FILE
 
-#: What follows the stem in the name of a partial file; its journal's goes on.
-_REST = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}\.partial")
-_NAME = re.compile(f"{_REST.pattern}$")
+_NAME = re.compile(f"{OF_A_PARTIAL_FILE.pattern}$")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def siblings_of(entry: Entry) -> list[Path]:
     except OSError:
         return []
     stem = entry.partial_stem  # another entry's may begin so, too: model, and model.pth
-    return [path for path in siblings if path.name.startswith(stem) and _REST.match(path.name, len(stem))]
+    return [path for path in siblings if path.name.startswith(stem) and OF_A_PARTIAL_FILE.match(path.name, len(stem))]
 
 
 def boot_id() -> str:
