@@ -285,6 +285,8 @@ SAFETENSORS = {
     "gap": {"a": _tensor(0, 16, [4]), "secret": _tensor(32, 272, [60])},
     "shape too large": {"a": _tensor(0, 16, [40]), "secret": _tensor(16, 272, [64])},
     "dtype too large": {"a": _tensor(0, 16, [4], "F64"), "secret": _tensor(16, 272, [64])},
+    "dtype that only torch calls so": {"a": _tensor(0, 16, [40], "float32"), "secret": _tensor(16, 272, [64])},
+    "dtype of another name of torch's": {"a": _tensor(0, 16, [4096], "float"), "secret": _tensor(16, 272, [64])},
     "shape that wraps": {"a": _tensor(0, 16, [2**62, 4]), "secret": _tensor(16, 272, [64])},
     "key twice": '{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, '
     '"a": {"dtype": "F32", "shape": [68], "data_offsets": [0, 272]}}',

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from rankload._checkpoint.entry import TensorEntry
+from rankload._checkpoint.entry import ITEM_BYTES, TensorEntry
 from rankload._checkpoint.index import ByteOrder
 from rankload._checkpoint.source import LocalSource, Source
 from rankload._errors import LoadError
@@ -45,7 +45,8 @@ def torch_dtype(entry: TensorEntry, shown: str) -> torch.dtype:
     Raises:
         LoadError: this torch does not have it.
     """
-    dtype = vars(torch).get(entry.dtype)  # getattr would import submodules
+    # getattr would import submodules; of other names that torch has for dtypes, nobody has checked the sizes
+    dtype = vars(torch).get(entry.dtype) if entry.dtype in ITEM_BYTES else None
     if not isinstance(dtype, torch.dtype):
         what = f"tensor {entry.name!r} has the dtype {entry.dtype!r}"
         text = f"{shown}: {what}, which torch {torch.__version__} does not have"
