@@ -379,7 +379,7 @@ def _listed(path: Path, name: bytes, field: int, value: int, size_bytes: int = 2
     return path
 
 
-METHOD, STORED_BYTES, ATTRIBUTES = 10, 20, 38
+FLAGS, METHOD, STORED_BYTES, ATTRIBUTES = 8, 10, 20, 38
 
 
 @pytest.mark.fault(65)
@@ -396,6 +396,15 @@ def test_so_it_is_for_the_index(tmp_path, load):
     path = write_records(tmp_path / "archive.pth", records_of(content()))
     with pytest.raises(rankload.RankloadError, match="is a folder, and has bytes"):
         load(_listed(path, b"archive/data/1", ATTRIBUTES, 0x10))
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("flag", [0x01, 0x20, 0x40, 0x2000])
+@pytest.mark.parametrize("load", [*OPENED.values(), *INDEXED.values()], ids=[*OPENED, *INDEXED])
+def test_an_encrypted_record_is_no_weights(tmp_path, flag, load):
+    path = write_records(tmp_path / "archive.pth", records_of(content()))
+    with pytest.raises(rankload.RankloadError, match="encrypted zip archive"):
+        load(_listed(path, b"archive/data/1", FLAGS, flag))
 
 
 def _compressed(path: Path) -> Path:
