@@ -309,6 +309,20 @@ def test_killed_between_record_and_file(origin, cache, good_url, state, monkeypa
     assert [name for name in files_in(cache) if "partial" in name] == []
 
 
+@pytest.mark.fault(59)
+@pytest.mark.timeout(30)
+def test_file_of_another_url_that_has_become_empty_is_not_fetched_for_ever(evil, cache, good_url):
+    """It is to be replaced, but not by another URL's, which could not be published however often it is fetched."""
+    path = rankload.dist_fetch(good_url, cache)
+    path.write_bytes(b"")
+    url = evil.add(f"any/{path.name}", checkpoint_of({"w": EVIL}))
+    for _ in range(2):
+        assert torch.equal(rankload.dist_load_state_dict_from_url(url, cache)["w"], EVIL)
+    assert evil.request_count() == 1
+    assert path.read_bytes() == b""
+    assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache)["w"], GOOD)
+
+
 @pytest.mark.parametrize("names", [["a.bin", "A.bin"], [INDEX], [INDEX.upper()]])
 def test_parts_that_are_one_file_where_case_does_not_count_are_refused(evil, cache, names):
     """One would take the other's place, or the index'."""

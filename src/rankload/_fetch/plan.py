@@ -61,7 +61,8 @@ def decide(request: FetchRequest, cached: Cached) -> Plan:
     status, record = cached.status, cached.record
     if status is None:
         return Plan(Action.DOWNLOAD, "not cached")
-    if status.st_size == 0:
+    is_anothers = record is not None and not cached.is_of_one_url and not _is_owner(request, record)
+    if status.st_size == 0 and not is_anothers:
         return _instead(cached, Action.DOWNLOAD, "the cached file is empty")
     if cached.problem:  # it is somebody's, nobody knows whose; its bytes may be right all the same
         is_known = request.sha256 is not None

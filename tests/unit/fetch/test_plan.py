@@ -37,6 +37,7 @@ TABLE = [
     (request(), None, record(), DOWNLOAD, "not cached"),
     (request(), status(size=0), None, SEPARATE, "empty"),
     (request(), status(size=0), record(), DOWNLOAD, "empty"),
+    (request(), status(size=0), record(STRANGER), SEPARATE, STRANGER),
     (request(), status(), None, CHECK, "torch.hub"),
     (request(verify="never"), status(), None, CHECK, "torch.hub"),
     # whose file it is
@@ -89,6 +90,14 @@ def test_nothing_is_replaced_that_rankload_did_not_publish(asked, file, known, a
     is_replacing = action in (DOWNLOAD, REPLACE) and file is not None
     assert plan.action is (SEPARATE if is_replacing else action)
     assert reason in plan.reason
+
+
+@pytest.mark.parametrize("is_of_one_url", [True, False])
+@pytest.mark.parametrize("row", TABLE)
+def test_what_is_downloaded_can_be_published(row, is_of_one_url):
+    asked, file, known, *_ = row
+    cached = Cached(file, known, is_replaceable=known is not None, is_of_one_url=is_of_one_url)
+    assert decide(asked, cached).action is not DOWNLOAD or may_publish(asked, cached)
 
 
 @pytest.mark.parametrize("verify", ["once", "always", "never"])
