@@ -25,9 +25,11 @@ def check_listing(directory: Directory, packed_bytes: int) -> None:
         packed_bytes: size of the archive.
 
     Raises:
-        BrokenFileError: a folder has bytes, a member is encrypted, or the members would take far more room unpacked
-            than the archive.
+        BrokenFileError: torch's reader could see other members, a folder has bytes, a member is encrypted, or the
+            members would take far more room unpacked than the archive.
     """
+    if directory.is_ambiguous:  # those would not have been checked
+        raise BrokenFileError("zip archive that other readers could read in another way")
     unpacked_bytes = 0
     for member in directory.members:
         if member.is_folder and member.size_bytes:
