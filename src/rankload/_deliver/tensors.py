@@ -18,10 +18,14 @@ def read_tensor(source: Source, entry: TensorEntry, byte_order: ByteOrder, shown
     """Read a tensor's bytes, and no others, into a new tensor on the CPU, with its saved shape and strides.
 
     Raises:
-        LoadError: this torch does not have its dtype, or the file ended early.
+        LoadError: this torch does not have its dtype, there is too little memory for it, or the file ended early.
     """
     dtype = torch_dtype(entry, shown)
-    storage = torch.empty(entry.length, dtype=torch.uint8, device="cpu").untyped_storage()
+    try:
+        storage = torch.empty(entry.length, dtype=torch.uint8, device="cpu").untyped_storage()
+    except RuntimeError as error:
+        text = f"{shown}: not enough memory for tensor {entry.name!r} of {entry.length} bytes"
+        raise LoadError(text, tensor=entry.name, size_bytes=entry.length) from error
     if fill(storage, source, entry.offset) != entry.length:
         raise LoadError(f"{shown}: the file ended within tensor {entry.name!r}: was it cut off since it was opened?")
     if byte_order != sys.byteorder:
