@@ -142,21 +142,25 @@ def file_name_of(url: str) -> str:
     """Return torch.hub's file name for a URL: the last part of its path, without the query, percent-encoded as it is.
 
     Raises:
-        ArgumentError: the URL ends in a slash or has no path.
+        ArgumentError: the URL ends in a slash or has no path, or in a name that rankload's own files have.
     """
     name = posixpath.basename(urlparse(url).path)  # not urlsplit: torch drops ``;parameters`` as well
     if name in ("", ".", "..") or is_own_name(name):
-        raise ArgumentError(f"{redact(url)} names no file: pass file_name=", url=redact(url))
+        why = "has the name of one of rankload's own files" if name and is_own_name(name) else "names no file"
+        raise ArgumentError(f"{redact(url)} {why}: pass file_name=", url=redact(url))
     return name
 
 
 #: rankload's own directory inside a cache directory.
 OWN_DIRECTORY = ".rankload"
 
+#: Partial files and their journals, which are believed by their names (`partials.owner`).
+_OWN_FILE = re.compile(r"\.[0-9a-f]{8}-\d+-\d+-[0-9a-f]{8}\.partial(\.journal(\.new)?)?[.\s]*\Z", re.IGNORECASE)
+
 
 def is_own_name(name: str) -> bool:
-    """Return whether a file name is that of rankload's own directory, on any filesystem."""
-    return name.casefold() == OWN_DIRECTORY
+    """Return whether a file name is that of rankload's own directory, or of a partial file, on any filesystem."""
+    return name.casefold() == OWN_DIRECTORY or _OWN_FILE.search(name) is not None
 
 
 def local_path_of(url: str) -> Path | None:

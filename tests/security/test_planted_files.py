@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import stat
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -307,6 +308,37 @@ def test_killed_between_record_and_file(origin, cache, good_url, state, monkeypa
         assert path.read_bytes() == content
     assert origin.request_count() == 3
     assert [name for name in files_in(cache) if "partial" in name] == []
+
+
+PARTIAL = "victim.pth.deadbeef-0-0-cafebabe.partial"
+
+
+def planting_partial(evil: Origin, good_url: str, content: bytes) -> list[str]:
+    """URLs of what a killed download of another URL would have left, with its journal, complete."""
+    with urllib.request.urlopen(good_url) as answer:
+        etag = answer.headers["ETag"]
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    facts = {"size_bytes": len(content), "etag": etag, "last_modified": None, "sha256": None}
+    lines = {"journal": 1, "boot": boot, "url_key": url_key(good_url), **facts}, [0, len(content)], {"synced": 1}
+    journal = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    return [evil.add(f"any/{PARTIAL}", content), evil.add(f"any/{PARTIAL}.journal", journal)]
+
+
+@pytest.mark.fault(59)
+@pytest.mark.parametrize("how", ["dist_fetch", "file_name", "hub"])
+def test_origin_cannot_plant_the_beginning_of_another_file(evil, cache, good_url, how):
+    cache.mkdir(exist_ok=True)
+    for url in planting_partial(evil, good_url, checkpoint_of({"w": EVIL})):
+        name = url.rpartition("/")[2]
+        with pytest.raises(rankload.RankloadError, match="rankload's own files"):
+            match how:
+                case "dist_fetch":
+                    rankload.dist_fetch(url, cache)
+                case "file_name":
+                    rankload.dist_fetch(evil.add("other", evil.url(name).encode()), cache, file_name=name)
+                case "hub":
+                    rankload.hub.download_url_to_file(url, str(cache / name), progress=False)
+    assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache)["w"], GOOD)
 
 
 @pytest.mark.fault(59)

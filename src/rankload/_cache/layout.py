@@ -103,11 +103,13 @@ def checked_file_name(name: str) -> str:
     """Return a user's file name if it stays inside the directory.
 
     Raises:
-        ArgumentError: it is empty, absolute, or climbs with ``..``.
+        ArgumentError: it is empty, absolute, climbs with ``..``, or is one that rankload's own files have.
     """
     path = PurePosixPath(name)
     if not path.name or path.is_absolute() or ".." in path.parts or any(map(is_own_name, path.parts)):
-        raise ArgumentError(f"file_name={name!r}: expected a relative file name without '..'")
+        raise ArgumentError(
+            f"file_name={name!r}: expected a relative file name without '..' that is not one of rankload's own files"
+        )
     return name
 
 
