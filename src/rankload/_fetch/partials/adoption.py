@@ -11,7 +11,14 @@ from pathlib import Path
 from stat import S_ISREG
 
 from rankload._cache.layout import Entry
-from rankload._fetch.partials.journal import Entries, beginning_path, journal_path, partial_path_of, read_journal
+from rankload._fetch.partials.journal import (
+    Content,
+    Entries,
+    beginning_path,
+    journal_path,
+    partial_path_of,
+    read_journal,
+)
 from rankload._fetch.partials.owner import Owner, owner_of, partials_of, siblings_of
 from rankload._fetch.partials.partial import Partial
 from rankload._settings import Settings
@@ -23,6 +30,8 @@ _logger = logging.getLogger("rankload")
 _FOREIGN_MAX_AGE_SECONDS = 24 * 3600.0
 
 _COPY_BYTES = 8 << 20
+
+_DIGEST_DIGITS = 64
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ def adopt_into(
         partial: new and empty.
         entry: whose partial files to look at.
         url_keys: URLs that the content may come from.
-        sha256: the expected digest; with the same one, the URL does not matter.
+        sha256: the expected digest, or its beginning; with the same whole one, the URL does not matter.
         settings: how long an owner on another host must have been silent.
         on_bytes: called with the number of bytes copied so far.
     """
@@ -112,11 +121,17 @@ def _candidates(entry: Entry, url_keys: frozenset[str], sha256: str | None) -> l
             continue
         if entries.owner_uid != os.geteuid():  # it could list what was never written
             continue
-        content = entries.content
-        is_same = content.sha256 == sha256 if content.sha256 and sha256 else content.url_key in url_keys
-        if is_same and (content.version.has_validator or sha256):
+        if _is_same(entries.content, url_keys, sha256) and (entries.content.version.has_validator or sha256):
             found.append(_Candidate(path, owner, entries))
     return sorted(found, key=lambda candidate: -candidate.entries.spans.total_bytes)
+
+
+def _is_same(content: Content, url_keys: frozenset[str], sha256: str | None) -> bool:
+    if content.sha256 and sha256 and content.sha256 != sha256:
+        return False
+    # the same prefix of a digest stands in the names of other URLs' files, too, and proves little
+    is_of_digest = content.sha256 == sha256 and sha256 is not None and len(sha256) == _DIGEST_DIGITS
+    return is_of_digest or content.url_key in url_keys
 
 
 def _is_silent(entries: Entries, now: float, settings: Settings) -> bool:
