@@ -123,7 +123,11 @@ def _checked(f: IO[bytes], target: Any) -> Any:
     except (OSError, ValueError):  # it cannot say where it ends
         return target
     try:
-        return checked_for_torch(source, format_of(source), target).map_location
+        file_format = format_of(source)
+        if file_format in ("zip", "single_member_zip"):
+            # torch's reader tells no capitals from small letters: it may find a checkpoint in it all the same
+            raise BrokenFileError("expected a checkpoint, got a zip archive that torch.save did not write")
+        return checked_for_torch(source, file_format, target).map_location
     finally:
         f.seek(position)
 

@@ -103,6 +103,7 @@ class FetchRequest:
         is_index: the caller asks for the index of a checkpoint in several files, by its name; it lies in a folder that
             is its URL's alone.
         is_part: an index that was fetched names it; it lies beside that.
+        is_renewal: it replaces a file of such a checkpoint, whose others may have been replaced at the origin, too.
         must_be_checkpoint: refuse files that are no checkpoint (a web page, a tar of JPEGs).
         headers: extra request headers for the first URL's host; never logged, never recorded.
         verify: when to hash a cached file again.
@@ -123,6 +124,7 @@ class FetchRequest:
     must_be_checkpoint: bool = True
     is_index: bool = False
     is_part: bool = False
+    is_renewal: bool = False
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     verify: Verify = "once"
     scope: Scope = "auto"

@@ -151,11 +151,12 @@ def file_name_of(url: str) -> str:
     """Return torch.hub's file name for a URL: the last part of its path, without the query, percent-encoded as it is.
 
     Raises:
-        ArgumentError: the URL ends in a slash or has no path.
+        ArgumentError: the URL ends in a slash or has no path, or in a name that rankload's own files have.
     """
     name = posixpath.basename(urlparse(url).path)  # not urlsplit: torch drops ``;parameters`` as well
     if name in ("", ".", "..") or is_own_name(name):
-        raise ArgumentError(f"{redact(url)} names no file, or one of rankload's own: pass file_name=", url=redact(url))
+        why = "has the name of one of rankload's own files" if name and is_own_name(name) else "names no file"
+        raise ArgumentError(f"{redact(url)} {why}: pass file_name=", url=redact(url))
     return name
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 from email.utils import formatdate
 from pathlib import Path
 
 import pytest
+import torch
 import torch.hub
 
 import rankload
@@ -165,3 +168,63 @@ def test_setting_and_command_line(root, cache, monkeypatch):
         with pytest.raises(SystemExit):
             main()
     assert (cache / "last.pth").read_bytes() == OLD
+
+
+# --- a checkpoint in several files
+
+
+def add_parts(origin, value, names=("a", "b")):
+    for name in names:
+        file = io.BytesIO()
+        torch.save({name: torch.full((4,), value)}, file)
+        origin.add(f"model/{name}.bin", file.getvalue())
+
+
+@pytest.fixture
+def half_renewed(origin, cache, monkeypatch):
+    """The URL of an index of two parts, of which the first alone could be renewed."""
+    monkeypatch.setenv("RANKLOAD_RETRIES", "0")
+    index = {"weight_map": {"a": "a.bin", "b": "b.bin"}}
+    url = origin.add("model/model.bin.index.json", json.dumps(index).encode())
+    add_parts(origin, 1.0)
+    assert values_of(url, cache) == {1.0}
+    add_parts(origin, 2.0)
+    origin.add("model/b.bin", b"", status=503)
+    with pytest.raises(rankload.FetchError):
+        values_of(url, cache, refresh=True)
+    return url
+
+
+def values_of(url, cache, **arguments):
+    loaded = rankload.dist_load_state_dict_from_url(url, cache, progress=False, **arguments)
+    return {value for tensor in loaded.values() for value in tensor.tolist()}
+
+
+@pytest.mark.fault(74)
+def test_parts_of_two_versions_are_not_loaded_together(origin, cache, half_renewed):
+    with pytest.raises(rankload.FetchError):  # also if nobody asks for the present files
+        values_of(half_renewed, cache)
+    add_parts(origin, 2.0)
+    assert values_of(half_renewed, cache) == {2.0}
+    before = origin.request_count()
+    assert values_of(half_renewed, cache) == {2.0}
+    assert origin.request_count() == before
+
+
+@pytest.mark.fault(74)
+def test_parts_of_two_versions_are_no_use_offline(origin, cache, half_renewed, monkeypatch):
+    monkeypatch.setenv("RANKLOAD_OFFLINE", "1")
+    with pytest.raises(rankload.OfflineError, match="only some files of this checkpoint have been renewed"):
+        values_of(half_renewed, cache)
+
+
+def test_renewal_that_has_replaced_nothing_changes_nothing(origin, cache, monkeypatch):
+    monkeypatch.setenv("RANKLOAD_RETRIES", "0")
+    url = origin.add("model/model.bin.index.json", b'{"weight_map": {"a": "a.bin"}}')
+    add_parts(origin, 1.0, "a")
+    values_of(url, cache)
+    origin.add("model/a.bin", b"", status=503)
+    with pytest.raises(rankload.FetchError):
+        values_of(url, cache, refresh=True)
+    monkeypatch.setenv("RANKLOAD_OFFLINE", "1")
+    assert values_of(url, cache) == {1.0}

@@ -17,6 +17,7 @@ import traceback
 
 from harness import fuse_wire as wire
 from harness.fuse_files import Files
+from harness.fuse_folding import folded
 from harness.fuse_locks import RETRY_SECONDS
 from harness.fuse_names import Names
 from harness.fuse_nodes import Nodes
@@ -70,6 +71,8 @@ class Filesystem:
         if code is None and request.op not in self._answers:
             code = errno.ENOSYS
         try:
+            if self._vices.folds_names:
+                request = folded(request, self._nodes)
             payload = None if code else self._answers[request.op](request)
         except OSError as error:
             code = error.errno or errno.EIO

@@ -30,6 +30,8 @@ class Vices:
             disk's free space, as it does for users' and projects' quotas.
         quota_at: ``"write"``: the write takes what fits, the next one fails. ``"close"``: all writes succeed, fsync or
             close fails and what was too much is gone (NFS, whose server hears of the bytes only then).
+        folds_names: Names that differ in case, in how accents are composed or in dots at their end are one, which stays
+            as it was first written (FAT, NTFS, SMB, APFS, ext4 with casefold).
         has_links: Without, link() fails with EPERM.
         direct_io: No page cache: every read asks the filesystem, and shared mappings fail with ENODEV.
         keeps_pages: What was read stays in the page cache when a file is opened again, as NFS has it where the server's
@@ -52,6 +54,7 @@ class Vices:
     quota_bytes: int | None = None
     quota_errno: Literal["EDQUOT", "ENOSPC"] = "EDQUOT"
     quota_at: Literal["write", "close"] = "write"
+    folds_names: bool = False
     has_links: bool = True
     direct_io: bool = False
     keeps_pages: bool = False

@@ -285,6 +285,8 @@ SAFETENSORS = {
     "gap": {"a": _tensor(0, 16, [4]), "secret": _tensor(32, 272, [60])},
     "shape too large": {"a": _tensor(0, 16, [40]), "secret": _tensor(16, 272, [64])},
     "dtype too large": {"a": _tensor(0, 16, [4], "F64"), "secret": _tensor(16, 272, [64])},
+    "dtype that only torch calls so": {"a": _tensor(0, 16, [40], "float32"), "secret": _tensor(16, 272, [64])},
+    "dtype of another name of torch's": {"a": _tensor(0, 16, [4096], "float"), "secret": _tensor(16, 272, [64])},
     "shape that wraps": {"a": _tensor(0, 16, [2**62, 4]), "secret": _tensor(16, 272, [64])},
     "key twice": '{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, '
     '"a": {"dtype": "F32", "shape": [68], "data_offsets": [0, 272]}}',
@@ -377,7 +379,7 @@ def _listed(path: Path, name: bytes, field: int, value: int, size_bytes: int = 2
     return path
 
 
-METHOD, STORED_BYTES, ATTRIBUTES = 10, 20, 38
+FLAGS, METHOD, STORED_BYTES, ATTRIBUTES = 8, 10, 20, 38
 
 
 @pytest.mark.fault(65)
@@ -394,6 +396,15 @@ def test_so_it_is_for_the_index(tmp_path, load):
     path = write_records(tmp_path / "archive.pth", records_of(content()))
     with pytest.raises(rankload.RankloadError, match="is a folder, and has bytes"):
         load(_listed(path, b"archive/data/1", ATTRIBUTES, 0x10))
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("flag", [0x01, 0x20, 0x40, 0x2000])
+@pytest.mark.parametrize("load", [*OPENED.values(), *INDEXED.values()], ids=[*OPENED, *INDEXED])
+def test_an_encrypted_record_is_no_weights(tmp_path, flag, load):
+    path = write_records(tmp_path / "archive.pth", records_of(content()))
+    with pytest.raises(rankload.RankloadError, match="encrypted zip archive"):
+        load(_listed(path, b"archive/data/1", FLAGS, flag))
 
 
 def _compressed(path: Path) -> Path:
@@ -492,3 +503,98 @@ def test_halves_of_surrogate_pairs_keep_names_apart(tmp_path):
     found = rankload.open_checkpoint(tmp_path / "halves.pth")
     assert {name: found[name].item() for name in found} == {name: tensor.item() for name, tensor in saved.items()}
     assert list(rankload.load(tmp_path / "halves.pth")) == list(saved)
+
+
+# More ways to memory that nobody has written
+
+
+def _with_hidden_listing(path: Path) -> Path:
+    """An archive with another listing that only torch's reader finds, in which a tensor's record is a folder."""
+    _zip(path, {**records_of(content()), "version": b"3\n"})
+    raw = path.read_bytes()
+    listing = raw.index(b"PK\1\2")
+    hidden = _listed(path, b"archive/data/1", ATTRIBUTES, 0x10).read_bytes()[listing:]
+    shifted, length = bytearray(raw[-22:]), len(raw) - 22 - listing
+    struct.pack_into("<I", shifted, 16, listing + length)
+    end = shifted[:20] + struct.pack("<H", 23)
+    path.write_bytes(raw[:listing] + hidden[:-22] + raw[listing:-22] + end + hidden[-22:] + b"x")
+    return path
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("load", [*OPENED.values(), *INDEXED.values()], ids=[*OPENED, *INDEXED])
+def test_an_archive_with_two_listings_is_an_error(tmp_path, load):
+    path = _with_hidden_listing(tmp_path / "two.pth")
+    assert torch.load(path, weights_only=True)["a"].tolist() == [0] * 4  # it does not look into the other tensor
+    with pytest.raises(rankload.RankloadError, match="in another way"):
+        load(path)
+
+
+@pytest.mark.fault(65)
+def test_a_checkpoint_in_capitals_is_none_in_an_open_file_either(tmp_path):
+    """torch's reader finds it all the same, and nobody would have checked its records."""
+    records = {name.replace("data.pkl", "DATA.PKL"): record for name, record in records_of(content()).items()}
+    path = _zip(tmp_path / "capitals.pth", {**records, "version": b"3\n"})
+    assert "secret" in torch.load(path, weights_only=True)
+    for load in (rankload.load, lambda path: rankload.load(io.BytesIO(path.read_bytes()))):
+        with pytest.raises(rankload.LoadError, match=r"a zip archive that torch\.save did not write"):
+            load(path)
+
+
+def _global(name: str) -> bytes:
+    module, _, function = name.rpartition(".")
+    return f"c{module}\n{function}\n".encode()
+
+
+_FLOATS, _MANY, _SUBCLASS = _global("torch.FloatTensor"), b"M\xe8\x03", _global("torch._tensor._rebuild_from_type_v2")
+_ODD_KEY = b"}(" + b"K\x01" * 17 + b"tK\x01s"
+
+#: Pickles of a tensor of a thousand elements and no content, each of which weights_only=True allows.
+MADE_OF_NOTHING = {
+    "size": _FLOATS + _MANY + b"\x85R",
+    "arguments in a list": _FLOATS + b"]" + _MANY + b"aR",
+    "arguments in a dict": _FLOATS + b"}" + _MANY + b"NsR",
+    "many arguments": _FLOATS + b"(" + b"K\x01" * 20 + _MANY + b"tR",
+    "subclass": _SUBCLASS + b"(" + _FLOATS + _global("torch.Tensor") + b"]" + _MANY + b"a}tR",
+    "subclass of a subclass": _SUBCLASS
+    + b"("
+    + _SUBCLASS
+    + _global("torch.Tensor")
+    + b"("
+    + _FLOATS
+    + _global("torch.Tensor")
+    + _MANY
+    + b"\x85}t}tR",
+    "behind what is not understood": b"(" + _ODD_KEY + _FLOATS + _MANY + b"\x85Rt",
+}
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("is_legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("pickled", MADE_OF_NOTHING.values(), ids=MADE_OF_NOTHING)
+@pytest.mark.parametrize("load", [*OPENED.values(), *INDEXED.values()], ids=[*OPENED, *INDEXED])
+def test_a_tensor_of_a_size_without_content_is_an_error(tmp_path, pickled, is_legacy, load):
+    saved = {"a": None, "secret": torch.zeros(64)}
+    path = tmp_path / "nothing.pth"
+    if is_legacy:
+        torch.save(saved, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(changed(path.read_bytes(), b"aq\x01N", b"aq\x01" + pickled))
+    else:
+        records = records_of(saved)
+        write_records(path, records | {"data.pkl": changed(records["data.pkl"], b"aq\x01N", b"aq\x01" + pickled)})
+    torch.load(path, weights_only=True)
+    with pytest.raises(rankload.RankloadError, match="damaged checkpoint"):
+        load(path)
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("load", OPENED.values(), ids=OPENED)
+def test_no_storage_of_a_legacy_file_grows_for_a_tensor(tmp_path, load):
+    """torch makes the storages of legacy files longer than the file says, for tensors that only it understands."""
+    path = tmp_path / "grown.pth"
+    quantized = torch.quantize_per_tensor(torch.zeros(8), 1.0, 0, torch.qint8)
+    torch.save({"a": quantized, "secret": torch.zeros(64)}, path, _use_new_zipfile_serialization=False)
+    assert load(path)["a"].int_repr().tolist() == [0] * 8
+    path.write_bytes(changed(path.read_bytes(), b"K\x08\x85", b"M\xe8\x03\x85"))
+    with pytest.raises(rankload.RankloadError):
+        load(path)

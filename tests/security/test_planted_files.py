@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import stat
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -430,6 +431,51 @@ def test_killed_between_record_and_file(origin, cache, good_url, state, monkeypa
         assert path.read_bytes() == content
     assert origin.request_count() == 3
     assert [name for name in files_in(cache) if "partial" in name] == []
+
+
+PARTIAL = "victim.pth.deadbeef-0-0-cafebabe.partial"
+
+
+def planting_partial(evil: Origin, good_url: str, content: bytes) -> list[str]:
+    """URLs of what a killed download of another URL would have left, with its journal, complete."""
+    with urllib.request.urlopen(good_url) as answer:
+        etag = answer.headers["ETag"]
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    facts = {"size_bytes": len(content), "etag": etag, "last_modified": None, "sha256": None}
+    lines = {"journal": 1, "boot": boot, "url_key": url_key(good_url), **facts}, [0, len(content)], {"synced": 1}
+    journal = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    return [evil.add(f"any/{PARTIAL}", content), evil.add(f"any/{PARTIAL}.journal", journal)]
+
+
+@pytest.mark.fault(59)
+@pytest.mark.parametrize("how", ["dist_fetch", "file_name", "hub"])
+def test_origin_cannot_plant_the_beginning_of_another_file(evil, cache, good_url, how):
+    cache.mkdir(exist_ok=True)
+    for url in planting_partial(evil, good_url, checkpoint_of({"w": EVIL})):
+        name = url.rpartition("/")[2]
+        with pytest.raises(rankload.RankloadError, match="rankload's own files"):
+            match how:
+                case "dist_fetch":
+                    rankload.dist_fetch(url, cache)
+                case "file_name":
+                    rankload.dist_fetch(evil.add("other", evil.url(name).encode()), cache, file_name=name)
+                case "hub":
+                    rankload.hub.download_url_to_file(url, str(cache / name), progress=False)
+    assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache)["w"], GOOD)
+
+
+@pytest.mark.fault(59)
+@pytest.mark.timeout(30)
+def test_file_of_another_url_that_has_become_empty_is_not_fetched_for_ever(evil, cache, good_url):
+    """It is to be replaced, but not by another URL's, which could not be published however often it is fetched."""
+    path = rankload.dist_fetch(good_url, cache)
+    path.write_bytes(b"")
+    url = evil.add(f"any/{path.name}", checkpoint_of({"w": EVIL}))
+    for _ in range(2):
+        assert torch.equal(rankload.dist_load_state_dict_from_url(url, cache)["w"], EVIL)
+    assert evil.request_count() == 1
+    assert path.read_bytes() == b""
+    assert torch.equal(rankload.dist_load_state_dict_from_url(good_url, cache)["w"], GOOD)
 
 
 @pytest.mark.parametrize("names", [["a.bin", "A.bin"], [INDEX], [INDEX.upper()]])

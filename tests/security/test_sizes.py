@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 
 import pytest
@@ -12,9 +13,11 @@ from safetensors.torch import save
 import rankload
 from harness import disks
 from harness.fetch_calls import errors_of, expect, fetch, fetch_and_mark, files_in, load
-from harness.ranks import start_ranks, wait_until
+from harness.ranks import run_ranks, start_ranks, wait_until
 from harness.raw_origin import Connection, RawOrigin
 from harness.scripts import run_program
+from rankload._checkpoint.read_index import read_index
+from rankload._deliver.tensors import read_tensor
 
 MIB = 1 << 20
 LIMIT = 100_000
@@ -131,3 +134,40 @@ def test_value_that_cannot_be(origin, cache, max_bytes):
     with pytest.raises(rankload.ArgumentError, match="expected a positive whole number of bytes"):
         rankload.dist_fetch(url, cache, max_bytes=max_bytes)
     assert origin.request_count() == 0
+
+
+class Boundless:
+    """A file at an origin that claims to be longer than any memory."""
+
+    size_bytes = 1 << 61
+
+    def read(self, length: int, offset: int) -> bytes:
+        header = b'{"a": {"dtype": "U8", "shape": [%d], "data_offsets": [0, %d]}}' % (1 << 60, 1 << 60)
+        return (len(header).to_bytes(8, "little") + header)[offset : offset + length]
+
+
+def test_tensor_that_no_memory_holds_is_an_error_of_ours():
+    source = Boundless()
+    source.size_bytes = (1 << 60) + len(source.read(1000, 0))
+    [entry] = read_index(source, "a", lambda name: source, is_remote=True).tensors.values()
+    with pytest.raises(rankload.LoadError, match="not enough memory for tensor 'a'"):
+        read_tensor(source, entry, "little", "a")
+
+
+def test_file_that_no_address_space_holds_is_an_error_of_ours(tmp_path):
+    """It has holes. Mapping it takes more addresses than the process may have."""
+    header = b'{"a": {"dtype": "U8", "shape": [%d], "data_offsets": [0, %d]}}' % (1 << 40, 1 << 40)
+    with (tmp_path / "large.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(file.tell() + (1 << 40))
+    [result] = run_ranks(map_in_little_space, 1, env="none", args=(str(tmp_path / "large.safetensors"),))
+    assert "cannot be mapped" in result.value
+
+
+def map_in_little_space(rank, path):
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 39, 1 << 39))
+    module = torch.nn.Module()
+    module.register_buffer("a", torch.empty(1 << 40, dtype=torch.uint8, device="meta"))
+    with pytest.raises(rankload.LoadError) as caught:
+        rankload.dist_load_into(module, path, assign=True, mmap=True, progress=False)
+    return str(caught.value)

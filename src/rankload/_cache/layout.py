@@ -8,6 +8,7 @@
     <directory>/.rankload/<file name>.json                 its record
     <directory>/.rankload/<file name>.lease                who downloads it at the moment
     <directory>/.rankload/quarantine/<file name>           what was not what it should be, and why (.json)
+    <directory>/.rankload/partly-renewed                   in an index' folder: its files may be of two versions
     <directory>/.rankload/<key>/<file name>                another URL with the same file name (and its .rankload/)
 """
 

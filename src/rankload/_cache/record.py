@@ -118,6 +118,21 @@ def _unreadable(path: Path, owner_uid: int | None, error: Exception) -> FoundRec
     return FoundRecord(None, owner_uid, f"its record {path} is unreadable ({why})")
 
 
+def is_on_record(directory: Path, status: os.stat_result) -> bool:
+    """Return whether any record in a directory is about a file, under whatever name.
+
+    There are filesystems on which names that differ in case, accents or dots at their end are one file. Inode numbers
+    are not compared: some of these filesystems make them up at each mount.
+    """
+    facts = (status.st_size, status.st_mtime_ns)
+    for path in directory.glob("*.json"):
+        with suppress(OSError):
+            found = find_record(path)
+            if found and found.record and (found.record.size_bytes, found.record.mtime_ns) == facts:
+                return True
+    return False
+
+
 def write_record(path: Path, record: Record) -> None:
     """Write a record atomically.
 

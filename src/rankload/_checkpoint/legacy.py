@@ -134,7 +134,8 @@ class _Pickles:
         match persistent_id:
             case ("module", GlobalName() as module, *_):
                 return module
-            case ("storage", kind, str(key), str(location), int(count), view) if count >= 0:
+            # in another encoding, torch could see two keys where we see one
+            case ("storage", kind, str(key), str(location), int(count), view) if count >= 0 and key.isascii():
                 dtype = storage_type_of(kind)
                 length = count * ITEM_BYTES[dtype]
                 # as in torch, the first mention of a storage counts

@@ -46,11 +46,14 @@ class PickleMachine:
 
         Raises:
             CutOffError: the content ends before the pickle does.
+            BrokenFileError: there is something in it, anywhere, that no writer makes.
             NotUnderstoodError: see there.
         """
         self._stack.clear()
         try:
             self._run()
+            if self._stack.doubt:
+                raise NotUnderstoodError(self._stack.doubt)
             return self._stack.top
         except (NotUnderstoodError, CutOffError):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 
 #: Stands where nothing has been put, between two numbers.
@@ -35,16 +36,22 @@ class PickleMemo:
         """Keep a value.
 
         Raises:
-            NotUnderstoodError: too many numbers would be left out.
+            BrokenFileError: too many numbers would be left out.
         """
         values = self._values
         if number > len(values):
             self._gaps_left -= number - len(values)
             if self._gaps_left < 0:
-                raise NotUnderstoodError("a pickle with a memo of unusual numbers")
+                raise BrokenFileError("damaged checkpoint (its pickle has a memo of unusual numbers)")
             values.extend([_NOT_KEPT] * (number - len(values)))
         values[number : number + 1] = [value]
 
     def append(self, value: Any) -> None:
-        """Keep a value under the next number."""
+        """Keep a value under the next number.
+
+        Raises:
+            NotUnderstoodError: unpicklers disagree which that is, since others were left out.
+        """
+        if self._gaps_left < _MOST_GAPS:
+            raise NotUnderstoodError("a malformed pickle")
         self._values.append(value)

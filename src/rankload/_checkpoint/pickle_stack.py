@@ -37,6 +37,8 @@ class PickleStack:
     Attributes:
         is_exact: nothing that the standard unpickler would do was left out or done otherwise, besides what the
             builders do and what is `Unbuilt`.
+        doubt: what was not understood first, and is `Unbuilt`; empty if nothing was. What follows is read all the same:
+            a file that is broken is refused, whatever else is in it.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class PickleStack:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo = PickleMemo()
+        self.doubt = ""
 
     @property
     def top(self) -> Any:
@@ -154,7 +157,7 @@ class PickleStack:
 
     def load_persistent(self, start: int, end: int) -> None:
         """The value of the persistent id on the stack."""
-        self._stack.append(self._load(self._stack.pop()))
+        self._stack.append(self._made(self._load, self._stack.pop()))
 
     # The memo
 
@@ -274,7 +277,10 @@ class PickleStack:
             raise NotUnderstoodError("a malformed pickle")
         if type(target) in _DICTS:
             for key, value in zip(items[::2], items[1::2], strict=True):
-                target[checked_key(key, target)] = value
+                try:
+                    target[checked_key(key, target)] = value
+                except NotUnderstoodError as error:
+                    self._note(error)
         elif isinstance(target, Unbuilt) and target is not _TOO_LONG:
             target.items.extend(items)
         else:
@@ -315,21 +321,35 @@ class PickleStack:
     def _call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, (GlobalName, Unbuilt)) or function is _TOO_LONG:
             raise BrokenFileError("damaged checkpoint (its pickle calls what is no function)")
+        builder = self._builders.get(function) if isinstance(function, GlobalName) else None
+        if builder is not None and (type(arguments) is not tuple or len(arguments) > _MOST_ARGUMENTS):
+            # torch would take any iterable for them, of any length, and nobody would have looked at what it makes
+            raise BrokenFileError(f"damaged checkpoint (its pickle calls {function} with what are no arguments)")
         if not isinstance(function, GlobalName) or type(arguments) is not tuple:
             return Unbuilt(None, ())
-        builder = self._builders.get(function) if len(arguments) <= _MOST_ARGUMENTS else None
-        return Unbuilt(function, arguments) if builder is None else builder(arguments)
+        return Unbuilt(function, arguments) if builder is None else self._made(builder, arguments)
+
+    def _made(self, make: Callable[[Any], Any], argument: Any) -> Any:
+        try:
+            return make(argument)
+        except BrokenFileError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            self._note(error)
+            return Unbuilt(None, ())
+
+    def _note(self, error: Exception) -> None:
+        self.doubt = self.doubt or (str(error) if isinstance(error, NotUnderstoodError) else "a malformed pickle")
 
     def build(self, start: int, end: int) -> None:
         """Note the state of an object that is not built; set the attributes of a dict, such as module versions.
 
-        Raises:
-            NotUnderstoodError: a tensor, or a storage, gets another state: torch may put it elsewhere then (`set_`).
+        A tensor, or a storage, that gets another state is not understood: torch may put it elsewhere then (`set_`).
         """
         state = self._stack.pop()
         target = self._stack[-1]
         if isinstance(target, (TensorEntry, StorageEntry)):
-            raise NotUnderstoodError("a tensor whose state is set")
+            self._note(NotUnderstoodError("a tensor whose state is set"))
         if isinstance(target, Unbuilt):
             target.state = state
             return

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from rankload._checkpoint import legacy, safetensors, torch_zip
 from rankload._checkpoint.broken import BrokenFileError
-from rankload._checkpoint.entry import StorageEntry, TensorEntry, contiguous_stride
+from rankload._checkpoint.entry import StorageEntry, TensorEntry, checked, contiguous_stride
 from rankload._checkpoint.index import FileIndex, Index, flatten
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.sharded import claims_to_be_json, read_weight_map
@@ -82,7 +82,7 @@ def _of_header(header: safetensors.Header, file: str) -> Index:
         dtype = safetensors.TORCH_NAMES.get(found.dtype, found.dtype)
         storage = StorageEntry(found.name, file, found.begin, found.end - found.begin, dtype)
         shape = found.torch_shape
-        tensors[found.name] = TensorEntry(found.name, dtype, shape, contiguous_stride(shape), storage)
+        tensors[found.name] = checked(TensorEntry(found.name, dtype, shape, contiguous_stride(shape), storage))
     return Index(
         MappingProxyType(tensors),
         MappingProxyType({}),

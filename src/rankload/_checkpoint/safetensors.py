@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -57,6 +58,10 @@ TORCH_NAMES = MappingProxyType(
         "C64": "complex64",
     }
 )
+
+#: The format's words are in capitals, torch's names in small letters: no word of a newer format may pass for one of
+#: torch's dtypes, whose sizes would not have been checked.
+_WORD = re.compile(r"[A-Z][A-Z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +168,7 @@ def _entry(name: str, fields: Any, first_byte: int) -> HeaderEntry:
         is_sound = type(dtype) is str and type(shape) is list and {type(size) for size in (begin, end, *shape)} == {int}
     except (TypeError, KeyError, ValueError):
         is_sound = False
-    if not is_sound:
+    if not is_sound or not _WORD.fullmatch(dtype):
         raise BrokenFileError(f"safetensors file whose header describes {name!r} wrongly")
     if len(shape) > MOST_DIMENSIONS or not are_sizes(*shape, math.prod(filter(None, shape))):
         raise BrokenFileError(f"safetensors file in which {name!r} has sizes that no tensor can have")

@@ -20,9 +20,9 @@ _LARGEST_BYTES = 1 << 28
 #: Longest component of a path on the file systems in use (NAME_MAX, limits.h).
 _LONGEST_COMPONENT_BYTES = 255
 
-#: A part of a fetched index: one component, no hidden file, no option of a command. Bounded well below NAME_MAX, since
-#: the cache appends its own suffixes.
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,199}")
+#: A part of a fetched index: one component, no hidden file, no option of a command, no dot at the end, which some
+#: filesystems drop. Bounded well below NAME_MAX, since the cache appends its own suffixes.
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,199}(?<!\.)")
 
 #: What rankload itself keeps beside a cached file. A part of such a name would take that file's place.
 _OWN_SUFFIXES = (".partial", ".journal", ".lease", ".tmp")
@@ -32,8 +32,9 @@ def is_plain_name(name: str) -> bool:
     """Return whether a part of a *fetched* index may have this name in the cache.
 
     Stricter than what an index on this machine may name: exactly one component of ASCII letters, digits and ``_.+=-``
-    that starts with a letter, digit or underscore, has at most 200 bytes and none of rankload's own suffixes. An index
-    from a server must not choose folders, hidden files, or the files with which the cache coordinates.
+    that starts with a letter, digit or underscore, has at most 200 bytes, no dot at the end and none of rankload's own
+    suffixes. An index from a server must not choose folders, hidden files, or the files with which the cache
+    coordinates.
     """
     return _PLAIN_NAME.fullmatch(name) is not None and not name.lower().endswith(_OWN_SUFFIXES)
 

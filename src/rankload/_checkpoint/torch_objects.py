@@ -106,8 +106,10 @@ def _parameter_with_more(arguments: tuple[Any, ...]) -> Any:
 def _subclass(arguments: tuple[Any, ...]) -> Any:
     """A tensor of a class of its own: its data are what a plain one's are."""
     function, kind, inner, _ = arguments
-    builder = BUILDERS.get(function) if isinstance(function, GlobalName) and function != _SUBCLASS else None
-    if builder is None or type(inner) is not tuple:
+    builder = BUILDERS.get(function) if isinstance(function, GlobalName) else None
+    if builder is _subclass or (builder is not None and type(inner) is not tuple):  # torch would call it all the same
+        raise BrokenFileError(f"damaged checkpoint (a tensor of a class of its own that is made by {function})")
+    if builder is None:
         return Unbuilt(kind if isinstance(kind, GlobalName) else None, arguments)
     found = builder(inner)
     return replace(found, is_plain=False) if isinstance(found, TensorEntry) else found
@@ -119,9 +121,10 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> Any:
         return Unbuilt(GlobalName("collections", "OrderedDict"), arguments)
     pairs = arguments[0] if arguments else []
     found: OrderedDict[Any, Any] = OrderedDict()
-    for key, value in pairs:
-        found[checked_key(key, found)] = value
+    copied = pairs[:]
     pairs.clear()  # or a short pickle could have it copied a million times
+    for key, value in copied:
+        found[checked_key(key, found)] = value
     return found
 
 
@@ -167,13 +170,13 @@ def _byte_array(arguments: tuple[Any, ...]) -> Any:
 
 
 def _without_content(function: GlobalName) -> Builder:
-    """Return what refuses a tensor or storage of which the pickle gives only the size.
+    """Return what refuses a tensor or storage of which the pickle gives only the size, be it as a tensor.
 
     torch pickles none. weights_only allows them, and they hold whatever this process had in that memory before.
     """
 
     def build(arguments: tuple[Any, ...]) -> Any:
-        if any(type(argument) in (int, tuple) for argument in arguments[:1]):
+        if any(isinstance(argument, (int, tuple, TensorEntry)) for argument in arguments[:1]):
             raise BrokenFileError(f"damaged checkpoint (a {function} of a size, without content)")
         return Unbuilt(function, arguments)
 

@@ -34,6 +34,8 @@ _IN_EXTRA_FIELD = 0xFFFFFFFF
 _ZIP64_EXTRA = 0x0001
 _IS_UTF8 = 0x0800
 _HAS_DESCRIPTOR = 0x0008
+#: Encrypted, a patch of another file, strongly encrypted, or with a masked directory: no reader of checkpoints can.
+_IS_UNREADABLE = 0x0001 | 0x0020 | 0x0040 | 0x2000
 _STORED, _DEFLATED = 0, 8
 
 #: MS-DOS's. miniz looks at it whatever system the archive says that it is from (mz_zip_reader_is_file_a_directory).
@@ -66,6 +68,7 @@ class Member(NamedTuple):
         method: how it is compressed.
         has_descriptor: its lengths stand behind its bytes once more.
         is_folder: torch's reader takes it for a folder, and reads nothing of it.
+        is_encrypted: its bytes are not what was saved, but what takes a key or another file to become that.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Member(NamedTuple):
     method: int
     has_descriptor: bool
     is_folder: bool = False
+    is_encrypted: bool = False
 
     @property
     def is_stored(self) -> bool:
@@ -306,7 +310,8 @@ def _entries(listing: bytes, count: int) -> Iterator[Member]:
         name = raw_name.decode("utf-8" if flags & _IS_UTF8 else "cp437", errors="replace")
         if method == _STORED and stored != size:
             raise BrokenFileError(f"damaged zip archive ({name!r} is not compressed, and has two lengths)")
-        yield Member(name, raw_name, header_offset, stored, size, method, bool(flags & _HAS_DESCRIPTOR), is_folder)
+        has_descriptor, is_encrypted = bool(flags & _HAS_DESCRIPTOR), bool(flags & _IS_UNREADABLE)
+        yield Member(name, raw_name, header_offset, stored, size, method, has_descriptor, is_folder, is_encrypted)
         position = begin_extra + extra_length + comment_length
     if position != len(listing):
         raise BrokenFileError("damaged zip archive (its directory has another length than it says)")

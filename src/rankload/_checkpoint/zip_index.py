@@ -21,6 +21,7 @@ _LATEST_VERSION = 10
 
 #: torch.save's keys are numbers. In no key of these characters can torch's reader find another name than we do.
 _KEY = re.compile(r"[0-9A-Za-z_.-]+", re.ASCII)
+_LONGEST_KEY = 1000
 
 
 def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool = False) -> FileIndex:
@@ -87,8 +88,6 @@ def _members_as_torch_sees_them(directory: torch_zip.Directory) -> dict[bytes, t
         NotUnderstoodError: it can.
     """
     members = {member.raw_name: member for member in directory.members}
-    if directory.is_ambiguous:
-        raise NotUnderstoodError("an archive that other readers could read in another way")
     are_unique = len({name.lower() for name in members}) == len(directory.members)
     if not are_unique or b"\0" in directory.raw_root or directory.raw_root + b"/data.pkl" not in members:
         raise NotUnderstoodError("an archive with names that are not unique")
@@ -133,7 +132,7 @@ class _Records:
         tag, kind, key, location, count = persistent_id
         if tag != "storage" or not (type(key) is type(location) is str and type(count) is int and count >= 0):
             raise NotUnderstoodError("a persistent id of another kind")
-        if not _KEY.fullmatch(key):
+        if len(key) > _LONGEST_KEY or not _KEY.fullmatch(key):
             raise NotUnderstoodError("a storage with an unusual key")
         dtype = storage_type_of(kind)
         length = count * ITEM_BYTES[dtype]

@@ -25,12 +25,17 @@ def check_listing(directory: Directory, packed_bytes: int) -> None:
         packed_bytes: size of the archive.
 
     Raises:
-        BrokenFileError: a folder has bytes, or the members would take far more room unpacked than the archive.
+        BrokenFileError: torch's reader could see other members, a folder has bytes, a member is encrypted, or the
+            members would take far more room unpacked than the archive.
     """
+    if directory.is_ambiguous:  # those would not have been checked
+        raise BrokenFileError("zip archive that other readers could read in another way")
     unpacked_bytes = 0
     for member in directory.members:
         if member.is_folder and member.size_bytes:
             raise BrokenFileError(f"damaged zip archive ({member.name!r} is a folder, and has bytes)")
+        if member.is_encrypted:  # mapped, it would be weights as it is
+            raise BrokenFileError(f"encrypted zip archive ({member.name!r})")
         if not member.is_stored:
             unpacked_bytes += member.size_bytes
     if unpacked_bytes > unpacked_limit(packed_bytes):

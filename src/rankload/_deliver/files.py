@@ -81,13 +81,19 @@ class CheckpointFiles:
             raise LoadError(f"{self.shown}: the file ended within {what}: was it cut off since it was opened?")
 
     def mapping(self, name: str) -> torch.UntypedStorage:
-        """Map a file privately: what is written there never reaches it."""
+        """Map a file privately: what is written there never reaches it.
+
+        Raises:
+            LoadError: it cannot be mapped.
+        """
         if name not in self._mappings:
             source = self.source(name)
             path = descriptor_path(source.descriptor)  # the file that was opened, not another of its name
-            self._mappings[name] = cast(
-                torch.UntypedStorage, torch.UntypedStorage.from_file(path, False, source.size_bytes)
-            )
+            try:
+                mapped = torch.UntypedStorage.from_file(path, False, source.size_bytes)
+            except RuntimeError as error:
+                raise LoadError(f"{self.shown}: {printable(name)} cannot be mapped: {error}") from error
+            self._mappings[name] = cast(torch.UntypedStorage, mapped)
         return self._mappings[name]
 
     def storage(self, entry: TensorEntry) -> torch.UntypedStorage:

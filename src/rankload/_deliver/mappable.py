@@ -51,18 +51,19 @@ def checked_for_torch(source: Source, file_format: Format, map_location: Any) ->
         directory = torch_zip.read_directory(source)
         check_listing(directory, source.size_bytes)
         check_compressed(source, directory)
+    check, doubt = _CHECKS.get(file_format), ""
     try:
         if file_format == "torchscript":
             return Checked(location_of_script(map_location, check_script(source)))
-        check = _CHECKS.get(file_format)
         if check is not None:
             check(source)
     except NotUnderstoodError as error:
+        doubt = str(error)
         if file_format == "torchscript":
-            return Checked(location_of_script(map_location, ()), str(error))
-        is_legacy = file_format == "legacy"
-        return Checked(_zeroing(restore_of(map_location)) if is_legacy else map_location, str(error))
-    return Checked(map_location)
+            return Checked(location_of_script(map_location, ()), doubt)
+    if file_format == "legacy":
+        map_location = _fixed(restore_of(map_location), is_cleared=bool(doubt))
+    return Checked(map_location, doubt)
 
 
 def why_not_mapped(source: Source, file_format: Format, doubt: str) -> str:
@@ -101,14 +102,21 @@ _CHECKS: dict[Format, Callable[[Source], object]] = {
 }
 
 
-def _zeroing(restore: Restore) -> Restore:
-    """Return what clears each storage before torch fills it from the file, if it does."""
+def _fixed(restore: Restore, *, is_cleared: bool) -> Restore:
+    """Return what keeps torch from making a storage longer for a tensor that reaches beyond it, as it would here alone.
+
+    Args:
+        restore: puts the storages where they belong.
+        is_cleared: clear each before torch fills it from the file, if it does.
+    """
 
     def place(storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
         placed = restore(storage, tag)
-        if placed.device.type != "meta":
+        if placed.device.type == "meta":
+            return placed
+        if is_cleared:
             cast(Any, placed).fill_(0)
-        return placed
+        return cast(torch.UntypedStorage, placed[:])  # a view of all of it, which cannot be resized
 
     return place
 

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from rankload._checkpoint.entry import TensorEntry
+from rankload._checkpoint.entry import ITEM_BYTES, TensorEntry
 from rankload._checkpoint.index import ByteOrder
 from rankload._checkpoint.source import LocalSource, Source
 from rankload._errors import LoadError
@@ -18,10 +18,14 @@ def read_tensor(source: Source, entry: TensorEntry, byte_order: ByteOrder, shown
     """Read a tensor's bytes, and no others, into a new tensor on the CPU, with its saved shape and strides.
 
     Raises:
-        LoadError: this torch does not have its dtype, or the file ended early.
+        LoadError: this torch does not have its dtype, there is too little memory for it, or the file ended early.
     """
     dtype = torch_dtype(entry, shown)
-    storage = torch.empty(entry.length, dtype=torch.uint8, device="cpu").untyped_storage()
+    try:
+        storage = torch.empty(entry.length, dtype=torch.uint8, device="cpu").untyped_storage()
+    except RuntimeError as error:
+        text = f"{shown}: not enough memory for tensor {entry.name!r} of {entry.length} bytes"
+        raise LoadError(text, tensor=entry.name, size_bytes=entry.length) from error
     if fill(storage, source, entry.offset) != entry.length:
         raise LoadError(f"{shown}: the file ended within tensor {entry.name!r}: was it cut off since it was opened?")
     if byte_order != sys.byteorder:
@@ -45,7 +49,8 @@ def torch_dtype(entry: TensorEntry, shown: str) -> torch.dtype:
     Raises:
         LoadError: this torch does not have it.
     """
-    dtype = vars(torch).get(entry.dtype)  # getattr would import submodules
+    # getattr would import submodules; of other names that torch has for dtypes, nobody has checked the sizes
+    dtype = vars(torch).get(entry.dtype) if entry.dtype in ITEM_BYTES else None
     if not isinstance(dtype, torch.dtype):
         what = f"tensor {entry.name!r} has the dtype {entry.dtype!r}"
         text = f"{shown}: {what}, which torch {torch.__version__} does not have"

@@ -15,7 +15,7 @@ from rankload._cache.failures import check_has_scheme, reading, reopening, writi
 from rankload._cache.layout import Entry
 from rankload._cache.linux import birth_ns, rename_if_absent
 from rankload._cache.quarantine import quarantine
-from rankload._cache.record import Record, write_record
+from rankload._cache.record import Record, is_on_record, write_record
 from rankload._checkpoint.hints import hint_on_directory
 from rankload._checkpoint.open import check_structure
 from rankload._errors import CacheError, DigestMismatchError, RankloadError, VerificationError
@@ -70,8 +70,8 @@ def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
         assert cached.status is not None
         sha256 = believed_digest(cached)
         file = FetchedFile(entry.path, cached.status.st_size, sha256, "cache", is_published=is_published(cached))
-    if plan.action is Action.CHECK and cached.record is None and _has_separate(entry, request):
-        plan = Plan(Action.SEPARATE, "nobody vouches for it, and there is a file that rankload has fetched")
+    if plan.action is Action.CHECK and cached.record is None and not entry.is_separate:
+        plan = _unless_anothers(plan, entry, cached, request)
     if plan.action is Action.CHECK:
         plan, file = _check(entry, cached, request, report)
     _logger.debug("%s: %s (%s)", entry.path, plan.action.name, plan.reason)
@@ -115,8 +115,15 @@ def reject(look: Look, reason: str, request: FetchRequest) -> Entry:
     return _separate(look.entry, reason, request)
 
 
-def _has_separate(entry: Entry, request: FetchRequest) -> bool:
-    return not entry.is_separate and os.path.lexists(entry.separate(request.urls[0]).path)
+def _unless_anothers(plan: Plan, entry: Entry, cached: Cached, request: FetchRequest) -> Plan:
+    """Return the plan to check a file without a record, unless it is certain that it is not this URL's."""
+    assert cached.status is not None
+    if os.path.lexists(entry.separate(request.urls[0]).path):
+        return Plan(Action.SEPARATE, "nobody vouches for it, and there is a file that rankload has fetched")
+    # the origin would only be asked for a piece of it
+    if request.sha256 is None and is_on_record(entry.record_path.parent, cached.status):
+        return Plan(Action.SEPARATE, "it is the file of another name, which is the same one on this filesystem")
+    return plan
 
 
 def _separate(entry: Entry, reason: str, request: FetchRequest) -> Entry:

@@ -15,6 +15,7 @@ from rankload._cache.layout import Entry
 from rankload._cache.linux import birth_ns
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, write_record
+from rankload._cache.renewal import begin_renewal
 from rankload._checkpoint.open import check_structure
 from rankload._errors import DigestMismatchError, MissingFileError, VerificationError
 from rankload._fetch.cached import may_be_published
@@ -60,6 +61,9 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
             birth, replaced = birth_ns(partial.path), _identity(entry.path)
             if not may_be_published(entry, request):  # something has come there since the look
                 raise SupersededError(str(entry.path))
+            if request.is_renewal:
+                with writing(entry.record_path):
+                    begin_renewal(entry)
             # Before the file: whoever sees the file must find out whose it is, or would adopt it as its own.
             record = _record(received, status, birth, vouched_by, replaced)
             _write_record(entry.record_path, record, report, settings)

@@ -13,6 +13,7 @@ from stat import S_ISREG
 from rankload._cache.directory import make_directory
 from rankload._cache.layout import Entry
 from rankload._cache.lease import hold_lease
+from rankload._cache.renewal import end_renewal, is_partly_renewed
 from rankload._errors import CacheError, FetchError
 from rankload._fetch.cached import (
     Look,
@@ -64,7 +65,17 @@ def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedF
         downloaded_bytes += file.size_bytes if file.source == "download" else 0
         return file
 
-    return with_parts(fetch_one(request), request, fetch_one)
+    while True:
+        index = fetch_one(request)
+        entry = Entry(index.path)
+        # what comes now, another job may have renewed
+        is_asked = request.refresh or not request.is_index or is_partly_renewed(entry)
+        file = with_parts(index, request, fetch_one)
+        if is_asked or not is_partly_renewed(entry):
+            break
+    if request.is_index and is_asked and not request.offline:
+        end_renewal(entry)
+    return file
 
 
 def _fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedFile:
@@ -86,6 +97,7 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
                 entry = reject(look, "its origin has another file now", request)
                 continue
             _logger.info("%s: its origin has another file now; fetching that", entry.path)
+            request = replace(request, is_renewal=request.is_index or request.is_part)
         elif look.file is not None:
             opinion = ask_origin(look.file, request, report, settings)
             if opinion.agrees is False:
@@ -122,8 +134,17 @@ def _disturbed(entry: Entry, times: int) -> CacheError:
 
 
 def _is_outdated(look: Look, request: FetchRequest, report: Report, settings: Settings) -> bool:
-    """Return whether the caller wants the origin's present file, and the cached one is another."""
-    if not request.refresh or request.offline or request.sha256 is not None or look.record is None:
+    """Return whether the caller wants the origin's present file, and the cached one is another.
+
+    Of a checkpoint in several files that was renewed in part, everybody wants the present ones.
+
+    Raises:
+        OfflineError: it was, and the origin may not be asked.
+    """
+    is_mixed = (request.is_index or request.is_part) and is_partly_renewed(look.entry)
+    if is_mixed and request.offline:
+        raise offline_error(look.entry, request, "only some files of this checkpoint have been renewed")
+    if not (request.refresh or is_mixed) or request.offline or request.sha256 is not None or look.record is None:
         return False
     return not is_current(look.record, request, report, settings)
 

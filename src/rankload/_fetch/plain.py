@@ -22,7 +22,7 @@ from rankload._fetch.verify import check_digest, claims_of
 from rankload._job.signals import TerminationAsException
 from rankload._settings import Settings
 from rankload._types import FetchRequest, Progress
-from rankload._urls import expanded, local_path_of, redact
+from rankload._urls import expanded, is_own_name, local_path_of, redact
 
 _READ_BYTES = 1 << 20
 
@@ -39,6 +39,8 @@ def download_to(url: str, destination: Path, hash_prefix: str | None, *, progres
         raise CacheError(f"cannot write {path}: Is a directory; name a file in it", path=str(path), errno=errno.EISDIR)
     if path.exists() and not path.is_file():  # as root, another file in the place of /dev/null would be everybody's
         raise CacheError(f"cannot write {path}: it is no regular file; name another", path=str(path))
+    if is_own_name(path.name):  # it would be taken for the beginning of another URL's file
+        raise CacheError(f"cannot write {path}: rankload's own files have such names; choose another", path=str(path))
     settings = Settings.from_environment()
     request = FetchRequest(
         urls=checked_urls(url),

@@ -94,8 +94,8 @@ DOUBLED_KEY = b"\x80\x02})" + b"2\x86" * 64 + b"Ns."  # hashing it would take 2*
 
 @pytest.mark.parametrize(
     "crafted",
-    [b"\x80\x02Nr\xff\xff\xff\xff.", DEEP_KEY, DOUBLED_KEY, b"\x80\x02N" + b"2" * 3_000_000 + b"."],
-    ids=["huge-memo", "deep-key", "doubled-key", "endless"],
+    [DEEP_KEY, DOUBLED_KEY, b"\x80\x02N" + b"2" * 3_000_000 + b"."],
+    ids=["deep-key", "doubled-key", "endless"],
 )
 def test_a_crafted_pickle_costs_no_memory_and_no_time(tmp_path, crafted):
     path = tmp_path / "model.pth"
@@ -103,6 +103,13 @@ def test_a_crafted_pickle_costs_no_memory_and_no_time(tmp_path, crafted):
     begin = time.thread_time()
     assert check(path) == "legacy"
     assert time.thread_time() - begin < 10
+
+
+def test_a_huge_memo_is_refused_and_costs_no_memory(tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(HEAD + b"\x80\x02Nr\xff\xff\xff\xff." + pickle.dumps([], 2))
+    with pytest.raises(NotACheckpointError, match="a memo of unusual numbers"):
+        check(path)
 
 
 @pytest.mark.parametrize("opcode", [b"B", b"X", b"T", b"\x8b", b"\x8d", b"\x8e", b"\x96"])

@@ -50,6 +50,7 @@ def test_names_that_a_cache_takes(name):
         "weights.pth.tmp",
         "weights.pth.LEASE",
         "https://host/part",
+        "part.",
         "part?query",
         "part%2e",
     ],

@@ -76,6 +76,8 @@ def test_the_one_with_most_bytes_is_taken(entry):
         ({"sha256": "a" * 64}, ["other"], "a" * 64, True),  # the same content from another mirror
         ({"sha256": "a" * 64}, ["key"], "b" * 64, False),
         ({"sha256": "a" * 64}, ["key"], None, True),
+        ({"sha256": "a" * 8}, ["other"], "a" * 8, False),  # a prefix stands in the name, whoever serves the file
+        ({"sha256": "a" * 8}, ["key"], "a" * 8, True),
     ],
 )
 def test_content_must_be_the_same(entry, facts, url_keys, sha256, fits):

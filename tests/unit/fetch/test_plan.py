@@ -37,6 +37,7 @@ TABLE = [
     (request(), None, record(), DOWNLOAD, "not cached"),
     (request(), status(size=0), None, SEPARATE, "empty"),
     (request(), status(size=0), record(), DOWNLOAD, "empty"),
+    (request(), status(size=0), record(STRANGER), SEPARATE, STRANGER),
     (request(), status(), None, CHECK, "torch.hub"),
     (request(verify="never"), status(), None, CHECK, "torch.hub"),
     # whose file it is
