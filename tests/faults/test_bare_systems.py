@@ -98,17 +98,21 @@ def test_tmpdir_that_cannot_be_used(tmp_path, folder, python, kind):
 
 
 @pytest.mark.fault(82)
-def test_no_directory_has_room_for_a_temporary_file(tmp_path, folder, python):
+def test_no_directory_has_room_for_a_temporary_file(folder, python):
     """The error names them, what is needed and what there is."""
-    before = 'for name in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o size=1m tmp "$name"; done'
-    copied = tmp_path / "elsewhere"  # pytest's own directory is in /tmp
-    keep = f'mkdir -p /mnt/kept; mount --bind "{folder}" /mnt/kept; {before}; set -- /mnt/kept "$2" "$3" "$4" "$5" "$6"'
-    found = outcomes(python, folder, ("packed", "packed for the node"), before=f"mount -t tmpfs mnt /mnt; {keep}")
+    root = Path(__file__).parents[2]
+    before = f"""
+mount -t tmpfs mnt /mnt; mkdir /mnt/kept /mnt/root
+mount --bind "{folder}" /mnt/kept; mount --bind "{root}" /mnt/root
+for name in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o size=1m tmp "$name"; done
+mkdir -p "{root}"; mount --bind /mnt/root "{root}"  # the checkout itself may be in /tmp
+set -- /mnt/kept "$2" "$3" "$4" "$5" "$6"
+"""
+    found = outcomes(python, folder, ("packed", "packed for the node"), before=before)
     assert found["packed for the node"] == "1000000.0"  # in memory
     assert "CacheError" in found["packed"]
     for text in ("no place for a temporary file of 4.0 MB", "packed.pth unpacked", "/tmp: 1.0 MB free", "set TMPDIR"):
         assert text in found["packed"]
-    assert not copied.exists()
 
 
 @pytest.mark.fault(83)

@@ -177,7 +177,8 @@ def _interrupted_while_waiting_for_rank_0(rank: int, url: str, model_dir: str) -
         raise KeyboardInterrupt
 
     if rank != 1:
-        return try_to_load(rank, url, model_dir)
+        with at_store_operation("peek", "/welcome", _once(lambda: mark("waits"))):
+            return try_to_load(rank, url, model_dir)
     with at_store_operation("peek", "/welcome", interrupt), pytest.raises(KeyboardInterrupt):
         load(rank, url, model_dir)
     return Outcome(0, 0, None, "KeyboardInterrupt")
@@ -189,7 +190,7 @@ def test_ctrl_c_in_a_rank_that_is_joining_ends_the_others_that_wait(
 ) -> None:
     url = origin.add(checkpoint.name, checkpoint.path)
     with start_ranks(_interrupted_while_waiting_for_rank_0, 3, args=(url, cache_dir), held=[0]) as group:
-        wait_until(lambda: "rank 0 has not made the call" in group.stderr(2), 30, "rank 2 waits")
+        group.wait_for_mark("waits", [2])
         interrupted_at = time.monotonic()
         group.open_gate("interrupt")
         interrupted, other = outcomes([group.wait_for_end(rank) for rank in (1, 2)])

@@ -761,6 +761,7 @@ def test_hash_prefix_does_not_pass_on_what_another_url_has_left(origin, evil, ca
     """Whoever forges the prefix knows how the right file goes on."""
     monkeypatch.setenv("RANKLOAD_HASH_PREFIX_DIGITS", "2")
     monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", "1024")
+    monkeypatch.setenv("RANKLOAD_WHOLE_FIRST", "0")
     good = os.urandom(8192)
     prefix = hashlib.sha256(good).hexdigest()[:2]
     candidates = (number.to_bytes(1024, "little") + good[1024:] for number in itertools.count())

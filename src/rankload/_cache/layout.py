@@ -107,7 +107,9 @@ def checked_file_name(name: str) -> str:
     """
     path = PurePosixPath(name)
     if not path.name or path.is_absolute() or ".." in path.parts or any(map(is_own_name, path.parts)):
-        raise ArgumentError(f"file_name={name!r}: expected a relative file name without '..', and not rankload's own")
+        raise ArgumentError(
+            f"file_name={name!r}: expected a relative file name without '..' that is not one of rankload's own files"
+        )
     return name
 
 

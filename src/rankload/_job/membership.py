@@ -45,6 +45,7 @@ class _Membership:
 
     calls: Calls = field(default_factory=Calls)
     session: Session | None = None
+    former: Session | None = None
 
 
 _groups: WeakKeyDictionary[ProcessGroup, _Membership] = WeakKeyDictionary()
@@ -117,10 +118,14 @@ def _session_of_group(group: ProcessGroup, settings: Settings) -> Session | None
 
 def _next_session(member: _Membership, identity: Identity, join_anew: Callable[[], Session | None]) -> Session | None:
     """Count one more call, and return the session that it belongs to; None where there is no place to meet."""
-    if member.session is not None and member.session.pid != os.getpid():
+    last = member.session or member.former
+    if last is not None and last.pid != os.getpid():
         return None
+    if member.session is not None and member.session.is_over:
+        member.former, member.session = member.session, None
+        member.calls.restart()
     member.calls.made += 1
-    if member.session is None or member.session.is_over:
+    if member.session is None:
         try:
             member.session = join_anew()
         except BaseException as error:
@@ -143,7 +148,7 @@ def _join_group(group: ProcessGroup, identity: Identity, settings: Settings, mem
     def is_current() -> bool:
         return not _has_namesake(name, known())
 
-    return join(store, identity, name, settings, member.calls, is_current, member.session)
+    return join(store, identity, name, settings, member.calls, is_current, member.former)
 
 
 def _session_of_environment(settings: Settings) -> Session | None:
@@ -179,7 +184,7 @@ def _join_at_endpoint(identity: Identity, settings: Settings, member: _Membershi
         raise
     if store is None:
         return None
-    return join(store, identity, _ENVIRONMENT, settings, member.calls, former=member.session)
+    return join(store, identity, _ENVIRONMENT, settings, member.calls, former=member.former)
 
 
 def _place(identity: Identity) -> str:

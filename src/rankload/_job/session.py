@@ -33,7 +33,7 @@ _FAILURES_KEPT = 8
 
 @dataclass
 class Calls:
-    """The calls that this process has made with one set of ranks, in whatever sessions.
+    """The calls that this process has made with one set of ranks, since their last session ended.
 
     Every rank makes every call, so all count alike, also over calls in which some could not even join. A rank that
     comes late to a call that has failed is told so, and does not take the others' next call for it.
@@ -45,6 +45,11 @@ class Calls:
 
     made: int = 0
     failures: dict[int, RankloadError] = field(default_factory=dict)
+
+    def restart(self) -> None:
+        """Count from the beginning: the ranks part, and one of them may be succeeded by another process."""
+        self.made = 0
+        self.failures.clear()
 
     def note_failure(self, error: RankloadError) -> None:
         """Remember why the present call fails."""

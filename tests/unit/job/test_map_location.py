@@ -80,7 +80,7 @@ def test_the_files_are_what_they_pretend_to_be(tmp_path):
     if has_accelerator:
         pytest.skip("torch restores them where there is an accelerator")
     path = save(tmp_path / "x.pth", "cpu", "cuda:1")
-    with pytest.raises(RuntimeError, match="'cuda:1': this process has no cuda device"):
+    with pytest.raises(RuntimeError, match="deserialize object on a CUDA device"):
         torch.load(path, weights_only=True)
 
 
@@ -222,8 +222,8 @@ def test_templates_are_filled_for_each_rank(eight_devices):
 
 
 @without_accelerator
-def test_a_filled_template_is_a_device_to_torch(load):
-    with pytest.raises(RuntimeError, match="deserialize object on a CUDA device"):
+def test_a_filled_template_is_a_device(load):
+    with pytest.raises(DeviceError, match="'cuda:1': this process has no cuda device"):
         load("cuda:{local_rank}", RANK_5, "cuda:0")
 
 
