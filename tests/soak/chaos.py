@@ -99,7 +99,7 @@ def run(source: random.Random, directory: Path) -> tuple[str, str]:
             make_calls, job.world_size, env=job.launcher, nodes=job.nodes, args=(url, again),
             rank_env=lambda rank: ENVIRONMENT,
         ):  # fmt: skip
-            assert result.value == [Ended(digest_of(content))], f"the next job: {result.describe()}"
+            assert result.value == [Ended(digest_of(content))], f"the next job: {result.value}, {result.describe()}"
         left = [path.name for path in directory.rglob("*.p*artial")]
         assert not left, f"the next job left {left}"
     return str(job), outcome

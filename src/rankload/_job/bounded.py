@@ -41,6 +41,10 @@ class BoundedCalls:
         """End the thread, once the last call has returned. Without it, the garbage collector does."""
         self._end()
 
+    def ends_overdue_call(self, seconds: float) -> bool:
+        """Wait for a call that has exceeded its limit; tell whether none is under way any more."""
+        return self._overdue is None or self._overdue.ends_within(seconds)
+
     def call(
         self,
         operation: Callable[[], T],

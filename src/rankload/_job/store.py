@@ -6,11 +6,13 @@ anything accelerator-bound either: a store needs neither a backend nor a device.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +33,9 @@ _ABSENT = "\0absent"
 
 #: After this long without a connection, look why. torch itself retries silently until its timeout.
 _LOOK_AFTER_SECONDS = 1.0
+
+#: How long a severed call may take to end.
+_SEVERED_SECONDS = 1.0
 
 #: What a process that has run out of descriptors gets.
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
@@ -84,13 +89,34 @@ class RankStore:
     def _call(self, operation: Callable[[], T]) -> T:
         try:
             return self._calls.call(operation, self.patience_seconds)
-        except (RuntimeError, ConnectionError, TimeoutError) as error:  # torch's DistError is a RuntimeError
-            owner = "rank 0's process" if self.dies_with_rank_0 else "its server"
-            raise StoreLostError(
-                f"lost the store at {self.place}: {owner} has ended, is frozen or cannot be reached; see its output",
-                place=self.place,
-                cause=str(error),
-            ) from error
+        except TimeoutError as error:
+            atexit.unregister(self.sever)  # once is enough
+            atexit.register(self.sever)
+            raise self._lost(error) from error
+        except (RuntimeError, ConnectionError) as error:  # torch's DistError is a RuntimeError
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> StoreLostError:
+        owner = "rank 0's process" if self.dies_with_rank_0 else "its server"
+        return StoreLostError(
+            f"lost the store at {self.place}: {owner} has ended, is frozen or cannot be reached; see its output",
+            place=self.place,
+            cause=str(error),
+        )
+
+    def sever(self) -> None:
+        """End a call that the server has not answered, by shutting down this process's connections to it.
+
+        For the end of the process: should the server answer while the interpreter is torn down, the thread that waits
+        inside torch would need the interpreter's lock, and C++ ends the process by SIGABRT.
+        """
+        port = getattr(_without_prefixes(self.store), "port", None)
+        with suppress(OSError):  # no /proc
+            for descriptor in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208 - numbers, not paths
+                with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                    if connection.family != socket.AF_UNIX and connection.getpeername()[1] == port:
+                        connection.shutdown(socket.SHUT_RDWR)
+        self._calls.ends_overdue_call(_SEVERED_SECONDS)
 
 
 def store_of_group(group: ProcessGroup, settings: Settings) -> RankStore:
