@@ -35,7 +35,7 @@ _ABSENT = "\0absent"
 _LOOK_AFTER_SECONDS = 1.0
 
 #: How long a severed call may take to end.
-_SEVERED_SECONDS = 1.0
+_SEVERED_SECONDS = 2.0
 
 #: What a process that has run out of descriptors gets.
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
@@ -105,18 +105,24 @@ class RankStore:
         )
 
     def sever(self) -> None:
-        """End a call that the server has not answered, by shutting down this process's connections to it.
+        """See `_sever`."""
+        _sever(getattr(_without_prefixes(self.store), "port", None), self._calls)
 
-        For the end of the process: should the server answer while the interpreter is torn down, the thread that waits
-        inside torch would need the interpreter's lock, and C++ ends the process by SIGABRT.
-        """
-        port = getattr(_without_prefixes(self.store), "port", None)
+
+def _sever(port: int | None, calls: BoundedCalls) -> None:
+    """End a call that a server has not answered, by shutting down this process's connections to its port.
+
+    For the end of the process: should the server answer while the interpreter is torn down, the thread that waits
+    inside torch would need the interpreter's lock, and C++ ends the process by SIGABRT.
+    """
+    deadline = time.monotonic() + _SEVERED_SECONDS
+    while not calls.ends_overdue_call(0) and time.monotonic() < deadline:  # torch connects again, for a while
         with suppress(OSError):  # no /proc
             for descriptor in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208 - numbers, not paths
                 with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
                     if connection.family != socket.AF_UNIX and connection.getpeername()[1] == port:
                         connection.shutdown(socket.SHUT_RDWR)
-        self._calls.ends_overdue_call(_SEVERED_SECONDS)
+        calls.ends_overdue_call(_SEVERED_SECONDS / 20)
 
 
 def store_of_group(group: ProcessGroup, settings: Settings) -> RankStore:
@@ -197,6 +203,8 @@ def connect(
     try:
         store = calls.call(make_client or connect_as_usual, limit_seconds, look)
     except (RuntimeError, OSError) as error:  # ConnectionError and TimeoutError are OSErrors
+        if not calls.ends_overdue_call(0):
+            atexit.register(_sever, port, calls)
         whose = f"rank 0 on {host}" if dies_with_rank_0 else "the launcher"
         raise StoreLostError(
             f"cannot reach the store of {whose} at {place}: {error}. Its process has ended or is frozen, or something "
