@@ -208,7 +208,12 @@ class RankChannel:
             self._verdict.succeed()
         self._wait_until(self._verdict.look, self._watched, Progress("done"))
         self._raise_failure()
-        self._verdict.outlast_readers(silence_limit_seconds(self._settings))
+        if not self._verdict.outlast_readers(silence_limit_seconds(self._settings)) and not self._verdict.has_readers():
+            raise RankLostError(
+                "every rank was through, but none of the others has read that the call succeeded: they were killed, or "
+                "gave up rank 0 while it stood still",
+                lost_rank=self._watched[0],
+            )
 
     def _may_succeed(self) -> bool:
         """Tell on rank 0 whether every rank is through, and none can have given this one up.

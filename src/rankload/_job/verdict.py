@@ -72,6 +72,10 @@ class Verdict:
                     break
         return False
 
+    def has_readers(self) -> bool:
+        """Tell on rank 0 whether any other rank has read the verdict."""
+        return self._store.add(self._key("seen"), 0) > 0
+
     def hurry(self, patience_seconds: float) -> None:
         """Wait no longer than this for the store from now on: the process is about to end."""
         self._store = self._store.in_a_hurry(patience_seconds)
