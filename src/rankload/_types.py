@@ -218,7 +218,7 @@ class Channel(Protocol):
         """
 
     def answer(self, question: str, respond: Callable[[], dict[str, Any]]) -> None:
-        """Be ready to answer a question while this rank, rank 0, waits for the others at the end of the call."""
+        """Be ready to answer a question of another rank, whenever this one waits for others."""
 
     def ask(self, question: str, of_rank: int) -> dict[str, Any]:
         """Return a rank's answer to a question. It has said `answer` before; raises like `wait_for`."""

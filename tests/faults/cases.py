@@ -612,7 +612,7 @@ ALL_CASES = (
         76,
         "few-connections",
         ORIGIN,
-        "An origin serves one connection, or a few, and lets the others wait, even behind an idle one.",
+        "An origin serves one connection, or a few, and keeps the others waiting, even while the served one is idle.",
         "Idle connections are closed when nothing comes for a stall time; fewer streams are used then, also for the "
         "next file of that host.",
     ),

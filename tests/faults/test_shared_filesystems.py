@@ -169,6 +169,37 @@ def test_file_deleted_before_the_others_open_it(origin, cache, checkpoint, monke
     assert left_in(cache) == []
 
 
+def load_after_replacement(rank, url, path, content):
+    """Loads; before rank 1 looks at the file that rank 0 has published, somebody puts another in its place."""
+    import rankload._fetch.once as once
+
+    original = once._identity_when_opened
+
+    def replace_and_look(file_path):
+        once._identity_when_opened = original
+        other = file_path.with_name("other")
+        other.write_bytes(content)
+        other.replace(file_path)
+        return original(file_path)
+
+    if rank == 1:
+        once._identity_when_opened = replace_and_look
+    return fetch(rank, url, path)
+
+
+@pytest.mark.fault(47)
+@pytest.mark.parametrize("is_same", [True, False])
+def test_file_replaced_before_another_rank_opens_it(origin, cache, checkpoint, is_same):
+    """The same bytes in another file will do; of others of the same length the right ones are fetched once more."""
+    url = origin.add(checkpoint.name, checkpoint.path)
+    content = checkpoint.path.read_bytes()
+    there = content if is_same else content[:-100] + bytes(100)
+    results = run_ranks(load_after_replacement, 2, args=(url, cache, there))
+    assert Path(results[1].value).read_bytes() == content
+    assert (results[0].value == results[1].value) == is_same  # what somebody has put there stays
+    assert origin.request_count() == (1 if is_same else 2)
+
+
 @pytest.mark.fault(47)
 def test_file_deleted_and_changed_at_the_origin_is_not_mixed_up(
     origin, cache, checkpoint, other_checkpoint, monkeypatch

@@ -98,3 +98,24 @@ def test_files_that_nobody_has_hashed_are_hashed_for_it(
 def _adopt_offline(rank: int, url: str, root: Path) -> Outcome:
     """Rank 0 cannot ask the origin whose the file is, and takes it with a warning."""
     return try_to_load(rank, url, str(root / f"node{rank}"), offline=rank == 0)
+
+
+def _adopt_offline_into_a_module(rank: int, url: str, root: Path) -> float:
+    from rankload import dist_load_into
+
+    module = torch.nn.Module()
+    module.w = torch.nn.Parameter(torch.zeros(100, 100))
+    dist_load_into(module, url, root / f"node{rank}", offline=rank == 0)
+    return float(module.w.detach()[0, 0])
+
+
+@pytest.mark.fault(77)
+def test_rank_0_hashes_its_file_for_others_while_it_waits_for_them_to_check_theirs(
+    origin: Origin, versions: list[CheckpointFile], tmp_path: Path
+) -> None:
+    url = origin.add("model.pth", versions[0].path)
+    left = tmp_path / "node0" / "model.pth"
+    left.parent.mkdir()
+    left.write_bytes(versions[0].path.read_bytes())
+    results = run_ranks(_adopt_offline_into_a_module, 2, args=(url, tmp_path))
+    assert [result.value for result in results] == [1.0, 1.0]

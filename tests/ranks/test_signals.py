@@ -187,3 +187,27 @@ def test_handler_of_a_library_is_left_alone(origin: Origin, checkpoint: Checkpoi
     with start_ranks(_keep_c_handler, 1, env="none", args=(url, cache_dir)) as group:
         [result] = group.wait()
     assert result.value == digest_of(checkpoint.content)
+
+
+def _load_on_a_thread_without_more_threads(rank: int, url: str, model_dir: str) -> str:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "rankload-sigterm":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    threading.Thread.start = refuse  # type: ignore[method-assign]
+    loaded: list[str] = []
+    thread = threading.Thread(target=lambda: loaded.append(load(rank, url, model_dir)))
+    thread.start()
+    thread.join()
+    return loaded[0]
+
+
+def test_call_goes_on_where_no_thread_can_wait_for_sigterm(
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str
+) -> None:
+    url = origin.add(checkpoint.name, checkpoint.path)
+    with start_ranks(_load_on_a_thread_without_more_threads, 2, args=(url, cache_dir)) as group:
+        assert [result.value for result in group.wait()] == [digest_of(checkpoint.content)] * 2

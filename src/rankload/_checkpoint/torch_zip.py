@@ -288,7 +288,7 @@ def _find_end_record(source: Source) -> tuple[int, bytes]:
     position = tail.rfind(END_SIGNATURE, 0, len(tail) - _END.size + len(END_SIGNATURE))
     if position >= 0 and position + _END.size + _END.unpack_from(tail, position)[-1] < len(tail):
         return source.size_bytes - tail_length + position, tail[position:]
-    raise BrokenFileError("truncated zip archive, or one with something behind its end (no directory there)")
+    raise BrokenFileError("truncated zip archive, or one with other data after its end (no directory there)")
 
 
 def _entries(listing: bytes, count: int) -> Iterator[Member]:

@@ -45,7 +45,7 @@ class Content:
     """What a checkpoint holds.
 
     Attributes:
-        whole: as saved, with stand-ins in the place of all tensors; None where nobody needs it.
+        whole: as saved, with stand-ins for all tensors; None where nobody needs it.
         of_module: the state dict for the module: what the adapter has made of the whole. It has stand-ins, too, where
             only code of torch's looks at it.
         assignments: where it is noted what goes where.

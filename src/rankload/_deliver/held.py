@@ -52,7 +52,7 @@ class Held:
         if error is None:
             for name, opened in self.identities.items():
                 path = self.path.parent / name
-                with suppress(FileNotFoundError):  # whoever has removed it has not changed what is open
+                with reading(path), suppress(FileNotFoundError):  # whoever removed it has not changed what is open
                     _check_identity(path, FileIdentity.of(path.stat()), opened, self.descriptors[name])
 
 

@@ -45,6 +45,7 @@ def fetch_once(request: FetchRequest, channel: Channel, settings: Settings) -> F
         else:
             first = channel.wait_for(f"fetched/{domain.key_of_rank_0}", from_rank=0)
             file = _identified(same_version(file, first, request, channel, settings))
+    assert file.identity is not None
     channel.post(
         f"fetched/{domain.key}",
         {
@@ -56,7 +57,7 @@ def fetch_once(request: FetchRequest, channel: Channel, settings: Settings) -> F
             "source": file.source,
             "is_published": file.is_published,
             "part_sizes": file.part_sizes,
-            "identity": None if file.identity is None else asdict(file.identity),
+            "identity": asdict(file.identity),
             "kernel": kernel_id(),
         },
     )
@@ -115,8 +116,8 @@ def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, se
             return found.size_bytes == file.size_bytes
         return found.is_same(published, is_exact=is_here and is_local)
 
-    found = _await_visible(path, is_it, channel.report, settings)
-    if found is not None and is_it(found, is_here):
+    found, is_visible = _await_visible(path, is_it, channel.report, settings)
+    if found is not None and is_visible:
         _await_parts(file, domain, channel.report, settings)
         return replace(file, identity=found)
     if found is None:
@@ -130,17 +131,21 @@ def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, se
         "directory shared between these nodes? Pass scope='node', or a model_dir that is the same everywhere",
         path=str(path),
     )
+    # another rank, or another job, may have fetched it anew: the digest tells
+    is_renewed = found is not None and found.size_bytes == file.size_bytes and file.sha256 is not None
     # scope="job" is the caller's word that it is shared: a thousand nodes where it is not must not all ask the origin
-    if found is not None or file.source == "local" or request.scope == "job" or request.offline:
+    is_elsewhere = found is None and (request.scope == "job" or request.offline)
+    if file.source == "local" or is_elsewhere or (found is not None and not is_renewed):
         raise error
-    _logger.warning("%s has been removed since rank %d published it; fetching it once more", path, domain.leader)
+    if found is None:
+        _logger.warning("%s has been removed since rank %d published it; fetching it once more", path, domain.leader)
     return _fetch_again(file, request, channel, settings, error)
 
 
 def _await_parts(file: FetchedFile, domain: Domain, report: Report, settings: Settings) -> None:
     for path, size_bytes in files_of(file)[1:]:
-        found = _await_visible(path, partial(_has_size, size_bytes), report, settings)
-        if found is None or found.size_bytes != size_bytes:
+        found, is_visible = _await_visible(path, partial(_has_size, size_bytes), report, settings)
+        if not is_visible:
             raise CacheError(
                 f"rank {domain.leader} published {path}, a part of {file.path.name}, with {size_bytes} bytes; after "
                 f"{settings.visibility_seconds:g} s there are {found.size_bytes if found else 'none'} here",
@@ -167,8 +172,8 @@ def _fetch_again(
 
 def _await_visible(
     path: Path, is_it: Callable[[FileIdentity, bool], bool], report: Report, settings: Settings
-) -> FileIdentity | None:
-    """Wait until this node sees the file that the leader published on another; return what it sees, None for no file.
+) -> tuple[FileIdentity | None, bool]:
+    """Wait until this node sees the file that the leader published on another.
 
     Linux NFS clients keep absent names and old sizes for up to 60 s; opening a file revalidates them sooner than
     stat(), and listing the directory drops absent names (nfs(5), "Data and metadata coherence").
@@ -178,14 +183,16 @@ def _await_visible(
         is_it: tells whether a file is that one; gets also whether it lies on a local disk, where nothing lags.
         report: receives this rank's progress.
         settings: deadlines.
+
+    Returns:
+        What it sees, None for no file; and whether that is the file.
     """
     deadline, delay = time.monotonic() + settings.visibility_seconds, 0.01
     while True:
         found, is_local = _identity_when_opened(path)
-        if found is not None and (is_it(found, is_local) or is_local):
-            return found
-        if time.monotonic() >= deadline:
-            return found
+        is_visible = found is not None and is_it(found, is_local)
+        if is_visible or (found is not None and is_local) or time.monotonic() >= deadline:
+            return found, is_visible
         report(Progress("waiting"))  # raises what another rank has failed with
         time.sleep(delay)
         delay = min(delay * 1.5, 1.0)

@@ -100,7 +100,7 @@ class RankChannel:
         return self._wait_for(key, [from_rank])
 
     def answer(self, question: str, respond: Callable[[], dict[str, Any]]) -> None:
-        """Be ready to answer a question while this rank, rank 0, waits for the others at the end of the call."""
+        """Be ready to answer a question of another rank, whenever this one waits for others."""
         self._answers[question] = respond
 
     def ask(self, question: str, of_rank: int) -> dict[str, Any]:
@@ -221,7 +221,6 @@ class RankChannel:
         A rank gives rank 0 up when it has stood still for the silence limit. After half of that, rank 0 asks for
         another sign of life from everybody: who has left the call gives none, and counts as lost in due time.
         """
-        self._answer_questions()
         if not self._verdict.are_all_through():
             return False
         if self._pulse.take_longest_still_seconds() > silence_limit_seconds(self._settings) / 2:
@@ -252,7 +251,7 @@ class RankChannel:
         if first is not None:
             self._session.calls.note_failure(first)
         is_told = self._verdict.is_known and not has_lost_store
-        self._session.is_over = not is_told or self._session.is_ended_by(first)
+        self._session.is_over = not is_told or self._session.is_ended_by(first or mine)
         if isinstance(error, Exception) and error is not first:
             if first is None or (first.rank, first.host, type(first)) == (mine.rank, mine.host, type(mine)):
                 first = mine
@@ -297,6 +296,7 @@ class RankChannel:
             if time.monotonic() - looked_at >= _LOOK_SECONDS:
                 looked_at = time.monotonic()
                 self._verdict.look()
+                self._answer_questions()
             self._raise_failure()
             if vigil.is_due():
                 vigil.look()

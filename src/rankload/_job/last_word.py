@@ -32,10 +32,11 @@ def leave_word(error: RankloadError, root: str, port: int, identity: Identity, c
     except CoordinationError:  # the port is taken: the others find out for themselves
         return
     meeting_point = MeetingPoint(store, root)
-    prove(store, identity)
-    meeting_point.say_hello()
-    meeting_point.tell_failure(as_shared_error(error, identity), call, to_all=True)
-    keep_word(meeting_point, identity, settings)
+    with suppress(StoreLostError):  # the error that is being raised says more
+        prove(store, identity)
+        meeting_point.say_hello()
+        meeting_point.tell_failure(as_shared_error(error, identity), call, to_all=True)
+        keep_word(meeting_point, identity, settings)
 
 
 def keep_word(meeting_point: MeetingPoint, identity: Identity, settings: Settings) -> None:

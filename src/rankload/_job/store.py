@@ -120,7 +120,7 @@ def _sever(port: int | None, calls: BoundedCalls) -> None:
         with suppress(OSError):  # no /proc
             for descriptor in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208 - numbers, not paths
                 with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-                    if connection.family != socket.AF_UNIX and connection.getpeername()[1] == port:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername()[1] == port:
                         connection.shutdown(socket.SHUT_RDWR)
         calls.ends_overdue_call(_SEVERED_SECONDS / 20)
 
@@ -190,15 +190,19 @@ def connect(
     """
     from torch._C._distributed_c10d import TCPStore
 
-    place, calls, started_at = f"{host}:{port}", BoundedCalls(), time.monotonic()
+    place, calls = f"{host}:{port}", BoundedCalls()
+    look_at, pause_seconds = time.monotonic() + _LOOK_AFTER_SECONDS, _LOOK_AFTER_SECONDS
 
     def connect_as_usual() -> Store:
         timeout = timedelta(seconds=limit_seconds)
         return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
     def look() -> None:
-        if time.monotonic() - started_at >= _LOOK_AFTER_SECONDS:
+        nonlocal look_at, pause_seconds
+        if time.monotonic() >= look_at:
             _check_listener(host, port)
+            pause_seconds *= 2  # each look is a connection more, whose name the server may have to look up
+            look_at = time.monotonic() + pause_seconds
 
     try:
         store = calls.call(make_client or connect_as_usual, limit_seconds, look)

@@ -45,7 +45,10 @@ def call_on_sigterm(token: int, on_signal: Callable[[], None]) -> bool:
         if _pipe is None:
             if not hasattr(faulthandler, "register") or not is_at_default(signal.SIGTERM):
                 return False
-            _pipe = _Pipe()
+            try:
+                _pipe = _Pipe()
+            except (OSError, RuntimeError):  # no descriptors, or no threads: the call itself says so, if it needs some
+                return False
         _waiting[token] = on_signal
         return True
 
@@ -66,8 +69,13 @@ class _Pipe:
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._writer, False)  # a signal handler must not wait
+        try:
+            threading.Thread(target=self._read, name="rankload-sigterm", daemon=True).start()
+        except RuntimeError:
+            os.close(self._reader)
+            os.close(self._writer)
+            raise
         faulthandler.register(signal.SIGTERM, file=self._writer, all_threads=False, chain=False)
-        threading.Thread(target=self._read, name="rankload-sigterm", daemon=True).start()
 
     def close(self) -> None:
         """Put the default back, unless a handler was installed meanwhile, and end the thread."""

@@ -168,7 +168,7 @@ def test_more_bytes_behind_an_archive_than_torch_skips(tmp_path):
     torch.save({"a": torch.arange(300.0)}, path)
     with path.open("ab") as file:
         file.write(bytes(70_000))
-    assert refusal(path) == "truncated zip archive, or one with something behind its end (no directory there)"
+    assert refusal(path) == "truncated zip archive, or one with other data after its end (no directory there)"
 
 
 def test_a_hole_over_a_header_is_found(tmp_path):

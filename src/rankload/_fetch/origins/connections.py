@@ -22,8 +22,8 @@ from rankload._urls import server_of
 #: What is read of a redirect's body, so that its connection can be used again.
 _MOST_OF_A_REDIRECT_BYTES = 64 << 10
 
-#: Of all cookies of a session, with their paths and other attributes. Servers take no request with half as many; an
-#: origin that sets more and more of them would fill the memory.
+#: The most that all cookies of a session may take, with their paths and other attributes. Servers take no request with
+#: half as many; an origin that sets more and more of them would fill the memory.
 _MOST_COOKIE_BYTES = 64 << 10
 
 

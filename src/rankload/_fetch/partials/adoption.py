@@ -31,7 +31,7 @@ _FOREIGN_MAX_AGE_SECONDS = 24 * 3600.0
 
 _COPY_BYTES = 8 << 20
 
-#: Of a whole SHA-256.
+#: Hex digits of a whole SHA-256.
 _DIGEST_DIGITS = 64
 
 
