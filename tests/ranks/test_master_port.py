@@ -16,7 +16,7 @@ from harness.origin import Origin
 from harness.rank import mark, wait_for_gate
 from harness.ranks import agent_store, run_ranks, start_ranks
 
-_CONNECT_SECONDS = 2.0
+_CONNECT_SECONDS = 4.0
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def _all_fail_soon(url: str, cache_dir: str, world_size: int = 3, **variables: s
     for outcome in ended:
         assert outcome.error in ("CoordinationError", "StoreLostError"), outcome
         # promised are 2 s; the first call imports torch.distributed, on a machine that runs other tests
-        assert outcome.ended_at - outcome.started_at < _CONNECT_SECONDS + 5, outcome
+        assert outcome.ended_at - outcome.started_at < _CONNECT_SECONDS + 10, outcome
     return ended
 
 

@@ -83,10 +83,20 @@ def test_rank_that_freezes_before_it_has_read_the_verdict_finds_it_when_it_wakes
 
 
 def _stop_before_voting(rank: int, url: str, model_dir: str) -> Outcome:
-    if rank != 0:
+    """Rank 0 stops before its vote, when all others have voted: a rank that has not met it would not know of it."""
+
+    def stop() -> None:
+        wait_for_gate("all have voted")
+        _stop()
+
+    with at_store_operation("add", "/through", _once(stop if rank == 0 else lambda: mark("votes"))):
         return try_to_load(rank, url, model_dir)
-    with at_store_operation("add", "/through", _once(_stop)):
-        return try_to_load(rank, url, model_dir)
+
+
+def _wait_until_rank_0_stops(group: RankGroup) -> None:
+    group.wait_for_mark("votes", [1, 2])
+    group.open_gate("all have voted")
+    _wait_until_stopped(group, 0)
 
 
 @pytest.mark.fault(78)
@@ -96,7 +106,7 @@ def test_rank_0_that_freezes_before_its_vote_does_not_succeed_alone(
 ) -> None:
     url = origin.add(checkpoint.name, checkpoint.path)
     with start_ranks(_stop_before_voting, 3, env=launcher, args=(url, cache_dir)) as group:
-        _wait_until_stopped(group, 0)
+        _wait_until_rank_0_stops(group)
         others = outcomes([group.wait_for_end(rank) for rank in (1, 2)])
         group.cont(0)
         [first] = outcomes([group.wait_for_end(0)])
@@ -110,7 +120,7 @@ def test_rank_0_that_freezes_for_less_than_the_limit_succeeds(
     """It asks the others for another sign of life first."""
     url = origin.add(checkpoint.name, checkpoint.path)
     with start_ranks(_stop_before_voting, 3, env="env", args=(url, cache_dir)) as group:
-        _wait_until_stopped(group, 0)
+        _wait_until_rank_0_stops(group)
         time.sleep(0.55 * short_deadlines)  # the freeze itself
         group.cont(0)
         ended = outcomes(group.wait())

@@ -17,7 +17,8 @@ from rank_functions import leftovers, load, outcomes, try_and_tell
 from harness.checkpoints import CheckpointFile, digest_of
 from harness.origin import Origin, Reply
 from harness.rank import mark, wait_for_gate
-from harness.ranks import start_ranks, wait_until
+from harness.ranks import run_ranks, start_ranks, wait_until
+from rankload._job.thread_signals import call_on_sigterm, stop_waiting
 
 #: What is promised is half a second; machines that run other tests meanwhile get as much again.
 _SECONDS = 1.0
@@ -144,6 +145,46 @@ def test_sigterm_to_a_leader_that_makes_the_call_on_another_thread(
     assert ended.exitcode == -signal.SIGTERM, ended.describe()
     assert ended.ended_at - signalled_at < _SECONDS + 1
     assert leftovers(cache_dir) == []
+
+
+def _who_blocks_sigterm(rank: int) -> dict[str, bool]:
+    """Each has to leave it to the main thread: one that is being started would take the signal and lose it."""
+    blocks: dict[str, bool] = {}
+
+    def note(who: str) -> None:
+        blocks[who] = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    def call() -> None:
+        assert call_on_sigterm(1, lambda: None)
+        assert call_on_sigterm(2, lambda: None)  # a call within the call
+        note("the call's thread")
+        started = threading.Thread(target=note, args=("a thread of the call",))
+        started.start()
+        started.join()
+        child = os.fork()
+        if child == 0:
+            os._exit(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        blocks["a child"] = bool(os.waitpid(child, 0)[1])
+        stop_waiting(2)
+        stop_waiting(1)
+        note("the thread after the call")
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    note("the main thread")
+    return blocks
+
+
+def test_what_a_call_on_another_thread_starts_leaves_sigterm_to_the_main_thread() -> None:
+    [result] = run_ranks(_who_blocks_sigterm, 1, env="none")
+    assert result.value == {
+        "the call's thread": True,
+        "a thread of the call": True,
+        "a child": False,
+        "the thread after the call": False,
+        "the main thread": False,
+    }
 
 
 def _fork_while_loading_on_a_thread(rank: int, url: str, model_dir: str) -> str:

@@ -2,6 +2,11 @@
 
 Only the main thread may install a Python signal handler, and only there it runs. The handlers of `faulthandler` can be
 installed from any thread: they write a few lines to a file, which is a pipe here, and a thread of ours reads it.
+
+They write nothing on a thread that Python does not know, and a thread that is just being started is one: it can take
+a signal that the kernel has sent to the process before the main thread wakes up. So the threads that a call starts, of
+which there are many, leave SIGTERM to the others. What another thread of the process starts at that very moment can
+still lose it.
 """
 
 from __future__ import annotations
@@ -36,6 +41,8 @@ def is_at_default(signum: signal.Signals) -> bool:
 def call_on_sigterm(token: int, on_signal: Callable[[], None]) -> bool:
     """Have a function called, on a thread of its own, when SIGTERM arrives; False if somebody else handles it.
 
+    Until `stop_waiting`, which the same thread calls, this thread and those that it starts leave the signal to others.
+
     Args:
         token: for `stop_waiting`.
         on_signal: must only take note.
@@ -50,12 +57,14 @@ def call_on_sigterm(token: int, on_signal: Callable[[], None]) -> bool:
             except (OSError, RuntimeError):  # no descriptors, or no threads: the call itself says so, if it needs some
                 return False
         _waiting[token] = on_signal
+        _block_in_call.enter()
         return True
 
 
 def stop_waiting(token: int) -> bool:
     """Forget a function; the last one takes the handler away. Tell whether no call waits for the signal any more."""
     global _pipe  # noqa: PLW0603
+    _block_in_call.leave()
     with _lock:
         _waiting.pop(token, None)
         if _waiting or _pipe is None:
@@ -97,25 +106,28 @@ class _Pipe:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-class _Mask(threading.local):
-    """The signals that a thread has blocked itself, while it forks."""
+class _Block(threading.local):
+    """Blocks SIGTERM on the thread that enters; those that it starts are born so."""
 
-    own: set[int | signal.Signals] | None = None
+    _own: set[int | signal.Signals] | None = None  # what the thread had blocked itself
+
+    def enter(self) -> None:
+        if self._own is None:
+            self._own = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def leave(self) -> None:
+        if self._own is not None:
+            own, self._own = self._own, None
+            signal.pthread_sigmask(signal.SIG_SETMASK, own)
 
 
-_mask = _Mask()
+_block_in_call, _block_in_fork = _Block(), _Block()
 
 
 def _block_before_fork() -> None:
     """Keep SIGTERM from a child that still has the handler: it would write to its parent's pipe."""
     if _pipe is not None:
-        _mask.own = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-
-def _unblock_after_fork() -> None:
-    if _mask.own is not None:
-        own, _mask.own = _mask.own, None
-        signal.pthread_sigmask(signal.SIG_SETMASK, own)
+        _block_in_fork.enter()
 
 
 def _forget_in_child() -> None:
@@ -125,7 +137,8 @@ def _forget_in_child() -> None:
         faulthandler.unregister(signal.SIGTERM)
     _pipe, _lock = None, threading.Lock()  # a thread that held it does not exist here
     _waiting.clear()
-    _unblock_after_fork()
+    _block_in_fork.leave()
+    _block_in_call.leave()
 
 
-os.register_at_fork(before=_block_before_fork, after_in_parent=_unblock_after_fork, after_in_child=_forget_in_child)
+os.register_at_fork(before=_block_before_fork, after_in_parent=_block_in_fork.leave, after_in_child=_forget_in_child)
