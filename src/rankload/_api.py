@@ -262,8 +262,7 @@ def _delivered(
     closing: ExitStack,
 ) -> tuple[Path, str]:
     """Return where this rank is to load from, and what messages call it. Collective."""
-    from rankload._deliver.broadcast.whole_file import broadcast_files  # imports torch
-    from rankload._deliver.node_copy import settled
+    from rankload._deliver.node_copy import settled  # imports torch
     from rankload._deliver.parts import all_files
     from rankload._deliver.read_ahead import read_ahead
     from rankload._deliver.unpacked_once import with_unpacked
@@ -272,6 +271,8 @@ def _delivered(
     if file is not None:
         path = settled(file.path, file, location, channel, closing, settings.progress_seconds, mmap=mmap)
     if delivery == "broadcast":
+        from rankload._deliver.broadcast.whole_file import broadcast_files
+
         assert isinstance(channel, RankChannel)
         path, shown = broadcast_files(path, file, source, channel, settings, closing)
         return with_unpacked(path, channel, closing), shown

@@ -78,5 +78,16 @@ def test_fetch_in_a_single_process_does_not_import_torch(origin, tmp_path, is_wa
     if is_warm:
         rankload.dist_fetch(url, tmp_path)
     imported = modules_after(f"import rankload; rankload.dist_fetch({url!r}, {str(tmp_path)!r})")
-    assert "requests" in imported
     assert not imported & {"torch", "numpy", "safetensors"}
+    assert ("requests" in imported) is not is_warm
+
+
+@pytest.mark.parametrize("call", ["dist_fetch", "dist_load_state_dict_from_url", "load"])
+def test_what_only_a_download_needs_is_not_imported_for_a_cached_or_local_file(origin, checkpoint, tmp_path, call):
+    url = origin.add(checkpoint.name, checkpoint.path)
+    rankload.dist_fetch(url, tmp_path)
+    argument = str(checkpoint.path) if call == "load" else url
+    directory = "" if call == "load" else f", {str(tmp_path)!r}"
+    imported = modules_after(f"import rankload; rankload.{call}({argument!r}{directory})")
+    assert "rankload" in imported
+    assert not imported & {"requests", "urllib3", "filelock", "fsspec"}

@@ -1,4 +1,7 @@
-"""What the leader of a domain does: cache hit? else lease → download."""
+"""What the leader of a domain does: cache hit? else lease → download.
+
+What asks origins is imported where it is needed: a hit needs neither requests nor filelock, which take a while.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,18 @@ from stat import S_ISREG
 
 from rankload._cache.directory import make_directory
 from rankload._cache.layout import Entry
-from rankload._cache.lease import hold_lease
 from rankload._cache.renewal import end_renewal, is_partly_renewed
-from rankload._errors import CacheError, FetchError
+from rankload._errors import CacheError
 from rankload._fetch.cached import (
     Look,
     adopt,
-    file_version,
     look_up,
     make_directories,
     reject,
-    set_damaged_file_aside,
     use_in_place,
 )
-from rankload._fetch.download import download
 from rankload._fetch.offline import offline_error
-from rankload._fetch.origins.credentials import headers_of
-from rankload._fetch.origins.sidecar import fetch_sidecar, read_sidecar
-from rankload._fetch.partials.adoption import progress_of_partials, remove_dead_partials
-from rankload._fetch.partials.partial import SupersededError
 from rankload._fetch.parts import with_parts
-from rankload._fetch.refresh import is_current
-from rankload._fetch.unvouched import ask_origin
 from rankload._settings import Settings
 from rankload._types import FetchedFile, FetchRequest, Progress, Report
 from rankload._urls import local_path_of, redact
@@ -99,6 +92,8 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
             _logger.info("%s: its origin has another file now; fetching that", entry.path)
             request = replace(request, is_renewal=request.is_index or request.is_part)
         elif look.file is not None:
+            from rankload._fetch.unvouched import ask_origin
+
             opinion = ask_origin(look.file, request, report, settings)
             if opinion.agrees is False:
                 entry = reject(look, opinion.reason, request)
@@ -113,13 +108,15 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
             raise offline_error(entry, request, look.reason if look.version else "")
         # Before there is anything to see of it on disk: a leader that is killed now is known to have made the call.
         report(Progress("connecting"))
+        from rankload._fetch import miss
+
         if request.verify == "sidecar" and request.sha256 is None:
-            request = _with_sidecar(request, report, settings)
+            request = miss.with_sidecar(request, report, settings)
         else:
             try:
-                if (file := _download_under_lease(look, request, report, settings)) is not None:
+                if (file := miss.download_under_lease(look, request, report, settings)) is not None:
                     return file
-            except SupersededError:
+            except miss.SupersededError:
                 superseded += 1
                 if superseded > _MOST_SUPERSEDED:
                     raise _disturbed(entry, superseded) from None
@@ -146,6 +143,8 @@ def _is_outdated(look: Look, request: FetchRequest, report: Report, settings: Se
         raise offline_error(look.entry, request, "only some files of this checkpoint have been renewed")
     if not (request.refresh or is_mixed) or request.offline or request.sha256 is not None or look.record is None:
         return False
+    from rankload._fetch.refresh import is_current
+
     return not is_current(look.record, request, report, settings)
 
 
@@ -159,50 +158,16 @@ def _tidy_up(entry: Entry, settings: Settings) -> None:
         status, now = entry.lease_path.lstat(), time.time()
         is_own = S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
         if is_own and now - status.st_mtime > _LEASES_UNTIL_ABANDONED * settings.lease_seconds:
+            from rankload._fetch.partials.adoption import remove_dead_partials
+
             entry.lease_path.unlink()
             remove_dead_partials(entry, settings, now)
-
-
-def _download_under_lease(look: Look, request: FetchRequest, report: Report, settings: Settings) -> FetchedFile | None:
-    """Download, or return None because another job has published since the look.
-
-    Raises:
-        SupersededError: see `download`.
-        RankloadError: it cannot be downloaded.
-    """
-    entry = look.entry
-
-    def has_changed() -> bool:
-        report(Progress("waiting"))
-        return file_version(entry) != look.version
-
-    with hold_lease(entry.lease_path, settings, progress_mark=lambda: progress_of_partials(entry), on_wait=has_changed):
-        if file_version(entry) == look.version:
-            set_damaged_file_aside(look)
-            return download(request, entry, report, settings)
-    return None
 
 
 def _with_sidecar_of(path: Path, request: FetchRequest) -> FetchRequest:
     if request.verify != "sidecar" or request.sha256 is not None:
         return request
+    from rankload._fetch.origins.sidecar import read_sidecar
+
     claim = read_sidecar(path)
     return replace(request, sha256=claim.sha256, sha256_source=claim.source)
-
-
-def _with_sidecar(request: FetchRequest, report: Report, settings: Settings) -> FetchRequest:
-    """Learn the digest from the first URL that has a sidecar.
-
-    Raises:
-        FetchError: none has; the last one's.
-    """
-    for url in request.urls:
-        try:
-            claim = fetch_sidecar(url, headers_of(request, url), report, settings)
-        except FetchError as error:
-            if url == request.urls[-1]:
-                raise
-            _logger.warning("%s; trying the next mirror's", error)
-        else:
-            return replace(request, sha256=claim.sha256, sha256_source=claim.source)
-    raise AssertionError("there is at least one URL")
