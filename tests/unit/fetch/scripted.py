@@ -51,11 +51,6 @@ class ScriptedBody:
         self._position += len(piece)
         return piece
 
-    can_splice = False
-
-    def splice(self, pipe: int, count: int) -> None:
-        """Cannot, as of all but plain HTTP."""
-
     def break_off(self) -> None:
         """Cannot, as of fsspec's filesystems."""
 

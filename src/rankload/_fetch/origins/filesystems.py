@@ -114,7 +114,6 @@ class FilesystemBody:
     is_whole: bool
     _origin: FilesystemOrigin
     _read: Callable[[int, int], bytes]
-    can_splice = False
     _position: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -130,10 +129,6 @@ class FilesystemBody:
         if is_at_end if piece else not is_at_end:  # its last piece, or its end came earlier than was known
             self._origin.look(self.version)  # a read names no version: it may be of one that came after the first look
         return piece
-
-    def splice(self, pipe: int, count: int) -> int | None:
-        """See `Body`."""
-        return None
 
     def break_off(self) -> None:
         """See `Body`. No filesystem can: the read ends when it ends, and nobody waits for it."""

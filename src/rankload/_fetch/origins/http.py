@@ -25,7 +25,7 @@ from rankload._fetch.origins.answers import (
 )
 from rankload._fetch.origins.connections import BreakableSession, break_off
 from rankload._fetch.origins.credentials import Credentials, Headers
-from rankload._fetch.origins.http_body import HttpBody, plain_socket
+from rankload._fetch.origins.http_body import HttpBody
 from rankload._fetch.origins.logs import without_queries
 from rankload._fetch.origins.origin import Claim, NotModified, UnusableRange, Version
 from rankload._fetch.origins.translation import translating
@@ -285,7 +285,6 @@ class HttpOrigin:
             self.shown,
             functools.partial(response.raw.read1, decode_content=False),
             response.raw.shutdown,
-            plain_socket(response) if length is not None else None,
         )
 
     def _checked_range(self, response: requests.Response, begin: int, end: int | None) -> tuple[int, int, int | None]:

@@ -78,24 +78,11 @@ class Body(Protocol):
     end: int | None
     is_whole: bool
 
-    @property
-    def can_splice(self) -> bool:
-        """Whether `splice` may do more than say that it cannot."""
-
     def read(self) -> bytes:
         """Return the next bytes, as many as are there; nothing at the end of the body.
 
         Raises:
             FetchError: it broke, or no byte came in time.
-        """
-
-    def splice(self, pipe: int, count: int) -> int | None:
-        """Move the next bytes into a pipe, as many as are there, at most so many; return how many, 0 at the end.
-
-        None, and nothing moved: it cannot be done now, `read` them.
-
-        Raises:
-            FetchError: the body broke, or no byte came in time.
         """
 
     def break_off(self) -> None:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 
-from rankload._cache.linux import is_on_local_disk, start_writeback
+from rankload._cache.linux import start_writeback
 from rankload._fetch.partials.open_file import OpenFile
 
 
@@ -37,7 +37,6 @@ class PartialWriter:
         self.is_closed = False
         with writing():
             self._descriptor = self._lent.enter_context(file.lent())
-            self.can_splice = is_on_local_disk(self._descriptor)
 
     def write(self, piece: bytes, offset: int) -> None:
         """Write a piece at an offset."""
@@ -46,13 +45,6 @@ class PartialWriter:
             while view and not self.is_closed:  # pwrite(2) may take less, on a nearly full disk for one
                 count = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[count:], offset + count
-
-    def splice(self, pipe: int, count: int, offset: int) -> None:
-        """Write so many bytes at an offset that lie in a pipe."""
-        with self._lock, self._writing():
-            while count and not self.is_closed:
-                moved = os.splice(pipe, self._descriptor, count, offset_dst=offset)
-                count, offset = count - moved, offset + moved
 
     def finished(self, begin: int, end: int) -> None:
         """Note that a range is written, and let it go to disk."""

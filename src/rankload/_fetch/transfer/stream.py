@@ -8,7 +8,6 @@ import time
 from rankload._errors import FetchError, FetchTimeoutError, TruncatedError
 from rankload._fetch.origins.origin import Body, UnusableRange
 from rankload._fetch.transfer.first_request import Span
-from rankload._fetch.transfer.passage import Passage
 from rankload._fetch.transfer.target import Writer
 from rankload._fetch.transfer.work import Work
 
@@ -94,16 +93,17 @@ class Stream(threading.Thread):
         noted_at = time.monotonic()
         too_slow = _TooSlow(work.settings.minimum_bytes_per_second, work.settings.stall_seconds, shown)
         try:
-            with Passage(body, first, end, writer, work) as passage:
-                # where it is all there, the last read finds the end: the connection is free for another request
-                while not (work.is_stopped or _is_cut(span, end)) and (count := passage.move(span)):
-                    span.begin += count
-                    if (now := time.monotonic()) - noted_at >= _NOTE_SECONDS or (
-                        span.begin - noted >= work.settings.chunk_bytes
-                    ):
-                        writer.finished(noted, span.begin)
-                        noted, noted_at = span.begin, now
-                    too_slow.check(span.begin - first)
+            # where it is all there, the last read finds the end: the connection is free for another request
+            while not (work.is_stopped or _is_cut(span, end)) and (piece := self._read(body, span, end)):
+                writer.write(piece, span.begin)
+                work.accept(span.begin, piece)
+                span.begin += len(piece)
+                if (now := time.monotonic()) - noted_at >= _NOTE_SECONDS or (
+                    span.begin - noted >= work.settings.chunk_bytes
+                ):
+                    writer.finished(noted, span.begin)
+                    noted, noted_at = span.begin, now
+                too_slow.check(span.begin - first)
         finally:
             writer.finished(noted, span.begin)
         if end is not None and span.begin < end and not (work.is_stopped or _is_cut(span, end)):
@@ -113,6 +113,25 @@ class Stream(threading.Thread):
                 expected=end - body.begin,
                 got=span.begin - body.begin,
             )
+
+    def _read(self, body: Body, span: Span, end: int | None) -> bytes:
+        """Return the next bytes for where a range begins, as far as it goes; nothing at the end of the body.
+
+        Args:
+            body: the answer.
+            span: what is left of the range. Another stream may have been given its end meanwhile.
+            end: of what the body is to fill; None where only the end of the body will tell.
+
+        Raises:
+            FetchError: the body broke, no byte came in time, or more came than were promised or the caller allows.
+        """
+        shown, piece = self._work.origin.shown, body.read()
+        if end is None:
+            self._work.size_limit.check(shown, span.begin + len(piece), is_announced=False)
+            return piece
+        if span.begin + len(piece) > end:
+            raise TruncatedError(f"{shown}: more bytes came than were promised", url=shown, expected=end)
+        return piece if span.end is None else piece[: span.end - span.begin]
 
     def _wait(self, seconds: float) -> None:
         if seconds > 0:

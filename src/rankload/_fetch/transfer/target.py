@@ -26,23 +26,10 @@ class Target(Protocol):
 
 
 class Writer(Protocol):
-    """One thread's way into the target; close it when done.
-
-    Attributes:
-        can_splice: it takes bytes out of a pipe, and reading them back is a matter of memory, not of the network.
-    """
-
-    can_splice: bool
+    """One thread's way into the target; close it when done."""
 
     def write(self, piece: bytes, offset: int) -> None:
         """Write a piece at an offset.
-
-        Raises:
-            CacheError: the disk is full, or broken.
-        """
-
-    def splice(self, pipe: int, count: int, offset: int) -> None:
-        """Write so many bytes at an offset that lie in a pipe.
 
         Raises:
             CacheError: the disk is full, or broken.

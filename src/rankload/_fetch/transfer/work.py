@@ -180,10 +180,6 @@ class Work:
         """Take note of a piece that was written."""
         self._front.offer(offset, piece)
 
-    def accept_range(self, begin: int, end: int) -> None:
-        """Take note of a range that was written without a copy of it in memory."""
-        self._front.adopt(begin, end)
-
     def ended(self) -> None:
         """The body that has everything has ended."""
         with self.changed:
