@@ -29,8 +29,8 @@ from harness.checkpoints import assert_same
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.read_index import read_index
-from rankload._deliver.plain import PlainCheckpoint
-from rankload._deliver.restore import restore_of
+from rankload._deliver.read import read_checkpoint
+from rankload._errors import RankloadError
 from soak.runs import start
 
 FILES_PER_RUN = 1000
@@ -115,9 +115,9 @@ def _load(content: bytes, directory: Path) -> str:
     path = directory / "loaded.pth"
     path.write_bytes(content)
     try:
-        found = PlainCheckpoint(path, str(path)).build(restore_of(lambda storage, tag: storage))
-    except (BrokenFileError, NotUnderstoodError):
-        return "left to torch"
+        found = read_checkpoint(path, lambda storage, tag: storage)
+    except RankloadError:
+        return "refused"
     try:
         expected = torch.load(path, lambda storage, tag: storage, mmap=True, weights_only=True)
     except Exception:  # it knows fewer pickle protocols, and counts arguments

@@ -12,8 +12,7 @@ from rankload._checkpoint.index import ByteOrder, FileIndex
 from rankload._checkpoint.pickle_machine import PickleMachine
 from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.source import Source
-from rankload._checkpoint.state_dict_pickle import read_state_dict
-from rankload._checkpoint.torch_objects import BUILDERS, EXACT_BUILDERS, storage_type_of
+from rankload._checkpoint.torch_objects import BUILDERS, storage_type_of
 from rankload._checkpoint.zip_members import check_listing
 
 #: torch.save writes 3; later ones, up to this, are TorchScript's.
@@ -24,7 +23,7 @@ _KEY = re.compile(r"[0-9A-Za-z_.-]+", re.ASCII)
 _LONGEST_KEY = 1000
 
 
-def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool = False) -> FileIndex:
+def read_zip_index(source: Source, file: str, *, is_remote: bool) -> FileIndex:
     """Read the index.
 
     Args:
@@ -32,7 +31,6 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool 
         file: its name, for the entries.
         is_remote: a read costs a round trip: where payloads begin is inferred from the directory, and only the first
             and the last are looked up.
-        exactly: every tensor in the index is what torch.load would return; all others stay `Unbuilt`.
 
     Raises:
         BrokenFileError, NotUnderstoodError: see there.
@@ -44,15 +42,11 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool 
     members = _members_as_torch_sees_them(directory)
     records = _Records(source, directory, members, file, is_remote=is_remote)
     pickled = torch_zip.member_content(source, directory, members[directory.raw_root + b"/data.pkl"])
-    builders, is_exact = EXACT_BUILDERS if exactly else BUILDERS, True
-    content: Any = read_state_dict(pickled, builders, records.storage)
-    if content is None:
-        machine = PickleMachine(pickled, builders, records.storage)
-        content = machine.next_pickle()
-        is_exact = machine.is_exact
+    machine = PickleMachine(pickled, BUILDERS, records.storage)
+    content = machine.next_pickle()
     member = members.get(directory.raw_root + b"/byteorder")  # since torch 2.1
     order = None if member is None else _byte_order(torch_zip.member_content(source, directory, member))
-    is_exact = is_exact and _has_known_version(source, directory, members)
+    is_exact = machine.is_exact and _has_known_version(source, directory, members)
     return FileIndex(content, order, is_exact, tuple(records.storages.values()))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -28,14 +28,28 @@ def built(value: Any) -> Any:
 
 def is_exact(content: Any) -> bool:
     """Return whether nested content is what torch.load returns, apart from stand-ins for plain tensors."""
+    return not any(
+        isinstance(value, (Unbuilt, GlobalName, StorageEntry, TensorEntry))
+        or (isinstance(value, SavedTensor) and not value.is_plain)
+        for value in _nested(content)
+    )
+
+
+def has_plain_tensors_only(content: Any) -> bool:
+    """Return whether the content of an index has plain tensors and plain values: nothing that looks at elements."""
+    return not any(
+        isinstance(value, StorageEntry)
+        or (isinstance(value, TensorEntry) and not value.is_plain)
+        or (isinstance(value, (Unbuilt, GlobalName)) and built(value) is value)
+        for value in _nested(content)
+    )
+
+
+def _nested(content: Any) -> Iterator[Any]:
     rest, seen = [content], set[int]()
     while rest:
         value = rest.pop()
-        if isinstance(value, (Unbuilt, GlobalName, StorageEntry, TensorEntry)):
-            return False
-        if isinstance(value, SavedTensor) and not value.is_plain:
-            return False
+        yield value
         if isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             rest.extend(value.values() if isinstance(value, Mapping) else value)
-    return True

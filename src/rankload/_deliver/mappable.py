@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,8 +15,11 @@ from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.source import Source
 from rankload._checkpoint.zip_index import check_script, read_zip_index
 from rankload._checkpoint.zip_members import check_compressed, check_listing
-from rankload._deliver.plain import ALIGNMENT_BYTES
+from rankload._deliver.exact import has_plain_tensors_only
 from rankload._deliver.restore import Restore, location_of_script, restore_of
+
+#: Tensors are mapped only where each of their elements is aligned, for torch's kernels: the longest are complex128's.
+ALIGNMENT_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,12 @@ class Checked:
     Attributes:
         map_location: with which it may.
         doubt: why its storages could not be checked; empty where they were.
+        tags: of its storages, if torch.load looks at no tensor's elements while it makes them; else none.
     """
 
     map_location: Any
     doubt: str = ""
+    tags: frozenset[str] = frozenset()
 
 
 def checked_for_torch(source: Source, file_format: Format, map_location: Any) -> Checked:
@@ -51,12 +55,16 @@ def checked_for_torch(source: Source, file_format: Format, map_location: Any) ->
         directory = torch_zip.read_directory(source)
         check_listing(directory, source.size_bytes)
         check_compressed(source, directory)
-    check, doubt = _CHECKS.get(file_format), ""
+    doubt = ""
     try:
         if file_format == "torchscript":
             return Checked(location_of_script(map_location, check_script(source)))
-        if check is not None:
-            check(source)
+        if file_format == "torch_zip":
+            index = read_zip_index(source, "", is_remote=False)
+            is_plain = index.is_exact and has_plain_tensors_only(index.content)
+            return Checked(map_location, tags=frozenset(one.location for one in index.storages if is_plain))
+        if file_format == "legacy":
+            read_legacy_index(source, "")  # a storage may be nowhere in the file
     except NotUnderstoodError as error:
         doubt = str(error)
         if file_format == "torchscript":
@@ -93,13 +101,6 @@ def why_not_mapped(source: Source, file_format: Format, doubt: str) -> str:
     if _guesses_offsets():
         return "torch would guess where its tensors are (calculate_storage_offsets)"
     return ""
-
-
-#: By format: what compares every storage that the pickles mention with what the file has for it.
-_CHECKS: dict[Format, Callable[[Source], object]] = {
-    "torch_zip": lambda source: read_zip_index(source, "", is_remote=False),
-    "legacy": lambda source: read_legacy_index(source, ""),  # a storage may be nowhere in the file
-}
 
 
 def _fixed(restore: Restore, *, is_cleared: bool) -> Restore:

@@ -19,16 +19,14 @@ import torch
 from rankload._cache.failures import reopening
 from rankload._checkpoint.broken import BrokenFileError
 from rankload._checkpoint.open import CHECKPOINT_FORMATS, describe, sniff
-from rankload._checkpoint.pickle_values import NotUnderstoodError
 from rankload._checkpoint.sharded import read_weight_map
 from rankload._checkpoint.source import LocalSource
 from rankload._checkpoint.unpacked import unpacked
 from rankload._deliver.failures import translated
-from rankload._deliver.mappable import checked_for_torch, why_not_mapped
-from rankload._deliver.plain import PlainCheckpoint
+from rankload._deliver.mappable import Checked, checked_for_torch, why_not_mapped
 from rankload._deliver.private_mapping import torch_maps_privately
 from rankload._deliver.readers import Limits
-from rankload._deliver.restore import Restore, goes_by_tags, restore_of
+from rankload._deliver.restore import goes_by_tags, restore_of
 from rankload._deliver.safetensors import read_safetensors
 from rankload._deliver.staging.late_storages import LateStorages
 from rankload._errors import printable
@@ -87,16 +85,8 @@ class _Options:
     shown: str
     torch_load_arguments: dict[str, Any]
 
-    def may_be_built(self, map_location: Any) -> bool:
-        """Tell whether torch.load is asked for nothing special: then a plain checkpoint is the same however made."""
-        is_plain_call = self.weights_only is not False and self.mmap is not False and not self.torch_load_arguments
-        return is_plain_call and str(map_location) != "meta"  # those storages note where in the file their bytes are
-
 
 def _read(path: Path, map_location: Any, options: _Options) -> Any:
-    if options.may_be_built(map_location) and (plain := _open_plain(path, options.shown)) is not None:
-        with _restoring(map_location, options, may_be_late=True) as restore:
-            return plain.build(restore)
     file_format = sniff(path)
     if file_format not in CHECKPOINT_FORMATS:
         # torch.load would take it for a pickle, and talk of weights_only.
@@ -107,9 +97,12 @@ def _read(path: Path, map_location: Any, options: _Options) -> Any:
     if file_format == "sharded":
         return _read_parts(path, map_location, options)
     if file_format == "safetensors":
-        is_mapped = options.mmap is not False
-        with _restoring(map_location, options, may_be_late=is_mapped) as restore:
-            return read_safetensors(path, restore, mmap=is_mapped, shown=options.shown)
+        late = LateStorages(map_location) if options.mmap is not False and goes_by_tags(map_location) else None
+        restore = late or restore_of(map_location)
+        found = read_safetensors(path, restore, mmap=options.mmap is not False, shown=options.shown)
+        if late is not None:
+            late.fill(options.limits, options.look, options.shown)
+        return found
     with path.open("rb", buffering=0) as file:
         source = LocalSource(file.fileno())
         checked = checked_for_torch(source, file_format, map_location)
@@ -117,42 +110,29 @@ def _read(path: Path, map_location: Any, options: _Options) -> Any:
     if reason and options.mmap is not False:
         level = logging.INFO if options.mmap else logging.DEBUG
         logger.log(level, "%s is read, not mapped: %s", options.shown, reason)
+    late = _late_storages(checked, options) if is_mapped else None
+    where: Any = late or checked.map_location
     with _unsuffixed(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
-        return torch.load(
+        loaded = torch.load(
             name,
-            checked.map_location,
+            where,
             weights_only=options.weights_only,
             mmap=is_mapped,
             **options.torch_load_arguments,
         )
+    if late is not None:
+        late.fill(options.limits, options.look, options.shown)
+    return loaded
 
 
-def _open_plain(path: Path, shown: str) -> PlainCheckpoint | None:
-    """Open one of torch's zip format, mapped; None for everything else.
-
-    Raises:
-        BrokenFileError: the file contradicts itself. torch.load must not get it: mapped, it would not notice.
-    """
-    try:
-        return PlainCheckpoint(path, shown)
-    except BrokenFileError:
-        if sniff(path) in CHECKPOINT_FORMATS:
-            raise
-        return None  # it is no checkpoint at all: a better message follows
-    except NotUnderstoodError as reason:
-        logger.debug("%s is not built from an index: %s", shown, reason)
+def _late_storages(checked: Checked, options: _Options) -> LateStorages | None:
+    """Return what puts storages on accelerators, to be filled after the load, if some go there and nothing minds."""
+    if options.torch_load_arguments or torch._C._len_torch_dispatch_stack():  # such as a mode that makes fake tensors
         return None
-
-
-@contextlib.contextmanager
-def _restoring(map_location: Any, options: _Options, *, may_be_late: bool) -> Iterator[Restore]:
-    """Give what puts storages where they belong; those on accelerators are filled behind the block, if they may be."""
-    if not may_be_late or not goes_by_tags(map_location):  # a function may look at what it gets and returns
-        yield restore_of(map_location)
-        return
-    late = LateStorages(map_location)
-    yield late
-    late.fill(options.limits, options.look, options.shown)
+    if not goes_by_tags(checked.map_location):  # a function may look at what it gets and returns
+        return None
+    late = LateStorages(checked.map_location)
+    return late if any(map(late.takes, checked.tags)) else None
 
 
 def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, Any]:
