@@ -89,7 +89,7 @@ def _run(lab: Lab, rounds: int) -> dict[str, list[float]]:
 def _rank(path: Path, rounds: int) -> None:
     """Run all ways in turn; rank 0 prints the slowest rank's seconds."""
     torch.set_num_threads(1)  # as torchrun does
-    for name in ("rankload._api", "rankload._load_into", "torch.distributed.checkpoint.state_dict"):
+    for name in ("rankload._api.state_dict", "rankload._api.module", "torch.distributed.checkpoint.state_dict"):
         importlib.import_module(name)
     dist.init_process_group("gloo")
     module = Transformer(_LAYERS)

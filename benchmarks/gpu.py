@@ -96,7 +96,12 @@ def _note(runs: list[list[Measured]], size_bytes: int) -> str:
 
 def _load_in_rank(rank: int, name: str, model: Model, kind: Kind, layers: int, files: Files) -> Measured:
     way = next(way for way in WAYS if way.name == name and kind in way.kinds)
-    for needed in (*way.needs, "rankload._api", "rankload._deliver.read", "rankload._load_into"):
+    for needed in (
+        *way.needs,
+        "rankload._api.state_dict",
+        "rankload._load.state_dict.read_checkpoint",
+        "rankload._api.module",
+    ):
         importlib.import_module(needed)
     device_type, count = torch.accelerator.current_accelerator().type, torch.accelerator.device_count()
     device = torch.device(device_type, rank % count)

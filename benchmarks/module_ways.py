@@ -82,9 +82,9 @@ def load_in_rank(rank: int, way: ModuleWay, kind: Kind, model: Model, layers: in
     """Make the module, load once, and check that every tensor has come: all begin as zeros, none is saved so."""
     for name in (
         *way.needs,
-        "rankload._api",
-        "rankload._deliver.read",
-        "rankload._load_into",
+        "rankload._api.state_dict",
+        "rankload._load.state_dict.read_checkpoint",
+        "rankload._api.module",
         "torch.distributed.tensor",
         "torch.distributed.fsdp",
     ):

@@ -22,8 +22,8 @@ class Way:
 
 def timed(rank: int, load: Callable[[int, str, str], Any], url: str, model_dir: str) -> float:
     """Run one way in a rank that has imported everything; return the seconds of the load call."""
-    import rankload._api
-    import rankload._deliver.read  # noqa: F401 - the import is not part of the call
+    import rankload._api.state_dict
+    import rankload._load.state_dict.read_checkpoint  # noqa: F401 - the import is not part of the call
 
     if load is torch_hub_on_rank_0_then_barrier:
         torch.distributed.init_process_group("gloo")

@@ -18,11 +18,15 @@ from rankload._version import __version__
 
 if TYPE_CHECKING:
     from rankload import adapt, hub, model_zoo
-    from rankload._api import dist_fetch, dist_load_state_dict_from_url
-    from rankload._checkpoint.entry import TensorEntry
-    from rankload._deliver.checkpoint import Checkpoint
-    from rankload._deliver.report import LoadReport
-    from rankload._errors import (
+    from rankload._api.fetch import dist_fetch
+    from rankload._api.inspect import open_checkpoint
+    from rankload._api.local import load
+    from rankload._api.module import dist_load_into
+    from rankload._api.state_dict import dist_load_state_dict_from_url
+    from rankload._formats.entry import TensorEntry
+    from rankload._load.checkpoint import Checkpoint
+    from rankload._load.report import LoadReport
+    from rankload.errors import (
         ArgumentError,
         ArgumentMismatchError,
         ArrivalTimeoutError,
@@ -49,9 +53,6 @@ if TYPE_CHECKING:
         UnsafePickleError,
         VerificationError,
     )
-    from rankload._load import load
-    from rankload._load_into import dist_load_into
-    from rankload._open_checkpoint import open_checkpoint
 
 __all__ = [
     "ArgumentError",
@@ -94,14 +95,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "dist_fetch": "_api",
-    "dist_load_state_dict_from_url": "_api",
-    "dist_load_into": "_load_into",
-    "load": "_load",
-    "open_checkpoint": "_open_checkpoint",
-    "Checkpoint": "_deliver.checkpoint",
-    "LoadReport": "_deliver.report",
-    "TensorEntry": "_checkpoint.entry",
+    "dist_fetch": "_api.fetch",
+    "dist_load_state_dict_from_url": "_api.state_dict",
+    "dist_load_into": "_api.module",
+    "load": "_api.local",
+    "open_checkpoint": "_api.inspect",
+    "Checkpoint": "_load.checkpoint",
+    "LoadReport": "_load.report",
+    "TensorEntry": "_formats.entry",
 }
 _MODULES = frozenset({"adapt", "hub", "model_zoo"})
 
@@ -110,7 +111,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"rankload.{name}")
     if name in __all__:
-        value = getattr(importlib.import_module(f"rankload.{_HOMES.get(name, '_errors')}"), name)
+        value = getattr(importlib.import_module(f"rankload.{_HOMES.get(name, 'errors')}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'rankload' has no attribute {name!r}")

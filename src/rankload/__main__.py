@@ -1,5 +1,5 @@
 """``python -m rankload`` is ``rankload``."""
 
-from rankload._cli.app import main
+from rankload._cli import main
 
 main()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from rankload._errors import ArgumentError
+from rankload.errors import ArgumentError
 
 
 @dataclass(frozen=True)

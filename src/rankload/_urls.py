@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlparse, urlsplit, urlunsplit
 
-from rankload._errors import ArgumentError, printable
+from rankload.errors import ArgumentError, printable
 
 WEB_SCHEMES = ("http", "https")
 

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rankload._errors import ArgumentError, LoadError, shown_key
+from rankload.errors import ArgumentError, LoadError, shown_key
 
 Adapter = Callable[[Any], Any]
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch.hub
 from torch.hub import get_dir, set_dir
 
-from rankload._api import load_in_this_process
-from rankload._fetch.plain import download_to
+from rankload._api.state_dict import load_in_this_process
+from rankload._api.tracebacks import short_tracebacks
 from rankload._fetch.request import torch_hub_directory
-from rankload._tracebacks import short_tracebacks
+from rankload._fetch.to_path import download_to
 
 if TYPE_CHECKING:
-    from rankload._api import MapLocation
+    from rankload._api.state_dict import MapLocation
 
 __all__ = ["download_url_to_file", "get_dir", "load_state_dict_from_url", "set_dir"]
 

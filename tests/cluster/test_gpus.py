@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
 
 REPORT = """
 import json, os
-from rankload._job.devices import Accelerator, choose_device
-from rankload._job.environment import identity_from_environment
+from rankload._load.device.devices import Accelerator, choose_device
+from rankload._coordination.launchers import identity_from_environment
 
 me = identity_from_environment()
 count = len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))

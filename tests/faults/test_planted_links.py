@@ -13,7 +13,7 @@ from harness.checkpoints import digest_of
 from harness.fetch_calls import error_in, errors_of, expect, fetch, files_in, left_in, load, whole_log
 from harness.ranks import run_ranks
 from harness.users import ALICE, BOB, acting_as, public_directory
-from rankload._cache.layout import Entry
+from rankload._cache.entry import Entry
 from rankload._cache.record import find_record
 from rankload._fetch.partials.journal import Content, Journal, journal_path
 from rankload._fetch.partials.owner import abandoned_path

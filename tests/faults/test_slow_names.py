@@ -20,7 +20,7 @@ pytestmark = [
 _JOB = """
 import os, socket, sys, threading
 import torch.distributed
-import rankload, rankload._api
+import rankload, rankload._api.state_dict
 
 server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 server.bind(("127.0.0.1", 53))

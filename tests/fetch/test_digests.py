@@ -12,7 +12,7 @@ import rankload
 from harness.fetch_calls import errors_of, expect, fetch, files_in, whole_log
 from harness.ranks import run_ranks
 from harness.replies import Reply
-from rankload._fetch.origins.sidecar import fetch_sidecar
+from rankload._fetch.sidecar import fetch_sidecar
 from rankload._settings import Settings
 
 CONTENT = b"content of a file\n" * 1000

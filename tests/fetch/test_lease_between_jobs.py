@@ -13,8 +13,8 @@ from harness.fetch_calls import fetch_and_mark, files_in, left_in
 from harness.rank import mark, mark_and_wait
 from harness.ranks import run_ranks, start_ranks, wait_until
 from rankload._cache.lease import hold_lease
-from rankload._errors import RankLostError
 from rankload._settings import Settings
+from rankload.errors import RankLostError
 
 HALF = 4 << 20
 NAME = "file.bin"

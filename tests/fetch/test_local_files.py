@@ -132,7 +132,8 @@ def test_names_that_are_not_utf_8(origin, tmp_path, checkpoint):
 def test_without_a_home_directory(origin, checkpoint):
     """As in a container: a local file needs no cache, and a URL wants to be told where."""
     code = """
-import os, sys, torch, rankload, rankload._api, rankload._deliver.read, rankload._deliver.node_copy
+import os, sys, torch, rankload, rankload._api.state_dict
+import rankload._load.state_dict.read_checkpoint, rankload._load.node.node_copy
 os.setgroups([]); os.setgid(54321); os.setuid(54321)
 assert len(rankload.dist_load_state_dict_from_url(sys.argv[1]))
 try:

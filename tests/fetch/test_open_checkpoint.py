@@ -12,8 +12,8 @@ import rankload
 from harness.fetch_calls import whole_log
 from harness.nginx import nginx
 from harness.replies import Reply
-from rankload._checkpoint import torch_zip
-from rankload._checkpoint.source import LocalSource
+from rankload._formats import zip_archive as torch_zip
+from rankload._formats.source import LocalSource
 
 CONTENT = {f"layer.{number}.weight": torch.full((300, 100), float(number)) for number in range(50)}
 

@@ -152,7 +152,7 @@ def test_parts_of_an_index_are_asked_for_too(origin, cache):
 
 
 def test_setting_and_command_line(root, cache, monkeypatch):
-    from rankload._cli.app import main
+    from rankload._cli import main
 
     with nginx(root) as server:
         url = server.url("last.pth")

@@ -149,7 +149,7 @@ def test_local_ones_are_used_in_place(content: dict[str, torch.Tensor], tmp_path
 
 def receive_both_ways(rank: int, url: str, directory: Path) -> tuple[dict[str, torch.Tensor], list[Any], bool]:
     become_node(min(rank, 1), directory)
-    from rankload._deliver import buckets
+    from rankload._load.streams import buckets
 
     buckets._SMALL_BYTES = (0,)
     cache = directory / f"cache-{rank}"

@@ -11,7 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 #: What is imported in the middle of a call: where Python itself lies in root's home, another user cannot.
-_IMPORTED_LATE = ("encodings.ascii", "encodings.idna", "netrc", "rankload._cache.lease", "rankload._deliver.read")
+_IMPORTED_LATE = (
+    "encodings.ascii",
+    "encodings.idna",
+    "netrc",
+    "rankload._cache.lease",
+    "rankload._load.state_dict.read_checkpoint",
+)
 
 #: Users and a group that no machine has.
 ALICE, BOB, GROUP = 71001, 71002, 71100

@@ -22,7 +22,7 @@ def _load(rank: int, path: Path, delivery: str, directory: Path) -> tuple[int, i
     import torch.distributed.tensor
     from torch.distributed.fsdp import fully_shard
 
-    import rankload._load_into
+    import rankload._api.module
 
     if delivery == "broadcast":
         become_node(rank, directory)

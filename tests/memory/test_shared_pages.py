@@ -79,8 +79,8 @@ def _touch_every_page(state_dict: dict[str, torch.Tensor]) -> float:
 
 
 def _load_with_rankload(rank: int, url: str, model_dir: str) -> float:
-    import rankload._api
-    import rankload._deliver.read
+    import rankload._api.state_dict
+    import rankload._load.state_dict.read_checkpoint
 
     mark_and_wait("imported")
     state_dict = rankload.dist_load_state_dict_from_url(url, model_dir)

@@ -78,7 +78,7 @@ def try_and_tell(rank: int, url: str, model_dir: str, **arguments: Any) -> Outco
 
 def load_when_told(rank: int, url: str, model_dir: str, **arguments: Any) -> Outcome:
     """Tries to load once the test has opened the gate ``load``."""
-    import rankload._api  # noqa: F401 - so that what follows is the call alone
+    import rankload._api.state_dict  # noqa: F401 - so that what follows is the call alone
 
     mark_and_wait("ready")
     return try_to_load(rank, url, model_dir, **arguments)
@@ -97,7 +97,7 @@ def leftovers(cache_dir: str) -> list[str]:
 @contextlib.contextmanager
 def at_store_operation(method: str, key_part: str, action: Callable[[], None]) -> Iterator[None]:
     """Runs ``action`` before this rank's next store operations of that kind on a key that contains ``key_part``."""
-    from rankload._job.store import RankStore
+    from rankload._coordination.store import RankStore
 
     original = getattr(RankStore, method)
 

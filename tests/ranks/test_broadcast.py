@@ -133,7 +133,7 @@ def test_source_is_a_global_rank_of_the_group(origin: Origin, checkpoint: Checkp
 
 def _cut_finely() -> None:
     """Lets tensors of a few hundred bytes travel as large ones do, in pieces."""
-    from rankload._deliver import buckets
+    from rankload._load.streams import buckets
 
     buckets.BUCKET_BYTES, buckets._SMALL_BYTES, buckets._GAP_BYTES = 1000, (100,), 0
 
@@ -395,7 +395,7 @@ def _load_where_one_leaves(
 ) -> tuple[str, str, float]:
     """One rank leaves in the middle of the stream; the others return their error, and how long they had to wait."""
     from rankload import RankloadError, dist_load_into, dist_load_state_dict_from_url
-    from rankload._job.relay.relay import Relay
+    from rankload._relay.relay import Relay
 
     become_node(rank, directory)
     note = Relay._note

@@ -24,7 +24,8 @@ _SHARE_BYTES = 1024
 
 
 def _cut_finely() -> None:
-    from rankload._deliver.staging import pinned, whole_tensors
+    from rankload._load.device import pinned
+    from rankload._load.streams import whole_tensors
 
     pinned.BUFFER_BYTES = whole_tensors.BUFFER_BYTES = _SHARE_BYTES
 
@@ -196,7 +197,7 @@ _ROWS = 2000
 def _load_where_a_disk_fails(rank: int, path: Path) -> tuple[str, str, float]:
     """Rank 1 cannot read a piece in the middle; afterwards the process group still works."""
     from rankload import CacheError, dist_load_into
-    from rankload._deliver import tensors
+    from rankload._load.tensors import tensors
 
     _cut_finely()
     dist.init_process_group("gloo")
@@ -234,7 +235,7 @@ def test_a_disk_that_fails_fails_all_and_leaves_the_process_group_whole(linear_f
 def _load_where_memory_is_short(rank: int, path: Path) -> tuple[str, str, float]:
     """Rank 1 fails for want of memory before the first collective; afterwards the process group still works."""
     from rankload import RankFailedError, dist_load_into
-    from rankload._deliver.staging import whole_tensors
+    from rankload._load.streams import whole_tensors
 
     dist.init_process_group("gloo")
 
@@ -262,7 +263,7 @@ def test_a_rank_that_is_short_of_memory_fails_all_before_the_first_collective(li
 
 def _load_where_a_file_hangs(rank: int, path: Path) -> tuple[str, str, float]:
     from rankload import RankloadError, dist_load_into
-    from rankload._deliver.files import CheckpointFiles
+    from rankload._load.module.checkpoint_files import CheckpointFiles
 
     _cut_finely()
     dist.init_process_group("gloo")
@@ -289,7 +290,7 @@ def test_a_file_that_hangs_on_one_rank_ends_the_call_on_all(linear_file: Path) -
 
 def _load_where_one_leaves(rank: int, path: Path, leaver: int, how: str, after: float) -> tuple[str, str, float]:
     from rankload import RankloadError, dist_load_into
-    from rankload._deliver.files import CheckpointFiles
+    from rankload._load.module.checkpoint_files import CheckpointFiles
 
     _cut_finely()
     dist.init_process_group("gloo")

@@ -56,7 +56,7 @@ def _wait_until_stopped(group: RankGroup, rank: int) -> None:
 def _stop_before_reading_the_verdict(rank: int, url: str, model_dir: str) -> Outcome:
     if rank != 1:
         return try_to_load(rank, url, model_dir)
-    from rankload._job.verdict import Verdict
+    from rankload._coordination.verdict import Verdict
 
     count_through = Verdict.count_through
 
@@ -131,7 +131,7 @@ def test_rank_0_that_freezes_for_less_than_the_limit_succeeds(
 
 
 def _die_before_agreeing(rank: int, url: str, model_dir: str, victim: int) -> Outcome:
-    from rankload._job.channel import RankChannel
+    from rankload._coordination.rank_channel import RankChannel
 
     def die(channel: RankChannel, arguments: dict[str, Any]) -> None:
         wait_until(channel._session.has_everybody, 30, "all have joined")
@@ -228,7 +228,7 @@ def _no_threads(name: str) -> Iterator[None]:
 @contextmanager
 def _no_descriptors() -> Iterator[None]:
     """Lets this process open nothing while it connects to rank 0's own store."""
-    import rankload._job.session as session
+    import rankload._coordination.rendezvous as session
 
     neighbour, limits = session.neighbour, resource.getrlimit(resource.RLIMIT_NOFILE)
 

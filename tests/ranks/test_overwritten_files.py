@@ -198,7 +198,7 @@ def test_published_file_stays_mapped_and_torch_hubs_does_not(origin: Any, tmp_pa
 
 def load_with_little_memory(rank: int, path: Path, free_bytes: int) -> tuple[bool, bool]:
     import rankload
-    from rankload._deliver import node_copy
+    from rankload._load.node import node_copy
 
     node_copy.available_bytes = lambda: free_bytes
     content = rankload.dist_load_state_dict_from_url(path)
@@ -234,7 +234,7 @@ def test_file_on_a_network_filesystem_is_read_once_a_node_and_not_mapped(origin:
      "sys/fs/cgroup/memory/job/memory.stat": "total_inactive_file 20480\n"},
 ])  # fmt: skip
 def test_available_memory(tmp_path: Path, files: dict[str, str]) -> None:
-    from rankload._deliver.available_memory import available_bytes
+    from rankload._load.node.available_memory import available_bytes
 
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -198,7 +198,7 @@ def _ask_for_own_device_alone(rank: int, file: str, model_dir: str, port: int) -
     """Loads without the others in each way that there is; returns the errors. Rank 0 knows its device."""
     import rankload
     from rankload import hub
-    from rankload._job import devices
+    from rankload._load.device import devices
 
     devices.visible_accelerator = lambda: devices.Accelerator("cuda", 4, 0, False)  # the machine may have none
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)

@@ -14,11 +14,11 @@ from torch import nn
 from harness import fuse
 from harness.nodes import become_node
 from harness.ranks import run_ranks
-from rankload._deliver import read_ahead
-from rankload._errors import CacheError, LoadError
-from rankload._job.environment import identity_from_environment
-from rankload._job.lone import LoneChannel
+from rankload._coordination.launchers import identity_from_environment
+from rankload._coordination.single_process import LoneChannel
+from rankload._load.node import read_ahead
 from rankload._types import Progress
+from rankload.errors import CacheError, LoadError
 
 pytestmark = pytest.mark.skipif(fuse.why_not() is not None, reason=str(fuse.why_not()))
 

@@ -32,7 +32,7 @@ def test_calls_for_two_urls_in_turn_never_mix(
 
 def _count_operations(rank: int, url: str, model_dir: str, calls: int) -> tuple[list[int], list[float]]:
     """Returns, for each warm call, the store operations that were not polls, and the seconds."""
-    from rankload._job.store import RankStore
+    from rankload._coordination.store import RankStore
 
     counted = 0
 

@@ -18,7 +18,7 @@ from harness.checkpoints import CheckpointFile, digest_of
 from harness.origin import Origin, Reply
 from harness.rank import mark, wait_for_gate
 from harness.ranks import run_ranks, start_ranks, wait_until
-from rankload._job.thread_signals import call_on_sigterm, stop_waiting
+from rankload._coordination.thread_signals import call_on_sigterm, stop_waiting
 
 #: What is promised is half a second; machines that run other tests meanwhile get as much again.
 _SECONDS = 1.0

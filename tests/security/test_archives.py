@@ -19,8 +19,8 @@ from torch import nn
 import rankload
 from harness.checkpoints import write_legacy_zip
 from harness.ranks import run_ranks
-from rankload._checkpoint.open import check_structure
-from rankload._checkpoint.unpacked_limit import ALWAYS_ALLOWED_BYTES, LARGEST_RATIO
+from rankload._formats.sniff import check_structure
+from rankload._formats.unpack_limit import ALWAYS_ALLOWED_BYTES, LARGEST_RATIO
 
 MIB = 1 << 20
 

@@ -27,10 +27,11 @@ from harness.fetch_calls import files_in, load
 from harness.origin import Origin, Reply
 from harness.ranks import run_ranks
 from harness.users import ALICE, BOB, GROUP, acting_as, public_directory
-from rankload._cache import linux
-from rankload._cache.layout import Entry
-from rankload._cache.linux import birth_ns
-from rankload._fetch import cached, download
+from rankload._cache.entry import Entry
+from rankload._fetch import download
+from rankload._fetch import lookup as cached
+from rankload._platform import linux
+from rankload._platform.linux import birth_ns
 from rankload._urls import url_key
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as other users")
@@ -787,7 +788,7 @@ def test_separate_entry_is_made_once(origin, cache, good_url):
 
 def load_while_bob_swaps(rank: int, url: str, cache: str, arguments: dict, how: str, planted: str) -> list[float] | str:
     """Bob, who may rename in the directory, puts another file there once this rank has looked at Alice's."""
-    from rankload._deliver import held
+    from rankload._load.node import held
 
     def look_then_swap(path: Path) -> bool:
         result = looked(path)
@@ -833,7 +834,7 @@ def test_file_that_is_swapped_after_the_look_is_not_loaded(origin, good_url, how
 
 def error_with_pipe(rank: int, url: str, cache: str) -> str:
     """Bob's pipe takes the file's place between the fetch and the look."""
-    from rankload._fetch import once
+    from rankload._fetch import fetch as once
 
     def fetch_then_swap(*args, **kwargs):
         file = fetched(*args, **kwargs)

@@ -15,10 +15,10 @@ import pytest
 
 from harness.rank import mark
 from harness.ranks import run_ranks, start_ranks
-from rankload._errors import CoordinationError, LoadError
-from rankload._job.relay.handshake import ANSWER_BYTES, HELLO_BYTES, MAGIC, UpstreamHandshake
-from rankload._job.relay.links import Link, connect
-from rankload._job.relay.listener import Listener
+from rankload._relay.handshake import ANSWER_BYTES, HELLO_BYTES, MAGIC, UpstreamHandshake
+from rankload._relay.links import Link, connect
+from rankload._relay.listener import Listener
+from rankload.errors import CoordinationError, LoadError
 
 #: Within which a listener that reacts would have reacted.
 _QUIET_SECONDS = 0.5

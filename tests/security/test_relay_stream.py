@@ -21,12 +21,12 @@ from harness import mounts
 from harness.nodes import become_node
 from harness.origin import Origin
 from harness.ranks import run_ranks
-from rankload._deliver.broadcast.header import BadHeaderError, Header, check_names, read_header
-from rankload._errors import CoordinationError, LoadError
-from rankload._job.relay.blocks import BytesBlock
-from rankload._job.relay.links import Link
-from rankload._job.relay.relay import Relay
-from rankload._job.relay.seal import PIECE_BYTES, TAG_BYTES
+from rankload._load.broadcast.header import BadHeaderError, Header, check_names, read_header
+from rankload._relay.blocks import BytesBlock
+from rankload._relay.links import Link
+from rankload._relay.relay import Relay
+from rankload._relay.seal import PIECE_BYTES, TAG_BYTES
+from rankload.errors import CoordinationError, LoadError
 
 needs_nodes = pytest.mark.skipif(mounts.why_not() is not None, reason=str(mounts.why_not()))
 
@@ -158,7 +158,7 @@ def test_stream_under_another_key_is_no_ranks(stack: ExitStack) -> None:
 
 def _change_what_comes(at: int) -> None:
     """Put a proxy in front of this rank's listener that changes one bit of what upstream sends."""
-    from rankload._job.relay.listener import Listener
+    from rankload._relay.listener import Listener
 
     way = Listener.way
     proxies: list[int] = []
@@ -347,7 +347,7 @@ def test_file_below_another_is_refused() -> None:
 
 def _load_what_is_described_falsely(rank: int, path: Path, directory: Path, lie: dict[str, Any]) -> tuple[str, str]:
     from rankload import RankloadError, dist_load_into
-    from rankload._deliver.broadcast import sending
+    from rankload._load.delivery import broadcast_sender as sending
 
     become_node(rank, directory)
     if rank == 0:

@@ -16,8 +16,8 @@ from harness.fetch_calls import errors_of, expect, fetch, fetch_and_mark, files_
 from harness.ranks import run_ranks, start_ranks, wait_until
 from harness.raw_origin import Connection, RawOrigin
 from harness.scripts import run_program
-from rankload._checkpoint.read_index import read_index
-from rankload._deliver.tensors import read_tensor
+from rankload._formats.read_index import read_index
+from rankload._load.tensors.tensors import read_tensor
 
 MIB = 1 << 20
 LIMIT = 100_000

@@ -15,7 +15,7 @@ from harness.nginx import nginx
 from harness.nginx_behaviours import Behaviour
 from harness.origin import Origin
 from harness.raw_origin import RawOrigin
-from rankload._fetch.origins.filesystems import translating_any
+from rankload._fetch.origins.filesystem import translating_any
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces")
 

@@ -77,7 +77,7 @@ def _before_operation(number: int, action: Callable[[], None]) -> Callable[[], N
     """Run something before one of the store operations of this rank's main thread; return what undoes that."""
     import threading
 
-    from rankload._job.store import RankStore
+    from rankload._coordination.store import RankStore
 
     original, left = RankStore._call, [number]
 

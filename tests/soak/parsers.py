@@ -26,11 +26,11 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from harness.checkpoints import assert_same
-from rankload._checkpoint.broken import BrokenFileError
-from rankload._checkpoint.pickle_values import NotUnderstoodError
-from rankload._checkpoint.read_index import read_index
-from rankload._deliver.read import read_checkpoint
-from rankload._errors import RankloadError
+from rankload._formats.broken import BrokenFileError
+from rankload._formats.pickle_values import NotUnderstoodError
+from rankload._formats.read_index import read_index
+from rankload._load.state_dict.read_checkpoint import read_checkpoint
+from rankload.errors import RankloadError
 from soak.runs import start
 
 FILES_PER_RUN = 1000
@@ -61,7 +61,7 @@ INTERESTING = (
 
 
 class BytesSource:
-    """See `rankload._checkpoint.source.Source`."""
+    """See `rankload._formats.source.Source`."""
 
     def __init__(self, content: bytes) -> None:
         self._content, self.size_bytes = content, len(content)

@@ -9,8 +9,8 @@ import urllib.error
 import pytest
 
 import rankload
-from rankload import _errors
-from rankload._errors import MAX_MESSAGE_CHARACTERS, RankloadError, cut, from_wire, printable, to_wire
+from rankload import errors as _errors
+from rankload.errors import MAX_MESSAGE_CHARACTERS, RankloadError, cut, from_wire, printable, to_wire
 
 ALL = [getattr(rankload, name) for name in rankload.__all__ if name.endswith("Error")]
 

@@ -6,9 +6,9 @@ from dataclasses import fields
 import pytest
 
 import rankload
-from rankload import _call
-from rankload._errors import ArgumentError
+from rankload._api import call as _call
 from rankload._settings import Settings, misspelt, variable
+from rankload.errors import ArgumentError
 
 
 def test_defaults_without_variables():

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from rankload._errors import CacheError
+from rankload.errors import CacheError
 
 #: Before the umask takes from it.
 NEW_FILE_MODE = 0o644

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankload._cache.failures import CHOOSE_ANOTHER, why_no_room
-from rankload._errors import CacheError
+from rankload._cache.files import CHOOSE_ANOTHER, why_no_room
+from rankload.errors import CacheError
 
 
 def make_directory(directory: Path) -> None:

@@ -19,8 +19,8 @@ from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from rankload._cache.access import make_own_directory
 from rankload._cache.silent_lease import SilentMarker
-from rankload._errors import RankloadError
 from rankload._settings import Settings
+from rankload.errors import RankloadError
 
 _logger = logging.getLogger("rankload")
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rankload._cache.access import make_own_directory, open_new, open_plain, share_file
-from rankload._cache.failures import reopening
+from rankload._cache.files import reopening
 from rankload._types import Source
 
 _logger = logging.getLogger("rankload")

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
-from rankload._errors import FetchError, FetchTimeoutError, TruncatedError
-from rankload._fetch.origins.origin import Origin, Version
+from rankload._fetch.origins.base import Origin, Version
 from rankload._fetch.transfer.retry import Retries, pause
-from rankload._job.bounded import BoundedCalls
+from rankload._platform.daemon_threads import BoundedCalls
 from rankload._settings import Settings
 from rankload._types import Progress, Report
+from rankload.errors import FetchError, FetchTimeoutError, TruncatedError
 
 #: What must have come once `progress_seconds` have passed, and in every second after that: see `ReadDeadline`.
 _SMALL_BYTES = 64 << 10

@@ -10,24 +10,24 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from rankload._cache.failures import reading, writing
-from rankload._cache.layout import Entry
-from rankload._cache.linux import birth_ns
+from rankload._cache.entry import Entry
+from rankload._cache.files import reading, writing
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, write_record
 from rankload._cache.renewal import begin_renewal
-from rankload._checkpoint.open import check_structure
-from rankload._errors import DigestMismatchError, MissingFileError, VerificationError
-from rankload._fetch.cached import may_be_published
-from rankload._fetch.digest import sha256_of_file
-from rankload._fetch.partials.adoption import adopt_into, remove_dead_partials
+from rankload._fetch.digests import check_digest, claims_of
+from rankload._fetch.file_digest import sha256_of_file
+from rankload._fetch.index_files import check_index
+from rankload._fetch.lookup import may_be_published
+from rankload._fetch.mirrors import Received, Receiver
 from rankload._fetch.partials.partial import Partial, SupersededError
-from rankload._fetch.parts import check_index
-from rankload._fetch.receive import Received, Receiver
-from rankload._fetch.verify import check_digest, claims_of
+from rankload._fetch.partials.resume import adopt_into, remove_dead_partials
+from rankload._formats.sniff import check_structure
+from rankload._platform.linux import birth_ns
 from rankload._settings import Settings
 from rankload._types import FetchedFile, FetchRequest, Progress, Report
 from rankload._urls import redact, url_key
+from rankload.errors import DigestMismatchError, MissingFileError, VerificationError
 
 _logger = logging.getLogger("rankload")
 

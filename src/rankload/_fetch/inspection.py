@@ -8,13 +8,13 @@ from pathlib import Path
 from stat import S_ISLNK, S_ISREG
 
 from rankload._cache.access import check_own_directory, is_trusted, may_rename
-from rankload._cache.failures import reading, reopening
-from rankload._cache.layout import Entry
-from rankload._cache.linux import birth_ns
+from rankload._cache.entry import Entry
+from rankload._cache.files import reading, reopening
 from rankload._cache.record import FoundRecord, Record, find_record
-from rankload._errors import CacheError
-from rankload._fetch.plan import Cached
+from rankload._fetch.policy import Cached
+from rankload._platform.linux import birth_ns
 from rankload._types import FetchRequest
+from rankload.errors import CacheError
 
 
 def inspect(entry: Entry, request: FetchRequest) -> Cached:

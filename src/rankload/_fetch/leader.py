@@ -14,10 +14,10 @@ from pathlib import Path
 from stat import S_ISREG
 
 from rankload._cache.directory import make_directory
-from rankload._cache.layout import Entry
+from rankload._cache.entry import Entry
 from rankload._cache.renewal import end_renewal, is_partly_renewed
-from rankload._errors import CacheError
-from rankload._fetch.cached import (
+from rankload._fetch.index_files import with_parts
+from rankload._fetch.lookup import (
     Look,
     adopt,
     look_up,
@@ -26,10 +26,10 @@ from rankload._fetch.cached import (
     use_in_place,
 )
 from rankload._fetch.offline import offline_error
-from rankload._fetch.parts import with_parts
 from rankload._settings import Settings
 from rankload._types import FetchedFile, FetchRequest, Progress, Report
 from rankload._urls import local_path_of, redact
+from rankload.errors import CacheError
 
 _logger = logging.getLogger("rankload")
 
@@ -158,7 +158,7 @@ def _tidy_up(entry: Entry, settings: Settings) -> None:
         status, now = entry.lease_path.lstat(), time.time()
         is_own = S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
         if is_own and now - status.st_mtime > _LEASES_UNTIL_ABANDONED * settings.lease_seconds:
-            from rankload._fetch.partials.adoption import remove_dead_partials
+            from rankload._fetch.partials.resume import remove_dead_partials
 
             entry.lease_path.unlink()
             remove_dead_partials(entry, settings, now)
@@ -167,7 +167,7 @@ def _tidy_up(entry: Entry, settings: Settings) -> None:
 def _with_sidecar_of(path: Path, request: FetchRequest) -> FetchRequest:
     if request.verify != "sidecar" or request.sha256 is not None:
         return request
-    from rankload._fetch.origins.sidecar import read_sidecar
+    from rankload._fetch.sidecar import read_sidecar
 
     claim = read_sidecar(path)
     return replace(request, sha256=claim.sha256, sha256_source=claim.source)

@@ -7,11 +7,11 @@ import shlex
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from rankload._cache.layout import Entry
-from rankload._errors import ArgumentError, OfflineError
-from rankload._fetch.parts import name_without_folder
+from rankload._cache.entry import Entry
+from rankload._fetch.index_files import name_without_folder
 from rankload._types import FetchRequest
 from rankload._urls import file_name_of, redact
+from rankload.errors import ArgumentError, OfflineError
 
 #: For hf:// the variables that its users set already (huggingface_hub, transformers: "Offline mode").
 _HUGGING_FACE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from contextlib import closing
 
 from rankload._cache.record import Record
-from rankload._errors import FetchError
 from rankload._fetch.bounded_read import read_bounded
-from rankload._fetch.origins.choice import origin_for
+from rankload._fetch.origins.base import Claim, NotModified, UnusableRange, Version
 from rankload._fetch.origins.credentials import headers_of
-from rankload._fetch.origins.origin import Claim, NotModified, UnusableRange, Version
+from rankload._fetch.origins.registry import origin_for
 from rankload._settings import Settings
 from rankload._types import FetchRequest, Report
 from rankload._urls import url_key
+from rankload.errors import FetchError
 
 
 def is_current(record: Record, request: FetchRequest, report: Report, settings: Settings) -> bool:

@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rankload._cache.failures import reading
-from rankload._errors import ContentChangedError, FetchError, VerificationError
-from rankload._fetch.digest import sha256_of_file
+from rankload._cache.files import reading
+from rankload._fetch.file_digest import sha256_of_file
+from rankload._fetch.index_files import digest_of_parts, files_of
 from rankload._fetch.leader import fetch
-from rankload._fetch.parts import digest_of_parts, files_of
 from rankload._settings import Settings
 from rankload._types import Channel, FetchedFile, FetchRequest, Progress, Report
 from rankload._urls import redact
+from rankload.errors import ContentChangedError, FetchError, VerificationError
 
 _logger = logging.getLogger("rankload")
 

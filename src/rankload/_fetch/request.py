@@ -12,13 +12,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
-from rankload._cache.layout import checked_file_name, checkpoints_directory, hash_prefix_of
-from rankload._errors import ArgumentError
+from rankload._cache.entry import checked_file_name, checkpoints_directory, hash_prefix_of
+from rankload._fetch.index_files import is_index_name, name_in_own_folder
 from rankload._fetch.offline import is_switched_off
-from rankload._fetch.parts import is_index_name, name_in_own_folder
 from rankload._settings import MODEL_DIR_VARIABLE, Settings
 from rankload._types import FetchRequest, Scope, Verify
 from rankload._urls import expanded, file_name_of, local_path_of, query_digests, redact, scheme_of, url_key, why_refused
+from rankload.errors import ArgumentError
 
 _logger = logging.getLogger("rankload")
 

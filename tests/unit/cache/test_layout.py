@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from rankload._cache.layout import Entry, checked_file_name, checkpoints_directory, hash_prefix_of
-from rankload._errors import ArgumentError
+from rankload._cache.entry import Entry, checked_file_name, checkpoints_directory, hash_prefix_of
 from rankload._urls import beside, file_name_of, local_path_of, redact, url_key
+from rankload.errors import ArgumentError
 
 
 @pytest.mark.parametrize(

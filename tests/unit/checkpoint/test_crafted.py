@@ -18,16 +18,16 @@ import torch
 from torch import nn
 
 import rankload
-from rankload._checkpoint import legacy
-from rankload._checkpoint.broken import BrokenFileError
-from rankload._checkpoint.legacy_tar import is_legacy_tar
-from rankload._checkpoint.open import sniff
-from rankload._checkpoint.pickle_machine import PickleMachine
-from rankload._checkpoint.pickle_values import GlobalName, NotUnderstoodError, Unbuilt
-from rankload._checkpoint.sharded import read_weight_map
-from rankload._checkpoint.source import LocalSource
-from rankload._checkpoint.torch_objects import BUILDERS
-from rankload._deliver.exact import built
+from rankload._formats import torch_legacy as legacy
+from rankload._formats.broken import BrokenFileError
+from rankload._formats.pickle_values import GlobalName, NotUnderstoodError, Unbuilt
+from rankload._formats.pickle_vm import PickleMachine
+from rankload._formats.sharded import read_weight_map
+from rankload._formats.sniff import sniff
+from rankload._formats.source import LocalSource
+from rankload._formats.torch_objects import BUILDERS
+from rankload._formats.torch_tar import is_legacy_tar
+from rankload._load.tensors.torch_values import built
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 import rankload
 from harness import checkpoints
-from rankload._checkpoint.entry import ITEM_BYTES
-from rankload._checkpoint.pickle_values import Unbuilt
+from rankload._formats.entry import ITEM_BYTES
+from rankload._formats.pickle_values import Unbuilt
 
 DTYPES = [getattr(torch, name) for name in ITEM_BYTES if hasattr(torch, name) and not name.startswith(("q", "float4"))]
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from harness import checkpoints
-from rankload._checkpoint import legacy
-from rankload._checkpoint.legacy import MAGIC
-from rankload._checkpoint.open import check_structure
-from rankload._errors import NotACheckpointError
+from rankload._formats import torch_legacy as legacy
+from rankload._formats.sniff import check_structure
+from rankload._formats.torch_legacy import MAGIC
+from rankload.errors import NotACheckpointError
 
 
 def check(path: Path) -> str:

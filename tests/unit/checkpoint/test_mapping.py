@@ -16,8 +16,8 @@ import torch
 from torch.serialization import get_default_mmap_options, set_default_mmap_options
 
 from harness import checkpoints
-from rankload._deliver.private_mapping import torch_maps_privately
-from rankload._deliver.read import read_checkpoint
+from rankload._load.state_dict.private_mapping import torch_maps_privately
+from rankload._load.state_dict.read_checkpoint import read_checkpoint
 
 MAPPED_FORMATS = [checkpoints.write_zip, checkpoints.write_safetensors]
 
@@ -105,7 +105,7 @@ def test_a_fork_during_a_load_can_load(tmp_path):
 LOADER = """
 import re, sys
 import torch
-from rankload._deliver.read import read_checkpoint
+from rankload._load.state_dict.read_checkpoint import read_checkpoint
 
 def pss_bytes():
     with open("/proc/self/smaps_rollup") as file:

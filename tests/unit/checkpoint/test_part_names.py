@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rankload
-from rankload._checkpoint.sharded import is_plain_name
+from rankload._formats.sharded import is_plain_name
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankload._checkpoint.broken import BrokenFileError
-from rankload._checkpoint.pickle_machine import PickleMachine
-from rankload._checkpoint.pickle_stack import GlobalName, NotUnderstoodError, Unbuilt
-from rankload._checkpoint.torch_objects import BUILDERS, storage_type_of
+from rankload._formats.broken import BrokenFileError
+from rankload._formats.pickle_stack import GlobalName, NotUnderstoodError, Unbuilt
+from rankload._formats.pickle_vm import PickleMachine
+from rankload._formats.torch_objects import BUILDERS, storage_type_of
 
 PROTOCOLS = [0, 1, 2, 3, 4, 5]
 

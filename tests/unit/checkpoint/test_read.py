@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from harness import checkpoints
-from rankload._checkpoint.open import sniff
-from rankload._deliver.read import read_checkpoint
-from rankload._errors import DeviceError, LoadError, UnsafePickleError
+from rankload._formats.sniff import sniff
+from rankload._load.state_dict.read_checkpoint import read_checkpoint
+from rankload.errors import DeviceError, LoadError, UnsafePickleError
 
 CONTENTS = {"state_dict": checkpoints.state_dict, "training": checkpoints.training_checkpoint}
 WRITERS = {"zip": checkpoints.write_zip, "legacy": checkpoints.write_legacy, "packed": checkpoints.write_legacy_zip}

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rankload import open_checkpoint
-from rankload._deliver.read import read_checkpoint
-from rankload._errors import LoadError
+from rankload._load.state_dict.read_checkpoint import read_checkpoint
+from rankload.errors import LoadError
 
 DTYPES = [
     "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16",

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 import rankload
-from rankload._checkpoint.open import check_structure, sniff
-from rankload._errors import NotACheckpointError
+from rankload._formats.sniff import check_structure, sniff
+from rankload.errors import NotACheckpointError
 
 ORIGIN = "https://weights.example/model.pth"
 
@@ -285,5 +285,5 @@ def test_a_file_of_1000_tensors_costs_milliseconds(tmp_path):
 
 
 def test_a_login_node_needs_no_torch():
-    code = "import sys, rankload._checkpoint.open; sys.exit('torch' in sys.modules)"
+    code = "import sys, rankload._formats.sniff; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

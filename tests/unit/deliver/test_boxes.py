@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankload._deliver.boxes import Box, boxes_of_range, intersection, runs, whole
+from rankload._load.module.regions import Box, boxes_of_range, intersection, runs, whole
 
 
 @st.composite

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankload._checkpoint.entry import StorageEntry, TensorEntry
-from rankload._checkpoint.read_index import read_index
-from rankload._checkpoint.source import LocalSource, Source
-from rankload._deliver import buckets
-from rankload._deliver.buckets import Bucket, covers, cut, header_ranges, tensor_ranges
+from rankload._formats.entry import StorageEntry, TensorEntry
+from rankload._formats.read_index import read_index
+from rankload._formats.source import LocalSource, Source
+from rankload._load.streams import buckets
+from rankload._load.streams.buckets import Bucket, covers, cut, header_ranges, tensor_ranges
 
 
 def entry(name: str, offset: int, length: int, file: str = "a", dtype: str = "uint8") -> TensorEntry:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rankload._deliver.held import hold
-from rankload._errors import LoadError
+from rankload._load.node.held import hold
 from rankload._types import FileIdentity
+from rankload.errors import LoadError
 
 
 @pytest.fixture

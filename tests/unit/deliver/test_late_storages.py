@@ -14,10 +14,11 @@ from contents import OTHER, PLAIN, Odd
 import rankload
 from harness import checkpoints
 from harness.checkpoints import CheckpointFile, assert_same
-from rankload._deliver.read import read_checkpoint
-from rankload._deliver.readers import Limits
-from rankload._deliver.staging import late_storages, pinned
-from rankload._job.devices import Placement
+from rankload._load.device import pinned
+from rankload._load.device.devices import Placement
+from rankload._load.device.readers import Limits
+from rankload._load.state_dict import deferred_storages as late_storages
+from rankload._load.state_dict.read_checkpoint import read_checkpoint
 
 #: Of the other contents, those with plain tensors, and values that look at none.
 HARMLESS = {"tuple of tensors", "counter", "bytes"}

@@ -15,7 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from harness.alike import assert_alike
 from rankload import LoadError, adapt, dist_load_into, open_checkpoint
-from rankload._deliver.places import own_part
+from rankload._load.module.slots import own_part
 
 
 def saved(tmp_path: Path, content: Any, **keywords: Any) -> Path:

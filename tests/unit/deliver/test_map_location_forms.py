@@ -15,8 +15,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import rankload
 from harness import checkpoints
-from rankload._deliver.restore import location_of_script
-from rankload._job.devices import Placement
+from rankload._load.device.devices import Placement
+from rankload._load.device.map_location import location_of_script
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.jit and masked tensors warn of themselves
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rankload._deliver import node_copy
-from rankload._deliver.node_copy import why_copied
-from rankload._job.devices import Accelerator, Placement
+from rankload._load.device.devices import Accelerator, Placement
+from rankload._load.node import node_copy
+from rankload._load.node.node_copy import why_copied
 
 CONTENT = {"w": torch.ones(4)}
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness.checkpoints import assert_same
 from rankload import LoadError, open_checkpoint
-from rankload._deliver.read import read_checkpoint
+from rankload._load.state_dict.read_checkpoint import read_checkpoint
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

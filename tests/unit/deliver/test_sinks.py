@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankload._checkpoint.entry import StorageEntry, TensorEntry
-from rankload._deliver.boxes import Box
-from rankload._deliver.buckets import Bucket
-from rankload._deliver.in_file import TensorInFile
-from rankload._deliver.sinks import Sinks
-from rankload._deliver.transfers import Transfer
+from rankload._formats.entry import StorageEntry, TensorEntry
+from rankload._load.module.copies import Transfer
+from rankload._load.module.file_tensor import TensorInFile
+from rankload._load.module.regions import Box
+from rankload._load.streams.assemble import Sinks
+from rankload._load.streams.buckets import Bucket
 
 
 class NoFiles:

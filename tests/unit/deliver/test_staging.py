@@ -15,21 +15,22 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rankload import adapt, dist_load_into
-from rankload._checkpoint.read_index import read_index
-from rankload._deliver.boxes import Box, whole
-from rankload._deliver.content import open_content
-from rankload._deliver.files import CheckpointFiles
-from rankload._deliver.in_file import TensorInFile
-from rankload._deliver.module_load import plan_load, prepare_load
-from rankload._deliver.readers import Limits, Readers
-from rankload._deliver.reading import read_all
-from rankload._deliver.staging import own_parts, pinned, whole_tensors
-from rankload._deliver.staging.own_parts import is_of_long_runs, upload_parts
-from rankload._deliver.staging.pinned import staged
-from rankload._deliver.staging.whole_tensors import is_of_whole, upload_whole
-from rankload._deliver.transfers import Transfer
-from rankload._errors import LoadError, ProgressTimeoutError
-from rankload._job.devices import Accelerator
+from rankload._formats.read_index import read_index
+from rankload._load.device import pinned
+from rankload._load.device.devices import Accelerator
+from rankload._load.device.pinned import staged
+from rankload._load.device.readers import Limits, Readers
+from rankload._load.module.checkpoint_files import CheckpointFiles
+from rankload._load.module.content import open_content
+from rankload._load.module.copies import Transfer
+from rankload._load.module.file_tensor import TensorInFile
+from rankload._load.module.module_load import plan_load, prepare_load
+from rankload._load.module.regions import Box, whole
+from rankload._load.streams import own_parts, whole_tensors
+from rankload._load.streams.own_parts import is_of_long_runs, upload_parts
+from rankload._load.streams.run import read_all
+from rankload._load.streams.whole_tensors import is_of_whole, upload_whole
+from rankload.errors import LoadError, ProgressTimeoutError
 
 DEVICE = torch.device("cuda", 1)
 CPU = torch.device("cpu")

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rankload._cache.layout import Entry
-from rankload._errors import NetworkError
-from rankload._fetch.origins.origin import Version
+from rankload._cache.entry import Entry
+from rankload._fetch.origins.base import Version
 from rankload._fetch.partials.partial import Partial
-from rankload._fetch.transfer.front import Front
-from rankload._fetch.transfer.pace import Pace
+from rankload._fetch.transfer.engine import Transfer
+from rankload._fetch.transfer.hasher import Front
 from rankload._fetch.transfer.retry import Retries
-from rankload._fetch.transfer.transfer import Transfer
-from rankload._fetch.transfer.work import Work
+from rankload._fetch.transfer.scaling import Pace
+from rankload._fetch.transfer.state import Work
 from rankload._settings import Settings
+from rankload.errors import NetworkError
 
 PIECE_BYTES = 1000
 

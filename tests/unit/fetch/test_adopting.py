@@ -8,12 +8,13 @@ import time
 import pytest
 
 from harness.fetch_calls import files_in
-from rankload._cache.layout import Entry
-from rankload._fetch.partials import adoption, journal
-from rankload._fetch.partials.adoption import adopt_into, progress_of_partials, remove_dead_partials
+from rankload._cache.entry import Entry
+from rankload._fetch.partials import journal
+from rankload._fetch.partials import resume as adoption
 from rankload._fetch.partials.journal import Content, Journal, journal_path
 from rankload._fetch.partials.owner import abandoned_path
 from rankload._fetch.partials.partial import Partial
+from rankload._fetch.partials.resume import adopt_into, progress_of_partials, remove_dead_partials
 from rankload._settings import Settings
 
 SETTINGS = Settings(chunk_bytes=100, lease_seconds=30.0)

@@ -9,8 +9,14 @@ import time
 import pytest
 from requests.structures import CaseInsensitiveDict
 
-from rankload._fetch.origins.answers import claim_of, content_length_of, content_range_of, retry_after_of, version_of
-from rankload._fetch.origins.origin import Claim, Version
+from rankload._fetch.origins.base import Claim, Version
+from rankload._fetch.origins.http_headers import (
+    claim_of,
+    content_length_of,
+    content_range_of,
+    retry_after_of,
+    version_of,
+)
 
 SHA256 = "ab" * 32
 BASE64 = base64.b64encode(bytes.fromhex(SHA256)).decode()

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankload._errors import FetchTimeoutError
 from rankload._fetch.bounded_read import ReadDeadline
 from rankload._fetch.partials.room import Room
+from rankload.errors import FetchTimeoutError
 
 KIB, MIB = 1 << 10, 1 << 20
 LIMIT = 100.0

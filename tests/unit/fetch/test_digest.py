@@ -2,7 +2,7 @@
 
 import hashlib
 
-from rankload._fetch.digest import sha256_of_file
+from rankload._fetch.file_digest import sha256_of_file
 
 
 def test_of_a_file(tmp_path):

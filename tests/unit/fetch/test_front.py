@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scripted import content_of, threads_named
 
 from harness.waiting import wait_until
-from rankload._errors import CacheError
-from rankload._fetch.transfer import front as module
-from rankload._fetch.transfer.front import Front
+from rankload._fetch.transfer import hasher as module
+from rankload._fetch.transfer.hasher import Front
+from rankload.errors import CacheError
 
 CONTENT = content_of(300_000)
 

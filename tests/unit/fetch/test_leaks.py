@@ -15,9 +15,9 @@ from scripted import content_of
 from harness.origin import Reply
 from harness.waiting import wait_until
 from rankload import dist_fetch
-from rankload._errors import RankloadError
 from rankload._fetch.origins.http import HttpOrigin
 from rankload._settings import Settings
+from rankload.errors import RankloadError
 
 RUNS = 40
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rankload._fetch.transfer.pace import Pace
+from rankload._fetch.transfer.scaling import Pace
 
 TICK = 0.1
 MB = 1_000_000

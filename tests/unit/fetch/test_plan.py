@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rankload._cache.record import Record
-from rankload._fetch.plan import Action, Cached, after_check, decide, known_digest, may_publish
+from rankload._fetch.policy import Action, Cached, after_check, decide, known_digest, may_publish
 from rankload._types import FetchRequest
 from rankload._urls import url_key
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from rankload._errors import ArgumentError
 from rankload._fetch.request import default_directory, make_request
 from rankload._settings import Settings
+from rankload.errors import ArgumentError
 
 
 @pytest.mark.parametrize(

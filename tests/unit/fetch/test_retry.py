@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rankload._errors import (
+from rankload._fetch.transfer.retry import Retries, is_temporary
+from rankload._settings import Settings
+from rankload.errors import (
     ContentChangedError,
     FetchError,
     FetchTimeoutError,
@@ -13,8 +15,6 @@ from rankload._errors import (
     OfflineError,
     TruncatedError,
 )
-from rankload._fetch.transfer.retry import Retries, is_temporary
-from rankload._settings import Settings
 
 SETTINGS = Settings(retries=5, backoff_seconds=1.0, retry_after_seconds=300.0)
 

@@ -8,7 +8,7 @@ import threading
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankload._fetch.transfer.spans import Spans
+from rankload._platform.byte_ranges import Spans
 
 OFFSETS = st.integers(0, 40)
 OPERATIONS = st.lists(st.tuples(st.sampled_from(["add", "remove"]), OFFSETS, OFFSETS), max_size=30)

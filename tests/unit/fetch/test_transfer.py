@@ -19,8 +19,8 @@ from scripted import (
     threads_named,
 )
 
-from rankload._errors import FetchError
-from rankload._fetch.transfer.front import Front
+from rankload._fetch.transfer.hasher import Front
+from rankload.errors import FetchError
 
 
 @pytest.fixture

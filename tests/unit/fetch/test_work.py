@@ -10,12 +10,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scripted import RANGES_FIRST, ScriptedBody, ScriptedOrigin, broken, content_of, new_work
 
-from rankload._errors import ContentChangedError, FetchError, HTTPStatusError, TruncatedError
-from rankload._fetch.origins.origin import Body, UnusableRange, Version
-from rankload._fetch.transfer.failures import Restart
+from rankload._fetch.origins.base import Body, UnusableRange, Version
+from rankload._fetch.transfer.failure_policy import Restart
 from rankload._fetch.transfer.first_request import Span
-from rankload._fetch.transfer.spans import Spans
-from rankload._fetch.transfer.work import Work
+from rankload._fetch.transfer.state import Work
+from rankload._platform.byte_ranges import Spans
+from rankload.errors import ContentChangedError, FetchError, HTTPStatusError, TruncatedError
 
 CHUNK = RANGES_FIRST.chunk_bytes
 

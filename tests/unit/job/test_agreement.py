@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from rankload._errors import ArgumentMismatchError
-from rankload._job.agreement import Agreement
-from rankload._job.store import RankStore
+from rankload._coordination.agreement import Agreement
+from rankload._coordination.store import RankStore
 from rankload._types import Identity
+from rankload.errors import ArgumentMismatchError
 
 
 def ranks(world_size: int, *which: int) -> list[Agreement]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rankload._job import awake
+from rankload._platform import clock as awake
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankload._job.relay.chain import Neighbours, neighbours
+from rankload._relay.chain import Neighbours, neighbours
 
 hosts_of_ranks = st.lists(st.integers(1, 8), min_size=1, max_size=12).map(
     lambda counts: [list(range(sum(counts[:n]), sum(counts[: n + 1]))) for n in range(len(counts))]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch.distributed import HashStore
 
-from rankload._errors import RankLostError
-from rankload._job.channel import RankChannel
-from rankload._job.session import Calls, Session
-from rankload._job.store import RankStore
+from rankload._coordination.rank_channel import RankChannel
+from rankload._coordination.rendezvous import Calls, Session
+from rankload._coordination.store import RankStore
 from rankload._settings import Settings
 from rankload._types import Identity
+from rankload.errors import RankLostError
 
 
 def test_after_the_verdict_a_rank_that_has_left_is_not_lost() -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rankload._errors import DeviceError
-from rankload._job.devices import Accelerator, choose_device, own_device, visible_accelerator
+from rankload._load.device.devices import Accelerator, choose_device, own_device, visible_accelerator
 from rankload._types import Identity
+from rankload.errors import DeviceError
 
 has_accelerator = pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
 
@@ -102,13 +102,13 @@ def test_a_subgroup_that_is_not_bound_follows_the_default_group(group):
 
 
 def test_the_local_rank_is_unknown_to_ranks_without_launcher(monkeypatch):
-    monkeypatch.setattr("rankload._job.devices.visible_accelerator", lambda: cuda(8))
+    monkeypatch.setattr("rankload._load.device.devices.visible_accelerator", lambda: cuda(8))
     with pytest.raises(DeviceError):
         own_device(rank(local_rank=None))
 
 
 def test_but_the_first_rank_of_a_job_is_the_first_on_its_node(monkeypatch, group):
-    monkeypatch.setattr("rankload._job.devices.visible_accelerator", lambda: cuda(8))
+    monkeypatch.setattr("rankload._load.device.devices.visible_accelerator", lambda: cuda(8))
     assert own_device(rank(local_rank=None)) == torch.device("cuda:0")
 
 
@@ -132,7 +132,7 @@ def test_the_snapshot_is_what_torch_says():
 def test_one_visible_device_belongs_to_any_local_rank():
     script = """
 import torch
-from rankload._job.devices import own_device
+from rankload._load.device.devices import own_device
 from rankload._types import Identity
 device = own_device(Identity(5, 8, 5, 8, 0, "here", "torchrun"))
 module = torch.get_device_module(device)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from rankload._coordination.disagreement import advice_on, describe_disagreement
 from rankload._fetch.request import agreed_arguments, make_request
-from rankload._job.disagreement import advice_on, describe_disagreement
 from rankload._settings import Settings
 
 pytestmark = pytest.mark.fault(86)

@@ -6,9 +6,9 @@ import sys
 import pytest
 from recordings import recorded
 
-from rankload._errors import ArgumentError
-from rankload._job.environment import identity_from_environment
+from rankload._coordination.launchers import identity_from_environment
 from rankload._types import Identity
+from rankload.errors import ArgumentError
 
 SINGLE = Identity(0, 1, 0, 1, 0, "host", "single")
 
@@ -204,5 +204,5 @@ def test_this_process_and_host_by_default(monkeypatch):
 
 
 def test_torch_is_not_imported():
-    script = "import sys; from rankload._job.environment import identity_from_environment as f; f(); "
+    script = "import sys; from rankload._coordination.launchers import identity_from_environment as f; f(); "
     subprocess.run([sys.executable, "-c", script + "sys.exit('torch' in sys.modules)"], check=True, timeout=60)

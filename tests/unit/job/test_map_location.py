@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import rankload
-from rankload._errors import ArgumentError, DeviceError
-from rankload._job import devices
-from rankload._job.devices import Accelerator, resolve_map_location
+from rankload._load.device import devices
+from rankload._load.device.devices import Accelerator, resolve_map_location
 from rankload._types import Identity
+from rankload.errors import ArgumentError, DeviceError
 
 has_accelerator = torch.accelerator.is_available()
 needs_accelerator = pytest.mark.skipif(not has_accelerator, reason="no accelerator")
@@ -275,7 +275,7 @@ def test_no_accelerator_is_initialised_for_cpu_targets(tmp_path, form):
     path = save(tmp_path / "x.pth", "cpu")
     script = f"""
 import torch
-from rankload._job.devices import own_device, resolve_map_location
+from rankload._load.device.devices import own_device, resolve_map_location
 from rankload._types import Identity
 identity = Identity(0, 2, 0, 2, 0, "here", "torchrun")
 own_device(identity)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rankload._job.polling import is_on_own_node, is_voice_of_node
+from rankload._coordination.polling import is_on_own_node, is_voice_of_node
 from rankload._types import Identity
 
 

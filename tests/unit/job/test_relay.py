@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from rankload._errors import CoordinationError, LoadError, ProgressTimeoutError, RankLostError
-from rankload._job.relay import relay as relay_module
-from rankload._job.relay.addresses import own_addresses
-from rankload._job.relay.blocks import BytesBlock, FileBlock
-from rankload._job.relay.handshake import HELLO_BYTES, UpstreamHandshake
-from rankload._job.relay.links import Link, connect
-from rankload._job.relay.listener import Listener
-from rankload._job.relay.relay import Relay
+from rankload._relay import relay as relay_module
+from rankload._relay.addresses import own_addresses
+from rankload._relay.blocks import BytesBlock, FileBlock
+from rankload._relay.handshake import HELLO_BYTES, UpstreamHandshake
+from rankload._relay.links import Link, connect
+from rankload._relay.listener import Listener
+from rankload._relay.relay import Relay
 from rankload._types import Progress
+from rankload.errors import CoordinationError, LoadError, ProgressTimeoutError, RankLostError
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_waiting_for_the_upstream_rank_ends_with_what_is_heard() -> None:
 def test_addresses_named_by_the_user_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own_addresses(None)[-1] == "127.0.0.1"
     assert own_addresses("no.such.host.invalid")[-1] == "127.0.0.1"
-    monkeypatch.setattr("rankload._job.relay.addresses._of_interface", lambda name: {"ib0": ["10.1.2.3"]}.get(name, []))
+    monkeypatch.setattr("rankload._relay.addresses._of_interface", lambda name: {"ib0": ["10.1.2.3"]}.get(name, []))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0,eth7")
     assert own_addresses("127.0.0.1")[0] == "10.1.2.3"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "^ib0")

@@ -10,11 +10,11 @@ import pytest
 from torch.distributed import HashStore
 
 from harness.ranks import wait_until
-from rankload._errors import ArrivalTimeoutError
-from rankload._job.session import Calls, Session, join
-from rankload._job.store import RankStore
+from rankload._coordination.rendezvous import Calls, Session, join
+from rankload._coordination.store import RankStore
 from rankload._settings import Settings
 from rankload._types import Identity
+from rankload.errors import ArrivalTimeoutError
 
 WELCOME = "rankload/group/welcome"
 

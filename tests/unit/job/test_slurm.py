@@ -3,8 +3,8 @@
 import pytest
 from recordings import recorded
 
-from rankload._errors import ArgumentError
-from rankload._job.slurm import first_host, slurm_step_endpoint, tasks_on_node
+from rankload._coordination.slurm import first_host, slurm_step_endpoint, tasks_on_node
+from rankload.errors import ArgumentError
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import pytest
 from torch.distributed import HashStore
 
 from harness.ranks import wait_until
-from rankload._errors import ProgressTimeoutError, RankFailedError, RankloadError, RankLostError
-from rankload._job.status import Pulse, Status, Watch
-from rankload._job.store import RankStore
+from rankload._coordination.heartbeat import Pulse, Status, Watch
+from rankload._coordination.store import RankStore
 from rankload._settings import Settings
 from rankload._types import Identity, Progress
+from rankload.errors import ProgressTimeoutError, RankFailedError, RankloadError, RankLostError
 
 DOWNLOADING = Status("there", 1, Progress("downloading", 5, 10), beat=1)
 SETTINGS = Settings(progress_seconds=2, liveness_seconds=30)

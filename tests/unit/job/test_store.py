@@ -7,8 +7,8 @@ from torch.distributed import TCPStore
 
 from harness.rank import mark
 from harness.ranks import start_ranks
-from rankload._errors import StoreLostError
-from rankload._job.store import RankStore
+from rankload._coordination.store import RankStore
+from rankload.errors import StoreLostError
 
 
 def _host(rank: int) -> None:

@@ -12,9 +12,13 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import parse_url
 
-from rankload._errors import ContentChangedError, FetchError, FetchTimeoutError, HTTPStatusError, printable
 from rankload._fetch.origins.advice import ANSWERED_BEFORE, advice_for
-from rankload._fetch.origins.answers import (
+from rankload._fetch.origins.base import Claim, NotModified, UnusableRange, Version
+from rankload._fetch.origins.connections import BreakableSession, break_off
+from rankload._fetch.origins.credentials import Credentials, Headers
+from rankload._fetch.origins.http_body import HttpBody
+from rankload._fetch.origins.http_errors import translating
+from rankload._fetch.origins.http_headers import (
     claim_of,
     coding_of,
     content_length_of,
@@ -23,12 +27,7 @@ from rankload._fetch.origins.answers import (
     retry_after_of,
     version_of,
 )
-from rankload._fetch.origins.connections import BreakableSession, break_off
-from rankload._fetch.origins.credentials import Credentials, Headers
-from rankload._fetch.origins.http_body import HttpBody
 from rankload._fetch.origins.logs import without_queries
-from rankload._fetch.origins.origin import Claim, NotModified, UnusableRange, Version
-from rankload._fetch.origins.translation import translating
 from rankload._fetch.origins.trust import Trust
 from rankload._settings import Settings
 from rankload._urls import (
@@ -41,6 +40,7 @@ from rankload._urls import (
     without_user,
 )
 from rankload._version import __version__
+from rankload.errors import ContentChangedError, FetchError, FetchTimeoutError, HTTPStatusError, printable
 
 _MAX_REDIRECTS = 10
 

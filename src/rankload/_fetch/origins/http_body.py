@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rankload._fetch.origins.origin import Version
-from rankload._fetch.origins.translation import translating
+from rankload._fetch.origins.base import Version
+from rankload._fetch.origins.http_errors import translating
 
 #: One read from the socket. Small enough to lie in a core's second-level cache (1 MiB, and less) from the copy out of
 #: the socket to the copy into the page cache: with 1 MiB a fetch of 1 GB took 2.0 s, with 256 KiB 1.1 s.

@@ -10,14 +10,14 @@ import functools
 import os
 from contextlib import AbstractContextManager
 
-from rankload._errors import ArgumentError
+from rankload._fetch.origins.base import Version
 from rankload._fetch.origins.credentials import Headers
-from rankload._fetch.origins.filesystems import filesystem_of, translating_any
+from rankload._fetch.origins.filesystem import filesystem_of, translating_any
 from rankload._fetch.origins.http import HttpOrigin
 from rankload._fetch.origins.http_body import HttpBody
-from rankload._fetch.origins.origin import Version
 from rankload._settings import Settings
 from rankload._urls import redact, server_of
+from rankload.errors import ArgumentError
 
 
 class HuggingFaceOrigin:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from urllib3.util.ssl_ import create_urllib3_context
 
-from rankload._errors import FetchError
+from rankload.errors import FetchError
 
 #: requests' own, and curl's, which requests takes as well. They replace all others.
 _OF_REQUESTS = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from rankload._cache.access import NEW_FILE_MODE, open_plain, share_file
-from rankload._fetch.origins.origin import Version
+from rankload._fetch.origins.base import Version
 from rankload._fetch.partials.owner import boot_id
-from rankload._fetch.transfer.spans import Spans
+from rankload._platform.byte_ranges import Spans
 
 _FORMAT = 1
 

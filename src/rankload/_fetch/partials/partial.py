@@ -12,18 +12,18 @@ from pathlib import Path
 from types import TracebackType
 
 from rankload._cache.access import NEW_FILE_MODE, share_file
-from rankload._cache.failures import no_space_error, writing
-from rankload._cache.layout import Entry
-from rankload._cache.linux import allocate, rename_if_absent
-from rankload._errors import CacheError, RankloadError, VerificationError
-from rankload._fetch.origins.origin import Version
+from rankload._cache.entry import Entry
+from rankload._cache.files import no_space_error, writing
+from rankload._fetch.origins.base import Version
 from rankload._fetch.partials.journal import Content, Journal, journal_path
 from rankload._fetch.partials.open_file import OpenFile
 from rankload._fetch.partials.owner import abandoned_path, own_path
 from rankload._fetch.partials.room import Room
 from rankload._fetch.partials.writer import PartialWriter
-from rankload._fetch.transfer.spans import Spans
+from rankload._platform.byte_ranges import Spans
+from rankload._platform.linux import allocate, rename_if_absent
 from rankload._settings import Settings
+from rankload.errors import CacheError, RankloadError, VerificationError
 
 #: Allocated beyond the file until it is complete: without room for its record it could not be published.
 _SPARE_BYTES = 64 << 10

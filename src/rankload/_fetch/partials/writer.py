@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 
-from rankload._cache.linux import start_writeback
 from rankload._fetch.partials.open_file import OpenFile
+from rankload._platform.linux import start_writeback
 
 
 class PartialWriter:

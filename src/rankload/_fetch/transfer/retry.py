@@ -6,9 +6,9 @@ import logging
 import random
 import time
 
-from rankload._errors import FetchError, FetchTimeoutError, HTTPStatusError, NetworkError, TruncatedError
 from rankload._settings import Settings
 from rankload._types import Progress, Report
+from rankload.errors import FetchError, FetchTimeoutError, HTTPStatusError, NetworkError, TruncatedError
 
 _logger = logging.getLogger("rankload")
 

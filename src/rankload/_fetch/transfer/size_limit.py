@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankload._errors import FetchError
+from rankload.errors import FetchError
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 import time
 
-from rankload._errors import FetchError, FetchTimeoutError, TruncatedError
-from rankload._fetch.origins.origin import Body, UnusableRange
+from rankload._fetch.origins.base import Body, UnusableRange
 from rankload._fetch.transfer.first_request import Span
+from rankload._fetch.transfer.state import Work
 from rankload._fetch.transfer.target import Writer
-from rankload._fetch.transfer.work import Work
+from rankload.errors import FetchError, FetchTimeoutError, TruncatedError
 
 #: A killed process loses no more of a slow download than what has come in so long.
 _NOTE_SECONDS = 5.0

@@ -1,0 +1,92 @@
+"""What collective calls begin with: their settings, the channel that ends in one outcome on all ranks, agreement."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from rankload._coordination.membership import open_channel
+from rankload._coordination.rank_channel import RankChannel
+from rankload._coordination.single_process import LoneChannel
+from rankload._settings import Settings, misspelt
+from rankload._types import Delivery, Identity
+from rankload.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def collective_call(
+    group: ProcessGroup | None, timeout: float | None
+) -> Iterator[tuple[LoneChannel | RankChannel, Settings]]:
+    """Open the channel. What is wrong with the settings is raised within, where the other ranks hear of it."""
+    problem = None
+    try:
+        settings = _settings(timeout)
+    except ArgumentError as error:
+        settings, problem = Settings(), error
+    with open_channel(group, settings) as channel:
+        if problem is not None:
+            raise problem
+        if channel.identity.rank == 0:
+            _warn_of_misspelt_variables()
+        yield channel, settings
+
+
+def agree_on_delivery(
+    channel: LoneChannel | RankChannel,
+    arguments: dict[str, Any],
+    delivery: Delivery,
+    src: int | None,
+    group: ProcessGroup | None,
+    deliveries: Sequence[Delivery] = ("auto", "read", "broadcast"),
+) -> tuple[Delivery, int]:
+    """Agree on all arguments; return the delivery, and the rank in the channel that broadcasts.
+
+    Raises:
+        ArgumentError: there is no such delivery, or no such rank.
+        ArgumentMismatchError: another rank has said otherwise.
+    """
+    if delivery not in deliveries:
+        raise ArgumentError(f"delivery={delivery!r}: expected one of {', '.join(map(repr, deliveries))}")
+    source = 0 if src is None else _rank_in_channel(src, channel.identity, group)
+    channel.agree({**arguments, "delivery": delivery, "src": src})
+    return "read" if channel.identity.world_size == 1 else delivery, source
+
+
+@cache  # once a process
+def _warn_of_misspelt_variables() -> None:
+    for name, meant in misspelt(os.environ).items():
+        _logger.warning("%s is set, and no setting has this name: is %s meant?", name, meant)
+
+
+def _settings(timeout: float | None) -> Settings:
+    settings = Settings.from_environment()
+    if timeout is None:
+        return settings
+    if not isinstance(timeout, (int, float)) or not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ArgumentError(f"timeout={timeout!r}: expected a positive number of seconds")
+    return replace(settings, progress_seconds=timeout)
+
+
+def _rank_in_channel(src: int, identity: Identity, group: ProcessGroup | None) -> int:
+    rank = src
+    if group is not None:
+        from torch.distributed import get_group_rank
+
+        try:
+            rank = get_group_rank(group, src)
+        except (ValueError, RuntimeError) as error:
+            raise ArgumentError(f"src={src!r}: no rank of the group: {error}") from error
+    if not isinstance(rank, int) or not 0 <= rank < identity.world_size:
+        raise ArgumentError(f"src={src!r}: expected a rank, 0 to {identity.world_size - 1}")
+    return rank

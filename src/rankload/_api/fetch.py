@@ -1,0 +1,115 @@
+"""`dist_fetch`: a file, verified, on every node; and how the other calls fetch theirs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rankload._api.call import collective_call
+from rankload._api.tracebacks import short_tracebacks
+from rankload._coordination.membership import open_lone_channel
+from rankload._coordination.rank_channel import RankChannel
+from rankload._coordination.single_process import LoneChannel
+from rankload._fetch.fetch import fetch_at, fetch_once
+from rankload._fetch.request import Url, agreed_arguments, make_request
+from rankload._settings import Settings
+from rankload._types import Delivery, FetchedFile, FetchRequest, Progress, Scope, Verify
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@short_tracebacks
+def dist_fetch(
+    url: Url,
+    model_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    check_hash: bool = False,
+    file_name: str | None = None,
+    *,
+    sha256: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+    scope: Scope = "auto",
+    group: ProcessGroup | None = None,
+    offline: bool | None = None,
+    verify: Verify = "once",
+    max_bytes: int | None = None,
+    refresh: bool = False,
+) -> Path:
+    """Fetch a file into the cache once, verified, and return its path on this node. Loads no tensors.
+
+    **Collective**, with the arguments and errors of `dist_load_state_dict_from_url`. In a single process it does not
+    import torch: the way to prefetch on a login node. Files that are no checkpoints are welcome too.
+    """
+    with collective_call(group, timeout) as (channel, settings):
+        request = make_request(
+            url,
+            model_dir,
+            check_hash=check_hash,
+            file_name=file_name,
+            progress=progress,
+            sha256=sha256,
+            headers=headers,
+            scope=scope,
+            verify=verify,
+            offline=offline,
+            must_be_checkpoint=False,
+            max_bytes=max_bytes,
+            refresh=refresh,
+            settings=settings,
+        )
+        channel.agree(agreed_arguments(request, "fetch"))
+        return fetch_once(request, channel, settings).path
+
+
+def fetch_in_this_process(
+    url: Url,
+    model_dir: str | os.PathLike[str] | None,
+    *,
+    progress: bool,
+    check_hash: bool,
+    file_name: str | None,
+    sha256: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    verify: Verify = "once",
+    must_be_checkpoint: bool = True,
+    max_bytes: int | None = None,
+    refresh: bool = False,
+    settings: Settings | None = None,
+) -> FetchedFile:
+    """Fetch without the other ranks, by the arguments of the public calls. Not collective; does not import torch."""
+    settings = settings or Settings.from_environment()
+    with open_lone_channel() as channel:
+        request = make_request(
+            url,
+            model_dir,
+            check_hash=check_hash,
+            file_name=file_name,
+            progress=progress,
+            sha256=sha256,
+            headers=headers,
+            scope="process",
+            verify=verify,
+            offline=None,
+            must_be_checkpoint=must_be_checkpoint,
+            max_bytes=max_bytes,
+            refresh=refresh,
+            settings=settings,
+        )
+        return fetch_once(request, channel, settings)
+
+
+def fetch_for(
+    delivery: Delivery, request: FetchRequest, channel: LoneChannel | RankChannel, settings: Settings, source: int
+) -> FetchedFile | None:
+    """Fetch what a delivery needs; return the file, or None where only the source has one. Collective."""
+    file = (
+        fetch_at(source, request, channel, settings)
+        if delivery == "broadcast"
+        else fetch_once(request, channel, settings)
+    )
+    channel.report(Progress("loading", 0, None if file is None else file.size_bytes))
+    return file

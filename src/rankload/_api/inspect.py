@@ -1,0 +1,106 @@
+"""`open_checkpoint`: look into a checkpoint without loading it, and without downloading it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rankload._api.tracebacks import short_tracebacks
+from rankload._cache.files import check_has_scheme, reading
+from rankload._fetch.offline import is_switched_off
+from rankload._fetch.range_source import RemoteSource
+from rankload._fetch.request import checked_headers, checked_urls
+from rankload._formats.broken import BrokenFileError
+from rankload._formats.hints import hint_on_directory
+from rankload._formats.pickle_values import NotUnderstoodError
+from rankload._formats.read_index import read_index
+from rankload._formats.source import Source
+from rankload._formats.unpack import open_unpacked
+from rankload._load.checkpoint import Checkpoint
+from rankload._settings import Settings
+from rankload._urls import beside, local_path_of, redact
+from rankload.errors import CacheError, LoadError, OfflineError, printable
+
+
+@short_tracebacks
+def open_checkpoint(path_or_url: str | os.PathLike[str], *, headers: Mapping[str, str] | None = None) -> Checkpoint:
+    """Open a checkpoint to see what is in it, and to read single tensors. Not collective.
+
+    Of a remote one a few ranges are read, usually less than 1 MB in all, and nothing is cached; the bytes are not
+    verified against a digest. Nothing in the file is executed, whatever it holds.
+
+    Args:
+        path_or_url: a file, or a URL as for `dist_load_state_dict_from_url`, of torch.save's formats (zip since 1.6,
+            legacy before; as a file also torch.hub's archive of one checkpoint), safetensors, or Hugging Face's
+            ``*.index.json`` of several files of them, which are opened where they lie.
+        headers: extra request headers.
+
+    Raises:
+        LoadError: the file is broken, or of a format without an index (TorchScript, compressed, tar).
+        FetchError: the origin does not give the bytes. It must serve ranges.
+        CacheError: the file cannot be read.
+        OfflineError: RANKLOAD_OFFLINE is set, and it is no local file.
+    """
+    location = os.fspath(path_or_url)
+    path = local_path_of(location)
+    shown = printable(redact(location) if path is None else str(path))
+    if path is not None:
+        check_has_scheme(location, path)
+    closing = ExitStack()
+    with ExitStack() as unless_opened:
+        unless_opened.callback(closing.close)
+        sources = _Sources(
+            _remote_opener(location, headers or {}) if path is None else _local_opener(path.parent), closing
+        )
+        name = urlsplit(location).path.rpartition("/")[2] if path is None else path.name
+        try:
+            index = read_index(sources(name), name, sources, is_remote=path is None)
+        except BrokenFileError as error:
+            raise LoadError(f"{shown}: {error}", path=shown) from None
+        except NotUnderstoodError as error:
+            text = f"{shown}: {error}: it has no index that can be read without loading it"
+            raise LoadError(text, path=shown) from None
+        unless_opened.pop_all()
+    return Checkpoint(index, sources, closing, shown)
+
+
+class _Sources:
+    """The files of a checkpoint, each opened once."""
+
+    def __init__(self, open_one: Callable[[str, ExitStack], Source], closing: ExitStack) -> None:
+        self._open_one, self._closing = open_one, closing
+        self._opened: dict[str, Source] = {}
+
+    def __call__(self, name: str) -> Source:
+        if name not in self._opened:
+            self._opened[name] = self._open_one(name, self._closing)
+        return self._opened[name]
+
+
+def _local_opener(directory: Path) -> Callable[[str, ExitStack], Source]:
+    def open_one(name: str, closing: ExitStack) -> Source:
+        path = directory / name
+        if hint := hint_on_directory(path):
+            text = f"cannot read {path}: it is no regular file{hint}"
+            raise CacheError(text, path=str(path), errno=errno.EISDIR)
+        with reading(path):
+            return open_unpacked(path, closing)
+
+    return open_one
+
+
+def _remote_opener(url: str, headers: Mapping[str, str]) -> Callable[[str, ExitStack], Source]:
+    settings, checked = Settings.from_environment(), checked_headers(headers)
+    (url,) = checked_urls(url)
+    if settings.offline or is_switched_off(url):
+        raise OfflineError(f"{redact(url)}: offline, and this is no local file; fetch it first, and open the file")
+
+    def open_one(name: str, closing: ExitStack) -> Source:
+        is_first = name == urlsplit(url).path.rpartition("/")[2]
+        return closing.enter_context(RemoteSource(url if is_first else beside(url, name), checked, settings))
+
+    return open_one

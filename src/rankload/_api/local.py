@@ -1,0 +1,152 @@
+"""`load`: torch.load for one rank's own use, with a map_location that is right for the rank."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+
+from rankload._api.tracebacks import short_tracebacks
+from rankload._cache.files import check_has_scheme
+from rankload._coordination.membership import own_identity
+from rankload._coordination.single_process import LoneChannel
+from rankload._formats.broken import BrokenFileError
+from rankload._formats.sniff import Format, describe, format_of, sniff
+from rankload._formats.source import FileObject
+from rankload._load.device.devices import resolve_map_location
+from rankload._load.device.readers import Limits
+from rankload._load.node.node_copy import settled
+from rankload._load.state_dict.read_checkpoint import read_checkpoint
+from rankload._load.state_dict.torch_load_checks import checked_for_torch
+from rankload._load.tensors.torch_errors import translated
+from rankload._platform.scratch import descriptor_path, scratch_file
+from rankload._settings import Settings
+from rankload._types import FetchedFile, Identity
+from rankload._urls import local_path_of, redact
+from rankload.errors import ArgumentError, printable
+
+if TYPE_CHECKING:
+    from rankload._api.state_dict import MapLocation
+
+_HEAD_BYTES = 1024
+
+#: What the first bytes may look like of what torch.load loads from open files.
+_FORMATS_OF_TORCH: frozenset[Format] = frozenset(
+    {"torch_zip", "torchscript", "single_member_zip", "zip", "legacy", "legacy_tar", "tar"}
+)
+
+
+@short_tracebacks
+def load(
+    f: str | os.PathLike[str] | IO[bytes],
+    map_location: MapLocation = None,
+    *,
+    weights_only: bool | None = True,
+    mmap: bool | None = None,
+    **torch_load_arguments: Any,
+) -> Any:
+    """Load a local checkpoint in this process, as torch.load does. Not collective, and no other rank is waited for.
+
+    What differs from torch.load: ``map_location=None`` and its templates are those of `dist_load_state_dict_from_url`,
+    files are mapped wherever their format allows it, safetensors files are loaded, whatever their name, and what goes
+    wrong is an error that names the file.
+
+    Args:
+        f: a path, a file URL, or an open binary file, such as a ``BytesIO``, that can seek; it is read from where it
+            stands. Of safetensors files a temporary copy is made.
+        map_location: any form that torch.load takes.
+        weights_only: refuse whatever is not tensors and plain containers.
+        mmap: map the file; default: wherever its format allows. Not for open files.
+        **torch_load_arguments: torch.load's others: ``pickle_module``, ``encoding``, …
+
+    Raises:
+        UnsafePickleError: ``weights_only`` refused the file.
+        MissingFileError: there is no such file: a FileNotFoundError.
+        LoadError: it could not be loaded for another reason.
+        DeviceError: ``map_location`` names a device that this process does not have.
+        ArgumentError: it is at a URL: see `dist_load_state_dict_from_url`.
+    """
+    identity = own_identity()
+    target = resolve_map_location(map_location, identity)
+    if isinstance(f, (str, os.PathLike)):
+        path = local_path_of(os.fspath(f))
+        if path is None:
+            shown = redact(os.fspath(f))
+            raise ArgumentError(f"load({shown!r}): not a local file; dist_load_state_dict_from_url loads from URLs")
+        check_has_scheme(os.fspath(f), path)
+        return _load_file(path, target, identity, weights_only=weights_only, mmap=mmap, **torch_load_arguments)
+    if mmap:
+        raise ArgumentError("load(…, mmap=True): an open file cannot be mapped; give its path")
+    shown = printable(str(getattr(f, "name", "an open file")))
+    with translated(Path(shown), opened=f):
+        if (head := _head(f)) is not None:
+            with _copied(io.BytesIO(head)) as path:
+                file_format, got = sniff(path), describe(path)
+            if file_format == "safetensors":
+                with _copied(f) as path:
+                    return read_checkpoint(path, target, weights_only=weights_only, mmap=mmap, shown=shown)
+            if file_format not in _FORMATS_OF_TORCH:
+                # torch.load would take it for a pickle, and talk of weights_only
+                raise BrokenFileError(f"expected a checkpoint, got {got}")
+            target = _checked(f, target)
+        return torch.load(f, target, weights_only=weights_only, **torch_load_arguments)
+
+
+def _load_file(
+    path: Path, target: Any, identity: Identity, *, weights_only: bool | None, mmap: bool | None, **arguments: Any
+) -> Any:
+    settings = Settings.from_environment()
+    with translated(path), LoneChannel(identity) as channel, ExitStack() as closing:
+        file = FetchedFile(path, path.stat().st_size, None, "local")
+        found = settled(path, file, target, channel, closing, settings.progress_seconds, mmap=mmap)
+        limits = Limits.of(identity, settings)
+        return read_checkpoint(
+            found, target, weights_only=weights_only, mmap=mmap, limits=limits, shown=str(path), **arguments
+        )
+
+
+def _checked(f: IO[bytes], target: Any) -> Any:
+    """Check what torch.load does not, and return its map_location; leave the file where it stands.
+
+    Raises:
+        BrokenFileError: the file contradicts itself.
+    """
+    position = f.tell()
+    try:
+        source = FileObject(f)
+    except (OSError, ValueError):  # it cannot say where it ends
+        return target
+    try:
+        file_format = format_of(source)
+        if file_format in ("zip", "single_member_zip"):
+            # torch's reader tells no capitals from small letters: it may find a checkpoint in it all the same
+            raise BrokenFileError("expected a checkpoint, got a zip archive that torch.save did not write")
+        return checked_for_torch(source, file_format, target).map_location
+    finally:
+        f.seek(position)
+
+
+def _head(f: IO[bytes]) -> bytes | None:
+    """Return a file's first bytes from where it stands, and leave it there; None if it cannot do that."""
+    try:
+        position = f.tell()
+        head = f.read(_HEAD_BYTES)
+        f.seek(position)
+    except (AttributeError, OSError):
+        return None
+    return head if isinstance(head, bytes) else None
+
+
+@contextmanager
+def _copied(f: IO[bytes]) -> Iterator[Path]:
+    """Give the rest of a file a path."""
+    with scratch_file("a copy of a file object") as copy:
+        shutil.copyfileobj(f, copy, length=1 << 20)
+        copy.flush()
+        yield Path(descriptor_path(copy.fileno()))

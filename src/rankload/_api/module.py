@@ -1,0 +1,254 @@
+"""`dist_load_into`: a checkpoint from a URL into the parameters and buffers of a module, on every rank."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+
+from rankload._api.call import agree_on_delivery, collective_call
+from rankload._api.fetch import fetch_for
+from rankload._api.tracebacks import short_tracebacks
+from rankload._fetch.request import Url, agreed_arguments, make_request
+from rankload._load.delivery.base import Plan
+from rankload._load.delivery.select import open_carrier
+from rankload._load.device.devices import own_device
+from rankload._load.module.content import open_content
+from rankload._load.module.lazy_modules import uninitialised_again_on_error
+from rankload._load.module.lazy_tensor import SavedTensor
+from rankload._load.module.module_load import left_on_meta, plan_load, prepare_load, run_post_hooks
+from rankload._load.module.optimizer_load import plan_optimizer_load, prepare_optimizer_load
+from rankload._load.module.own_code import looks_at_state_dict
+from rankload._load.module.slots import bare, device_of, is_distributed, places
+from rankload._load.node.held import hold
+from rankload._load.node.node_copy import may_change, settled
+from rankload._load.report import LoadReport
+from rankload._types import Delivery, Progress, Scope, Verify
+from rankload.adapt import Adapter, as_adapter, is_lazy, unwrap
+from rankload.errors import ArgumentError, printable
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
+
+
+_logger = logging.getLogger("rankload")
+
+
+@short_tracebacks
+def dist_load_into(
+    module: nn.Module | tuple[nn.Module, Optimizer],
+    source: Url,
+    model_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    check_hash: bool = False,
+    file_name: str | None = None,
+    weights_only: bool = True,
+    *,
+    strict: bool = True,
+    assign: bool | None = None,
+    sha256: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+    scope: Scope = "auto",
+    delivery: Delivery = "auto",
+    src: int | None = None,
+    group: ProcessGroup | None = None,
+    offline: bool | None = None,
+    verify: Verify = "once",
+    mmap: bool | None = None,
+    adapt: Adapter | Sequence[Adapter] | None = None,
+    max_bytes: int | None = None,
+    refresh: bool = False,
+) -> LoadReport:
+    """Load the checkpoint at a URL into a module on every rank: each reads the bytes of its own parameters, no others.
+
+    **Collective** over the ranks of ``group``, else of the default process group, else of the launcher's job, as
+    `dist_load_state_dict_from_url` is. Nothing is written before all ranks have found that everything fits: if one
+    finds that it does not, all raise. (Extra state and what a module's own hooks compute is set while that is found.
+    Where a module has post-hooks of its own, which may have a say in missing and unexpected names, these are judged
+    behind them, when the tensors are written, as ``load_state_dict`` does.)
+
+    The module may be plain, wrapped in DistributedDataParallel or by torch.compile (the names are then those of the
+    module within), sharded by ``fully_shard`` (FSDP2), or tensor-parallel, on any mesh. Its hooks, ``_version`` and
+    extra state work as in ``load_state_dict``, and find in the state dict exactly what torch.load returns. One limit:
+    what a module does after its own ``super()._load_from_state_dict(…)`` is done before the tensors are there, unlike
+    what its post-hooks do.
+
+    Tensors are converted to the dtypes and devices of the module's. What is on the meta device is materialised on the
+    device of the rest of the module, else on this rank's own; on the CPU as views of the mapped file, of which the
+    ranks of a host share one copy. Tied parameters stay tied, and it is enough if the file has them under one of their
+    names.
+
+    Args:
+        module: where to; the same on all ranks, but for how it is sharded. ``(module, optimizer)`` loads both from a
+            training checkpoint such as ``{"model": model.state_dict(), "optimizer": optimizer.state_dict()}``, by
+            whichever of the usual names it has them, the optimizer's state by numbers or, as
+            ``torch.distributed.checkpoint.state_dict`` gives it, by names; of sharded parameters each rank reads its
+            part of the state.
+        source: as ``url`` of `dist_load_state_dict_from_url`.
+        model_dir, progress, check_hash, file_name, sha256, headers, timeout, scope, group, offline, verify: see
+            there.
+        weights_only: for what torch.load builds: files that have no index, and objects that the module, the optimizer
+            or ``report.remainder`` wants. Nothing else is built, and cannot run code.
+        strict: raise if names are missing or unexpected. Shapes must fit in any case.
+        assign: replace the module's tensors instead of writing into them, with the checkpoint's dtypes, as
+            ``load_state_dict(assign=True)`` does: on the CPU without a copy. Make the optimizer afterwards.
+            None replaces only what is on the meta device; and, as in torch, everything where the state dict had been
+            loaded with ``assign=True`` before it was saved.
+        delivery, src: see there. With ``"gather"`` the ranks share out the reading of what all of them want: each reads
+            and uploads its share and gets the others' by all-gathers of the process group, which must have a backend
+            for the module's device; a device holds two buckets beyond its own tensors, 64 MiB at the most. Sharded
+            tensors are read by their owners.
+            ``"auto"`` is ``"read"``: gathering has yet to be seen on several accelerators.
+            With ``"broadcast"`` each rank takes its own bytes out of what comes by, and holds 8 MiB beyond its own
+            tensors, and up to 64 MiB of ones that are too small to be sent one by one. Where the source itself has to
+            load the whole file (it has no index, an ``adapt`` of your own or code of the module's own sees tensors, or
+            the remainder holds large ones), each receiver gets all of it first.
+        mmap: False makes private copies of what would be views of the mapped file.
+        adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt` are applied
+            to the index, before a byte is read; your own get the tensors, mapped. With an optimizer they are applied
+            to the whole checkpoint, and give the module's part; default: ``adapt.unwrap()``.
+        max_bytes, refresh: as in `dist_load_state_dict_from_url`.
+
+    Returns:
+        A `LoadReport`, which unpacks into ``missing_keys, unexpected_keys``. With an optimizer, ``report.remainder`` is
+        the rest of the checkpoint, such as ``{"epoch": 3, "scheduler": {…}, "rng": …}``: as torch.load returns it, as
+        nested as it was saved, on every rank. A rank holds the tensors in it.
+
+    Raises:
+        LoadError: the checkpoint does not fit; the message lists what, and what may help.
+        RankloadError: whatever went wrong, on every rank the same.
+    """
+    phases: dict[str, float] = {}
+    with collective_call(group, timeout) as (channel, settings), ExitStack() as closing:
+        target, optimizer = _checked_targets(module, assign)
+        adapter = as_adapter(unwrap() if optimizer is not None and adapt is None else adapt)
+        request = make_request(
+            source,
+            model_dir,
+            check_hash=check_hash,
+            file_name=file_name,
+            progress=progress,
+            sha256=sha256,
+            headers=headers,
+            scope=scope,
+            verify=verify,
+            offline=offline,
+            must_be_checkpoint=True,
+            max_bytes=max_bytes,
+            refresh=refresh,
+            settings=settings,
+        )
+        chosen, sender = agree_on_delivery(
+            channel, agreed_arguments(request, "load_into"), delivery, src, group, get_args(Delivery)
+        )
+        with _timed(phases, "fetch"):
+            file = fetch_for(chosen, request, channel, settings, sender)
+        with _timed(phases, "check"), uninitialised_again_on_error(target):
+            inner, _ = bare(target)
+            device = functools.cache(lambda: device_of(inner) or own_device(channel.identity, group))
+            path = file.path if file is not None else None
+            may_map = True
+            if file is not None and (_leaves_views(inner, assign, adapter) or file.sha256 is not None):
+                location = str(device()) if _has_meta(inner) else "cpu"
+                path = settled(file.path, file, location, channel, closing, settings.progress_seconds, mmap=mmap)
+            elif file is not None:
+                held = hold(file.path, None, closing, file.identity)
+                path, may_map = held.loaded_by_name(closing), not (mmap is None and may_change(held, file))
+            carrier = open_carrier(chosen, path, file, sender, channel, group, settings, closing)
+            if file is not None:
+                carrier.path, carrier.files.shown = file.path, printable(str(file.path))
+                carrier.files.may_map = may_map
+            content = open_content(
+                carrier.files,
+                adapter,
+                target,
+                with_optimizer=optimizer is not None,
+                assign=assign,
+                weights_only=weights_only,
+                mmap=mmap,
+            )
+            load = plan_load(
+                target,
+                content,
+                strict=strict,
+                assign=assign,
+                shown=carrier.files.shown,
+                may_replace=optimizer is None,
+            )
+            if load.warning and channel.identity.rank == 0:
+                _logger.warning("%s", load.warning)
+            others: list[SavedTensor] = []
+            if optimizer is not None:
+                optimizer_load = plan_optimizer_load(optimizer, content.whole, target, carrier.files.shown)
+                others = optimizer_load.wanted
+            would_gather = carrier.planned(Plan(content.index, load.assignments, others, device))
+            carrier.met(all_would_gather=channel.meet("checked", agrees=would_gather))
+        with _timed(phases, "fill"), torch.no_grad():
+            may_share = carrier.may_share and carrier.files.may_map and mmap is not False
+            prepared = [prepare_load(load, device, may_share=may_share)]
+            if optimizer is not None:
+                prepared.append(prepare_optimizer_load(optimizer_load))
+            transfers = [transfer for part in prepared for transfer in part.transfers]
+            bytes_read = sum(part.bytes_mapped for part in prepared)
+            bytes_read += carrier.move(transfers, lambda done: channel.report(Progress("loading", done)))
+            for part in prepared:
+                part.finish()
+        run_post_hooks(load)
+        keys = (load.missing_keys, load.unexpected_keys)
+        return LoadReport.make(keys, carrier, bytes_read, phases, left_on_meta(load), content.remainder)
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    """Return whether a module is a FullyShardedDataParallel; importing its class would take a while."""
+    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
+
+
+def _has_meta(module: nn.Module) -> bool:
+    return any(place.tensor.is_meta for place in places(module))
+
+
+def _leaves_views(module: nn.Module, assign: bool | None, adapter: Adapter) -> bool:
+    """Return whether tensors of the module may become views of the checkpoint, or a caller's function gets some.
+
+    Shards never do: each rank reads its own.
+    """
+    whole = [place.tensor for place in places(module) if not is_distributed(place.tensor)]
+    if not is_lazy(adapter) or looks_at_state_dict(module):
+        return True
+    return (bool(assign) and bool(whole)) or any(tensor.is_meta for tensor in whole)
+
+
+def _checked_targets(module: Any, assign: bool | None) -> tuple[nn.Module, Optimizer | None]:
+    target, *optimizers = module if isinstance(module, (tuple, list)) and module else (module,)
+    is_module = hasattr(target, "load_state_dict") and hasattr(target, "named_modules")
+    are_optimizers = all(hasattr(optimizer, "param_groups") for optimizer in optimizers)
+    if not is_module or not are_optimizers or len(optimizers) > 1:
+        given = ", ".join(type(part).__name__ for part in (target, *optimizers))
+        raise ArgumentError(f"dist_load_into({given}, …): expected a torch.nn.Module, or (module, optimizer)")
+    if any(map(_is_fsdp1, target.modules())):
+        raise ArgumentError(
+            "dist_load_into: FullyShardedDataParallel keeps its parameters flat and frees them: load into the module "
+            "before it is wrapped, or shard it with torch.distributed.fsdp.fully_shard"
+        )
+    if optimizers and (assign or any(place.tensor.is_meta for place in places(target))):
+        raise ArgumentError(
+            "dist_load_into((module, optimizer), …): parameters on the meta device, and all with assign=True, are "
+            "replaced, and the optimizer would keep the old ones; materialise the module first (module.to_empty)"
+        )
+    return target, optimizers[0] if optimizers else None
+
+
+@contextmanager
+def _timed(phases: dict[str, float], phase: str) -> Iterator[None]:
+    began_at = time.perf_counter()
+    yield
+    phases[phase] = time.perf_counter() - began_at

@@ -1,0 +1,95 @@
+"""Tracebacks of public calls: what helps the caller, once for a failure that many ranks share."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import pickle
+from collections.abc import Callable
+from types import TracebackType
+from typing import ParamSpec, TypeVar
+
+from rankload.errors import ArgumentMismatchError, RankFailedError, RankloadError, UnsafePickleError
+
+_logger = logging.getLogger("rankload")
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def short_tracebacks(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorate a public function: its errors show the caller's frames and where the failure happened, nothing between.
+
+    An error from another rank shows the caller's frames alone; its traceback is printed on that rank. The full
+    traceback, with all causes, is logged at DEBUG.
+    """
+
+    @functools.wraps(function)
+    def public_call(*arguments: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
+        try:
+            return function(*arguments, **keywords)
+        except RankloadError as error:
+            _logger.debug("full traceback of the error raised by %s", function.__name__, exc_info=error)
+            cause = _shown_cause(error)
+            happened_elsewhere = error.is_from_another_rank or cause is not None
+            traceback = _outside_frames(error.__traceback__, keeps_last=not happened_elsewhere)
+            raise error.with_traceback(traceback) from cause
+
+    return public_call
+
+
+def _shown_cause(error: RankloadError) -> BaseException | None:
+    """Return the cause that says something new, without repetitions in its own chain; None if there is none.
+
+    What is hidden remains in ``__context__``, for debuggers.
+    """
+    shown: BaseException = error
+    while (chained := _chained(shown)) is not None:
+        if _says_nothing_new(shown, chained):
+            shown.__cause__ = None  # this also sets __suppress_context__
+            break
+        further = _chained(chained)
+        chained.__traceback__ = _outside_frames(chained.__traceback__, keeps_last=further is None)
+        shown = chained
+    return _chained(error)
+
+
+def _chained(error: BaseException) -> BaseException | None:
+    """Return the exception that Python prints before this one."""
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _says_nothing_new(error: BaseException, chained: BaseException) -> bool:
+    if not isinstance(error, RankloadError):
+        return False
+    if error.is_from_another_rank:
+        # ranks that read the same file find the same fault by themselves; the first one's error is raised
+        if isinstance(chained, RankloadError):
+            return type(chained) is type(error) and (
+                isinstance(error, ArgumentMismatchError) or chained.message == error.message
+            )
+        return f"{type(chained).__name__}: {chained}" == error.message
+    if isinstance(chained, RankloadError):
+        return chained.message in error.message
+    if isinstance(error, RankFailedError):  # raised by the caller's own code: where in there is what counts
+        return False
+    if isinstance(error, UnsafePickleError) and isinstance(chained, pickle.UnpicklingError):
+        return True  # torch's advice, which our message gives too
+    text = chained.strerror if isinstance(chained, OSError) and chained.strerror else str(chained)
+    return text in error.message
+
+
+def _outside_frames(traceback: TracebackType | None, *, keeps_last: bool) -> TracebackType | None:
+    """Return a traceback without rankload's frames, except perhaps the last, which raised the exception."""
+    frames = []
+    while traceback is not None:
+        module = traceback.tb_frame.f_globals.get("__name__", "")
+        is_ours = module == "contextlib" or module.partition(".")[0] == "rankload"
+        is_the_end = keeps_last and traceback.tb_next is None
+        if not is_ours or is_the_end:
+            frames.append(traceback)
+        traceback = traceback.tb_next
+    outside = None
+    for entry in reversed(frames):
+        outside = TracebackType(outside, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
+    return outside

@@ -1,0 +1,137 @@
+"""The boundary at which an OSError on a cache path becomes a CacheError that says what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from rankload._cache.access import is_trusted, name_of
+from rankload._urls import hint_on_scheme, redact
+from rankload.errors import CacheError, MissingFileError, RankloadError
+
+T = TypeVar("T")
+
+#: What to do about a directory that cannot be written to, by every name that callers have for it.
+CHOOSE_ANOTHER = "choose another directory (model_dir=, --model-dir, or the environment's TORCH_HOME)"
+
+#: Before a file is opened again whose handle is stale.
+_REOPEN_PAUSES_SECONDS = (0.0, 0.05, 0.2, 0.5, 1.0)
+
+
+@contextmanager
+def writing(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Translate what goes wrong when a file is written; ``needed_bytes`` is the space that it takes in all."""
+    try:
+        yield
+    except RankloadError:  # another rank's failure may be an OSError, too: it keeps its own words
+        raise
+    except OSError as error:
+        raise no_space_error(path, needed_bytes, error) if _is_full(error) else _write_error(path, error) from error
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Translate what goes wrong when a file is read."""
+    try:
+        yield
+    except RankloadError:
+        raise
+    except OSError as error:
+        raise CacheError(f"cannot read {path}: {_words(error)}", path=str(path), errno=error.errno) from error
+
+
+def check_has_scheme(location: str, path: Path) -> None:
+    """Raise MissingFileError if what was given for a file is none, and looks like a URL without a scheme.
+
+    It may be a signed one: neither its query nor a user and password are shown.
+    """
+    if (hint := hint_on_scheme(location)) and not path.parent.exists():
+        shown = redact(f"https://{location}").partition("://")[2]
+        raise MissingFileError(f"cannot read {shown}: No such file or directory{hint}", path=shown, errno=errno.ENOENT)
+
+
+def reopening(read: Callable[[], T]) -> T:
+    """Call a function that opens and reads a file; once more, again and again, where the answer is ESTALE.
+
+    A network filesystem says so of a file that was replaced on another host since this one looked up its name. The
+    next look brings the new one.
+    """
+    for pause_seconds in _REOPEN_PAUSES_SECONDS:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        time.sleep(pause_seconds)
+    return read()
+
+
+def no_space_error(path: Path, needed_bytes: int | None, error: OSError) -> CacheError:
+    """Return the error for a full disk or an exhausted quota, with the space that is needed and there is."""
+    need = f"{_size(needed_bytes)} needed, " if needed_bytes is not None else ""
+    return CacheError(
+        f"cannot write {path}: {_words(error)}; {_have(path.parent, need)}, or {CHOOSE_ANOTHER}",
+        path=str(path),
+        errno=error.errno,
+        needed_bytes=needed_bytes,
+        free_bytes=_room(path.parent)[0],
+    )
+
+
+def why_no_room(directory: Path, error: OSError) -> str:
+    """Return more words for a directory that cannot be made, if the disk is full; else none."""
+    parent = next((path for path in directory.parents if path.exists()), directory)
+    return f"; {_have(parent, '')}" if _is_full(error) else ""
+
+
+def _write_error(path: Path, error: OSError) -> CacheError:
+    may_not = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    who = f"this user cannot write {path.parent}{_whose(path)}: " if may_not else ""
+    return CacheError(
+        f"cannot write {path}: {_words(error)}; {who}{CHOOSE_ANOTHER}",
+        path=str(path),
+        errno=error.errno,
+    )
+
+
+def _whose(path: Path) -> str:
+    """Return whose a file or its directory is, in brackets, if it is another user's."""
+    for one in (path, path.parent):
+        with suppress(OSError):
+            if not is_trusted(uid := one.lstat().st_uid):
+                return f" ({one.name} belongs to {name_of(uid)})"
+    return ""
+
+
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _words(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _have(directory: Path, need: str) -> str:
+    free_bytes, has_inodes = _room(directory)
+    if free_bytes and not has_inodes:
+        return f"no inode is left for another file in {directory}, though {_size(free_bytes)} are free; remove files"
+    return f"{need}{_size(free_bytes)} free in {directory}; make room"
+
+
+def _room(directory: Path) -> tuple[int, bool]:
+    """Return the bytes that are free, and whether another file can be made."""
+    try:
+        status = os.statvfs(directory)
+    except OSError:
+        return 0, True
+    # where inodes are made as they are needed (btrfs), none are counted at all
+    return status.f_bavail * status.f_frsize, bool(status.f_favail or not status.f_files)

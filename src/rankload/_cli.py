@@ -1,0 +1,139 @@
+"""``rankload``: the command line. ``rankload prefetch`` fills the cache on a node that has internet."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankload._urls import scheme_of, server_of
+from rankload._version import __version__
+from rankload.errors import RankloadError
+
+app = typer.Typer(
+    name="rankload",
+    help="A checkpoint from a URL into every rank of a distributed PyTorch job.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a traceback with local variables would show headers and signed URLs
+)
+
+
+class Verify(str, Enum):
+    """The choices of ``verify=``."""
+
+    ONCE = "once"
+    ALWAYS = "always"
+    NEVER = "never"
+    SIDECAR = "sidecar"
+
+
+@app.command()
+def prefetch(
+    urls: Annotated[list[str], typer.Argument(help="URLs of the files.", metavar="URL...")],
+    mirror: Annotated[
+        list[str] | None, typer.Option(help="Another URL of the same file; with one URL.", metavar="URL")
+    ] = None,
+    model_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Cache directory.", show_default="RANKLOAD_MODEL_DIR, else torch.hub's checkpoints directory"
+        ),
+    ] = None,
+    file_name: Annotated[
+        str | None, typer.Option(help="Name in the cache; with one URL.", show_default="the URL's")
+    ] = None,
+    sha256: Annotated[str | None, typer.Option(help="Expected digest, 64 hex digits; with one URL.")] = None,
+    check_hash: Annotated[bool, typer.Option("--check-hash", help="Compare with the prefix in the file name.")] = False,
+    verify: Annotated[Verify, typer.Option(help="When to hash a cached file again.")] = Verify.ONCE,
+    header: Annotated[
+        list[str] | None,
+        typer.Option(help="Extra request header, for one server: 'Name: value', or '@FILE' for those in a file."),
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="Refuse to download more.", show_default="RANKLOAD_MAX_BYTES, else no limit")
+    ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Ask the origin whether a cached file is still its file.")
+    ] = False,
+    any_file: Annotated[bool, typer.Option("--any-file", help="Accept what is no checkpoint, too.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Fetch files into the cache, verified, and print their paths. Compute nodes then load them offline.
+
+    Exits with 1 if one could not be fetched; the others are fetched all the same.
+    """
+    from rankload._api.fetch import fetch_in_this_process
+
+    for option, value in (("--mirror", mirror), ("--file-name", file_name), ("--sha256", sha256)):
+        if value and len(urls) > 1:
+            raise typer.BadParameter("it is about one file; pass one URL", param_hint=option)
+    headers = dict(map(_split, _lines(header or [])))
+    if headers and len({server_of(url) or scheme_of(url) for url in urls}) > 1:
+        raise typer.BadParameter("it is for one server, and the URLs are on several", param_hint="--header")
+    has_failed = False
+    for url in urls:
+        try:
+            file = fetch_in_this_process(
+                [url, *(mirror or [])],
+                model_dir,
+                file_name=file_name,
+                sha256=sha256,
+                check_hash=check_hash,
+                verify=verify.value,
+                headers=headers,
+                must_be_checkpoint=not any_file,
+                max_bytes=max_bytes,
+                refresh=refresh,
+                progress=not quiet,
+            )
+        except RankloadError as error:
+            typer.echo(f"rankload: {error}", err=True)
+            has_failed = True
+        else:
+            typer.echo(file.path)
+    if has_failed:
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def common(version: bool = typer.Option(False, "--version", help="Show the version and exit.")) -> None:
+    """See the help of each command."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line. Errors of ours are one line on stderr and exit status 1."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except RankloadError as error:
+        typer.echo(f"rankload: {error}", err=True)
+        sys.exit(1)
+
+
+def _lines(headers: list[str]) -> Iterator[str]:
+    """Yield them one by one. A command line can be read by everybody on the host; a file need not be."""
+    for header in headers:
+        if not header.startswith("@"):
+            yield header
+            continue
+        try:
+            yield from filter(str.strip, Path(header[1:]).read_text().splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise typer.BadParameter(f"cannot read {header[1:]}: {why}", param_hint="--header") from None
+
+
+def _split(header: str) -> tuple[str, str]:
+    name, colon, value = header.partition(":")
+    if not colon:
+        raise typer.BadParameter("expected 'Name: value'", param_hint="--header")
+    return name.strip(), value.strip()

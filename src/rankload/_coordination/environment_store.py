@@ -1,0 +1,126 @@
+"""The store of a job without a process group: at the address that the environment names, hosted by rank 0.
+
+Any listener there will not do: MASTER_PORT may be another job's. Rank 0 proves itself with a key in its store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import replace
+from typing import Any
+
+from rankload._coordination.polling import backoff, until_rank_0_comes
+from rankload._coordination.slurm import slurm_step_endpoint
+from rankload._coordination.store import RankStore, connect, endpoint_of, uses_agent_store
+from rankload._coordination.store_host import host_store
+from rankload._platform.clock import AwakeTime
+from rankload._settings import Settings
+from rankload._types import Identity
+from rankload.errors import ArrivalTimeoutError, CoordinationError
+
+_PROOF_KEY = "rankload/host"
+
+#: The most that one round of waiting for the proof counts: more, and this process was stopped.
+_LONGEST_ROUND_SECONDS = 2.0
+
+
+def store_from_environment(identity: Identity, settings: Settings) -> RankStore | None:
+    """Open the job's store without a process group, hosting it in rank 0 where nobody else does.
+
+    Returns None when the environment names no meeting point: then ranks meet through the lease only.
+
+    Raises:
+        ArrivalTimeoutError: rank 0 did not open the store in time.
+        CoordinationError: rank 0 cannot listen at the address that the environment gives; on the other ranks, that
+            address cannot be resolved, or somebody else listens there.
+    """
+    endpoint = endpoint_of(os.environ)
+    if endpoint is not None and uses_agent_store(os.environ):
+        return connect(*endpoint, settings, dies_with_rank_0=False, limit_seconds=settings.connect_seconds)
+    endpoint = environment_endpoint(identity)
+    if endpoint is None:
+        return None
+    if identity.rank == 0:
+        store = host_store(*endpoint, settings)
+        prove(store, identity)
+    else:
+        _await_listener(*endpoint, identity, settings)
+        limit_seconds = settings.connect_seconds
+        store = connect(*endpoint, settings, dies_with_rank_0=True, limit_seconds=limit_seconds)
+        _await_proof(store, identity, settings)
+    return replace(store, is_temporary=True)
+
+
+def environment_endpoint(identity: Identity) -> tuple[str, int] | None:
+    """Return where rank 0 hosts the store: MASTER_ADDR and MASTER_PORT, or a place made from the SLURM step's id."""
+    endpoint = endpoint_of(os.environ)
+    return slurm_step_endpoint(os.environ) if endpoint is None and identity.launcher == "slurm" else endpoint
+
+
+def prove(store: RankStore, identity: Identity) -> None:
+    """Say in the store that it is hosted by rank 0 of a job like this one."""
+    store.set(_PROOF_KEY, json.dumps({"world_size": identity.world_size, "host": identity.host, "pid": os.getpid()}))
+
+
+def _await_listener(host: str, port: int, identity: Identity, settings: Settings) -> None:
+    """Wait until rank 0 listens. TCPStore's own wait sits in C++, where no Python signal handler runs.
+
+    A name that cannot be resolved is waited for as long as a connection may take.
+    """
+    problem: OSError | None = None
+    unresolved = AwakeTime(2 * _LONGEST_ROUND_SECONDS)
+    try:
+        for _ in until_rank_0_comes(identity, settings):
+            try:
+                socket.create_connection((host, port), timeout=5).close()
+                return
+            except socket.gaierror as error:
+                unresolved.count()
+                if unresolved.seconds >= settings.connect_seconds:
+                    raise CoordinationError(
+                        f"cannot resolve {host}, the host of rank 0's store: {error}. Set MASTER_ADDR to a name or an "
+                        "address of rank 0's host that every node can resolve",
+                        place=f"{host}:{port}",
+                    ) from error
+                problem = error
+            except OSError as error:
+                unresolved.restart()
+                problem = error
+    except ArrivalTimeoutError as error:
+        raise ArrivalTimeoutError(
+            f"{error.message} [no store at {host}:{port}: {problem}]", **error.fields, place=f"{host}:{port}"
+        ) from problem
+
+
+def _await_proof(store: RankStore, identity: Identity, settings: Settings) -> None:
+    """Wait until rank 0 has proved itself, which it does as soon as it hosts.
+
+    Raises:
+        CoordinationError: somebody else hosts a store there.
+        StoreLostError: the store has gone.
+    """
+    waited = AwakeTime(_LONGEST_ROUND_SECONDS)
+    for _ in backoff(identity.world_size):
+        if text := store.peek(_PROOF_KEY):
+            _check_proof(json.loads(text), store, identity)
+            return
+        waited.count()
+        if waited.seconds >= settings.connect_seconds:
+            raise CoordinationError(
+                f"the store at {store.place} is not one that rank 0 of this job hosts for rankload: another job, an "
+                "earlier one that has not ended, or rank 0's process group holds the port. Set MASTER_PORT to a free "
+                "port, alike on all ranks, and call init_process_group on all of them or on none",
+                place=store.place,
+            )
+
+
+def _check_proof(proof: dict[str, Any], store: RankStore, identity: Identity) -> None:
+    if proof["world_size"] != identity.world_size:
+        raise CoordinationError(
+            f"the store at {store.place} belongs to another job: one of {proof['world_size']} ranks, whose rank 0 is "
+            f"process {proof['pid']} on {proof['host']}; this one has {identity.world_size}. Set MASTER_PORT to a "
+            "free port, alike on all ranks",
+            place=store.place,
+        )

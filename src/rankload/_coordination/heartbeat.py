@@ -1,0 +1,269 @@
+"""Signs of life: what a rank publishes about itself during a long call, and how others judge it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+from rankload._coordination.polling import silence_limit_seconds
+from rankload._coordination.store import RankStore
+from rankload._settings import Settings
+from rankload._types import DECLARED_WAITS, Identity, Phase, Progress
+from rankload.errors import CoordinationError, ProgressTimeoutError, RankFailedError, RankloadError, RankLostError
+
+#: How often a rank looks around in a call, at most.
+_LOOK_SECONDS = 0.5
+
+#: The least between two looks, however short the deadlines are.
+_LEAST_TICK_SECONDS = 0.05
+
+#: A rank's own deadline and others' judgement of it are at least so far apart.
+_LEAST_MARGIN_SECONDS = 5.0
+
+#: Phases that a warm call goes through in milliseconds: they are published with the first beat that they outlast.
+_USUALLY_SHORT: frozenset[Phase] = frozenset({"looking", "loading"})
+
+
+@dataclass(frozen=True)
+class Status:
+    """One sign of life.
+
+    Attributes:
+        beat: counts the signs; a rank whose beat stands still is dead or frozen.
+        effort: counts work that progress does not show (page faults, blocks read, CPU time while loading).
+    """
+
+    host: str
+    pid: int
+    progress: Progress
+    beat: int = 0
+    effort: int = 0
+
+    def to_json(self) -> str:
+        """Encode for the store."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Status:
+        """Decode from the store."""
+        fields = json.loads(text)
+        return cls(**{**fields, "progress": Progress(**fields["progress"])})
+
+
+class Pulse:
+    """Publishes this rank's status in the background while a call lasts, and looks around for it.
+
+    The first sign comes after half a second: a warm call, which is over by then, publishes none, and a rank that is
+    killed later is known to have made the call. The look around tells a rank deep in a download that nobody needs it
+    any more.
+    """
+
+    def __init__(
+        self,
+        store: RankStore,
+        key: str,
+        identity: Identity,
+        interval_seconds: float,
+        look_around: Callable[[], None],
+        on_error: Callable[[RankloadError], None],
+    ) -> None:
+        self._store, self._key, self._identity = store, key, identity
+        self._interval_seconds, self._look_around, self._on_error = interval_seconds, look_around, on_error
+        self._progress = Progress("looking")
+        self._beats = 0
+        self._publishing = threading.Lock()  # or an older status could overwrite a newer one
+        self._thread = threading.Thread(target=self._run, name="rankload-pulse", daemon=True)
+        self._stop_requested = threading.Event()
+        self._ticked_at, self._longest_still_seconds = time.monotonic(), 0.0
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._ticked_at = time.monotonic()
+        self._thread.start()
+
+    def take_longest_still_seconds(self) -> float:
+        """Return for how long this process stood still at the most since the last call of this method.
+
+        A process that is stopped, or whose threads get no time, shows no sign of life: the others may take it for lost.
+        """
+        longest = max(self._longest_still_seconds, time.monotonic() - self._ticked_at)
+        self._longest_still_seconds, self._ticked_at = 0.0, time.monotonic()
+        return longest
+
+    def beat(self, progress: Progress) -> None:
+        """Take note of the progress; publish a new phase at once, unless it is one that is usually over at once."""
+        is_new_phase = progress.phase != self._progress.phase and progress.phase not in _USUALLY_SHORT
+        self._progress = progress
+        if is_new_phase:
+            self._publish()
+
+    def stop(self, patience_seconds: float = 2.0) -> None:
+        """End the thread; the last status stays readable. A thread that a dead store holds is left to itself."""
+        self._stop_requested.set()
+        if self._thread.ident is not None:
+            self._thread.join(patience_seconds)
+
+    def _run(self) -> None:
+        longest_seconds = max(_LOOK_SECONDS, self._identity.world_size / 4000)
+        tick_seconds = max(_LEAST_TICK_SECONDS, min(self._interval_seconds, longest_seconds))
+        published_at = -self._interval_seconds
+        try:
+            while not self._stop_requested.wait(tick_seconds):
+                now = time.monotonic()
+                self._longest_still_seconds = max(self._longest_still_seconds, now - self._ticked_at)
+                self._ticked_at = now
+                if now - published_at >= self._interval_seconds:
+                    published_at = now
+                    self._publish()
+                self._look_around()
+        except RankloadError as error:
+            self._on_error(error)
+        except Exception as error:  # silent, this rank would count as lost
+            self._on_error(RankFailedError(f"{type(error).__name__}: {error}", cause_type=type(error).__name__))
+
+    def _publish(self) -> None:
+        with self._publishing:
+            self._beats += 1
+            status = Status(self._identity.host, os.getpid(), self._progress, self._beats, _effort())
+            self._store.set(self._key, status.to_json())
+
+
+class Watch:
+    """Judges one other rank by what it publishes.
+
+    Args:
+        store: where it publishes.
+        key: its status.
+        rank: it.
+        settings: how long it may be silent, or stand still.
+        has_come: tells whether the rank is known to have made the call, whatever it has published.
+
+    Attributes:
+        is_absent: whether the rank may not have made the call yet, as of the last look.
+    """
+
+    def __init__(
+        self, store: RankStore, key: str, rank: int, settings: Settings, has_come: Callable[[int], bool]
+    ) -> None:
+        self.rank, self._store, self._key, self._settings = rank, store, key, settings
+        self._has_come = has_come
+        self.is_absent = True
+        self.status: Status | None = None
+        self._silent_seconds = self._still_seconds = 0.0
+
+    def look(self, elapsed_seconds: float) -> None:
+        """Read the rank's status and judge it.
+
+        Args:
+            elapsed_seconds: since the last look, as far as this process was awake.
+
+        Raises:
+            RankLostError: its beat stands still for ``liveness_seconds``.
+            ProgressTimeoutError: it beats but does not move, for longer than it needs to tell of its own deadline.
+        """
+        text = self._store.peek(self._key)
+        self.is_absent = text is None and self.is_absent and not self._has_come(self.rank)
+        if text is None:
+            self._judge_silence(elapsed_seconds)
+            return
+        status = Status.from_json(text)
+        has_beaten = self.status is None or status.beat != self.status.beat
+        has_moved = self.status is None or _position(status) != _position(self.status)
+        is_excused = status.progress.phase in DECLARED_WAITS
+        self._silent_seconds = 0.0 if has_beaten else self._silent_seconds + elapsed_seconds
+        self._still_seconds = 0.0 if has_moved or is_excused else self._still_seconds + elapsed_seconds
+        self.status = status
+        if error := self._judge(status):
+            raise error
+
+    def describe(self) -> str:
+        """Name the rank, its host and what it does, for a log line."""
+        if self.status is None:
+            return f"rank {self.rank} ({'has not made this call yet' if self.is_absent else 'silent'})"
+        return f"rank {self.rank} on {self.status.host}: {describe(self.status.progress)}"
+
+    def _judge_silence(self, elapsed_seconds: float) -> None:
+        """Judge a rank that has published nothing: it may have been killed in the first moments of the call."""
+        if self.is_absent:
+            return
+        self._silent_seconds += elapsed_seconds
+        if self._silent_seconds >= silence_limit_seconds(self._settings):
+            raise RankLostError(
+                f"rank {self.rank} made the call and has given no sign of life for {self._silent_seconds:.0f} s: it "
+                "was killed or is frozen; see its node's log (out of memory, preemption)",
+                lost_rank=self.rank,
+            )
+
+    def _judge(self, status: Status) -> CoordinationError | None:
+        who = f"rank {self.rank} (pid {status.pid} on {status.host})"
+        doing = describe(status.progress)
+        if self._silent_seconds >= silence_limit_seconds(self._settings):
+            return RankLostError(
+                f"{who} has given no sign of life for {self._silent_seconds:.0f} s while {doing}: it was killed or "
+                "is frozen; see its node's log (out of memory, preemption)",
+                lost_rank=self.rank,
+                lost_host=status.host,
+                phase=status.progress.phase,
+            )
+        if self._still_seconds >= _stillness_limit_seconds(self._settings):
+            return ProgressTimeoutError(
+                f"{who} has made no progress for {self._still_seconds:.0f} s while {doing}: a hung filesystem or "
+                "network; raise timeout= if this is normal here",
+                stuck_rank=self.rank,
+                stuck_host=status.host,
+                phase=status.progress.phase,
+            )
+        return None
+
+
+class RollCall:
+    """Asks ranks for another sign of life than the one that they have given last.
+
+    Args:
+        store: where they publish.
+        keys: their statuses.
+    """
+
+    def __init__(self, store: RankStore, keys: Iterable[str]) -> None:
+        self._store = store
+        self._before = {key: store.peek(key) for key in keys}
+
+    def is_complete(self) -> bool:
+        """Tell whether all of them have given one."""
+        self._before = {key: text for key, text in self._before.items() if self._store.peek(key) == text}
+        return not self._before
+
+
+def describe(progress: Progress) -> str:
+    """Return e.g. ``downloading 3.1 of 12.0 GB (model.pth)``."""
+    of_file = f" ({progress.file})" if progress.file else ""
+    done, total = progress.bytes_done, progress.bytes_total
+    unit, unit_bytes = ("GB", 1e9) if (total or done) >= 1e9 else ("MB", 1e6)
+    if total:
+        return f"{progress.phase} {done / unit_bytes:.1f} of {total / unit_bytes:.1f} {unit}{of_file}"
+    doing = f"{progress.phase} {done / unit_bytes:.1f} {unit}" if done else progress.phase
+    return doing + of_file
+
+
+def _stillness_limit_seconds(settings: Settings) -> float:
+    """Return after how long without progress a rank counts as stuck: its own deadline, which tells more, comes first.
+
+    What it raises then is known to the others once its threads and files are closed.
+    """
+    return settings.progress_seconds + max(0.25 * settings.progress_seconds, _LEAST_MARGIN_SECONDS)
+
+
+def _position(status: Status) -> tuple[object, ...]:
+    effort = status.effort if status.progress.phase == "loading" else 0
+    return (status.progress.phase, status.progress.bytes_done, status.progress.attempt, effort)
+
+
+def _effort() -> int:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    # 50 ms of CPU time count as work: the pulse itself needs far less between two beats
+    return usage.ru_majflt + usage.ru_inblock + int((usage.ru_utime + usage.ru_stime) / 0.05)

@@ -1,0 +1,235 @@
+"""Which ranks take part in a call, and the session that they share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import sys
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from rankload._coordination.draining import forget_word, leave_word
+from rankload._coordination.environment_store import environment_endpoint, store_from_environment
+from rankload._coordination.launchers import identity_from_environment
+from rankload._coordination.rank_channel import RankChannel
+from rankload._coordination.rendezvous import Calls, Session, join, root_of, tell_joining_failure
+from rankload._coordination.signals import TerminationAsException
+from rankload._coordination.single_process import LoneChannel
+from rankload._coordination.store import RankStore, client_of_group, store_of_group, uses_agent_store
+from rankload._coordination.verdict import as_shared_error
+from rankload._settings import Settings
+from rankload._types import Identity
+from rankload.errors import ArgumentError, ArrivalTimeoutError, CoordinationError, StoreLostError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+#: torch.testing's backend for one process that plays a job of many: the others do not exist.
+_FAKE_BACKEND = "fake"
+
+#: What stands for the group's name where there is none.
+_ENVIRONMENT = "environment"
+
+#: How long a rank that cannot join tries to tell the others.
+_LAST_WORD_SECONDS = 2.0
+
+
+@dataclass
+class _Membership:
+    """What this process keeps of one set of ranks."""
+
+    calls: Calls = field(default_factory=Calls)
+    session: Session | None = None
+    former: Session | None = None
+
+
+_groups: WeakKeyDictionary[ProcessGroup, _Membership] = WeakKeyDictionary()
+_environments: dict[tuple[Identity, str], _Membership] = {}
+
+
+def open_channel(group: ProcessGroup | None, settings: Settings) -> LoneChannel | RankChannel:
+    """Open the channel for one call: of the given group, else of the default group, else of the launcher's job.
+
+    Collective over those ranks. Without a store to meet at, or with a single rank, the channel is a lone one; so it is
+    in a DataLoader's worker, which has its rank's environment and, if forked, its process group.
+
+    Raises:
+        ArgumentError: this rank is no member of the group.
+        ArrivalTimeoutError: rank 0 does not make the call.
+    """
+    if _is_dataloader_worker():
+        return open_lone_channel()
+    group = group if group is not None else _default_group()
+    termination = TerminationAsException()
+    termination.install()
+    try:
+        session = _session_of_environment(settings) if group is None else _session_of_group(group, settings)
+    finally:
+        termination.restore()
+    return open_lone_channel() if session is None else RankChannel(session, settings)
+
+
+def open_lone_channel() -> LoneChannel:
+    """Open the channel of a process that acts without the others. Not collective."""
+    return LoneChannel(replace(own_identity(), rank=0, world_size=1, job_size=None))
+
+
+def own_identity() -> Identity:
+    """Find out who this process is in the job, which the default process group knows best.
+
+    Devices are chosen by it: to a launcher that has not started the others, every rank is local rank 0.
+    """
+    world = _default_group()
+    if world is None:
+        return identity_from_environment()
+    return _launched_identity() if world.size() == 1 else _identity_in_group(world)
+
+
+def _is_dataloader_worker() -> bool:
+    data = sys.modules.get("torch.utils.data")
+    return data is not None and data.get_worker_info() is not None
+
+
+def _default_group() -> ProcessGroup | None:
+    # a process that has not imported torch.distributed has no process group; do not import it to find out
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    group: ProcessGroup = distributed.group.WORLD
+    return group
+
+
+def _session_of_group(group: ProcessGroup, settings: Settings) -> Session | None:
+    import torch.distributed as dist
+
+    if dist.get_rank(group) < 0:
+        raise ArgumentError("this rank is no member of group=: call it on the group's members only")
+    if dist.get_world_size(group) == 1 or dist.get_backend(group) == _FAKE_BACKEND:
+        return None
+    identity = _identity_in_group(group)
+    member = _groups.setdefault(group, _Membership())
+    return _next_session(member, identity, lambda: _join_group(group, identity, settings, member))
+
+
+def _next_session(member: _Membership, identity: Identity, join_anew: Callable[[], Session | None]) -> Session | None:
+    """Count one more call, and return the session that it belongs to; None where there is no place to meet."""
+    last = member.session or member.former
+    if last is not None and last.pid != os.getpid():
+        return None
+    if member.session is not None and member.session.is_over:
+        member.former, member.session = member.session, None
+        member.calls.restart()
+    member.calls.made += 1
+    if member.session is None:
+        try:
+            member.session = join_anew()
+        except BaseException as error:
+            member.calls.note_failure(as_shared_error(error, identity))
+            raise
+    return member.session
+
+
+def _join_group(group: ProcessGroup, identity: Identity, settings: Settings, member: _Membership) -> Session:
+    name, known = _name_of(group), weakref.ref(group)
+    try:
+        store = store_of_group(group, settings)
+    except BaseException as error:
+        # no connection of our own, no thread to wait for one: the group's client can still tell the others
+        with suppress(Exception):
+            own_client = RankStore(client_of_group(group), "the group", False, _LAST_WORD_SECONDS)
+            tell_joining_failure(own_client, name, as_shared_error(error, identity), member.calls)
+        raise
+
+    def is_current() -> bool:
+        return not _has_namesake(name, known())
+
+    return join(store, identity, name, settings, member.calls, is_current, member.former)
+
+
+def _session_of_environment(settings: Settings) -> Session | None:
+    identity = identity_from_environment()
+    if identity.world_size == 1:
+        return None
+    meeting_point = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    member = _environments.setdefault((identity, meeting_point), _Membership())
+    return _next_session(member, identity, lambda: _join_by_environment(identity, settings, member))
+
+
+def _join_by_environment(identity: Identity, settings: Settings, member: _Membership) -> Session | None:
+    try:
+        return _join_at_endpoint(identity, settings, member)
+    except StoreLostError as lost:
+        if identity.rank == 0 or uses_agent_store(os.environ) or lost.fields.get("place") != _place(identity):
+            raise
+        # a process group's store at the same port, which rank 0 was about to destroy: now it opens its own
+        hurried = replace(settings, arrival_seconds=min(settings.arrival_seconds, settings.liveness_seconds))
+        try:
+            return _join_at_endpoint(identity, hurried, member)
+        except ArrivalTimeoutError:
+            raise lost from None
+
+
+def _join_at_endpoint(identity: Identity, settings: Settings, member: _Membership) -> Session | None:
+    forget_word()
+    try:
+        store = store_from_environment(identity, settings)
+    except CoordinationError as error:
+        if identity.rank == 0 and (endpoint := environment_endpoint(identity)):
+            leave_word(error, root_of(_ENVIRONMENT), endpoint[1], identity, member.calls.made, settings)
+        raise
+    if store is None:
+        return None
+    return join(store, identity, _ENVIRONMENT, settings, member.calls, former=member.former)
+
+
+def _place(identity: Identity) -> str:
+    endpoint = environment_endpoint(identity)
+    return "" if endpoint is None else f"{endpoint[0]}:{endpoint[1]}"
+
+
+def _has_namesake(name: str, group: ProcessGroup | None) -> bool:
+    """Tell whether another group of that name exists: ranks that say hello from now on mean that one."""
+    from torch.distributed import distributed_c10d
+
+    for other in list(distributed_c10d._world.pg_map):
+        with suppress(KeyError, ValueError):  # it is being destroyed
+            if other is not group and _name_of(other) == name:
+                return True
+    return False
+
+
+def _identity_in_group(group: ProcessGroup) -> Identity:
+    """Take rank and size from the group, and what the group does not know from the launcher."""
+    import torch.distributed as dist
+
+    launched = _launched_identity()
+    is_same_job = launched.world_size == dist.get_world_size()
+    known = launched if is_same_job else replace(launched, local_rank=None, local_world_size=None, node_rank=None)
+    return replace(
+        known,
+        rank=dist.get_rank(group),
+        world_size=dist.get_world_size(group),
+        job_size=dist.get_world_size(),
+        launcher="group",
+    )
+
+
+def _launched_identity() -> Identity:
+    """Return what the launcher tells, for a process that has a group: it counts more than variables that say half."""
+    try:
+        return identity_from_environment()
+    except ArgumentError:
+        return Identity(0, 1, None, None, None, socket.gethostname(), "group")
+
+
+def _name_of(group: ProcessGroup) -> str:
+    """Name the group alike on all its members, and unlike any group of other ranks."""
+    import torch.distributed as dist
+
+    members = ",".join(map(str, dist.get_process_group_ranks(group)))
+    return f"{group.group_name}-{hashlib.sha256(members.encode()).hexdigest()[:8]}"

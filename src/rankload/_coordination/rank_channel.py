@@ -1,0 +1,316 @@
+"""One call of all ranks: agreement on the way in, values between ranks on the way, one verdict on the way out.
+
+A warm call costs a rank six store operations: the agreement, the leader's word (where the file is, who shares it),
+the fetched file, its own success, the verdict, and "seen" where the store lives in rank 0's process. A wait costs
+one operation a poll. Rank 0 also counts who is through.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+from rankload._coordination.agreement import Agreement
+from rankload._coordination.heartbeat import Pulse, RollCall, Watch
+from rankload._coordination.polling import backoff, silence_limit_seconds
+from rankload._coordination.rendezvous import Session
+from rankload._coordination.signals import Terminated, TerminationAsException
+from rankload._coordination.single_process import run_all
+from rankload._coordination.verdict import Verdict, as_shared_error
+from rankload._coordination.watchdog import Vigil
+from rankload._settings import Settings
+from rankload._types import Progress
+from rankload.errors import (
+    ArrivalTimeoutError,
+    RankloadError,
+    RankLostError,
+    StoreLostError,
+)
+
+#: How long rank 0 keeps the store open at the end of a call that failed for ranks that have not read the verdict.
+#: Its process then waits at its end.
+_FAREWELL_SECONDS = 5.0
+
+#: The same after SIGTERM (schedulers kill soon after), and when a rank is lost that is never going to read it. Waiters
+#: poll every 0.1 s.
+_HURRIED_SECONDS = 0.3
+
+#: How often a wait looks for a failure too: one that is shorter is a warm call's.
+_LOOK_SECONDS = 0.05
+
+#: What one vote counts in a counter of ranks.
+_VOTE = 1 << 32
+
+#: Errors after which rank 0 waits for nobody any more.
+_GIVING_UP = (ArrivalTimeoutError, RankLostError)
+
+
+class RankChannel:
+    """The channel of one call in one rank of several. Use as a context manager; leaving it is the verdict."""
+
+    def __init__(self, session: Session, settings: Settings) -> None:
+        self.identity = session.identity
+        self._session, self._settings = session, settings
+        self._store, self._prefix = session.store, session.call_prefix(session.calls.made)
+        self._watched = range(1, self.identity.world_size) if self.identity.rank == 0 else [0]
+        self._agreement = Agreement(self._store, self._key, self.identity, session.calls.made)
+        self._facts: dict[str, str] = {}
+        self._on_exit: list[Callable[[], None]] = []
+        self._answers: dict[str, Callable[[], dict[str, Any]]] = {}
+        self._termination = TerminationAsException()
+        self._verdict = Verdict(self._store, self._key, self.identity)
+        self._failure: RankloadError | None = None
+        self._roll_call: RollCall | None = None
+        self._pulse = Pulse(
+            self._store,
+            self._status_key(self.identity.rank),
+            self.identity,
+            min(settings.heartbeat_seconds, settings.progress_seconds / 4),  # or it would seem not to move
+            self._look_around,
+            self._note_failure,
+        )
+        # whoever downloads waits for nobody, and would learn last that others are gone
+        self._vigil_meanwhile = self._vigil_over(self._watched, while_working=True)
+
+    def agree(self, arguments: dict[str, Any]) -> None:
+        """Say that this rank has come, and check that every rank passed the same arguments (see `Agreement`).
+
+        Raises:
+            ArgumentMismatchError: they differ; names both ranks and both values.
+        """
+        if not self._agreement.enter(arguments):
+            self._agreement.compare(self._wait_for("arguments", self._watched))
+
+    def report(self, progress: Progress) -> None:
+        """Publish this rank's progress; raise what another rank failed with."""
+        self._raise_failure()
+        self._pulse.beat(progress)
+
+    def post(self, key: str, value: dict[str, Any]) -> None:
+        """Publish a value under a key of this call."""
+        self._store.set(self._key(key), json.dumps(value))
+
+    def wait_for(self, key: str, from_rank: int) -> dict[str, Any]:
+        """Wait for a posted value, watching over the rank that is to post it (see `Channel`)."""
+        return self._wait_for(key, [from_rank])
+
+    def answer(self, question: str, respond: Callable[[], dict[str, Any]]) -> None:
+        """Be ready to answer a question of another rank, whenever this one waits for others."""
+        self._answers[question] = respond
+
+    def ask(self, question: str, of_rank: int) -> dict[str, Any]:
+        """Return a rank's answer to a question (see `Channel`)."""
+        self.post(f"asked/{question}", {})
+        return self.wait_for(f"answer/{question}", from_rank=of_rank)
+
+    def meet(self, key: str, *, agrees: bool = False) -> bool:
+        """Wait until every rank has come here: none goes on if one fails before.
+
+        Returns:
+            Whether all of them agree.
+
+        Raises:
+            RankloadError: what another rank has failed with.
+        """
+        # one counter counts both: how many have come, and above that how many of them agree
+        agreeing, come = divmod(self._store.add(self._key(f"met/{key}"), 1 + _VOTE * agrees), _VOTE)
+        if come == self.identity.world_size:
+            self.post(f"met/{key}/all", {"agree": agreeing == come})
+        agreed = bool(self._wait_for(f"met/{key}/all", self._watched)["agree"])
+        self._agreement.have_all_come = True
+        return agreed
+
+    def watch_over(self, ranks: Iterable[int]) -> Callable[[Progress], None]:
+        """Return what a wait of another kind calls again and again: it publishes this rank's progress.
+
+        It raises what another rank has failed with, or that one of the given ones is lost.
+        """
+        vigil = self._vigil_over(ranks)
+
+        def watch(progress: Progress) -> None:
+            self.report(progress)
+            if vigil.is_due():
+                vigil.look()
+
+        return watch
+
+    @property
+    def store_host(self) -> str | None:
+        """See `RankStore.host`."""
+        return self._store.host
+
+    def has(self, key: str) -> bool:
+        """Tell whether a value was posted, without waiting."""
+        return self._store.peek(self._key(key)) is not None
+
+    def claim(self, key: str) -> int:
+        """Return the rank that claimed the key first."""
+        return int(self.first(key, str(self.identity.rank)))
+
+    def first(self, key: str, value: str) -> str:
+        """Return what the first rank has passed for a key."""
+        return self._store.set_first(self._key(key), value)
+
+    def on_exit(self, callback: Callable[[], None]) -> None:
+        """Run something when the call ends on this rank, after the verdict."""
+        self._on_exit.append(callback)
+
+    def remember(self, fact: str, value: str | None = None) -> str | None:
+        """Keep a fact for later calls of the session, or recall it. A call that fails leaves nothing on any rank."""
+        if value is not None:
+            self._facts[fact] = value
+        return self._facts.get(fact) or self._session.remembered.get(fact)
+
+    def __enter__(self) -> RankChannel:
+        self._termination.install()
+        try:
+            self._pulse.start()
+        except BaseException as error:  # no more threads, or SIGTERM
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
+        try:
+            self._conclude(error)
+        finally:
+            try:
+                self._termination.defer()
+                self._pulse.stop(_HURRIED_SECONDS if self._termination.has_arrived else _FAREWELL_SECONDS)
+                run_all(self._on_exit)
+            finally:
+                self._termination.restore()
+
+    def _conclude(self, error: BaseException | None) -> None:
+        """Return if the call succeeded everywhere, or if this rank's own error is to fly on; else raise the cause."""
+        if error is None:
+            try:
+                self._await_verdict()
+            except BaseException as late_error:
+                self._tell(late_error)
+                raise
+            self._session.remembered.update(self._facts)
+        else:
+            self._tell(error)
+
+    def _await_verdict(self) -> None:
+        """Say that this rank is through, and wait until all are or one has failed."""
+        self._raise_failure()
+        self._wait_until(self._session.has_left_meeting_point, self._watched, Progress("done"))
+        self._verdict.count_through()
+        if self.identity.rank == 0:
+            self._wait_until(self._may_succeed, self._watched, Progress("done"))
+            self._verdict.succeed()
+        self._wait_until(self._verdict.look, self._watched, Progress("done"))
+        self._raise_failure()
+        if not self._verdict.outlast_readers(silence_limit_seconds(self._settings)) and not self._verdict.has_readers():
+            raise RankLostError(
+                "every rank was through, but none of the others has read that the call succeeded: they were killed, or "
+                "gave up rank 0 while it stood still",
+                lost_rank=self._watched[0],
+            )
+
+    def _may_succeed(self) -> bool:
+        """Tell on rank 0 whether every rank is through, and none can have given this one up.
+
+        A rank gives rank 0 up when it has stood still for the silence limit. After half of that, rank 0 asks for
+        another sign of life from everybody: who has left the call gives none, and counts as lost in due time.
+        """
+        if not self._verdict.are_all_through():
+            return False
+        if self._pulse.take_longest_still_seconds() > silence_limit_seconds(self._settings) / 2:
+            self._roll_call = RollCall(self._store, map(self._status_key, self._watched))
+        return self._roll_call is None or self._roll_call.is_complete()
+
+    def _answer_questions(self) -> None:
+        for question in [question for question in self._answers if self.has(f"asked/{question}")]:
+            self.post(f"answer/{question}", self._answers.pop(question)())
+
+    def _tell(self, error: BaseException) -> None:
+        """Tell the other ranks why this one fails; if another failed first, raise its error."""
+        if isinstance(error, _GIVING_UP):
+            self._session.give_up_absent_ranks()
+        patience_seconds = _HURRIED_SECONDS if isinstance(error, _GIVING_UP) else _FAREWELL_SECONDS
+        if isinstance(error, Terminated):
+            patience_seconds = _HURRIED_SECONDS
+            self._verdict.hurry(patience_seconds)
+        has_lost_store = isinstance(error, StoreLostError) and error.rank is None  # not one that another rank tells of
+        mine = as_shared_error(error, self.identity)
+        self._session.calls.note_failure(mine)
+        with suppress(StoreLostError):  # nobody can be told any more; our own error says more than that
+            if not has_lost_store:
+                self._verdict.fail(mine)
+            if not self._verdict.outlast_readers(patience_seconds) and not isinstance(mine, _GIVING_UP):
+                atexit.register(self._verdict.outlast_readers, self._settings.liveness_seconds)
+        first = self._verdict.failure
+        if first is not None:
+            self._session.calls.note_failure(first)
+        is_told = self._verdict.is_known and not has_lost_store
+        self._session.is_over = not is_told or self._session.is_ended_by(first or mine)
+        if isinstance(error, Exception) and error is not first:
+            if first is None or (first.rank, first.host, type(first)) == (mine.rank, mine.host, type(mine)):
+                first = mine
+            if error is not first:
+                raise first from error
+
+    def _look_around(self) -> None:
+        """Look for the verdict and at those whom this rank watches; the pulse does it."""
+        self._agreement.support()
+        self._verdict.look()
+        self._session.raise_joining_failure()
+        if self._vigil_meanwhile.is_due():
+            self._vigil_meanwhile.look()
+
+    def _note_failure(self, error: RankloadError) -> None:
+        self._failure = error
+
+    def _raise_failure(self) -> None:
+        self._termination.check()
+        # once there is a verdict, what the pulse has noted counts no more: others may have gone on, and left
+        if failure := self._verdict.failure if self._verdict.is_known else self._failure:
+            raise failure
+
+    def _wait_for(self, key: str, ranks: Iterable[int]) -> dict[str, Any]:
+        text: str | None = None
+
+        def is_there() -> bool:
+            nonlocal text
+            text = self._store.peek(self._key(key))
+            return text is not None
+
+        self._wait_until(is_there, ranks, Progress("waiting"))
+        assert text is not None
+        return json.loads(text)  # type: ignore[no-any-return]
+
+    def _wait_until(self, is_there: Callable[[], bool], ranks: Iterable[int], progress: Progress) -> None:
+        """Poll for something that the given ranks are to do, watching over them."""
+        vigil, looked_at = self._vigil_over(ranks), time.monotonic()
+        for _ in backoff(self.identity.world_size):
+            if is_there():
+                return
+            if time.monotonic() - looked_at >= _LOOK_SECONDS:
+                looked_at = time.monotonic()
+                self._verdict.look()
+                self._answer_questions()
+            self._raise_failure()
+            if vigil.is_due():
+                vigil.look()
+                self._pulse.beat(progress)
+
+    def _vigil_over(self, ranks: Iterable[int], *, while_working: bool = False) -> Vigil:
+        watches = [Watch(self._store, self._status_key(rank), rank, self._settings, self._has_come) for rank in ranks]
+        return Vigil(watches, self._settings, self.identity, while_working=while_working)
+
+    def _has_come(self, rank: int) -> bool:
+        return self._agreement.look() or self._session.has_begun(rank)
+
+    def _status_key(self, rank: int) -> str:
+        return self._key(f"status/{rank}")
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}"

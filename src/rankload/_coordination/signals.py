@@ -1,0 +1,71 @@
+"""SIGTERM during a call: leave cleanly, tell the other ranks, then die of the signal as before."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+from rankload._coordination.thread_signals import call_on_sigterm, is_at_default, stop_waiting
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Not an Exception: nothing but clean-up may catch it."""
+
+
+class TerminationAsException:
+    """Turns SIGTERM into an exception while a call lasts, where SIGTERM is at its default: never a user's own handler.
+
+    On the main thread it is raised at once, on others by the next `check`.
+
+    Attributes:
+        has_arrived: whether SIGTERM has.
+    """
+
+    def __init__(self) -> None:
+        self.has_arrived = False
+        self._is_installed = self._is_on_main_thread = False
+        self._raises = True
+
+    def install(self) -> None:
+        """Install the handler where that is right."""
+        self._is_on_main_thread = threading.current_thread() is threading.main_thread()
+        if not self._is_on_main_thread:
+            self._is_installed = call_on_sigterm(id(self), self._note)
+        elif is_at_default(signal.SIGTERM):
+            self._is_installed = True
+            signal.signal(signal.SIGTERM, self._on_signal)
+
+    def check(self) -> None:
+        """Raise, once, if SIGTERM has arrived during a call on another thread than the main one."""
+        if self.has_arrived and self._raises and not self._is_on_main_thread:
+            self._raises = False
+            raise Terminated
+
+    def defer(self) -> None:
+        """Let no signal interrupt what follows; `restore` comes back to it."""
+        self._raises = False
+
+    def restore(self) -> None:
+        """Remove the handler; if SIGTERM came, let it end the process now, or when all calls are through."""
+        if not self._is_installed:
+            return
+        self._is_installed = False
+        is_last = True
+        if not self._is_on_main_thread:
+            is_last = stop_waiting(id(self))
+        elif signal.getsignal(signal.SIGTERM) == self._on_signal:  # else somebody set one of their own meanwhile
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.has_arrived and is_last:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _note(self) -> None:
+        self.has_arrived = True
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        # once: a second one, from an impatient scheduler, must not interrupt the clean-up of the first
+        if self._raises and not self.has_arrived:
+            self.has_arrived = True
+            raise Terminated
+        self.has_arrived = True

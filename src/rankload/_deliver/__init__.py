@@ -1,1 +1,0 @@
-"""From a verified file to tensors."""

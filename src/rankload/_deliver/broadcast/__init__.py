@@ -1,1 +1,0 @@
-"""From the file of one rank to the tensors of all."""

@@ -1,0 +1,145 @@
+"""Domains: ranks that share a cache directory, or are told to share a download, and the rank that leads each.
+
+Rank 0 always leads its own domain. It names its directory by (kernel, device, inode) and leaves a freshly named file
+there. A rank whose directory has the same three shares it. On each other node one rank looks for the file: a name that
+nobody has looked up before is in no client's cache of absent names. Whoever does not see it shares a domain with the
+ranks that have its directory, or its node.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankload._coordination.polling import backoff
+from rankload._platform.host import kernel_id
+from rankload._types import Channel, Identity, Scope
+
+_logger = logging.getLogger("rankload")
+
+#: How long a node looks for rank 0's file. Rank 0 writes it before it says so: one look is enough on a coherent
+#: filesystem; on a lagging one a wrong "not shared" costs a second download, never a wrong file.
+_PROBE_SECONDS = 1.0
+
+_PROBE_PREFIX = ".rankload-probe-"
+
+#: No node looks for a probe file for so long: the ranks of a call arrive within ``arrival_seconds``.
+_PROBE_MAX_AGE_SECONDS = 3600.0
+
+#: How long other ranks of a node leave it to local rank 0 to look.
+_LOCAL_RANK_0_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Ranks that share one fetch.
+
+    Attributes:
+        key: names the domain within the call.
+        leader: the rank that fetches.
+        is_leader: whether that is this rank.
+    """
+
+    key: str
+    leader: int
+    is_leader: bool
+
+    @property
+    def key_of_rank_0(self) -> str:
+        """Return the name of rank 0's domain."""
+        return "rank0" if self.key.startswith("rank") else "0"
+
+
+def find_domain(channel: Channel, scope: Scope, directory: Path) -> Domain:
+    """Find this rank's domain. Collective over the channel's ranks. The directory exists."""
+    identity = channel.identity
+    if identity.world_size == 1 or scope == "process":
+        return Domain(f"rank{identity.rank}", identity.rank, is_leader=True)
+    if scope == "job":
+        return Domain("0", 0, is_leader=identity.rank == 0)
+    if identity.rank == 0:
+        is_probed = scope == "auto" and not identity.is_on_one_node
+        probe = _leave_probe_file(channel, directory) if is_probed else None
+        channel.post("lead", {"place": _place(identity, scope, directory), "probe": probe})
+        return Domain("0", 0, is_leader=True)
+    leader = _leader_of(channel, scope, directory)
+    return Domain(str(leader), leader, is_leader=leader == identity.rank)
+
+
+def _leader_of(channel: Channel, scope: Scope, directory: Path) -> int:
+    lead = channel.wait_for("lead", from_rank=0)
+    place = _place(channel.identity, scope, directory)
+    if place == lead["place"]:
+        return 0
+    fact = f"leader at {place} under {lead['place']}"
+    if (known := channel.remember(fact)) is None:
+        known = channel.remember(fact, str(_ask_place(channel, place, lead["probe"], directory)))
+    assert known is not None
+    return int(known)
+
+
+def _ask_place(channel: Channel, place: str, probe: str | None, directory: Path) -> int:
+    """Let one rank of the place look for rank 0's probe file; return who leads there."""
+    rank, identity = channel.identity.rank, channel.identity
+    # of some ranks of the job, the node's local rank 0 need not be one
+    if identity.is_whole_job and not identity.is_on_one_node and identity.local_rank not in (0, None):
+        _leave_it_to_local_rank_0(channel, place)
+    prober = channel.claim(f"prober/{place}")
+    if prober != rank:
+        return int(channel.wait_for(f"leader/{place}", from_rank=prober)["leader"])
+    leader = 0 if probe is not None and _sees(directory / probe) else rank
+    channel.post(f"leader/{place}", {"leader": leader})
+    _logger.debug("rank %d: %s is %s", rank, directory, "rank 0's too" if leader == 0 else "not shared with rank 0")
+    return leader
+
+
+def _leave_it_to_local_rank_0(channel: Channel, place: str) -> None:
+    deadline = time.monotonic() + _LOCAL_RANK_0_SECONDS
+    for _ in backoff(channel.identity.world_size):
+        if channel.has(f"prober/{place}") or time.monotonic() > deadline:
+            return
+
+
+def _sees(path: Path) -> bool:
+    deadline = time.monotonic() + _PROBE_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            list(path.parent.iterdir())  # makes an NFS client revalidate the directory
+            path.open("rb").close()
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _leave_probe_file(channel: Channel, directory: Path) -> str | None:
+    """Leave a file that nobody has looked for before, until the call ends; None where nothing can be written."""
+    path = directory / f"{_PROBE_PREFIX}{secrets.token_hex(8)}"
+    try:
+        path.touch(exist_ok=False)
+    except OSError:  # a read-only cache serves each node's own hits
+        return None
+    channel.on_exit(lambda: path.unlink(missing_ok=True))
+    _remove_abandoned_probe_files(path)
+    return path.name
+
+
+def _remove_abandoned_probe_files(own: Path) -> None:
+    """Remove what ranks that were killed have left. Empty files, so an hour of them harms nobody."""
+    with suppress(OSError):
+        now = own.stat().st_mtime  # by the clock of the file server, as are the others' times
+        for path in own.parent.glob(f"{_PROBE_PREFIX}*"):
+            if now - path.stat().st_mtime > _PROBE_MAX_AGE_SECONDS:
+                path.unlink()
+
+
+def _place(identity: Identity, scope: Scope, directory: Path) -> str:
+    """Name what ranks must have in common to share a fetch without further question."""
+    if scope == "node":
+        node = identity.host if identity.node_rank is None else f"{identity.host}-{identity.node_rank}"
+        return f"node-{node}"
+    status = directory.stat()
+    return f"{kernel_id()}-{status.st_dev}-{status.st_ino}"

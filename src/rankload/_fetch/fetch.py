@@ -1,0 +1,215 @@
+"""Who fetches, who waits: one fetch for every domain, and its result or its error on every rank."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+from rankload._cache.directory import make_directory
+from rankload._cache.files import reading
+from rankload._fetch.cache_domain import Domain, find_domain
+from rankload._fetch.index_files import files_of
+from rankload._fetch.leader import fetch
+from rankload._fetch.replicas import is_known, offer_version, same_version
+from rankload._platform.host import kernel_id
+from rankload._platform.linux import is_on_local_disk
+from rankload._settings import Settings
+from rankload._types import Channel, FetchedFile, FetchRequest, FileIdentity, Progress, Report
+from rankload._urls import local_path_of
+from rankload.errors import CacheError
+
+_logger = logging.getLogger("rankload")
+
+
+def fetch_once(request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile:
+    """Return the verified file as this rank sees it. Collective over the channel's ranks.
+
+    Only the leader of a domain consults the cache: another node's view of a network filesystem may be stale.
+
+    Raises:
+        RankloadError: the first cause, from whichever rank.
+    """
+    domain = _domain_for(request, channel)
+    if not domain.is_leader:
+        return _wait_for_leader(domain, request, channel, settings)
+    file = _identified(fetch(request, channel.report, settings))
+    if file.source != "local" and request.sha256 is None:
+        if channel.identity.rank == 0:
+            offer_version(file, channel)
+        else:
+            first = channel.wait_for(f"fetched/{domain.key_of_rank_0}", from_rank=0)
+            file = _identified(same_version(file, first, request, channel, settings))
+    assert file.identity is not None
+    channel.post(
+        f"fetched/{domain.key}",
+        {
+            "path": os.path.relpath(file.path, request.directory) if file.source != "local" else str(file.path),
+            "size_bytes": file.size_bytes,
+            "sha256": file.sha256,
+            "parts_sha256": file.parts_sha256,
+            "is_known": is_known(file),
+            "source": file.source,
+            "is_published": file.is_published,
+            "part_sizes": file.part_sizes,
+            "identity": asdict(file.identity),
+            "kernel": kernel_id(),
+        },
+    )
+    return file
+
+
+def fetch_at(rank: int, request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile | None:
+    """Let one rank fetch, for itself; return its file there, and None on the others, when it has it. Collective.
+
+    Raises:
+        RankloadError: the first cause, from whichever rank.
+    """
+    if channel.identity.rank != rank:
+        channel.wait_for("fetched at the source", from_rank=rank)
+        return None
+    if local_path_of(request.urls[0]) is None:
+        make_directory(request.directory)
+    file = fetch(request, channel.report, settings)
+    channel.post("fetched at the source", {})
+    return file
+
+
+def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
+    if local_path_of(request.urls[0]) is not None:
+        # a file used in place is rank 0's to check; where another node has none at that path, its ranks say so
+        return find_domain(channel, "job", request.directory)
+    make_directory(request.directory)
+    return find_domain(channel, request.scope, request.directory)
+
+
+def _identified(file: FetchedFile) -> FetchedFile:
+    """Return the file with its identity, by which it is found again when it is loaded."""
+    if file.identity is not None:
+        return file
+    with reading(file.path):
+        return replace(file, identity=FileIdentity.of(file.path.stat()))
+
+
+def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile:
+    fetched = channel.wait_for(f"fetched/{domain.key}", from_rank=domain.leader)
+    path = request.directory / fetched["path"]  # an absolute path stays as it is
+    file = FetchedFile(
+        path,
+        fetched["size_bytes"],
+        fetched["sha256"],
+        fetched["source"],
+        fetched["is_published"],
+        tuple(fetched["part_sizes"]),
+        fetched["parts_sha256"],
+    )
+    published = FileIdentity(**fetched["identity"])
+    is_here = fetched["kernel"] == kernel_id()
+
+    def is_it(found: FileIdentity, is_local: bool) -> bool:
+        if file.source == "local":  # each node's own: only the size has to be the same
+            return found.size_bytes == file.size_bytes
+        return found.is_same(published, is_exact=is_here and is_local)
+
+    found, is_visible = _await_visible(path, is_it, channel.report, settings)
+    if found is not None and is_visible:
+        _await_parts(file, domain, channel.report, settings)
+        return replace(file, identity=found)
+    if found is None:
+        seen = "does not exist"
+    elif found.size_bytes != file.size_bytes:
+        seen = f"has {found.size_bytes} bytes, not {file.size_bytes},"
+    else:
+        seen = "is another file (another job may have replaced it)"
+    error = CacheError(
+        f"rank {domain.leader} published {path}, but it {seen} here after {settings.visibility_seconds:g} s: is the "
+        "directory shared between these nodes? Pass scope='node', or a model_dir that is the same everywhere",
+        path=str(path),
+    )
+    # another rank, or another job, may have fetched it anew: the digest tells
+    is_renewed = found is not None and found.size_bytes == file.size_bytes and file.sha256 is not None
+    # scope="job" is the caller's word that it is shared: a thousand nodes where it is not must not all ask the origin
+    is_elsewhere = found is None and (request.scope == "job" or request.offline)
+    if file.source == "local" or is_elsewhere or (found is not None and not is_renewed):
+        raise error
+    if found is None:
+        _logger.warning("%s has been removed since rank %d published it; fetching it once more", path, domain.leader)
+    return _fetch_again(file, request, channel, settings, error)
+
+
+def _await_parts(file: FetchedFile, domain: Domain, report: Report, settings: Settings) -> None:
+    for path, size_bytes in files_of(file)[1:]:
+        found, is_visible = _await_visible(path, partial(_has_size, size_bytes), report, settings)
+        if not is_visible:
+            raise CacheError(
+                f"rank {domain.leader} published {path}, a part of {file.path.name}, with {size_bytes} bytes; after "
+                f"{settings.visibility_seconds:g} s there are {found.size_bytes if found else 'none'} here",
+                path=str(path),
+            )
+
+
+def _has_size(size_bytes: int, found: FileIdentity, is_local: bool) -> bool:
+    return found.size_bytes == size_bytes
+
+
+def _fetch_again(
+    file: FetchedFile, request: FetchRequest, channel: Channel, settings: Settings, error: CacheError
+) -> FetchedFile:
+    """Fetch what the leader had, though somebody has deleted it: the very same bytes, or nothing.
+
+    Every rank that misses the file comes here by itself, as if it were another job: the lease makes it one download.
+    """
+    again = fetch(replace(request, sha256=file.sha256 or request.sha256), channel.report, settings)
+    if again.size_bytes != file.size_bytes:
+        raise error
+    return again
+
+
+def _await_visible(
+    path: Path, is_it: Callable[[FileIdentity, bool], bool], report: Report, settings: Settings
+) -> tuple[FileIdentity | None, bool]:
+    """Wait until this node sees the file that the leader published on another.
+
+    Linux NFS clients keep absent names and old sizes for up to 60 s; opening a file revalidates them sooner than
+    stat(), and listing the directory drops absent names (nfs(5), "Data and metadata coherence").
+
+    Args:
+        path: where it is to appear.
+        is_it: tells whether a file is that one; gets also whether it lies on a local disk, where nothing lags.
+        report: receives this rank's progress.
+        settings: deadlines.
+
+    Returns:
+        What it sees, None for no file; and whether that is the file.
+    """
+    deadline, delay = time.monotonic() + settings.visibility_seconds, 0.01
+    while True:
+        found, is_local = _identity_when_opened(path)
+        is_visible = found is not None and is_it(found, is_local)
+        if is_visible or (found is not None and is_local) or time.monotonic() >= deadline:
+            return found, is_visible
+        report(Progress("waiting"))  # raises what another rank has failed with
+        time.sleep(delay)
+        delay = min(delay * 1.5, 1.0)
+
+
+def _identity_when_opened(path: Path) -> tuple[FileIdentity | None, bool]:
+    """Return a file's identity, and whether it lies on a local disk; None if it is not there."""
+    try:
+        # not waiting for the writer of a pipe that somebody has put there
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return FileIdentity.of(os.fstat(descriptor)), is_on_local_disk(descriptor)
+        finally:
+            os.close(descriptor)
+    except PermissionError as error:  # it is there, and will not be ours to read by waiting
+        raise CacheError(f"cannot read {path}: {error.strerror}", path=str(path), errno=error.errno) from error
+    except OSError:
+        with suppress(OSError):
+            list(path.parent.iterdir())
+        return None, False

@@ -1,0 +1,285 @@
+"""A look into the cache: whose the file is that lies there, and whether it can be used."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISREG
+
+from rankload._cache.access import make_own_directory
+from rankload._cache.entry import Entry
+from rankload._cache.files import check_has_scheme, reading, reopening, writing
+from rankload._cache.quarantine import quarantine
+from rankload._cache.record import Record, is_on_record, write_record
+from rankload._fetch.digests import check_digest, claims_of
+from rankload._fetch.file_digest import sha256_of_file
+from rankload._fetch.index_files import check_index
+from rankload._fetch.inspection import believed_digest, inspect, is_published
+from rankload._fetch.origins.base import Claim
+from rankload._fetch.policy import Action, Cached, Plan, after_check, decide, known_digest, may_publish
+from rankload._formats.hints import hint_on_directory
+from rankload._formats.sniff import check_structure
+from rankload._platform.linux import birth_ns, rename_if_absent
+from rankload._types import FetchedFile, FetchRequest, Progress, Report, Source
+from rankload._urls import redact, url_key
+from rankload.errors import CacheError, DigestMismatchError, RankloadError, VerificationError
+
+_logger = logging.getLogger("rankload")
+
+FileVersion = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look into the cache has found.
+
+    Attributes:
+        entry: the one that is the request's.
+        version: of the file that was there, None for none: it changes when somebody publishes.
+        file: that file, if it can be used.
+        damage: what is wrong with it, if that is known and it should be set aside.
+        reason: why it cannot be used.
+        is_unvouched: nobody says whose that file is: `adopt` it or `reject` it.
+        record: that file's, if there is one.
+        is_replaceable: rankload published it, and this user may replace it.
+    """
+
+    entry: Entry
+    version: FileVersion | None
+    file: FetchedFile | None = None
+    damage: str | None = None
+    reason: str = ""
+    is_unvouched: bool = False
+    record: Record | None = None
+    is_replaceable: bool = False
+
+
+def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
+    """Find the entry that is the request's, and whether its file can be used. Changes nothing but records.
+
+    Raises:
+        CacheError: something else lies in the file's place, or it cannot be read.
+    """
+    cached = inspect(entry, request)
+    plan, file = decide(request, cached), None
+    if plan.action is Action.USE:
+        assert cached.status is not None
+        sha256 = believed_digest(cached)
+        file = FetchedFile(entry.path, cached.status.st_size, sha256, "cache", is_published=is_published(cached))
+    if plan.action is Action.CHECK and cached.record is None and not entry.is_separate:
+        plan = _unless_anothers(plan, entry, cached, request)
+    if plan.action is Action.CHECK:
+        plan, file = _check(entry, cached, request, report)
+    _logger.debug("%s: %s (%s)", entry.path, plan.action.name, plan.reason)
+    if plan.action is Action.DOWNLOAD and cached.status is not None:
+        _logger.warning("%s: %s; fetching it again", entry.path, plan.reason)
+    if plan.action is Action.SEPARATE:
+        return look_up(_separate(entry, plan.reason, request), request, report)
+    damage = plan.reason if plan.action is Action.REPLACE else None
+    is_unvouched = file is not None and cached.record is None and file.sha256 is None
+    return Look(
+        entry,
+        _version_of(cached.status),
+        file,
+        damage,
+        plan.reason,
+        is_unvouched,
+        cached.record,
+        cached.is_replaceable,
+    )
+
+
+def adopt(look: Look, request: FetchRequest, *, etag: str | None, sha256: str | None, vouched_by: str | None) -> None:
+    """Record that an unvouched file is the URL's, as its origin says; not in a read-only cache."""
+    with suppress(OSError):
+        status = look.entry.path.stat()
+        if _version_of(status) == look.version:
+            facts = (status.st_size, status.st_mtime_ns, status.st_ino, etag, sha256, vouched_by)
+            record = Record(redact(request.urls[0]), url_key(request.urls[0]), *facts, "adopted")
+            write_record(look.entry.record_path, record)
+
+
+def reject(look: Look, reason: str, request: FetchRequest) -> Entry:
+    """Leave alone a file that is not the URL's, or not any more, and return the entry that is.
+
+    Raises:
+        CacheError: there is none.
+    """
+    if look.record is not None and look.record.source == "adopted":
+        with suppress(OSError):
+            look.entry.record_path.unlink()  # it would be believed again
+    return _separate(look.entry, reason, request)
+
+
+def _unless_anothers(plan: Plan, entry: Entry, cached: Cached, request: FetchRequest) -> Plan:
+    """Return the plan to check a file without a record, unless it is certain that it is not this URL's."""
+    assert cached.status is not None
+    if os.path.lexists(entry.separate(request.urls[0]).path):
+        return Plan(Action.SEPARATE, "nobody vouches for it, and there is a file that rankload has fetched")
+    # the origin would only be asked for a piece of it
+    if request.sha256 is None and is_on_record(entry.record_path.parent, cached.status):
+        return Plan(Action.SEPARATE, "it is the file of another name, which is the same one on this filesystem")
+    return plan
+
+
+def _separate(entry: Entry, reason: str, request: FetchRequest) -> Entry:
+    """Return the entry that is the URL's alone.
+
+    Raises:
+        CacheError: it is this one already.
+    """
+    shown = redact(request.urls[0])
+    if entry.is_separate:
+        raise CacheError(
+            f"{entry.path} cannot be used for {shown}: {reason}; remove it, or choose another directory (model_dir=)",
+            path=str(entry.path),
+        )
+    separate = entry.separate(request.urls[0])
+    _logger.warning("%s: %s; keeping %s at %s", entry.path, reason, shown, separate.path)
+    make_directories(separate)
+    return separate
+
+
+def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFile:
+    """Check a file that is not the cache's; it stays where it is.
+
+    Raises:
+        VerificationError: it is not what it should be.
+        CacheError: it cannot be read.
+    """
+    check_has_scheme(request.urls[0], path)
+    with reading(path):
+        return reopening(lambda: _in_place(path, request, report))
+
+
+def file_version(entry: Entry) -> FileVersion | None:
+    """Return what changes when somebody publishes the entry's file; None where there is none."""
+    try:
+        return _version_of(entry.path.stat())
+    except OSError:
+        return None
+
+
+def may_be_published(entry: Entry, request: FetchRequest) -> bool:
+    """Return whether a download may take its final name: nothing lies there now but what rankload published for it."""
+    return may_publish(request, inspect(entry, request))
+
+
+def set_damaged_file_aside(look: Look) -> None:
+    """Set the file aside that a look has found damaged.
+
+    Only under the lease and while it is still that file, or the good one that another job has published would go.
+    """
+
+    def move_to(path: Path) -> None:
+        look.entry.path.replace(path)
+        if _version_of(path.lstat()) != look.version:  # another has taken its name: a user's own, perhaps
+            rename_if_absent(path, look.entry.path)
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    if look.damage is not None:
+        path = quarantine(look.entry, look.damage, move_to)
+        kept = f" (kept at {path})" if path else ""
+        _logger.warning("%s: %s%s; fetching it again", look.entry.path, look.damage, kept)
+
+
+def make_directories(entry: Entry) -> None:
+    """Make the directories below the cache directory down to an entry's, and that of its record if that can be made.
+
+    Raises:
+        CacheError: one of them cannot be made, or is not one of rankload's own (`check_own_directory`).
+    """
+    for directory in entry.directories:
+        with writing(directory):
+            make_own_directory(directory)
+    try:
+        # Before anybody looks it up: another node would remember for a minute that it is not there (nfs(5), acdirmax).
+        make_own_directory(entry.record_path.parent)
+    except CacheError:
+        raise
+    except OSError:  # a read-only cache, or a full disk: files that are there can be used
+        pass
+
+
+def _in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFile:
+    status = path.stat()
+    if not S_ISREG(status.st_mode):  # opening a pipe would wait for its writer, for ever
+        raise CacheError(f"cannot read {path}: it is no regular file{hint_on_directory(path)}", path=str(path))
+    check_structure(path, must_be_checkpoint=request.must_be_checkpoint, origin=str(path))
+    sha256, claims = None, claims_of(request)
+    if claims:
+        sha256 = _hash(path, status.st_size, report)
+        check_digest(sha256, claims, str(path))
+    return FetchedFile(path, status.st_size, sha256, "local")
+
+
+def _version_of(status: os.stat_result | None) -> FileVersion | None:
+    return None if status is None else (status.st_ino, status.st_mtime_ns)
+
+
+def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) -> tuple[Plan, FetchedFile | None]:
+    """Check a file for which no record vouches, and adopt it if it passes.
+
+    Returns:
+        What to do, and the file if it can be used.
+    """
+    assert cached.status is not None
+    status, record = cached.status, cached.record
+    try:
+        sha256, vouched_by = reopening(lambda: _judge(entry.path, cached, request, report))
+    except _UnexpectedError as error:  # whole, but not what is asked for now: it stays until that is there
+        return after_check(cached, is_damaged=False, reason=error.message), None
+    except VerificationError as error:
+        return after_check(cached, is_damaged=True, reason=error.message), None
+    except RankloadError:
+        raise
+    except OSError as error:  # removed since the look, or the disk cannot read it any more: a new copy helps
+        return after_check(cached, is_damaged=False, reason=f"cannot read it: {error.strerror or error}"), None
+    if not cached.problem and (record or vouched_by):  # a record that cannot be read is somebody's: it stays
+        adopted = Record(
+            url=record.url if record else redact(request.urls[0]),
+            url_key=record.url_key if record else url_key(request.urls[0]),
+            size_bytes=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            inode=status.st_ino,
+            etag=record.etag if record else None,
+            sha256=sha256,
+            vouched_by=vouched_by or (record.vouched_by if record else None),
+            source=record.source if record else "adopted",
+            birth_ns=birth_ns(entry.path),
+        )
+        if record is None or (adopted != record and cached.is_trusted):
+            with suppress(OSError):  # a read-only cache: the next call looks again
+                write_record(entry.record_path, adopted)
+    source: Source = "cache" if record else "adopted"
+    file = FetchedFile(entry.path, status.st_size, sha256, source, is_published=is_published(cached))
+    return Plan(Action.USE, "it has passed its check"), file
+
+
+def _judge(path: Path, cached: Cached, request: FetchRequest, report: Report) -> tuple[str | None, str | None]:
+    """Return the digest, where one is known to compare with, and whose vouches for it."""
+    assert cached.status is not None
+    check_structure(path, must_be_checkpoint=request.must_be_checkpoint, origin=str(path))
+    check_index(path, request, str(path))
+    if not known_digest(request, cached):
+        return None, None
+    sha256 = _hash(path, cached.status.st_size, report)
+    if cached.record and cached.record.sha256:
+        check_digest(sha256, (Claim(cached.record.sha256, "its record"),), str(path))
+    try:
+        return sha256, check_digest(sha256, claims_of(request), str(path))
+    except DigestMismatchError as error:
+        raise _UnexpectedError(error.message) from None
+
+
+class _UnexpectedError(VerificationError):
+    """The file is not damaged, as far as anybody knows; it is not the one that is asked for."""
+
+
+def _hash(path: Path, size_bytes: int, report: Report) -> str:
+    report(Progress("hashing", 0, size_bytes))
+    return sha256_of_file(path, lambda done: report(Progress("hashing", done, size_bytes)))

@@ -1,0 +1,150 @@
+"""Ranges of a file on whatever fsspec reaches: s3, gs, memory, …"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+
+from rankload._fetch.origins.base import NotModified, Version
+from rankload._fetch.origins.http_errors import raise_alone
+from rankload._urls import redact, redact_text
+from rankload.errors import ContentChangedError, FetchError, NetworkError
+
+#: One read. Every one is a request of its own, so it should not be small.
+_READ_BYTES = 8 << 20
+
+#: The package that a scheme needs, and the extra of ours that brings it.
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
+
+#: botocore's and google-auth's, by name: neither need be installed. No second try finds credentials.
+_WITHOUT_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"})
+
+
+class FilesystemOrigin:
+    """A file at an fsspec URL. Credentials and endpoints are for fsspec to find, as it always does."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.shown, self.may_answer_once = url, redact(url), False
+
+    def close(self) -> None:
+        """See `Origin`. fsspec keeps its filesystems for the life of the process."""
+
+    @contextlib.contextmanager
+    def open(
+        self, begin: int, end: int | None, version: Version | None, *, unless: Version | None = None
+    ) -> Iterator[FilesystemBody]:
+        """See `Origin`."""
+        found = self.look(version)
+        if unless is not None and unless.is_same_as(found):
+            raise NotModified(self.shown)
+        filesystem, path = self._found
+        size_bytes = found.size_bytes
+        if end is None or size_bytes is None or begin >= size_bytes:
+            with translating_any(self.url, self.shown), filesystem.open(path, "rb") as file:
+                yield FilesystemBody(found, 0, size_bytes, True, self, lambda _, count: file.read(count))
+        else:
+            read = functools.partial(_read_range, filesystem, path)
+            yield FilesystemBody(found, begin, min(end, size_bytes), False, self, read)
+
+    def look(self, expected: Version | None) -> Version:
+        """Ask for the file's version now.
+
+        Raises:
+            ContentChangedError: it is another than expected.
+            FetchError: there was no answer, or an error.
+        """
+        with translating_any(self.url, self.shown):
+            found = _version_of(*self._found)
+        if expected is not None and not expected.is_same_as(found):
+            raise ContentChangedError(f"{self.shown}: the file has changed while it was fetched", url=self.shown)
+        return found
+
+    @functools.cached_property
+    def _found(self) -> tuple[Any, str]:
+        return filesystem_of(self.url)
+
+
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """Return fsspec's filesystem for a URL, and the path in it."""
+    filesystem, path = fsspec.core.url_to_fs(url)
+    return filesystem, path
+
+
+@contextlib.contextmanager
+def translating_any(url: str, shown: str) -> Iterator[None]:
+    """Translate whatever a filesystem raises; each has its own kinds of errors.
+
+    Theirs may hold the whole URL, or a request with its headers. As in `translating`, nothing leads there.
+    """
+    try:
+        yield
+    except FetchError:
+        raise
+    except Exception as error:
+        raise_alone(_translated(error, url, shown))
+
+
+def _translated(error: Exception, url: str, shown: str) -> FetchError:
+    text = redact_text(str(error), url)
+    if isinstance(error, FileNotFoundError):
+        return FetchError(f"{shown}: no such file there; check the URL", url=shown)
+    if isinstance(error, PermissionError):
+        return FetchError(f"{shown}: access denied: {text}", url=shown)
+    if isinstance(error, (ImportError, ValueError)):
+        scheme = url.partition("://")[0]
+        advice = f"; pip install 'rankload[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
+        return FetchError(f"{shown}: {text}{advice}", url=shown)
+    if type(error).__name__ in _WITHOUT_CREDENTIALS:
+        return FetchError(f"{shown}: no credentials for it: {text}", url=shown)
+    return NetworkError(f"{shown}: {type(error).__name__}: {text}", url=shown)
+
+
+@dataclass
+class FilesystemBody:
+    """See `Body`."""
+
+    version: Version
+    begin: int
+    end: int | None
+    is_whole: bool
+    _origin: FilesystemOrigin
+    _read: Callable[[int, int], bytes]
+    _position: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._position = self.begin
+
+    def read(self) -> bytes:
+        """See `Body`."""
+        count = _READ_BYTES if self.end is None else min(_READ_BYTES, self.end - self._position)
+        with translating_any(self._origin.url, self._origin.shown):
+            piece = self._read(self._position, count) if count > 0 else b""
+        self._position += len(piece)
+        is_at_end = self._position == self.end
+        if is_at_end if piece else not is_at_end:  # its last piece, or its end came earlier than was known
+            self._origin.look(self.version)  # a read names no version: it may be of one that came after the first look
+        return piece
+
+    def break_off(self) -> None:
+        """See `Body`. No filesystem can: the read ends when it ends, and nobody waits for it."""
+
+
+def _read_range(filesystem: Any, path: str, begin: int, count: int) -> bytes:
+    return filesystem.cat_file(path, start=begin, end=begin + count)  # type: ignore[no-any-return]
+
+
+def _version_of(filesystem: Any, path: str) -> Version:
+    filesystem.invalidate_cache()  # listings of earlier looks: an object may have been replaced since
+    found = filesystem.info(path)
+    if found.get("type") == "directory":
+        raise FileNotFoundError(path)
+    size = found.get("size")
+    return Version(
+        size_bytes=int(size) if size is not None else None,
+        etag=str(found.get("ETag") or found.get("etag") or filesystem.ukey(path)),
+    )

@@ -1,0 +1,108 @@
+"""The one place where the exceptions of requests, urllib3 and sockets become ours."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from types import TracebackType
+from typing import NoReturn
+
+import requests
+import urllib3
+
+from rankload._fetch.origins.trust import CERTIFICATE_VARIABLES
+from rankload._urls import redact_text
+from rankload.errors import FetchError, FetchTimeoutError, NetworkError, TruncatedError
+
+_PROXY = "the proxy that the environment names"
+
+
+class translating:
+    """Translate the exceptions of requests, urllib3 and sockets.
+
+    Theirs hold the full URL, with its signatures and tokens, and so do the tracebacks of what they are chained to. The
+    error that is raised instead is therefore chained to nothing, not even as its context.
+
+    Args:
+        shown: the URL for messages, without secrets.
+    """
+
+    def __init__(self, shown: str) -> None:
+        self._shown = shown
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, FetchError):  # an OSError, too, and already ours
+            return
+        if isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)):
+            raise_alone(_translated(error, self._shown))
+
+
+def raise_alone(error: FetchError) -> NoReturn:
+    """Raise an error without the exception that is being handled as its context.
+
+    ``raise … from None`` only keeps the context out of tracebacks: ``error.__context__`` still refers to it.
+    """
+    try:
+        raise error
+    except FetchError:
+        error.__context__ = None
+        raise
+
+
+def _translated(error: Exception, shown: str) -> FetchError:
+    innermost = _innermost(error)
+    is_proxys = isinstance(error, requests.exceptions.ProxyError)
+    timeouts = (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)
+    if isinstance(error, timeouts) or isinstance(innermost, TimeoutError):
+        what = "not a byte came"
+        if is_proxys or isinstance(error, requests.ConnectTimeout):
+            what = "no connection to the proxy" if is_proxys else "no connection"
+        text = f"{shown}: {what} within the deadline; raise timeout= or pass a mirror"
+        return FetchTimeoutError(text, url=shown)
+    if isinstance(error, requests.exceptions.InvalidProxyURL):
+        return FetchError(f"{shown}: {_PROXY} is no URL of one: correct it, or unset it", url=shown)
+    if isinstance(error, requests.exceptions.InvalidSchema):
+        if "SOCKS" in str(error):
+            return FetchError(f"{shown}: {_PROXY} speaks SOCKS: pip install 'requests[socks]'", url=shown)
+        return FetchError(f"{shown}: it redirects to a URL that is not http or https", url=shown)
+    if isinstance(error, ValueError):  # requests' own subclasses, and what urllib.parse raises out of a redirect
+        return FetchError(f"{shown}: not a URL that can be fetched, or it redirects to one", url=shown)
+    if isinstance(error, urllib3.exceptions.ProtocolError) and "IncompleteRead" in str(error):
+        return TruncatedError(f"{shown}: the body ended in the middle of a chunk", url=shown)
+    who = f"{_PROXY}: " if is_proxys else ""
+    return NetworkError(f"{shown}: {who}{_words(innermost)}", url=shown, is_permanent=_is_permanent(innermost))
+
+
+def _words(cause: BaseException) -> str:
+    if isinstance(cause, socket.gaierror):
+        return f"host name not found ({cause.strerror}); is this node online?"
+    if isinstance(cause, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(cause, ConnectionResetError):
+        return "connection reset by the origin"
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        advice = f"if the site has certificates of its own, name them in one of {', '.join(CERTIFICATE_VARIABLES)}"
+        return f"{type(cause).__name__}: {redact_text(str(cause))}; {advice}"
+    return f"{type(cause).__name__}: {redact_text(str(cause))}"
+
+
+def _is_permanent(cause: BaseException) -> bool:
+    """Tell what no second try mends: a name that is known not to exist, a certificate that does not hold."""
+    if isinstance(cause, socket.gaierror):
+        return cause.errno == socket.EAI_NONAME
+    return isinstance(cause, ssl.SSLCertVerificationError)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """Follow an error to its cause, down to the first that says something of its own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        error = seen
+        if isinstance(seen, (socket.gaierror, ConnectionRefusedError, ConnectionResetError, ssl.SSLError)):
+            break
+        reason = getattr(seen, "reason", None)
+        seen = reason if isinstance(reason, BaseException) else seen.__cause__ or seen.__context__
+    return error

@@ -1,0 +1,120 @@
+"""What HTTP response headers say. Pure."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import email.utils
+import re
+import time
+from collections.abc import Mapping
+from urllib.parse import quote
+
+from rankload._fetch.origins.base import Claim, Version
+
+#: 18 digits hold an exabyte; Python refuses to read numbers of thousands of digits.
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE | re.ASCII)
+_LENGTH = re.compile(r"\d{1,18}", re.ASCII)
+
+#: RFC 9110, 8.4.1, and IANA's registry of content codings, as far as servers use it.
+_CODINGS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd", "dcb", "dcz"})
+
+_ASCII = "".join(map(chr, range(128)))
+
+_HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+#: Members of a Repr-Digest (RFC 9530: ``sha-256=:<base64>:``) or Digest (RFC 3230: ``SHA-256=<base64>``) header.
+_DIGEST_MEMBER = re.compile(r"(?:^|,)\s*sha-256=:?([A-Za-z0-9+/]{43}=):?", re.IGNORECASE)
+
+
+def version_of(headers: Mapping[str, str], size_bytes: int | None, earlier_claim: Claim | None) -> Version:
+    """Put together what an answer says of the whole content.
+
+    Args:
+        headers: of the answer.
+        size_bytes: of the whole content, as Content-Range or Content-Length tell.
+        earlier_claim: a digest that a redirect on the way here gave.
+    """
+    return Version(
+        size_bytes=size_bytes,
+        etag=headers.get("ETag"),
+        last_modified=headers.get("Last-Modified"),
+        claim=earlier_claim or claim_of(headers),
+        content_type=headers.get("Content-Type", "").partition(";")[0].strip().lower(),
+    )
+
+
+def content_range_of(headers: Mapping[str, str]) -> tuple[int, int, int | None] | None:
+    """Return begin, end (exclusive) and total size of a partial answer; None where the header makes no sense."""
+    match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
+    if match is None:
+        return None
+    begin, end, total = int(match[1]), int(match[2]) + 1, None if match[3] == "*" else int(match[3])
+    return (begin, end, total) if begin < end and (total is None or end <= total) else None
+
+
+def content_length_of(headers: Mapping[str, str]) -> int | None:
+    """Return Content-Length, None where it is missing or no number."""
+    text = headers.get("Content-Length", "")
+    return int(text) if _LENGTH.fullmatch(text) else None
+
+
+def coding_of(headers: Mapping[str, str]) -> str | None:
+    """Return the content coding that the body is in, in lower case; None if the bytes are the file's.
+
+    Object stores give back whatever the uploader wrote there (``aws-chunked``, ``utf-8``): other words are no codings.
+    """
+    words = (word.strip().lower() for word in headers.get("Content-Encoding", "").split(","))
+    return next((word for word in words if word in _CODINGS), None)
+
+
+def location_of(headers: Mapping[str, str]) -> str | None:
+    """Return where a redirect leads, None where it does not say.
+
+    Some servers write a path in UTF-8 as it is; the HTTP library gives header bytes as latin-1. Browsers quote them.
+    """
+    text = headers.get("Location")
+    return None if text is None else quote(text.encode("latin-1"), safe=_ASCII)
+
+
+def retry_after_of(headers: Mapping[str, str]) -> float | None:
+    """Return Retry-After in seconds from now, given as a number or a date (RFC 9110, 10.2.3)."""
+    text = headers.get("Retry-After", "").strip()
+    if _LENGTH.fullmatch(text):
+        return float(text)
+    try:
+        seconds_since_epoch = email.utils.parsedate_to_datetime(text).timestamp()
+    except (ValueError, OverflowError):  # no date, or a number in it that no C integer holds
+        return None
+    return max(0.0, seconds_since_epoch - time.time())
+
+
+def claim_of(headers: Mapping[str, str]) -> Claim | None:
+    """Return the SHA-256 of the whole content that the headers give, if any.
+
+    - ``Repr-Digest`` (RFC 9530) and its predecessor ``Digest`` (RFC 3230) are of the whole content in partial answers,
+      too; ``Content-Digest`` is not.
+    - ``x-amz-checksum-sha256`` of a multipart upload is a digest of digests, and ends in ``-<number of parts>``
+      (Amazon S3 User Guide, "Checking object integrity").
+    - ``X-Linked-ETag`` is what the Hugging Face Hub gives for files in its large-file storage: their SHA-256.
+    """
+    for name in ("Repr-Digest", "Digest"):
+        if (match := _DIGEST_MEMBER.search(headers.get(name, ""))) and (digest := _hex(match[1])):
+            return Claim(digest, name.lower())
+    name = "x-amz-checksum-sha256"
+    if (
+        "COMPOSITE" not in headers.get("x-amz-checksum-type", "").upper()
+        and (text := headers.get(name))
+        and (digest := _hex(text))
+    ):
+        return Claim(digest, name)
+    linked = headers.get("X-Linked-ETag", "").removeprefix("W/").strip('"').lower()
+    return Claim(linked, "x-linked-etag") if _HEX_DIGEST.fullmatch(linked) else None
+
+
+def _hex(text: str) -> str | None:
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    return raw.hex() if len(raw) == 32 else None

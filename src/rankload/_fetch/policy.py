@@ -1,0 +1,134 @@
+"""What to do about a request, given what lies in the cache. Pure: no I/O, so every case is a line in a test."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import Enum
+
+from rankload._cache.record import Record
+from rankload._fetch.digests import claims_of, satisfies
+from rankload._types import FetchRequest
+from rankload._urls import url_key
+from rankload.errors import printable
+
+
+class Action(Enum):
+    """What the leader does next."""
+
+    USE = "use the cached file; its record vouches for it"
+    CHECK = "check the cached file's structure, and its digest where one is known; then use it"
+    DOWNLOAD = "download"
+    REPLACE = "the cached file is damaged: set it aside and download"
+    ASK = "ask the origin for the digest first"
+    SEPARATE = "the file is not this URL's: use an entry of our own"
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What lies at an entry.
+
+    Attributes:
+        status: the file's; None where there is none.
+        record: None where there is none, or none that can be read.
+        problem: what is wrong with a record that is there.
+        is_trusted: file and record both belong to this user or to root. What another user wrote is never believed
+            where the caller gave a digest.
+        is_replaceable: rankload published this very file, and this user may replace it. Nothing else is ever moved or
+            replaced: it may be anybody's.
+        is_of_one_url: the entry is in a folder of the request's first URL, so another URL in its record is that of a
+            mirror, which an earlier call had named.
+    """
+
+    status: os.stat_result | None
+    record: Record | None
+    problem: str = ""
+    is_trusted: bool = True
+    is_replaceable: bool = False
+    is_of_one_url: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An action and the reason for it, fit for a log line."""
+
+    action: Action
+    reason: str
+
+
+def decide(request: FetchRequest, cached: Cached) -> Plan:
+    """Return what to do about a request."""
+    status, record = cached.status, cached.record
+    if status is None:
+        return Plan(Action.DOWNLOAD, "not cached")
+    if record is not None and not _is_owner(request, record):  # before all else: nothing may take its place
+        if cached.is_of_one_url and cached.is_replaceable:
+            return Plan(Action.DOWNLOAD, f"it came from {printable(record.url)}, which is not one of the mirrors now")
+        return Plan(Action.SEPARATE, f"{printable(record.url)} has the same file name")
+    if status.st_size == 0:
+        return _instead(cached, Action.DOWNLOAD, "the cached file is empty")
+    if cached.problem:  # it is somebody's, nobody knows whose; its bytes may be right all the same
+        is_known = request.sha256 is not None
+        return Plan(Action.CHECK if is_known else Action.SEPARATE, cached.problem)
+    if record is None and request.verify == "sidecar" and request.sha256 is None:
+        return Plan(Action.ASK, "a file without a record, and its sidecar at the origin is to vouch")
+    if record is None:
+        return Plan(Action.CHECK, "a file without a record, as torch.hub leaves it")
+    if record.size_bytes != status.st_size:
+        return _instead(cached, Action.REPLACE, f"the cached file has {status.st_size} bytes, not {record.size_bytes}")
+    if request.verify == "sidecar" and request.sha256 is None and record.vouched_by != "sidecar":
+        return Plan(Action.ASK, "it was not yet compared with its sidecar at the origin")
+    if not cached.is_trusted and claims_of(request):
+        return Plan(Action.CHECK, "a digest is expected, and another user has written the file or its record")
+    if request.verify == "never" and (record.sha256 is None or satisfies(record.sha256, request)):
+        return Plan(Action.USE, "verify='never'")
+    if request.verify == "always":
+        return Plan(Action.CHECK, "verify='always'")
+    if not record.vouches_for(status):
+        return Plan(Action.CHECK, "the cached file was touched or copied since its record was written")
+    if request.sha256_source == "sidecar" and record.vouched_by != "sidecar":
+        return Plan(Action.CHECK, "its sidecar vouches for it from now on")
+    if satisfies(record.sha256, request):
+        return Plan(Action.USE, "its record vouches for it")
+    if record.sha256 is None:
+        return Plan(Action.CHECK, "a digest is expected, and nobody has hashed the cached file yet")
+    return _instead(
+        cached, Action.DOWNLOAD, f"the cached file has digest {printable(record.sha256[:16])}…, another one is expected"
+    )
+
+
+def after_check(cached: Cached, *, is_damaged: bool, reason: str) -> Plan:
+    """Return what to do about a file that did not pass its check.
+
+    Args:
+        cached: what lies there.
+        is_damaged: it is broken, rather than whole and another file than expected.
+        reason: what the check has found.
+    """
+    return _instead(cached, Action.REPLACE if is_damaged else Action.DOWNLOAD, reason)
+
+
+def may_publish(request: FetchRequest, cached: Cached) -> bool:
+    """Return whether a download may take the place of what lies there."""
+    if cached.status is None:
+        return True
+    is_own = cached.record is not None and (cached.is_of_one_url or _is_owner(request, cached.record))
+    return is_own and cached.is_replaceable
+
+
+def known_digest(request: FetchRequest, cached: Cached) -> str | None:
+    """Return what the cached file's digest must start with, as far as anybody knows; the strongest first."""
+    recorded = cached.record.sha256 if cached.record else None
+    return request.sha256 or recorded or request.hash_prefix
+
+
+def _instead(cached: Cached, action: Action, reason: str) -> Plan:
+    """Return the action for a file that cannot be used, if it may be replaced; else leave it alone."""
+    if cached.is_replaceable:
+        return Plan(action, reason)
+    return Plan(Action.SEPARATE, f"{reason}, and rankload did not put it there")
+
+
+def _is_owner(request: FetchRequest, record: Record) -> bool:
+    is_same_content = request.sha256 is not None and request.sha256 == record.sha256
+    return is_same_content or record.url_key in map(url_key, request.urls)

@@ -1,0 +1,104 @@
+"""Ranges of a file at an origin, for those who need a few of its bytes: a checkpoint's index, one tensor."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import ExitStack
+from types import TracebackType
+
+from rankload._fetch.bounded_read import read_bounded
+from rankload._fetch.origins.base import UnusableRange, Version
+from rankload._fetch.origins.credentials import Headers
+from rankload._fetch.origins.registry import origin_for
+from rankload._settings import Settings
+from rankload.errors import FetchError
+
+#: Small reads get so much, and what is not needed now is kept: the next one is often close by.
+_LEAST_BYTES = 32 << 10
+
+#: Of all together. What comes later, tensors, is seldom asked for twice.
+_MOST_KEPT_BYTES = 4 << 20
+
+_FETCH_IT = "fetch it with dist_fetch, and open the file"
+
+
+class RemoteSource:
+    """See `rankload._formats.source.Source`. Use as a context manager. Nothing is written to disk.
+
+    Args:
+        url: of the file.
+        headers: the caller's, for its server.
+        settings: deadlines, retries.
+
+    Attributes:
+        size_bytes: its length.
+
+    Raises:
+        FetchTimeoutError: see `read_bounded`.
+        FetchError: it cannot be asked, or its length is not known.
+    """
+
+    def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
+        self._settings = settings
+        self._new_origin = functools.partial(origin_for, url, headers, settings)
+        self._origin = self._new_origin()
+        self.size_bytes = 0
+        self._version: Version | None = None
+        self._serves_whole = False
+        self._kept: dict[int, bytes] = {}
+        with ExitStack() as unless_asked:
+            unless_asked.callback(self.close)
+            self._kept[0] = self._fetch(0, _LEAST_BYTES)
+            size_bytes = self._version.size_bytes if self._version is not None else None
+            if size_bytes is None:
+                shown = self._origin.shown
+                raise FetchError(f"{shown}: the origin does not say how long the file is; {_FETCH_IT}", url=shown)
+            self.size_bytes = size_bytes
+            unless_asked.pop_all()
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Return so many bytes from an offset on; fewer only at the end of the file.
+
+        Raises:
+            ContentChangedError: the file is another one than at the first read.
+            FetchTimeoutError: see `read_bounded`.
+            FetchError: the origin does not give them.
+        """
+        end = min(offset + length, self.size_bytes)
+        if offset >= end:
+            return b""
+        for begin, piece in self._kept.items():
+            if begin <= offset and end <= begin + len(piece):
+                return piece[offset - begin : end - begin]
+        piece = self._fetch(offset, min(max(end, offset + _LEAST_BYTES), self.size_bytes))
+        if sum(map(len, self._kept.values())) + len(piece) <= _MOST_KEPT_BYTES:
+            self._kept[offset] = piece
+        return piece[: end - offset]
+
+    def close(self) -> None:
+        """Close connections."""
+        self._origin.close()
+
+    def __enter__(self) -> RemoteSource:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def _fetch(self, begin: int, end: int) -> bytes:
+        shown = self._origin.shown
+        if self._serves_whole:
+            raise FetchError(f"{shown}: the origin serves the file as a whole only; {_FETCH_IT}", url=shown)
+        try:
+            answer = read_bounded(
+                self._origin, begin, end, self._version, most_bytes=end - begin, settings=self._settings
+            )
+        except UnusableRange as error:
+            raise FetchError(f"{error}; {_FETCH_IT}", url=shown) from None
+        except BaseException:  # a request may still be under way, on a thread that nobody waits for
+            self._origin.close()
+            self._origin = self._new_origin()
+            raise
+        self._version = self._version or answer.version
+        self._serves_whole = answer.is_whole
+        return answer.content

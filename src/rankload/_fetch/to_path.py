@@ -1,0 +1,93 @@
+"""A plain download to a path: no cache, no lease, no record."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from rankload._cache.entry import Entry
+from rankload._cache.files import reading
+from rankload._coordination.signals import TerminationAsException
+from rankload._fetch.digests import check_digest, claims_of
+from rankload._fetch.download import verify
+from rankload._fetch.mirrors import Receiver
+from rankload._fetch.offline import is_switched_off
+from rankload._fetch.partials.partial import Partial
+from rankload._fetch.partials.resume import remove_dead_partials
+from rankload._fetch.request import checked_urls, warn_of_short_prefix
+from rankload._formats.source import open_regular
+from rankload._settings import Settings
+from rankload._types import FetchRequest, Progress
+from rankload._urls import expanded, is_own_name, local_path_of, redact
+from rankload.errors import CacheError, OfflineError
+
+_READ_BYTES = 1 << 20
+
+
+def download_to(url: str, destination: Path, hash_prefix: str | None, *, progress: bool) -> None:
+    """Download a URL to a path, or copy a ``file://`` URL there, verified and atomically.
+
+    Raises:
+        FetchError, VerificationError, CacheError: see there. What was at the path stays.
+        OfflineError: RANKLOAD_OFFLINE is set, and it is no ``file://`` URL.
+    """
+    path = expanded(destination).absolute()
+    if path.is_dir():
+        raise CacheError(f"cannot write {path}: Is a directory; name a file in it", path=str(path), errno=errno.EISDIR)
+    if path.exists() and not path.is_file():  # as root, another file in the place of /dev/null would be everybody's
+        raise CacheError(f"cannot write {path}: it is no regular file; name another", path=str(path))
+    if is_own_name(path.name):  # it would be taken for the beginning of another URL's file
+        raise CacheError(f"cannot write {path}: rankload's own files have such names; choose another", path=str(path))
+    settings = Settings.from_environment()
+    request = FetchRequest(
+        urls=checked_urls(url),
+        directory=path.parent,
+        file_name=path.name,
+        hash_prefix=hash_prefix or None,
+        must_be_checkpoint=False,
+        progress=progress,
+        max_bytes=settings.max_bytes or None,
+    )
+    if hash_prefix:
+        warn_of_short_prefix(hash_prefix)
+    entry, source = Entry(path), local_path_of(url)
+    if source is None and (settings.offline or is_switched_off(url)):
+        raise OfflineError(f"{redact(url)}: offline mode forbids fetching it", url=redact(url))
+    with _cleaning_up_on_sigterm():
+        remove_dead_partials(entry, settings, now=0.0)
+        with Partial(entry, settings, request.digest, may_be_left=False) as partial:
+            if source is not None:
+                _copy(source, request, partial)
+            else:
+                received = Receiver(request, partial, _nobody_listens, settings).receive(request.urls)
+                verify(received, partial, request)
+                partial.finish(received.size_bytes)
+            partial.publish()
+
+
+@contextmanager
+def _cleaning_up_on_sigterm() -> Iterator[None]:
+    termination = TerminationAsException()
+    termination.install()
+    try:
+        yield
+    finally:
+        termination.restore()
+
+
+def _copy(source: Path, request: FetchRequest, partial: Partial) -> None:
+    digest = hashlib.sha256()
+    with reading(source), open_regular(source) as file, closing(partial.writer()) as writer:
+        while piece := file.read(_READ_BYTES):
+            writer.write(piece, file.tell() - len(piece))
+            digest.update(piece)
+        size_bytes = file.tell()
+    check_digest(digest.hexdigest(), claims_of(request), str(source))
+    partial.finish(size_bytes)
+
+
+def _nobody_listens(progress: Progress) -> None:
+    pass

@@ -1,0 +1,146 @@
+"""SHA-256 of a file whose ranges arrive in any order: in a thread of its own, behind the contiguous front."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from rankload._platform.byte_ranges import Spans
+from rankload.errors import CacheError
+
+#: Pieces that may wait in memory for the front to reach them. What is beyond it is read back later, from the page
+#: cache: the front is at most a few chunks per stream behind the newest byte.
+_MEMORY_BYTES = 64 << 20
+
+_READ_BYTES = 1 << 20
+
+_REPORT_SECONDS = 0.1
+
+_ABORT_SECONDS = 0.3
+
+
+class Front:
+    """Knows which bytes are there, and hashes them in order. hashlib releases the GIL: the transfer goes on meanwhile.
+
+    Args:
+        descriptor: of the file, for what is not taken from memory. It stays the caller's.
+
+    Attributes:
+        covered: the bytes that are there.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.covered = Spans()
+        self._hashing_seconds = 0.0
+        self._descriptor = descriptor
+        self._pieces: dict[int, bytes] = {}
+        self._memory_bytes = 0
+        self._position = 0
+        self._is_complete = self._is_aborted = False
+        self._digest = hashlib.sha256()
+        self._error: Exception | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="rankload-digest", daemon=True)
+
+    def start(self) -> None:
+        """Begin. Whatever happens then, also a signal in here: `finish` or `abort` it."""
+        self._thread.start()
+
+    @property
+    def done_bytes(self) -> int:
+        """Number of bytes that are there."""
+        return self.covered.total_bytes
+
+    @property
+    def hash_bytes_per_second(self) -> float:
+        """Speed of the hash while it is at work."""
+        return self._position / self._hashing_seconds if self._hashing_seconds else math.inf
+
+    def adopt(self, begin: int, end: int) -> None:
+        """Take note of bytes that are in the file already: they are hashed like any others."""
+        with self._changed:
+            self.covered.add(begin, end)
+            self._changed.notify()
+
+    def offer(self, offset: int, piece: bytes) -> None:
+        """Take note of a piece that was written to the file. Never waits for the hash."""
+        with self._changed:
+            self.covered.add(offset, offset + len(piece))
+            if self._memory_bytes + len(piece) <= _MEMORY_BYTES:
+                self._pieces[offset] = piece
+                self._memory_bytes += len(piece)
+            self._changed.notify()
+
+    def finish(self, on_bytes: Callable[[int], None], timeout_seconds: float) -> str:
+        """Hash what is left and return the hex digest of all bytes from 0 on that are there without a gap.
+
+        Args:
+            on_bytes: called again and again with the number of bytes hashed so far.
+            timeout_seconds: without a byte hashed.
+
+        Raises:
+            CacheError: what was written cannot be read back, or not in time.
+        """
+        with self._changed:
+            self._is_complete = True
+            self._changed.notify()
+        self._thread.join(_REPORT_SECONDS)
+        moved_at, position = time.monotonic(), self._position
+        while self._thread.is_alive():
+            on_bytes(self._position)
+            if self._position != position:
+                moved_at, position = time.monotonic(), self._position
+            elif time.monotonic() - moved_at > timeout_seconds:
+                raise CacheError(
+                    f"what was downloaded cannot be read back: the disk has not answered for {timeout_seconds:g} s"
+                )
+            self._thread.join(_REPORT_SECONDS)
+        if self._error is not None:
+            raise self._error
+        return self._digest.hexdigest()
+
+    def abort(self) -> None:
+        """End the thread without a digest. One that a broken disk does not let go is left behind: it only reads."""
+        with self._changed:
+            self._is_aborted = True
+            self._changed.notify()
+        if self._thread.is_alive():  # a signal may have come before it was
+            self._thread.join(_ABORT_SECONDS)
+
+    def _run(self) -> None:
+        buffer = memoryview(bytearray(_READ_BYTES))
+        try:
+            while (found := self._next(buffer)) is not None:
+                began_at = time.monotonic()
+                self._digest.update(found)
+                self._position += len(found)
+                self._hashing_seconds += time.monotonic() - began_at
+        except OSError as error:
+            self._error = CacheError(f"cannot read back what was downloaded: {error}", errno=error.errno)
+        except Exception as error:
+            self._error = error
+
+    def _next(self, buffer: memoryview) -> memoryview | bytes | None:
+        """Wait for the bytes at the front; None when no more are to come."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._is_aborted or self._is_complete or self.covered.end_of(self._position) > self._position
+            )
+            end = self.covered.end_of(self._position)
+            if self._is_aborted or end <= self._position:
+                return None
+            if (piece := self._pieces.pop(self._position, None)) is not None:
+                self._memory_bytes -= len(piece)
+                return piece
+            nearest = min((offset for offset in self._pieces if offset > self._position), default=end)
+        return self._read_back(buffer[: min(nearest, end) - self._position])
+
+    def _read_back(self, buffer: memoryview) -> memoryview:
+        count = os.preadv(self._descriptor, [buffer], self._position)
+        if not count:
+            raise OSError(f"the file ends at {self._position}")
+        return buffer[:count]

@@ -1,0 +1,337 @@
+"""What the streams of one transfer share: which bytes are missing, who fetches them, and what has gone wrong."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+from rankload._fetch.origins.base import Body, Origin, UnusableRange, Version
+from rankload._fetch.transfer import stream_limits
+from rankload._fetch.transfer.failure_policy import Failures, Restart
+from rankload._fetch.transfer.first_request import FirstRequest, Span
+from rankload._fetch.transfer.hasher import Front
+from rankload._fetch.transfer.retry import Retries, is_temporary
+from rankload._fetch.transfer.size_limit import SizeLimit
+from rankload._fetch.transfer.target import Target
+from rankload._platform.byte_ranges import Spans
+from rankload._settings import Settings
+from rankload.errors import ContentChangedError, FetchError, FetchTimeoutError
+
+#: A stream asks for about so much at a time, in seconds of its own rate, so that a distant origin's answer is not
+#: waited for too often; but never for more than so many chunks, so that a slow stream does not keep the others waiting.
+_REQUEST_SECONDS = 1.0
+_MOST_CHUNKS = 8
+
+
+class Work:
+    """The transfer as its streams see it. All methods may be called from any thread.
+
+    Args:
+        origin, target, front: where bytes come from, go to, and are hashed.
+        known: of what version the bytes are that are there already; None when there are none.
+        is_whole: one request, without ranges.
+        has_digest: a digest will tell in the end whether all ranges were of one version.
+        retries: counts failures; some may be there from an earlier go.
+        settings: deadlines and sizes.
+        size_limit: the caller's, on the whole file.
+
+    Attributes:
+        changed: notified when something happens that the leader's thread should look at.
+        version: what the origin says of the content; None before its first answer.
+        target_streams: how many streams there should be.
+        failure: what ended the transfer.
+        is_stopped: nothing may be written any more.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        target: Target,
+        front: Front,
+        known: Version | None,
+        *,
+        is_whole: bool,
+        has_digest: bool,
+        retries: Retries,
+        settings: Settings,
+        size_limit: SizeLimit | None = None,
+    ) -> None:
+        self.origin, self.target, self.settings = origin, target, settings
+        self.size_limit = size_limit or SizeLimit()
+        self.changed = threading.Condition()
+        self.version: Version | None = None
+        self.is_whole = is_whole
+        self.target_streams = 1
+        self.refusals = 0
+        self.failure: Exception | None = None
+        self.is_stopped = False
+        self._front, self._known, self._has_digest = front, known, has_digest
+        self._failures = Failures(retries, settings, front.done_bytes)
+        self._taken = Spans(front.covered)
+        self._active: set[object] = set()
+        self._first: FirstRequest | None = None
+        self._has_ended = False
+        if known is not None and front.done_bytes == known.size_bytes:
+            self.version = known  # nothing is missing
+
+    @property
+    def expected(self) -> Version | None:
+        """The version of which ranges are wanted."""
+        return self.version or self._known
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes that are there."""
+        return self._front.done_bytes
+
+    @property
+    def hash_bytes_per_second(self) -> float:
+        """Speed of the hash while it is at work."""
+        return self._front.hash_bytes_per_second
+
+    @property
+    def active_streams(self) -> int:
+        """Number of streams at work."""
+        return len(self._active)
+
+    def is_complete(self) -> bool:
+        """Tell whether everything has come."""
+        if self.version is None:
+            return False
+        return self._has_ended or (not self.is_whole and self._front.done_bytes == self.version.size_bytes)
+
+    def enter(self, stream: object) -> bool:
+        """Let a stream begin, if there is something to do for it."""
+        with self.changed:
+            limit = 1 if self.is_whole or self.version is None else self.target_streams
+            if len(self._active) < limit and self._wanted() is not None:
+                self._active.add(stream)
+                return True
+            return False
+
+    def leave(self, stream: object) -> None:
+        """Note that a stream has ended."""
+        with self.changed:
+            self._active.discard(stream)
+            self.changed.notify_all()
+
+    def take(self, stream: object, bytes_per_second: float) -> Span | None:
+        """Give a stream its next range, of a length that suits its rate; None: it is not needed any more."""
+        with self.changed:
+            if self._first is not None and self._first.is_of(stream):
+                self._first.withdraw_probe()
+                self._first = None  # it has been answered in full
+            missing = self._wanted()
+            is_over = self.is_stopped or self.failure is not None
+            if missing is None or is_over or stream not in self._active:  # turned away: its place is gone
+                return None
+            if len(self._active) > self.target_streams:
+                self._active.discard(stream)
+                return None
+            begin, end = missing
+            if self._first is not None:
+                assert end is not None
+                return self._first.send_probe(stream, begin, end)
+            if self.is_whole:
+                self._taken.add(0, 1)
+                return Span(0, None)
+            if self.version is None and self.settings.whole_first and self.origin.may_answer_once:
+                span = Span(begin, end)
+                self._first = FirstRequest(stream, span)
+                self._taken.add(begin, begin + 1 if end is None else end)
+                return span
+            longest = begin + self._chunks(bytes_per_second) * self.settings.chunk_bytes
+            end = longest if end is None else min(end, longest)
+            self._taken.add(begin, end)
+            return Span(begin, end)
+
+    def admit(self, body: Body, span: Span) -> Span:
+        """Judge an answer's head; return what its body is to fill.
+
+        Args:
+            body: the answer.
+            span: what was asked for. It becomes shorter where the file does, or other streams share it.
+
+        Raises:
+            Restart: it cannot be used like this.
+            UnusableRange: nothing tells whether it is of the same version as the bytes that are there.
+            FetchError: the file is larger than the caller allows.
+            CacheError: there is no room for the file.
+        """
+        with self.changed:
+            if self.is_stopped:
+                raise Restart(None, is_whole=False)
+            if body.is_whole and not self.is_whole and (span.end is not None or not self._may_be_split(body.version)):
+                self.is_whole = True
+                self._taken.add(0, 1)
+            first = self.expected
+            if first and not (body.is_whole or self._has_digest or body.version.can_be_told_from(first)):
+                raise UnusableRange(f"{self.origin.shown}: it may be of another version: no ETag or date to compare")
+            if self.version is None:
+                self._check_total(body, span)
+                self._learn(body)
+            if self.is_whole:
+                span.end = None
+            else:
+                self._bound(span)
+            return Span(body.begin, body.end)
+
+    def accept(self, offset: int, piece: bytes) -> None:
+        """Take note of a piece that was written."""
+        self._front.offer(offset, piece)
+
+    def ended(self) -> None:
+        """The body that has everything has ended."""
+        with self.changed:
+            self._has_ended = True
+            self.changed.notify_all()
+
+    def give_back(self, span: Span) -> None:
+        """Let another stream fetch what is left of a range."""
+        with self.changed:
+            if self._first is not None and span is not self._first.span:
+                return  # a part of what the first stream fetches all the same
+            if span.end is not None and not self.is_whole:
+                self._taken.remove(span.begin, span.end)
+            if self._first is not None and (probe := self._first.probe) is not None and probe.end is not None:
+                self._taken.add(probe.begin, probe.end)
+            self._first = None
+
+    def pause_after(self, stream: object, error: FetchError, *, asked_at: float, has_moved: bool) -> float | None:
+        """Decide what a stream does about a failure: go on after so many seconds, or (None) leave it to the others.
+
+        Args:
+            stream: the one that has failed.
+            error: how.
+            asked_at: when it had sent its request.
+            has_moved: whether bytes came before.
+
+        Raises:
+            FetchError: the one given; the transfer has failed.
+            Restart: what has come so far cannot be gone on with.
+        """
+        with self.changed:
+            is_probe = self._first is not None and self._first.is_probed_by(stream)
+            if is_probe and self._first is not None:
+                self._first.withdraw_probe()
+                self._first.may_probe = is_temporary(error)
+            elif isinstance(error, ContentChangedError):
+                raise Restart(error, is_whole=False)
+            self._failures.hold(error)
+            if is_probe or (not has_moved and len(self._active) > 1):  # too many for the origin, perhaps
+                self.refusals += 1
+                self._active.discard(stream)
+                if isinstance(error, FetchTimeoutError):  # they were served, and it was kept waiting
+                    stream_limits.lower_limit(self.origin.url, len(self._active))
+                return None
+            pause = self._failures.pause_after(error, self.done_bytes, asked_at=asked_at, is_resumed=not self.is_whole)
+            if self.is_whole:
+                raise Restart(error, is_whole=True, pause_seconds=pause)
+            return pause
+
+    def pause_after_unusable_range(self, stream: object, error: UnusableRange) -> float | None:
+        """Decide as in `pause_after`, after an answer to a range request that makes no sense.
+
+        Raises:
+            FetchError, Restart: see `count_unusable_range`.
+        """
+        if self._first is not None and self._first.is_probed_by(stream):
+            failure = FetchError(str(error), url=self.origin.shown)
+            return self.pause_after(stream, failure, asked_at=0.0, has_moved=False)
+        self.count_unusable_range(error)
+        return 0.0
+
+    def count_unusable_range(self, error: UnusableRange) -> None:
+        """Count an answer to a range request that makes no sense.
+
+        Raises:
+            FetchError: no range was asked for.
+            Restart: no range is ever answered; it is the second such answer, with next to nothing in between.
+        """
+        with self.changed:
+            if self.is_whole:
+                raise FetchError(str(error), url=self.origin.shown)
+            if self._failures.count_unusable_range(self.done_bytes) > 1 or error.is_refusal:
+                raise Restart(FetchError(str(error), url=self.origin.shown), is_whole=True)
+
+    def hold_seconds(self) -> float:
+        """Return for how long no request may be sent, because the origin has said so."""
+        return self._failures.hold_seconds()
+
+    def wait(self, seconds: float) -> None:
+        """Let a stream's thread wait, unless the transfer ends."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.is_stopped or self.failure is not None, seconds)
+
+    def fail(self, error: Exception) -> None:
+        """End the transfer with an error; the first one counts."""
+        with self.changed:
+            if self.failure is None and not self.is_stopped:
+                self.failure = error
+            self.changed.notify_all()
+
+    def stop(self) -> None:
+        """Let nothing be written any more."""
+        with self.changed:
+            self.is_stopped = True
+            self.changed.notify_all()
+
+    def _learn(self, body: Body) -> None:
+        version = body.version
+        if version.size_bytes is None and self._known is not None and not body.is_whole:
+            version = replace(version, size_bytes=self._known.size_bytes)  # a range "of *" of what is there in part
+        if version.size_bytes is not None:
+            self.size_limit.check(self.origin.shown, version.size_bytes, is_announced=True)
+        if self._known is not None and self._known.claim and not version.claim and not body.is_whole:
+            # what is there came under it, from another mirror perhaps: what is put beside it must be held to it, too
+            version = replace(version, claim=self._known.claim)
+        may_be_split = self._may_be_split(version)
+        if not body.is_whole and body.end != version.size_bytes and not may_be_split:
+            raise Restart(None, is_whole=True)  # ranges of two versions could not be told apart
+        is_long = version.size_bytes is not None and version.size_bytes > self.settings.chunk_bytes
+        self.target.make_room(version, is_resumable=may_be_split and is_long and not self.is_whole)
+        self.version = version
+        self.changed.notify_all()
+
+    def _check_total(self, body: Body, span: Span) -> None:
+        """Do not believe a first answer whose range ends where the file does: some tell the one for the other."""
+        is_bare_range = self._known is None and not body.is_whole and self.origin.may_answer_once
+        if is_bare_range and body.version.size_bytes == span.end:
+            raise Restart(None, is_whole=True)
+
+    def _may_be_split(self, version: Version) -> bool:
+        return version.size_bytes is not None and (version.has_validator or self._has_digest)
+
+    def _bound(self, span: Span) -> None:
+        """Let a range end where the file does; let others share the first one, once the origin has answered another."""
+        if self.version is not None and (size_bytes := self.version.size_bytes) is not None:
+            span.end = size_bytes if span.end is None else min(span.end, size_bytes)
+        if self._first is None:
+            return
+        if span is self._first.span and span.end is not None:
+            self._taken.add(span.begin, span.end)
+        elif span is self._first.probe:
+            self._taken.remove(*self._first.share(span, self.settings.chunk_bytes))
+            self._first = None
+            self.changed.notify_all()
+
+    def _wanted(self) -> tuple[int, int | None] | None:
+        """Return what another stream may ask for."""
+        if self._first is None or self.is_whole:
+            return self._missing()
+        return self._first.next_probe(self.settings.chunk_bytes, _MOST_CHUNKS, _REQUEST_SECONDS)
+
+    def _missing(self) -> tuple[int, int | None] | None:
+        size_bytes = self.expected.size_bytes if self.expected else None
+        begin, end = self._taken.first_gap(size_bytes)
+        if self.is_whole:
+            return (0, None) if not self._taken.total_bytes else None
+        return None if begin == end else (begin, end)
+
+    def _chunks(self, bytes_per_second: float) -> int:
+        chunk_bytes = self.settings.chunk_bytes
+        size_bytes = (self.version and self.version.size_bytes) or 0
+        by_rate = bytes_per_second * _REQUEST_SECONDS / chunk_bytes
+        # towards the end in smaller portions, so that all streams end together
+        by_rest = (size_bytes - self._taken.total_bytes) / (2 * self.target_streams * chunk_bytes)
+        return max(1, min(_MOST_CHUNKS, int(by_rate), int(by_rest)))

@@ -1,0 +1,1 @@
+"""File formats of checkpoints: what they are, and where each tensor lies in them."""

@@ -1,0 +1,162 @@
+"""What the index knows of a tensor: dtype, shape, strides, and where its bytes are. Pure; no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from operator import mul
+from types import MappingProxyType
+
+from rankload._formats.broken import BrokenFileError
+
+#: Bytes of one element, by torch's name of the dtype; of float4_e2m1fn_x2 an element is a pair.
+ITEM_BYTES = MappingProxyType(
+    {
+        **dict.fromkeys(("bool", "uint8", "int8", "quint8", "qint8", "quint4x2", "quint2x4", "float4_e2m1fn_x2"), 1),
+        **dict.fromkeys(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
+        **dict.fromkeys(("uint16", "int16", "float16", "bfloat16"), 2),
+        **dict.fromkeys(("uint32", "int32", "qint32", "float32", "complex32"), 4),
+        **dict.fromkeys(("uint64", "int64", "float64", "complex64"), 8),
+        "complex128": 16,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StorageEntry:
+    """Bytes in a file that one or more tensors are views of.
+
+    Attributes:
+        key: its name in the file; equal keys of one file are one storage.
+        file: the file's name, relative to the checkpoint's own.
+        offset: of its first byte in that file.
+        length: its bytes.
+        dtype: torch's name, without ``torch.``, of its elements; ``"uint8"`` for untyped ones.
+        location: the tag that map_location maps: ``"cpu"``, ``"cuda:0"``.
+    """
+
+    key: str
+    file: str
+    offset: int
+    length: int
+    dtype: str
+    location: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor.
+
+    Attributes:
+        name: where it is in the checkpoint: its key, those of nested dicts joined with dots.
+        dtype: torch's name without ``torch.``: ``"bfloat16"``.
+        shape: elements per dimension.
+        stride: in elements, as torch counts them.
+        storage: what it is a view of; tensors that are tied have equal ones.
+        storage_offset: of its first element in the storage, in bytes.
+        requires_grad: as it was saved.
+        is_parameter: an ``nn.Parameter``.
+        is_plain: False where it is of another class, or has attributes: only torch.load builds it with those.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    storage: StorageEntry = field(repr=False)
+    storage_offset: int = 0
+    requires_grad: bool = False
+    is_parameter: bool = False
+    is_plain: bool = True
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def element_count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all its elements."""
+        return self.element_count * self.item_bytes
+
+    @property
+    def file(self) -> str:
+        """Name of the file that it lies in."""
+        return self.storage.file
+
+    @property
+    def storage_key(self) -> str:
+        """Name of its storage in that file."""
+        return self.storage.key
+
+    @property
+    def offset(self) -> int:
+        """Offset of its first byte in the file."""
+        return self.storage.offset + self.storage_offset
+
+    @property
+    def length(self) -> int:
+        """Bytes from its first to its last element, those between them included."""
+        if self.dtype not in ITEM_BYTES:  # a newer format's: all that its storage has
+            return self.storage.length
+        return span_bytes(self.shape, self.stride, self.item_bytes)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie one after the other, in order."""
+        return self.length == self.size_bytes and all(
+            size == 1 or stride == expected
+            for size, stride, expected in zip(self.shape, self.stride, contiguous_stride(self.shape), strict=True)
+        )
+
+    def named(self, name: str) -> TensorEntry:
+        """Return the same under another name."""
+        return replace(self, name=name)
+
+
+#: torch's own limits.
+MOST_DIMENSIONS = 64
+_LARGEST_SIZE = (1 << 63) - 1
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides, in elements, of a tensor whose elements lie in order."""
+    strides, stride = [], 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def span_bytes(shape: Sequence[int], stride: Sequence[int], item_bytes: int) -> int:
+    """Return the bytes from the first to the last element of a view."""
+    if 0 in shape:
+        return 0
+    last: int = sum(map(mul, shape, stride)) - sum(stride)  # the sum of (size - 1) * step
+    return (last + 1) * item_bytes
+
+
+def are_sizes(*numbers: int) -> bool:
+    """Tell whether torch could count so: it does in 64 bits, with a sign."""
+    return not numbers or (min(numbers) >= 0 and max(numbers) <= _LARGEST_SIZE)
+
+
+def checked(entry: TensorEntry) -> TensorEntry:
+    """Return a tensor's entry if it lies within its storage.
+
+    Raises:
+        BrokenFileError: it does not: it would read what is not its own.
+    """
+    end = entry.storage_offset + entry.length
+    are_sound = entry.storage_offset >= 0 and are_sizes(entry.element_count, *entry.shape, *entry.stride)
+    if not are_sound or end > entry.storage.length:
+        raise BrokenFileError(
+            f"damaged checkpoint (a tensor of shape {list(entry.shape)} reaches beyond storage {entry.storage.key!r})"
+        )
+    return entry

@@ -1,0 +1,24 @@
+"""What a directory holds that was given for a checkpoint, for messages."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from rankload.errors import printable
+
+#: The name of what torch.distributed.checkpoint writes last (torch/distributed/checkpoint/filesystem.py).
+_DCP_METADATA = ".metadata"
+
+
+def hint_on_directory(path: Path) -> str:
+    """Return what to do instead, to be appended to a message; empty for what is no directory."""
+    with suppress(OSError):
+        if not path.is_dir():
+            return ""
+        if (path / _DCP_METADATA).is_file():
+            return " but a directory of torch.distributed.checkpoint's: load it with torch.distributed.checkpoint.load"
+        indexes = sorted(found.name for found in path.glob("*.index*.json"))
+        such_as = f", such as {printable(indexes[0])}" if indexes else ""
+        return f" but a directory: name the file in it{such_as}"
+    return ""

@@ -1,0 +1,126 @@
+"""The index of a checkpoint: every tensor's entry by name, and what is there besides tensors."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from rankload._formats.entry import StorageEntry, TensorEntry
+from rankload._formats.pickle_values import NotUnderstoodError
+
+ByteOrder = Literal["little", "big"]
+
+#: Bound the walk through content whose parts are in it many times over: a million tensors have names of 100 MB.
+_MOST_VALUES = 2_000_000
+_MOST_CHARACTERS = 1 << 27
+_DEEPEST = 100
+
+_CONTAINERS = (dict, OrderedDict, Counter, defaultdict, list, tuple)
+_TENSORS_AND_CONTAINERS = (TensorEntry, *_CONTAINERS)
+
+
+@dataclass(frozen=True)
+class FileIndex:
+    """What one file's headers say.
+
+    Attributes:
+        content: as saved, with a `TensorEntry` (without a name yet) in the place of each tensor.
+        byte_order: of the elements; None where the file does not say. Then it is little, as far as is known.
+        is_exact: apart from tensors and what is `Unbuilt`, the content is what torch.load would return.
+        storages: all that the pickle mentions, in that order.
+    """
+
+    content: Any
+    byte_order: ByteOrder | None = None
+    is_exact: bool = False
+    storages: tuple[StorageEntry, ...] = ()
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a whole checkpoint has.
+
+    Attributes:
+        tensors: entries by name, in the order in which they were saved.
+        remainder: everything else by name: epochs, hyperparameters; what is not built without torch.load is an
+            `Unbuilt`, which names it.
+        byte_orders: of the elements, by file.
+        metadata: the free-form texts of safetensors files.
+        content: as saved, nested as it is, with entries in the place of tensors.
+        storages: all that there are, of tensors or not.
+        is_exact: as in `FileIndex`.
+    """
+
+    tensors: Mapping[str, TensorEntry]
+    remainder: Mapping[str, Any]
+    byte_orders: Mapping[str, ByteOrder]
+    metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    content: Any = None
+    storages: tuple[StorageEntry, ...] = ()
+    is_exact: bool = True
+
+
+def flatten(index: FileIndex, file: str) -> Index:
+    """Name the tensors of nested content by their keys, joined with dots.
+
+    Raises:
+        NotUnderstoodError: it is nested too deeply, or for ever, or long keys are repeated in too many names.
+    """
+    tensors: dict[str, TensorEntry] = {}
+    remainder: dict[str, Any] = {}
+    repeated: Counter[str] = Counter()
+    characters_left = _MOST_CHARACTERS
+    for path, value in _leaves(index.content):
+        characters_left -= sum(map(len, path))
+        if characters_left < 0:
+            raise NotUnderstoodError("content with names that are too long")
+        name = stem = ".".join(path)
+        while name in tensors or name in remainder:  # {"a.b": …, "a": {"b": …}}
+            repeated[stem] += 1
+            name = f"{stem}#{repeated[stem] + 1}"
+        if isinstance(value, TensorEntry):
+            tensors[name] = value.named(name)
+        else:
+            remainder[name] = value
+    return Index(
+        MappingProxyType(tensors),
+        MappingProxyType(remainder),
+        MappingProxyType({file: index.byte_order or "little"}),
+        content=index.content,
+        storages=index.storages,
+        is_exact=index.is_exact,
+    )
+
+
+def _leaves(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield what is no container, with the keys that lead to it. Lists without a tensor in them stay whole."""
+    levels: list[tuple[tuple[str, ...], Iterator[tuple[Any, Any]]]] = []
+    path: tuple[str, ...] = ()
+    value, count = content, 0
+    while True:
+        count += 1 + (len(value) if type(value) in _CONTAINERS else 0)
+        if count > _MOST_VALUES or len(path) > _DEEPEST:
+            raise NotUnderstoodError("content that is nested too deeply")
+        if (items := _items(value, is_top=not path)) is not None:
+            levels.append((path, items))
+        else:
+            yield path, value
+        item = None
+        while levels and (item := next(levels[-1][1], None)) is None:
+            levels.pop()
+        if item is None:
+            return
+        key, value = item
+        path = (*levels[-1][0], str(key))
+
+
+def _items(value: Any, *, is_top: bool) -> Iterator[tuple[Any, Any]] | None:
+    """Return what is in a container whose parts have names of their own; None for anything else."""
+    if isinstance(value, dict) and (value or is_top):
+        return iter(value.items())
+    if type(value) in (list, tuple) and any(type(item) in _TENSORS_AND_CONTAINERS for item in value):
+        return enumerate(value)
+    return None

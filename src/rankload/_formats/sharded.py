@@ -1,0 +1,105 @@
+"""Hugging Face's index of a checkpoint in several files: ``model.safetensors.index.json``.
+
+JSON: ``{"metadata": {...}, "weight_map": {tensor name: file name}}`` (huggingface_hub, "split_torch_state_dict").
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from rankload._formats.broken import BrokenFileError
+from rankload._formats.source import Source, read_exactly
+
+_HEAD_BYTES = 64
+
+#: The index of a million tensors has about 100 MB.
+_LARGEST_BYTES = 1 << 28
+
+#: Longest component of a path on the file systems in use (NAME_MAX, limits.h).
+_LONGEST_COMPONENT_BYTES = 255
+
+#: A part of a fetched index: one component, no hidden file, no option of a command, no dot at the end, which some
+#: filesystems drop. Bounded well below NAME_MAX, since the cache appends its own suffixes.
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,199}(?<!\.)")
+
+#: What rankload itself keeps beside a cached file. A part of such a name would take that file's place.
+_OWN_SUFFIXES = (".partial", ".journal", ".lease", ".tmp")
+
+
+def is_plain_name(name: str) -> bool:
+    """Return whether a part of a *fetched* index may have this name in the cache.
+
+    Stricter than what an index on this machine may name: exactly one component of ASCII letters, digits and ``_.+=-``
+    that starts with a letter, digit or underscore, has at most 200 bytes, no dot at the end and none of rankload's own
+    suffixes. An index from a server must not choose folders, hidden files, or the files with which the cache
+    coordinates.
+    """
+    return _PLAIN_NAME.fullmatch(name) is not None and not name.lower().endswith(_OWN_SUFFIXES)
+
+
+def claims_to_be_json(head: bytes) -> bool:
+    """Say whether what begins so may be such an index. Never by its name: a cached file may have any."""
+    return head.lstrip()[:1] == b"{" and b"\0" not in head
+
+
+def has_weight_map(source: Source) -> bool:
+    """Say whether a file is such an index, be it a damaged one, by all of its content."""
+    if not claims_to_be_json(source.read(_HEAD_BYTES, 0)):
+        return False
+    try:
+        _weight_map(source)
+    except BrokenFileError:
+        return False
+    return True
+
+
+def part_names(source: Source) -> list[str]:
+    """Return the names of the files that an index is of, sorted.
+
+    Raises:
+        BrokenFileError: it is no such index, or names a file that is not beside it.
+    """
+    return sorted(set(read_weight_map(source).values()))
+
+
+def read_weight_map(source: Source) -> dict[str, str]:
+    """Return the file of each tensor.
+
+    Raises:
+        BrokenFileError: it is no such index, or names a file that is not beside it.
+    """
+    weight_map = _weight_map(source)
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BrokenFileError("damaged index of a sharded checkpoint (its weight_map names no files)")
+    for name in set(weight_map.values()):
+        if not _is_beside(name):
+            raise BrokenFileError(f"index of a sharded checkpoint with a part that is not beside it: {name[:80]!r}")
+    return dict(weight_map)
+
+
+def _is_beside(name: str) -> bool:
+    """Return whether a name is the one spelling of a file beside the index, or in a folder there.
+
+    Unicode is allowed, but nothing that a terminal would not show as it is: no control characters, no bidirectional
+    overrides, no blank before or after a component.
+    """
+    if not name.isprintable() or "\\" in name or "://" in name:
+        return False
+    components = name.split("/")  # of an absolute path, the first is empty
+    return all(
+        component not in ("", ".", "..")
+        and component == component.strip()
+        and len(component.encode()) <= _LONGEST_COMPONENT_BYTES
+        for component in components
+    )
+
+
+def _weight_map(source: Source) -> Any:
+    if source.size_bytes > _LARGEST_BYTES:
+        raise BrokenFileError(f"index of a sharded checkpoint of {source.size_bytes} bytes")
+    try:
+        return json.loads(read_exactly(source, source.size_bytes, 0).decode("utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BrokenFileError("damaged index of a sharded checkpoint (no JSON with a weight_map)") from None

@@ -1,0 +1,71 @@
+"""torch's first format: a tar archive, written until 2017 (torch 0.1) and still served by old URLs."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from itertools import islice
+from typing import BinaryIO, cast
+
+from rankload._formats.broken import BrokenFileError
+
+_MEMBERS = frozenset({"sys_info", "pickle", "tensors", "storages"})
+_MOST_MEMBERS = 16
+
+
+def claims_to_be_tar(head: bytes) -> bool:
+    """Say whether a file that begins so is a POSIX tar archive."""
+    return head[257:262] == b"ustar"
+
+
+class _Bounded:
+    """A file of which tarfile reads no more than there is: lengths in headers may be any."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size_bytes = file, os.fstat(file.fileno()).st_size
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, length: int) -> bytes:
+        return self._file.read(max(0, min(length, self._size_bytes - self._file.tell())))
+
+
+def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Yield the members as their headers say; of damaged ones without end, maybe.
+
+    Raises:
+        BrokenFileError: they are damaged.
+    """
+    file.seek(0)  # tarfile begins where the file stands
+    try:
+        with tarfile.open(fileobj=cast(BinaryIO, _Bounded(file)), mode="r:") as archive:
+            yield from iter(archive.next, None)
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        raise BrokenFileError(f"damaged tar archive ({error})") from None
+
+
+def is_legacy_tar(file: BinaryIO) -> bool:
+    """Say whether the first member is one of those that torch wrote."""
+    try:
+        first = next(_members(file), None)
+    except BrokenFileError:
+        return False
+    return first is not None and first.name in _MEMBERS
+
+
+def check_length(file: BinaryIO, size_bytes: int) -> None:
+    """Look for all members, and for the end mark.
+
+    Raises:
+        BrokenFileError: the archive is truncated.
+    """
+    members = list(islice(_members(file), _MOST_MEMBERS))
+    end = max((member.offset_data + member.size for member in members), default=0)
+    # torch wrote with tarfile, which fills its last record up: any cut shows.
+    is_whole = size_bytes % tarfile.RECORDSIZE == 0 and end + 2 * tarfile.BLOCKSIZE <= size_bytes
+    missing = _MEMBERS - {member.name for member in members} - {"sys_info"}
+    if missing or not is_whole:
+        raise BrokenFileError(f"truncated checkpoint of torch's tar format ({size_bytes} bytes)")
+    last_blocks = os.pread(file.fileno(), 2 * tarfile.BLOCKSIZE, size_bytes - 2 * tarfile.BLOCKSIZE)
+    if any(last_blocks):
+        raise BrokenFileError("truncated checkpoint of torch's tar format (no end mark)")

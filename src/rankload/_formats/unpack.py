@@ -1,0 +1,118 @@
+"""Opening local files; of torch.hub's legacy zip, an archive of one checkpoint, what is in it."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+from rankload._formats.broken import BrokenFileError
+from rankload._formats.sniff import sniff
+from rankload._formats.source import LocalSource, open_regular
+from rankload._formats.unpack_limit import ALWAYS_ALLOWED_BYTES, LARGEST_RATIO, unpacked_limit
+from rankload._platform.scratch import descriptor_path, scratch_file
+
+_CHUNK_BYTES = 1 << 20
+
+#: zipfile unpacks these in chunks of limited size. Of the others a few bytes can become gigabytes at once.
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+def open_unpacked(path: Path, closing: ExitStack) -> LocalSource:
+    """Open a file, or the only member of an archive of one.
+
+    Args:
+        path: the file.
+        closing: closes it, and removes what was unpacked.
+
+    Raises:
+        BrokenFileError: the archive is damaged.
+    """
+    if sniff(path) == "single_member_zip":
+        return LocalSource(closing.enter_context(unpacked(path)))
+    return LocalSource(closing.enter_context(open_regular(path)).fileno())
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[int]:
+    """Unpack an archive of one member into a file without a name: the archive has no say in where its member goes.
+
+    Raises:
+        BrokenFileError: it is damaged, or would become too large.
+        CacheError: there is no place for it.
+    """
+    with scratch_file(f"{path.name} unpacked", unpacked_size(path)) as content:
+        unpack(path, content, lambda done: None)
+        yield content.fileno()
+
+
+def unpacked_size(path: Path) -> int:
+    """Return how many bytes the member of an archive of one says that it has.
+
+    Raises:
+        BrokenFileError: the archive is damaged, or the member would become too large.
+    """
+    with _only_member(path) as (_, member):
+        return member.file_size
+
+
+def unpack(path: Path, target: IO[bytes], look: Callable[[int], None]) -> None:
+    """Unpack an archive of one checkpoint.
+
+    Args:
+        path: the archive.
+        target: where the checkpoint is written to, and flushed; must have a descriptor.
+        look: called with the bytes written so far, now and then; raises what ends the work.
+
+    Raises:
+        BrokenFileError: the archive is damaged, holds no single checkpoint, or becomes too large.
+    """
+    with _only_member(path) as (archive, member):
+        limit, done = _limit(path), 0
+        with archive.open(member) as packed:
+            while chunk := packed.read(_CHUNK_BYTES):
+                done += len(chunk)
+                if done > limit:  # whatever it has declared
+                    raise _too_large(path, done)
+                target.write(chunk)
+                look(done)
+        if done != member.file_size:
+            raise BrokenFileError(f"archive of one file that has {done} bytes unpacked, and should have others")
+    target.flush()
+    inside = sniff(descriptor_path(target.fileno()))
+    if inside == "single_member_zip":
+        raise BrokenFileError("a zip archive in a zip archive is no checkpoint")
+    if inside == "sharded":  # there is nothing beside it: its names would be those of our own descriptors
+        raise BrokenFileError("the index of a sharded checkpoint in a zip archive is no checkpoint")
+
+
+@contextmanager
+def _only_member(path: Path) -> Iterator[tuple[zipfile.ZipFile, zipfile.ZipInfo]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if len(members) != 1:
+                raise BrokenFileError(f"archive of one file that has {len(members)}")
+            member = members[0]
+            if member.file_size > _limit(path):
+                raise _too_large(path, member.file_size)
+            if member.compress_type not in _METHODS:
+                raise BrokenFileError("archive of one file that is not compressed by deflate")
+            yield archive, member
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise BrokenFileError(f"archive of one file that cannot be unpacked ({error})") from error
+
+
+def _limit(path: Path) -> int:
+    return unpacked_limit(path.stat().st_size)
+
+
+def _too_large(path: Path, size_bytes: int) -> BrokenFileError:
+    packed_bytes = path.stat().st_size
+    return BrokenFileError(
+        f"archive of one file that would have {size_bytes} bytes unpacked, {size_bytes // max(packed_bytes, 1)} times "
+        f"its own {packed_bytes}; rankload unpacks up to {LARGEST_RATIO} times, or {ALWAYS_ALLOWED_BYTES >> 20} MiB"
+    )

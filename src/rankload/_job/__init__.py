@@ -1,1 +1,0 @@
-"""Who the ranks are and how they talk to each other."""

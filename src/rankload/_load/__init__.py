@@ -1,0 +1,1 @@
+"""From a file on this node to tensors."""

@@ -1,0 +1,1 @@
+"""A whole checkpoint file, sent to all ranks."""

@@ -1,0 +1,162 @@
+"""A whole checkpoint from one rank's disk into the memory of every node: torch.load then reads it as a file.
+
+So every format, ties, nesting and whatever else torch.load knows come out as they do at the source; and on the CPU the
+ranks of a node share one copy, as they would share the pages of a file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from rankload._cache.access import is_trusted
+from rankload._cache.entry import Entry
+from rankload._cache.files import reading
+from rankload._cache.record import find_record
+from rankload._coordination.rank_channel import RankChannel
+from rankload._load.broadcast.header import BadHeaderError, check_names
+from rankload._load.node.held import hold
+from rankload._load.node.memory_file import folder_of, writable
+from rankload._load.node.node_memory import NodeMemory
+from rankload._load.node.parts import parts_of
+from rankload._platform.host import kernel_id
+from rankload._relay.blocks import FileBlock
+from rankload._relay.opening import open_relay
+from rankload._relay.relay import Relay
+from rankload._settings import Settings
+from rankload._types import FetchedFile
+from rankload.errors import CoordinationError, DigestMismatchError, RankloadError
+
+
+def broadcast_files(
+    path: Path | None,
+    file: FetchedFile | None,
+    source: int,
+    channel: RankChannel,
+    settings: Settings,
+    closing: ExitStack,
+) -> tuple[Path, str]:
+    """Return where this rank finds the source's checkpoint: on disk, or what has come of it in memory. Collective.
+
+    And where it is at the source, for messages.
+
+    Ranks under the source's kernel that can open its files use these; of the others one for each node receives the
+    bytes, and the rest of the node opens its memory.
+
+    Args:
+        path: the checkpoint, or the index of one in several files, at the source; None elsewhere.
+        file: what the source has fetched, of which ``path`` may be a copy; None elsewhere.
+        source: its rank.
+        channel: of the call.
+        settings: deadlines.
+        closing: lets go of the memory: to be closed when torch.load is through.
+    """
+    announced = announce(path, file, source, channel)
+    sizes: dict[str, int] = announced["sizes"]
+    here = path if path is not None else find(announced, closing)
+    memory = None if here is not None else NodeMemory.claim(sizes, channel, closing)
+    relay = open_relay(channel, source, settings, takes_part=memory is not None and memory.is_received_here)
+    if relay is not None:
+        relay.bytes_total = sum(sizes.values())
+        if path is not None:
+            send_files(relay, path.parent, sizes)
+        else:
+            assert memory is not None
+            receive_files(relay, memory.descriptors, sizes, announced["sha256"])
+    if here is not None:
+        return here, announced["shown"]
+    assert memory is not None
+    memory.tell_or_wait(channel)
+    return folder_of(memory.descriptors, closing) / next(iter(sizes)), announced["shown"]
+
+
+def announce(path: Path | None, file: FetchedFile | None, source: int, channel: RankChannel) -> dict[str, Any]:
+    """Tell where the source's files are, how large, and with which digests; or hear it.
+
+    Returns:
+        ``path``, what messages call it (``shown``), ``identity``, whether it may stay mapped (``may_map``), and by file
+        name, the checkpoint or its index first, ``sizes`` in bytes, and ``sha256`` where a record vouches for one.
+
+    Raises:
+        CoordinationError: the source's names are no plain ones.
+    """
+    if path is None or file is None:
+        announced = channel.wait_for("broadcast/files", from_rank=source)
+        try:
+            check_names(announced["sizes"])
+        except BadHeaderError as error:
+            raise CoordinationError(f"rank {source} announces files that it cannot have: {error}") from error
+        return announced
+    files = {name: path.parent / name for name in (path.name, *parts_of(path))}
+    digests = {name: _recorded_digest(file.path.parent / name, one.stat()) for name, one in files.items()}
+    digests[path.name] = file.sha256 or digests[path.name]
+    announced = {
+        "path": str(file.path),
+        "shown": str(file.path),
+        "identity": _identity(path),
+        "may_map": file.is_published or path != file.path,
+        "sizes": {name: one.stat().st_size for name, one in files.items()},
+        "sha256": {name: digest for name, digest in digests.items() if digest is not None},
+    }
+    channel.post("broadcast/files", announced)
+    return announced
+
+
+def find(announced: dict[str, Any], closing: ExitStack) -> Path | None:
+    """Return where this process reads the announced file from the same page cache; None if it cannot."""
+    path = Path(announced["path"])
+    with suppress(OSError, RankloadError):
+        held = hold(path, announced["sha256"].get(path.name), closing)
+        if not held.is_changeable and _identity(held.path) == announced["identity"]:
+            return held.loaded_by_name(closing)
+    return None
+
+
+def send_files(relay: Relay, folder: Path, sizes: Mapping[str, int]) -> None:
+    """Send whole files, one after the other."""
+    for name, size_bytes in sizes.items():
+        with reading(folder / name), (folder / name).open("rb", buffering=0) as file:
+            relay.send(FileBlock(file.fileno(), 0, size_bytes))
+
+
+def receive_files(
+    relay: Relay, descriptors: Mapping[str, int], sizes: Mapping[str, int], digests: Mapping[str, str]
+) -> None:
+    """Receive what `send_files` sends.
+
+    Args:
+        relay: from the source.
+        descriptors: of files in memory, by name.
+        sizes: of the files, in bytes.
+        digests: SHA-256 of those of which it is known.
+
+    Raises:
+        CoordinationError: something between the nodes has changed the bytes.
+        DigestMismatchError: the source did not send the file that was verified when it was fetched.
+    """
+    for name, size_bytes in sizes.items():
+        with writable(descriptors[name], 0, size_bytes) as whole:
+            found = relay.receive(whole)
+        if found != digests.get(name, found):
+            raise DigestMismatchError(
+                f"{name}: what the source sent has SHA-256 {found}, and its record says {digests[name]}: the file was "
+                "damaged or replaced after it was fetched; remove it there, and load again",
+                expected=digests[name],
+                got=found,
+            )
+
+
+def _recorded_digest(path: Path, status: os.stat_result) -> str | None:
+    with reading(path):
+        found = find_record(Entry(path).record_path)
+    if found is None or found.record is None or found.owner_uid is None or not is_trusted(found.owner_uid):
+        return None
+    return found.record.sha256 if found.record.vouches_for(status) else None
+
+
+def _identity(path: Path) -> str:
+    status = path.stat()
+    return "-".join(map(str, (kernel_id(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)))

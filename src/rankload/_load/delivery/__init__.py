@@ -1,0 +1,1 @@
+"""Delivery strategies: how checkpoint bytes reach this rank."""

@@ -1,0 +1,101 @@
+"""The source's side of a broadcast into modules: headers first, then, when all fits, data.
+
+The headers are all that the index is read from, so every rank finds out for itself what goes where, as if it had the
+file. Then the data comes by, in buckets that are pieces of the file, and each rank takes out what is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rankload._coordination.rank_channel import RankChannel
+from rankload._formats.index import Index
+from rankload._load.broadcast.header import LARGEST_HEADER_BYTES, Header
+from rankload._load.broadcast.whole_file import send_files
+from rankload._load.delivery.base import Carrier, Plan
+from rankload._load.device.readers import Limits
+from rankload._load.module.checkpoint_files import CheckpointFiles
+from rankload._load.module.copies import Transfer
+from rankload._load.node.parts import parts_of
+from rankload._load.streams.buckets import Range, cut, header_ranges, is_kept, tensor_ranges
+from rankload._load.streams.run import ReportBytes, read_all
+from rankload._relay.blocks import BytesBlock, FileBlock
+from rankload._relay.relay import Relay
+from rankload._settings import Settings
+from rankload._types import Progress
+
+#: Of the length of the words that come first.
+LENGTH_BYTES = 8
+
+#: The source posts it when the words are on their way: before, it loads, which may take longer than a byte should.
+COMING_KEY = "broadcast/coming"
+
+#: A rank posts it that needs tensors which the source does not.
+ALL_KEY = "broadcast/all"
+
+
+class Sending(Carrier):
+    """The source's side. It has the file, and loads from it as if nobody else were there.
+
+    Args:
+        files: of the checkpoint.
+        relay: to the others.
+        channel: of the call.
+        settings: deadlines.
+    """
+
+    def __init__(self, files: CheckpointFiles, relay: Relay, channel: RankChannel, settings: Settings) -> None:
+        self.path, self.files, self.may_share, self.delivery = files.path, files, True, "broadcast"
+        self._relay, self._channel, self._limits = relay, channel, Limits.of(channel.identity, settings)
+        self._index: Index | None = None
+        self._kept: dict[str, list[Range]] = {}
+        self._ranges: dict[str, list[Range]] = {}
+        channel.report(Progress("loading"))  # in which effort counts
+
+    def planned(self, plan: Plan) -> bool:
+        """Send the headers: this rank has found that the checkpoint fits.
+
+        Where an index will not do, the whole file goes instead.
+        """
+        index, text = plan.index, b""
+        if index is not None:
+            sizes = {file: self.files.source(file).size_bytes for file in self._file_names(index)}
+            self._kept = header_ranges(sizes, index.storages)
+            if any(not is_kept(entry, self._kept) for entry in self.files.used):
+                index = None  # a hook, or extra state, has to see tensors, on every rank
+            else:
+                self._ranges = tensor_ranges(plan.entries, self._kept)
+                text = Header(self.files.name, self.files.shown, sizes, False, self._kept, self._ranges).as_json()
+        if index is None or len(text) > LARGEST_HEADER_BYTES:
+            self._send_whole()
+            return False
+        self._index = index
+        self._send_header(text)
+        for file, ranges in self._kept.items():
+            for begin, end in ranges:
+                self._relay.send(FileBlock(self.files.source(file).descriptor, begin, end - begin))
+        return False
+
+    def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
+        """Send the data, then read our own."""
+        if self._index is not None:
+            tensors = self._index.tensors.values()
+            if self._channel.has(ALL_KEY):
+                self._ranges = tensor_ranges(tensors, self._kept)
+            for bucket in cut(self._ranges, tensors):
+                self._relay.send(FileBlock(self.files.source(bucket.file).descriptor, bucket.begin, len(bucket)))
+        return read_all(transfers, report, self._limits)
+
+    def _file_names(self, index: Index) -> list[str]:
+        return list(dict.fromkeys((self.files.name, *index.byte_orders)))
+
+    def _send_whole(self) -> None:
+        path = self.files.path
+        sizes = {name: (path.parent / name).stat().st_size for name in (path.name, *parts_of(path))}
+        self._send_header(Header(path.name, self.files.shown, sizes, True, {}, {}).as_json())
+        send_files(self._relay, path.parent, sizes)
+
+    def _send_header(self, text: bytes) -> None:
+        self._channel.post(COMING_KEY, {})
+        for block in (len(text).to_bytes(LENGTH_BYTES, "little"), text):  # as they are received
+            self._relay.send(BytesBlock(memoryview(block)))

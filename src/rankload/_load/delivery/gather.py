@@ -1,0 +1,135 @@
+"""`delivery="gather"`: ranks share out the reading of what all of them want."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from rankload._coordination.rank_channel import RankChannel
+from rankload._load.delivery.base import Plan
+from rankload._load.delivery.read import Reading
+from rankload._load.module.checkpoint_files import CheckpointFiles
+from rankload._load.module.copies import Transfer
+from rankload._load.module.lazy_tensor import Assignment
+from rankload._load.module.slots import is_replicated
+from rankload._load.streams.gather_group import Sharers
+from rankload._load.streams.run import ReportBytes, read_all
+from rankload._load.streams.whole_tensors import is_good_as_it_is, upload_whole
+from rankload._settings import Settings
+from rankload._types import Progress
+from rankload.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_logger = logging.getLogger(__name__)
+
+
+class Gathering(Reading):
+    """Each rank reads its share of what all want, and its own parts of the rest; or everything, if they do not agree.
+
+    Args:
+        files: of the checkpoint.
+        channel: of the call.
+        group: over which the call is; None for the default one.
+        settings: deadlines.
+    """
+
+    def __init__(
+        self, files: CheckpointFiles, channel: RankChannel, group: ProcessGroup | None, settings: Settings
+    ) -> None:
+        super().__init__(files, channel, settings)
+        self._channel: RankChannel = channel
+        self._group, self._settings = group, settings
+        self._shared: set[int] = set()
+
+    def planned(self, plan: Plan) -> bool:
+        """See `Carrier.planned`.
+
+        Raises:
+            ArgumentError: a gather is asked for and not possible.
+        """
+        super().planned(plan)
+        device = _device(plan)
+        if _backend(self._group, device.type) is None:
+            raise ArgumentError(
+                "delivery='gather': there is no process group with a backend for the module's device "
+                f"{device.type!r}: call init_process_group before, with one (backend='nccl' or 'cpu:gloo,cuda:nccl' "
+                "for cuda), or pass delivery='auto'"
+            )
+        shared = [step for step in plan.steps if _is_shared(step, plan, device)]
+        self._shared = {id(step.saved) for step in shared}
+        if self._channel.first("gather/wanted", _digest(shared)) != _digest(shared):
+            self.reason = "another rank wants other tensors than this one"
+            return False
+        self.delivery = "gather"
+        return True
+
+    def met(self, all_would_gather: bool) -> None:
+        """See `Carrier.met`."""
+        if self.delivery == "gather" and not all_would_gather:
+            self.delivery, self.reason = "read", "another rank has other tensors, another device or another backend"
+        self.may_share = self.delivery == "read"
+        _logger.debug("rank %d: delivery=%r: %s", self._channel.identity.rank, self.delivery, self.reason)
+
+    def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
+        """See `Carrier.move`."""
+        if self.delivery == "read":
+            return super().move(transfers, report)
+        identity = self._channel.identity
+        shared = [transfer for transfer in transfers if id(transfer.saved) in self._shared]
+        others = [transfer for transfer in transfers if id(transfer.saved) not in self._shared]
+        done = 0
+        if shared:
+            watch = self._channel.watch_over(range(1, identity.world_size) if identity.rank == 0 else [0])
+            group = self._group if self._group is not None else dist.group.WORLD
+            assert group is not None
+            done = upload_whole(
+                shared,
+                shared[0].destination.device,
+                self._limits,
+                lambda done: watch(Progress("loading", done)),
+                Sharers.of(group, self._settings, lambda: self._channel.meet("ready to gather")),
+            )
+        return done + read_all(others, lambda more: report(done + more), self._limits)
+
+
+def _device(plan: Plan) -> torch.device:
+    """Return the device that most tensors of the module go to."""
+    bytes_of: Counter[torch.device] = Counter()
+    for step in plan.steps:
+        bytes_of[_destination(step, plan)] += step.saved.shape.numel() * step.saved.dtype.itemsize
+    return max(bytes_of, key=bytes_of.__getitem__, default=torch.device("cpu"))
+
+
+def _destination(step: Assignment, plan: Plan) -> torch.device:
+    return plan.device() if step.target.is_meta else step.target.device
+
+
+def _is_shared(step: Assignment, plan: Plan, device: torch.device) -> bool:
+    saved = step.saved.in_file
+    is_here = saved is not None and is_good_as_it_is(saved)
+    return is_here and is_replicated(step.target) and _destination(step, plan) == device
+
+
+def _digest(steps: Sequence[Assignment]) -> str:
+    wanted: list[Any] = []
+    for step in steps:
+        assert step.saved.in_file is not None
+        entry = step.saved.in_file.entry
+        wanted.append((entry.file, entry.offset, entry.length))
+    return hashlib.sha256(json.dumps(sorted(wanted)).encode()).hexdigest()
+
+
+def _backend(group: ProcessGroup | None, device_type: str) -> str | None:
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    backends = dict(item.split(":") for item in dist.get_backend_config(group).split(","))
+    return backends.get(device_type)

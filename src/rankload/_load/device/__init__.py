@@ -1,0 +1,1 @@
+"""Devices, and the memory through which bytes get there."""

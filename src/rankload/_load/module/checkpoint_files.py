@@ -1,0 +1,142 @@
+"""The files of a checkpoint on this node, opened once each, and mapped where that is asked for."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from rankload._cache.files import reading
+from rankload._formats.entry import StorageEntry, TensorEntry
+from rankload._formats.source import LocalSource
+from rankload._formats.unpack import open_unpacked
+from rankload._load.node.node_copy import private_copy
+from rankload._load.state_dict.read_checkpoint import read_checkpoint
+from rankload._load.tensors.tensors import fill_memory
+from rankload._platform.scratch import descriptor_path
+from rankload.errors import LoadError, printable
+
+
+class CheckpointFiles:
+    """The files of one folder by their names. They stay open until ``closing`` closes; mappings live on with tensors.
+
+    Args:
+        path: the checkpoint, or the index of one in several files, which are beside it.
+        closing: closes them.
+        content: where the checkpoint's bytes are, if not at its path: those of an archive, unpacked.
+
+    Attributes:
+        path: see above.
+        name: of the checkpoint among its files.
+        shown: how to name it in messages.
+        used: tensors of which somebody has wanted to see the elements.
+        is_in_memory: the checkpoint is an archive's, and was unpacked into the node's memory.
+        may_map: whether views of a mapping of the files may be left after the call.
+    """
+
+    may_map = True
+
+    def __init__(self, path: Path, closing: ExitStack, content: Path | None = None) -> None:
+        self.path, self.name, self.shown = path, path.name, printable(str(path))
+        self.used: list[TensorEntry] = []
+        self._content = content or path
+        self.is_in_memory = content not in (None, path)
+        self._closing = closing
+        self._is_closed = False
+        closing.callback(self._close)
+        self._sources: dict[str, LocalSource] = {}
+        self._mappings: dict[str, torch.UntypedStorage] = {}
+        self._storages: dict[StorageEntry, torch.UntypedStorage] = {}
+
+    def source(self, name: str) -> LocalSource:
+        """Open a file; of an archive of one checkpoint, that.
+
+        Raises:
+            CacheError: it cannot be opened.
+            LoadError: it is closed.
+        """
+        if self._is_closed:  # and its descriptor may be another file's by now
+            raise LoadError(
+                f"{self.shown}: a tensor of it was kept, and is looked at after the load: clone() what a hook keeps"
+            )
+        if name not in self._sources:
+            path = self._content if name == self.name else self.path.parent / name
+            with reading(path):
+                self._sources[name] = open_unpacked(path, self._closing)
+        return self._sources[name]
+
+    def read(self, name: str, address: int, offset: int, length: int, *, what: str) -> None:
+        """Read bytes of a file to an address in memory. Several threads may do so at once, when it has been opened.
+
+        Raises:
+            LoadError: the file ended before, within what is named.
+            CacheError: it cannot be read.
+        """
+        source = self.source(name)
+        with reading(self.shown):
+            found = fill_memory(address, length, source, offset)
+        if found != length:
+            raise LoadError(f"{self.shown}: the file ended within {what}: was it cut off since it was opened?")
+
+    def mapping(self, name: str) -> torch.UntypedStorage:
+        """Map a file privately: what is written there never reaches it.
+
+        Raises:
+            LoadError: it cannot be mapped.
+        """
+        if name not in self._mappings:
+            source = self.source(name)
+            path = descriptor_path(source.descriptor)  # the file that was opened, not another of its name
+            try:
+                mapped = torch.UntypedStorage.from_file(path, False, source.size_bytes)
+            except RuntimeError as error:
+                raise LoadError(f"{self.shown}: {printable(name)} cannot be mapped: {error}") from error
+            self._mappings[name] = cast(torch.UntypedStorage, mapped)
+        return self._mappings[name]
+
+    def storage(self, entry: TensorEntry) -> torch.UntypedStorage:
+        """Return the storage that a tensor is a view of, mapped or read: for all of its tensors the same one.
+
+        Raises:
+            LoadError: the file ended within it.
+            CacheError: it cannot be read.
+        """
+        whole = entry.storage
+        if whole not in self._storages:
+            if self.may_map and not whole.offset % entry.item_bytes and whole.length:
+                mapping: Any = self.mapping(whole.file)
+                self._storages[whole] = mapping[whole.offset : whole.offset + whole.length]
+            else:
+                storage = torch.empty(whole.length, dtype=torch.uint8, device="cpu").untyped_storage()
+                what = f"tensor {entry.name!r}"
+                self.read(whole.file, storage.data_ptr(), whole.offset, whole.length, what=what)
+                self._storages[whole] = storage
+        return self._storages[whole]
+
+    def load(self, *, weights_only: bool, mmap: bool | None) -> Any:
+        """Load the whole checkpoint on the CPU, as torch.load does."""
+        path = self._content
+        if not self.may_map and mmap is None:
+            path = private_copy(path, self._closing)
+        return read_checkpoint(path, "cpu", weights_only=weights_only, mmap=mmap, shown=self.shown)
+
+    def load_structure(self, *, weights_only: bool) -> Any:
+        """Load the whole checkpoint as torch.load does, but with meta tensors: none is read."""
+        return read_checkpoint(self._content, "meta", weights_only=weights_only, shown=self.shown)
+
+    def _close(self) -> None:
+        self._is_closed = True
+
+    def has(self, entry: TensorEntry) -> bool:
+        """Tell whether a tensor's bytes are here."""
+        return True
+
+    def note_use(self, entry: TensorEntry) -> None:
+        """Take note that a tensor's elements are wanted.
+
+        Raises:
+            LoadError: they are not here.
+        """
+        self.used.append(entry)

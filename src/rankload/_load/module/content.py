@@ -1,0 +1,239 @@
+"""The content of a checkpoint as load_state_dict gets it.
+
+For torch's own modules stand-ins take the place of tensors, so that nothing is read before it is known to fit. Code of
+the user's finds what torch.load returns, and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy as is_uninitialised
+
+from rankload._formats.entry import TensorEntry
+from rankload._formats.index import Index
+from rankload._formats.pickle_values import NotUnderstoodError
+from rankload._formats.read_index import read_index
+from rankload._load.module.checkpoint_files import CheckpointFiles
+from rankload._load.module.exact import is_exact
+from rankload._load.module.file_tensor import TensorInFile
+from rankload._load.module.lazy_tensor import Assignment, SavedTensor, TensorInMemory
+from rankload._load.module.leaves import leaves, with_leaves
+from rankload._load.module.module_versions import assigned_modules
+from rankload._load.module.own_code import looks_at_state_dict
+from rankload._load.module.remainder import OPTIMIZER_KEYS, Remainder, remainder_of_index, without_loaded
+from rankload._load.module.slots import bare, places
+from rankload._load.tensors.torch_errors import translated
+from rankload._load.tensors.torch_values import built
+from rankload.adapt import Adapter, is_lazy
+from rankload.errors import LoadError, shown_key
+
+_logger = logging.getLogger(__name__)
+
+#: The last part of names of extra state in state dicts (torch/nn/modules/module.py, _EXTRA_STATE_KEY_SUFFIX).
+_EXTRA_STATE = "_extra_state"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds.
+
+    Attributes:
+        whole: as saved, with stand-ins for all tensors; None where nobody needs it.
+        of_module: the state dict for the module: what the adapter has made of the whole. It has stand-ins, too, where
+            only code of torch's looks at it.
+        assignments: where it is noted what goes where.
+        found: what the adapter has returned.
+        index: None where torch.load had to load all of it.
+        remainder: what is neither the module's nor the optimizer's, if it is wanted.
+    """
+
+    whole: Any
+    of_module: Mapping[str, Any]
+    assignments: list[Assignment]
+    found: Any
+    index: Index | None = None
+    remainder: Remainder | None = None
+
+    @property
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield the tensors in the state dict that are no stand-ins."""
+        return (value for value in leaves(self.of_module) if isinstance(value, torch.Tensor))
+
+
+def open_content(
+    files: CheckpointFiles,
+    adapter: Adapter,
+    module: nn.Module,
+    *,
+    with_optimizer: bool,
+    assign: bool | None,
+    weights_only: bool,
+    mmap: bool | None,
+) -> Content:
+    """Open a checkpoint for a module.
+
+    Its index is read, and nothing else, where that will do. Where the format has no index, where the adapter may want
+    to see the tensors themselves, or where somebody is to get an object that only torch.load builds, torch.load it is.
+
+    Args:
+        files: the checkpoint's.
+        adapter: applied to the index's content, or to what was loaded.
+        module: the one that it is loaded into.
+        with_optimizer: whether an optimizer's state is wanted, too, and the remainder.
+        assign: the caller's; with True the module gets the checkpoint's own tensors.
+        weights_only: for torch.load.
+        mmap: for torch.load.
+
+    Raises:
+        LoadError: the file is broken, or holds no state dict.
+    """
+    content = None
+    if is_lazy(adapter) and (index := _read_index(files)) is not None:
+        content = _of_index(
+            index, files, adapter, module, with_optimizer=with_optimizer, assign=assign, weights_only=weights_only
+        )
+        if content is not None and with_optimizer:
+            remainder = remainder_of_index(index, content.whole, content.found, files, weights_only=weights_only)
+            content = replace(content, remainder=remainder)
+        if content is not None and (content.remainder is not None or not with_optimizer):
+            return content
+    try:
+        loaded = files.load(weights_only=weights_only, mmap=mmap)
+    except LoadError as error:
+        if content is None:
+            raise
+        return replace(content, remainder=Remainder(error=error))  # it only concerns who asks for that
+    return _of_loaded(loaded, files, adapter, with_optimizer=with_optimizer)
+
+
+def _of_index(
+    index: Index,
+    files: CheckpointFiles,
+    adapter: Adapter,
+    module: nn.Module,
+    *,
+    with_optimizer: bool,
+    assign: bool | None,
+    weights_only: bool,
+) -> Content | None:
+    """Return the content without its remainder; None where torch.load has to build some of it."""
+    assignments: list[Assignment] = []
+    whole = with_leaves(index.content, _in_file(index, files, assignments))
+    try:
+        found = adapter(whole)
+    except LoadError:
+        if weights_only:
+            raise
+        return None  # what it looks for may be in an object that only torch.load builds
+    is_looked_at = looks_at_state_dict(bare(module)[0])
+    is_copied = not (assign or is_looked_at or assigned_modules(found))
+    wanted = _wanted(found, module, is_looked_at=is_looked_at)
+    unbuilt = [name for name, value in wanted.items() if not _suffices(name, value, index, is_copied=is_copied)]
+    if with_optimizer and isinstance(whole, Mapping):
+        optimizers = [key for key in OPTIMIZER_KEYS if key in whole]
+        unbuilt += [key for key in optimizers if not (index.is_exact and is_exact(whole[key]))]
+    if unbuilt:
+        _logger.debug("%s is loaded by torch.load, for its objects: %s", files.shown, unbuilt)
+        return None
+    of_module = _with_exact_values(_checked(found, files.shown), wanted, is_looked_at=is_looked_at)
+    return Content(whole, of_module, assignments, found, index)
+
+
+def _of_loaded(loaded: Any, files: CheckpointFiles, adapter: Adapter, *, with_optimizer: bool) -> Content:
+    assignments: list[Assignment] = []
+    found = adapter(loaded)
+    of_module = _checked(found, files.shown)
+    if not with_optimizer:
+        return Content(None, of_module, assignments, found)
+    whole = with_leaves(loaded, _in_memory(assignments))
+    return Content(whole, of_module, assignments, found, remainder=Remainder(without_loaded(loaded, found)))
+
+
+def _read_index(files: CheckpointFiles) -> Index | None:
+    """Return None where there is no index."""
+    with translated(files.path, files.shown):
+        try:
+            return read_index(files.source(files.name), files.name, files.source, is_remote=False)
+        except NotUnderstoodError as error:
+            _logger.debug("%s is loaded by torch.load: %s", files.shown, error)
+            return None
+
+
+def _in_file(index: Index, files: CheckpointFiles, assignments: list[Assignment]) -> Callable[[Any], Any]:
+    made: dict[int, TensorInFile] = {}
+
+    def stand_in(value: Any) -> Any:
+        if not isinstance(value, TensorEntry):
+            return built(value)
+        if id(value) not in made:
+            made[id(value)] = TensorInFile(value, files, index.byte_orders[value.file], assignments, files.shown)
+        return made[id(value)]
+
+    return stand_in
+
+
+def _in_memory(assignments: list[Assignment]) -> Callable[[Any], Any]:
+    def stand_in(value: Any) -> Any:
+        has_shape = isinstance(value, torch.Tensor) and not (is_uninitialised(value) or value.is_nested)
+        return TensorInMemory(value, assignments) if has_shape else value
+
+    return stand_in
+
+
+def _checked(found: Any, shown: str) -> Mapping[str, Any]:
+    """Return what the adapter has made, if it is a state dict.
+
+    Raises:
+        LoadError: it is none.
+    """
+    if not isinstance(found, Mapping):
+        raise LoadError(f"{shown}: holds no state dict, but a {type(found).__name__}", path=shown)
+    if strange := [key for key in found if not isinstance(key, str)]:
+        raise LoadError(f"{shown}: holds no state dict, for it has the key {shown_key(strange[0])}", path=shown)
+    return found
+
+
+def _wanted(found: Any, module: nn.Module, *, is_looked_at: bool) -> Mapping[Any, Any]:
+    """Return what the module will look at, by name: its tensors and extra state, or everything."""
+    if is_looked_at or not isinstance(found, Mapping):
+        return found if isinstance(found, Mapping) else {"all": found}
+    inner, prefix = bare(module)
+    own = {place.name for place in places(inner)}
+    return {
+        name: value
+        for name, value in found.items()
+        if _is_extra_state(str(name)) or str(name).removeprefix(prefix) in own
+    }
+
+
+def _suffices(name: str, value: Any, index: Index, *, is_copied: bool) -> bool:
+    """Return whether what the index says of a value is as good as what torch.load returns."""
+    if isinstance(value, SavedTensor) and not _is_extra_state(str(name)) and (is_copied or value.is_plain):
+        return True  # where its elements are copied, its class does not matter
+    return index.is_exact and is_exact(value)
+
+
+def _with_exact_values(
+    state_dict: Mapping[str, Any], wanted: Mapping[Any, Any], *, is_looked_at: bool
+) -> Mapping[str, Any]:
+    """Return a state dict in which all that code of the user's sees is what torch.load returns."""
+    content: Any = copy.copy(state_dict) if isinstance(state_dict, dict) else OrderedDict(state_dict)
+    made: dict[int, Any] = {}
+    for name in wanted:
+        if is_looked_at or _is_extra_state(name):
+            content[name] = with_leaves(
+                state_dict[name], lambda part: part.exact() if isinstance(part, SavedTensor) else part, made
+            )
+    return content  # type: ignore[no-any-return]
+
+
+def _is_extra_state(name: str) -> bool:
+    return name.rpartition(".")[2] == _EXTRA_STATE

@@ -1,0 +1,19 @@
+"""Whether content is what torch.load returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rankload._formats.entry import StorageEntry, TensorEntry
+from rankload._formats.pickle_values import GlobalName, Unbuilt
+from rankload._load.module.lazy_tensor import SavedTensor
+from rankload._load.tensors.torch_values import nested
+
+
+def is_exact(content: Any) -> bool:
+    """Return whether nested content is what torch.load returns, apart from stand-ins for plain tensors."""
+    return not any(
+        isinstance(value, (Unbuilt, GlobalName, StorageEntry, TensorEntry))
+        or (isinstance(value, SavedTensor) and not value.is_plain)
+        for value in nested(content)
+    )

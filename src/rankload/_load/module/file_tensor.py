@@ -1,0 +1,120 @@
+"""A tensor that is still in its file, for load_state_dict to say where it belongs (see `saved`)."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rankload._formats.entry import TensorEntry
+from rankload._formats.index import ByteOrder
+from rankload._load.module.checkpoint_files import CheckpointFiles
+from rankload._load.module.lazy_tensor import Assignment, SavedTensor
+from rankload._load.module.regions import Box, Runs, runs
+from rankload._load.module.slots import holds_plain_elements
+from rankload._load.tensors.tensors import read_tensor, tensor_on, torch_dtype
+
+#: Shorter runs are copied from the mapped file: a system call each would cost more than it moves.
+_SHORTEST_RUN_BYTES = 4096
+
+
+class TensorInFile(SavedTensor):
+    """One that is still in its file.
+
+    Attributes:
+        entry: where it is, and what it looks like.
+        byte_order: of its elements there.
+        files: of the checkpoint.
+
+    Raises (the constructor):
+        LoadError: this torch does not have its dtype.
+    """
+
+    def __init__(
+        self,
+        entry: TensorEntry,
+        files: CheckpointFiles,
+        byte_order: ByteOrder,
+        assignments: list[Assignment],
+        shown: str,
+    ) -> None:
+        super().__init__(torch.Size(entry.shape), torch_dtype(entry, shown), assignments)
+        self.entry, self.byte_order, self.files = entry, byte_order, files
+        self.is_plain = entry.is_plain
+        self._shown = shown
+        self._exact: torch.Tensor | None = None
+
+    def exact(self) -> torch.Tensor:
+        """See `SavedTensor.exact`; a view of the mapped file where that is possible, and of one storage with others."""
+        if self._made is not None:
+            return self._made
+        if self._exact is None:
+            entry = self.entry
+            self.files.note_use(entry)
+            if self.is_native:
+                self._exact = tensor_on(self.files.storage(entry), entry, self.dtype, entry.storage_offset)
+            else:
+                self._exact = read_tensor(self.files.source(entry.file), entry, self.byte_order, self._shown)
+        return self._exact
+
+    @property
+    def in_file(self) -> TensorInFile | None:
+        """See `SavedTensor.in_file`."""
+        return self if self._made is None else None
+
+    @property
+    def position(self) -> tuple[str, int]:
+        """See `SavedTensor.position`."""
+        return (self.entry.file, self.entry.offset) if self._made is None else super().position
+
+    @property
+    def is_here(self) -> bool:
+        """See `SavedTensor.is_here`."""
+        return self._made is not None or self.files.has(self.entry)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether its elements' bytes are in this machine's order."""
+        return self.byte_order == sys.byteorder
+
+    def view(self) -> torch.Tensor:
+        """See `SavedTensor.view`."""
+        if self._made is not None:
+            return self._made
+        entry = self.entry
+        self.files.note_use(entry)
+        is_mappable = self.files.may_map and self.is_native and not entry.offset % entry.item_bytes
+        if not is_mappable or not entry.length:
+            return read_tensor(self.files.source(entry.file), entry, self.byte_order, self._shown).detach()
+        storage: Any = self.files.mapping(entry.file)[entry.offset : entry.offset + entry.length]
+        return torch.empty(0, dtype=self.dtype, device="cpu").set_(storage, 0, entry.shape, entry.stride)
+
+    def reader(self, destination: torch.Tensor, box: Box) -> Callable[[], int]:
+        """See `SavedTensor.reader`; straight from the file into the destination, where both have the same layout."""
+        entry, item_bytes = self.entry, self.dtype.itemsize
+        is_alike = self.is_native and entry.is_contiguous and destination.dtype == self.dtype and self._made is None
+        if is_alike and destination.device.type == "cpu" and holds_plain_elements(destination):
+            parts = runs(entry.shape, box)
+            if parts.length == box.element_count or parts.length * item_bytes >= _SHORTEST_RUN_BYTES:
+                return functools.partial(self._read_runs, parts, destination)
+        return super().reader(destination, box)
+
+    def _read_runs(self, parts: Runs, destination: torch.Tensor) -> int:
+        item_bytes, position = self.dtype.itemsize, destination.data_ptr()
+        length = parts.length * item_bytes
+        for start in parts.starts:
+            self.read_bytes(position, self.entry.offset + start * item_bytes, length)
+            position += length
+        return position - destination.data_ptr()
+
+    def read_bytes(self, address: int, offset: int, length: int) -> None:
+        """Read bytes of the file to an address in memory.
+
+        Raises:
+            LoadError: the file ended before.
+            CacheError: it cannot be read.
+        """
+        self.files.read(self.entry.file, address, offset, length, what=f"tensor {self.entry.name!r}")

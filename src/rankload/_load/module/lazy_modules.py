@@ -1,0 +1,26 @@
+"""Lazy modules: torch gives their parameters a shape as soon as load_state_dict looks at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from rankload._load.module.slots import places
+
+
+@contextmanager
+def uninitialised_again_on_error(module: nn.Module) -> Iterator[None]:
+    """Undo that where something does not fit, on this rank or another: nothing is written then."""
+    lazy = [(place.tensor, type(place.tensor)) for place in places(module) if is_lazy(place.tensor)]
+    try:
+        yield
+    except BaseException:
+        for tensor, kind in lazy:
+            if not is_lazy(tensor):
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                tensor.__class__ = kind
+        raise

@@ -1,0 +1,182 @@
+"""An optimizer's state out of a training checkpoint, each rank its own part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankload._load.module.copies import Prepared, Transfer
+from rankload._load.module.lazy_tensor import SavedTensor, TensorInMemory
+from rankload._load.module.leaves import with_leaves
+from rankload._load.module.mismatch import describe_mismatch
+from rankload._load.module.remainder import OPTIMIZER_KEYS, optimizer_key
+from rankload._load.module.slots import bare, empty_copy, is_distributed, is_plain, own_part
+from rankload.errors import LoadError, shown_key
+
+#: Larger numbers are of no parameters, and may be such that a set has to look at all of them for each.
+_MOST_PARAMETERS = 1 << 31
+
+
+@dataclass(frozen=True)
+class OptimizerLoad:
+    """A load that fits, and of which nothing has been done yet.
+
+    Attributes:
+        optimizer: where to.
+        content: for its ``load_state_dict``, with its own numbers of parameters, and stand-ins in the place of tensors.
+        parameters: the optimizer's, by number.
+    """
+
+    optimizer: torch.optim.Optimizer
+    content: Mapping[str, Any]
+    parameters: Sequence[torch.Tensor]
+
+    @property
+    def wanted(self) -> list[SavedTensor]:
+        """Return the tensors that it takes."""
+        found: list[SavedTensor] = []
+        _with_tensors(self.content, found.append)
+        return found
+
+
+def plan_optimizer_load(optimizer: torch.optim.Optimizer, whole: Any, module: nn.Module, shown: str) -> OptimizerLoad:
+    """Find out which state belongs to which parameter, and whether it fits. Writes nothing.
+
+    Args:
+        optimizer: of the module's parameters.
+        whole: the checkpoint's content, with stand-ins.
+        module: gives the names, for states that are saved by name.
+        shown: where the checkpoint is, for messages.
+
+    Raises:
+        LoadError: there is no optimizer's state dict, or it is of other parameters.
+    """
+    saved = _state_dict_in(whole, shown)
+    groups_in_file = _checked_groups(saved["param_groups"], shown)
+    own = _own_keys(optimizer, groups_in_file, module)
+    saved_groups = _matched(groups_in_file, own, shown)
+    numbers = {key: number for number, key in enumerate(key for keys in own for key in keys)}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # what belongs to no parameter stays as it is, as torch has it; but a number left over would be another's here
+    state = {
+        numbers.get(key, key): values
+        for key, values in saved["state"].items()
+        if key in numbers or not isinstance(key, int)
+    }
+    unfit = [
+        problem
+        for number, parameter in enumerate(parameters)
+        for problem in _problems(number, parameter, state.get(number, {}))
+    ]
+    if unfit:
+        raise LoadError(f"{shown} does not fit the {type(optimizer).__name__}:\n{describe_mismatch([], [], unfit, {})}")
+    groups = [
+        {**group, "params": [numbers[key] for key in keys]} for group, keys in zip(saved_groups, own, strict=True)
+    ]
+    return OptimizerLoad(optimizer, {**saved, "state": state, "param_groups": groups}, parameters)
+
+
+def prepare_optimizer_load(load: OptimizerLoad) -> Prepared:
+    """Make the tensors of the state, each rank its own: the first step overwrites them. Say what goes into them."""
+    transfers: list[Transfer] = []
+
+    def made(saved: SavedTensor, parameter: torch.Tensor | None = None) -> torch.Tensor:
+        if isinstance(saved, TensorInMemory) and not is_plain(saved.exact()):
+            return saved.exact().detach().clone()  # as 8-bit states are; the first step writes into it
+        tensor, transfer = _prepared(saved, parameter)
+        transfers.append(transfer)
+        return tensor
+
+    state = {
+        key: _with_tensors(values, partial(made, parameter=_of_number(load.parameters, key)))
+        for key, values in load.content["state"].items()
+    }
+    content = {**_with_tensors({**load.content, "state": {}}, made), "state": state}
+    return Prepared(transfers, 0, lambda: load.optimizer.load_state_dict(content))
+
+
+def _of_number(parameters: Sequence[torch.Tensor], key: Any) -> torch.Tensor | None:
+    return parameters[key] if isinstance(key, int) and 0 <= key < len(parameters) else None
+
+
+def _with_tensors(content: Any, made: Callable[[SavedTensor], Any]) -> Any:
+    """Return nested content with something else in the place of each stand-in."""
+    return with_leaves(content, lambda leaf: made(leaf) if isinstance(leaf, SavedTensor) else leaf)
+
+
+def _state_dict_in(whole: Any, shown: str) -> Mapping[str, Any]:
+    if isinstance(whole, Mapping) and (key := optimizer_key(whole)) is not None:
+        found: Any = whole[key]
+        return found if isinstance(found, Mapping) else found[0]
+    keys = ", ".join(map(shown_key, islice(whole, 20))) if isinstance(whole, Mapping) else f"a {type(whole).__name__}"
+    raise LoadError(f"{shown}: no optimizer's state dict under any of {', '.join(OPTIMIZER_KEYS)}; it has {keys}")
+
+
+def _checked_groups(groups: Any, shown: str) -> Sequence[Mapping[str, Any]]:
+    """Return the groups that were saved, if their parameters are named, or counted, as torch.optim does.
+
+    Raises:
+        LoadError: they are not.
+    """
+    are_groups = type(groups) is list and all(
+        isinstance(group, Mapping) and type(group.get("params")) is list for group in groups
+    )
+    keys = [key for group in groups for key in group["params"]] if are_groups else [None]
+    if not all(type(key) is str or (type(key) is int and 0 <= key < _MOST_PARAMETERS) for key in keys):
+        raise LoadError(f"{shown}: its param_groups are not as torch.optim.Optimizer.state_dict() makes them")
+    return groups  # type: ignore[no-any-return]
+
+
+def _own_keys(
+    optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]], module: nn.Module
+) -> list[list[Any]]:
+    """Return the keys of the optimizer's own parameters by group: names if those that were saved are, else numbers."""
+    if any(isinstance(key, str) for group in saved for key in group["params"]):
+        names = {id(parameter): name for name, parameter in bare(module)[0].named_parameters()}
+        return [[names.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups]
+    keys = iter([key for group in saved for key in group["params"]])
+    return [[next(keys, None) for _ in group["params"]] for group in optimizer.param_groups]
+
+
+def _matched(saved: Sequence[Mapping[str, Any]], own: Sequence[Sequence[Any]], shown: str) -> list[Mapping[str, Any]]:
+    """Return the saved group for each of the optimizer's: that of the same parameters; numbers tell nothing but order.
+
+    Raises:
+        LoadError: the parameters are others, or are grouped in another way.
+    """
+    keys, own_keys = ([key for group in groups for key in group] for groups in ([g["params"] for g in saved], own))
+    missing, unexpected = sorted({*own_keys} - {*keys}, key=str), sorted({*keys} - {*own_keys}, key=str)
+    if all(isinstance(key, str) for key in keys) and (missing or unexpected):
+        raise LoadError(f"{shown} does not fit the optimizer:\n{describe_mismatch(missing, unexpected, [], {})}")
+    groups = {frozenset(group["params"]): group for group in saved}
+    if len(saved) != len(own) or not all(frozenset(group) in groups for group in own):
+        sizes, own_sizes = [len(group["params"]) for group in saved], [len(group) for group in own]
+        what = f"parameter groups of {sizes} parameters, the optimizer's have {own_sizes}"
+        what += " and hold others" * (sizes == own_sizes)
+        raise LoadError(f"{shown} does not fit the optimizer: it has {what}")
+    return [groups[frozenset(group)] for group in own]
+
+
+def _problems(number: int, parameter: torch.Tensor, values: Any) -> list[str]:
+    if not is_distributed(parameter) or not isinstance(values, Mapping):
+        return []
+    return [
+        f"{key} of parameter {number} has the shape {list(value.shape)}, the parameter {list(parameter.shape)}"
+        for key, value in values.items()
+        if isinstance(value, SavedTensor) and value.shape.numel() > 1
+        if value.shape != parameter.shape  # how it would be cut into parts, nobody can say
+    ]
+
+
+def _prepared(saved: SavedTensor, parameter: torch.Tensor | None) -> tuple[torch.Tensor, Transfer]:
+    if parameter is not None and is_distributed(parameter) and saved.shape == parameter.shape and saved.shape:
+        tensor = empty_copy(parameter, own_part(parameter)[0].device, saved.dtype)
+    else:
+        tensor = torch.empty(saved.shape, dtype=saved.dtype, device="cpu")
+    return tensor, Transfer(saved, *own_part(tensor))

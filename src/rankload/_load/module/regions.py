@@ -1,0 +1,98 @@
+"""The part of a tensor that is a rank's own, and where its elements lie in a contiguous tensor. Pure."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rankload._formats.entry import contiguous_stride
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangular part of a tensor, in elements per dimension.
+
+    Attributes:
+        offset: of its first element.
+        shape: its sizes; one of them may be 0.
+    """
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def element_count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    """Return the box that is all of a tensor."""
+    return Box((0,) * len(shape), shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A box as runs of equal length, in the order of the box's own elements.
+
+    Attributes:
+        length: elements of each, one after the other in the whole tensor.
+        starts: index of the first element of each, in the whole tensor; iterated once.
+    """
+
+    length: int
+    starts: Iterator[int]
+
+
+def runs(shape: tuple[int, ...], box: Box) -> Runs:
+    """Cut a box of a contiguous tensor of this shape into the longest runs that there are."""
+    if box.element_count == 0:
+        return Runs(0, iter(()))
+    first = len(shape)  # of the dimensions that are in the run
+    while first > 0 and box.shape[first:] == shape[first:]:
+        first -= 1
+    stride = contiguous_stride(shape)
+    origin = sum(start * step for start, step in zip(box.offset, stride, strict=True))
+    outer = [range(0, size * step, step) for size, step in zip(box.shape[:first], stride[:first], strict=True)]
+    starts = (origin + sum(steps) for steps in itertools.product(*outer))
+    return Runs(math.prod(box.shape[first:]), starts)
+
+
+def intersection(box: Box, other: Box) -> Box | None:
+    """Return what two boxes of one tensor have in common, None for nothing."""
+    starts = tuple(map(max, box.offset, other.offset))
+    ends = tuple(
+        min(start + size, other_start + other_size)
+        for start, size, other_start, other_size in zip(box.offset, box.shape, other.offset, other.shape, strict=True)
+    )
+    sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
+    return Box(starts, sizes) if min(sizes, default=1) > 0 else None
+
+
+def boxes_of_range(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[Box, int]]:
+    """Cut a range of a contiguous tensor's elements into boxes, at most two for each dimension.
+
+    Yields:
+        Each box, whose elements lie one after the other, and the index of its first element.
+    """
+    if begin >= end:
+        return
+    if not shape:
+        yield Box((), ()), begin
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-begin // row), end // row  # the whole rows
+    if begin % row:  # the end of a row, or, if it ends there too, a part of one
+        yield from _within(first - 1, shape, row, begin, min(end, first * row))
+    if first < last:
+        rest = shape[1:]
+        yield Box((first, *(0,) * len(rest)), (last - first, *rest)), first * row
+    if last >= first and end % row:
+        yield from _within(last, shape, row, last * row, end)
+
+
+def _within(index: int, shape: tuple[int, ...], row: int, begin: int, end: int) -> Iterator[tuple[Box, int]]:
+    for box, start in boxes_of_range(shape[1:], begin - index * row, end - index * row):
+        yield Box((index, *box.offset), (1, *box.shape)), index * row + start

@@ -1,0 +1,60 @@
+"""Put other tensors in the places of a module's: for what is on the meta device, and for ``assign=True``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from rankload._load.module.copies import Transfer
+from rankload._load.module.lazy_tensor import Assignment, TensorInMemory
+from rankload._load.module.post_hooks import hooks_of_torch, run_hooks
+from rankload._load.module.slots import Place, as_parameter_like, empty_copy, is_distributed, own_part, places
+
+
+class Replacer:
+    """Replaces tensors of one module under all their names, so that tied ones stay tied.
+
+    Args:
+        module: without its wrappers.
+        device: gives the device for what is on the meta device now.
+        may_share: on the CPU a tensor may be a view of the mapped file, if the dtype allows it.
+    """
+
+    def __init__(self, module: nn.Module, device: Callable[[], torch.device], *, may_share: bool) -> None:
+        self._module, self._device, self._may_share = module, device, may_share
+        self._replacements: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.bytes_mapped = 0
+
+    def transfer(self, step: Assignment) -> Transfer | None:
+        """Make what takes the target's place; return what is to be moved into it, None for a view of the file."""
+        target, saved = step.target, step.saved
+        device = self._device() if target.is_meta else target.device
+        dtype = saved.dtype if step.is_replaced else target.dtype
+        if step.is_replaced and isinstance(saved, TensorInMemory) and device.type == "cpu":
+            self._replacements.append((target, saved.exact()))  # of whatever class it is
+            return None
+        if self._may_share and device.type == "cpu" and dtype == saved.dtype and not is_distributed(target):
+            tensor = saved.exact() if step.is_replaced else saved.view()
+            self._replacements.append((target, tensor))
+            self.bytes_mapped += saved.numel() * dtype.itemsize
+            return None
+        tensor = empty_copy(target, device, dtype)
+        self._replacements.append((target, tensor))
+        return Transfer(saved, *own_part(tensor))
+
+    def finish(self) -> None:
+        """Put the new tensors in their places, when all has been moved."""
+        if not self._replacements:
+            return
+        by_tensor: dict[int, list[Place]] = defaultdict(list)
+        for place in places(self._module):
+            by_tensor[id(place.tensor)].append(place)
+        for target, tensor in self._replacements:
+            replacement = as_parameter_like(tensor, target)
+            for place in by_tensor[id(target)]:
+                place.put(replacement)
+        if any(is_distributed(tensor) for _, tensor in self._replacements):
+            run_hooks(hooks_of_torch(self._module), [], [])  # in which FSDP takes notice of new parameters

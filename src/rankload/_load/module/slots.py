@@ -1,0 +1,181 @@
+"""Where the tensors of a module are, which part of each is this rank's, and how another takes its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankload._load.module.regions import Box, whole
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """One name of a parameter or persistent buffer.
+
+    Attributes:
+        name: as in ``state_dict()``.
+        owner: the module that has it.
+        leaf: its name there.
+        tensor: what is there now.
+    """
+
+    name: str
+    owner: nn.Module
+    leaf: str
+    tensor: torch.Tensor
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Put another tensor there: a Parameter for a Parameter."""
+        if self.leaf in self.owner._parameters:
+            self.owner._parameters[self.leaf] = tensor  # type: ignore[assignment]
+        else:
+            self.owner._buffers[self.leaf] = tensor
+
+
+def bare(module: nn.Module) -> tuple[nn.Module, str]:
+    """Take the wrappers off a module whose state dict has the wrapped one's names behind a prefix.
+
+    Returns:
+        The module within DistributedDataParallel, DataParallel or torch.compile, and the prefix.
+    """
+    prefix = ""
+    while True:
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            module, prefix = module.module, f"{prefix}module."
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module, prefix = inner, f"{prefix}_orig_mod."
+        else:
+            return module, prefix
+
+
+def places(module: nn.Module) -> list[Place]:
+    """Return every name of the module's parameters and persistent buffers; tied ones have several."""
+    found: list[Place] = []
+    _add_places(found, module, "", is_persistent=True)
+    return found
+
+
+def non_persistent_meta_buffers(module: nn.Module) -> list[str]:
+    """Return the names of buffers on the meta device that no state dict has."""
+    found: list[Place] = []
+    _add_places(found, module, "", is_persistent=False)
+    return [place.name for place in found if place.tensor.is_meta]
+
+
+def _add_places(found: list[Place], owner: nn.Module, prefix: str, *, is_persistent: bool) -> None:
+    """Go through modules in the order of state_dict(); generators would pass each place on through all its parents."""
+    if is_persistent:
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                found.append(Place(prefix + leaf, owner, leaf, parameter))
+    for leaf, buffer in owner._buffers.items():
+        if buffer is not None and (leaf not in owner._non_persistent_buffers_set) == is_persistent:
+            found.append(Place(prefix + leaf, owner, leaf, buffer))
+    for name, child in owner._modules.items():
+        if child is not None:
+            _add_places(found, child, f"{prefix}{name}.", is_persistent=is_persistent)
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Return the device that the module's tensors are on, those on meta apart; None where there are none or several."""
+    devices = {place.tensor.device for place in places(module) if not place.tensor.is_meta}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def has_its_storage(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's storage reaches as far as its elements do: a raw read must not go beyond it."""
+    if tensor.layout != torch.strided or not tensor.numel() or tensor.is_meta:
+        return True
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.storage_offset() + last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
+    """Return the local tensor that a rank has of one, and which part it is.
+
+    Raises:
+        ValueError: its parts are sums of which this rank has a summand (``Partial``), or do not follow its placements.
+    """
+    if not is_distributed(tensor):
+        # a copy sets the scale of a quantised one, and the indices of a sparse one, in the very tensor
+        is_more = tensor.is_quantized or tensor.layout != torch.strided
+        return tensor if is_more else tensor.detach(), whole(tuple(tensor.shape))
+    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # as torch's own checkpoints do
+
+    distributed: Any = tensor
+    if any(isinstance(placement, Partial) for placement in distributed.placements):
+        raise ValueError("it has a Partial placement, of which no part can be read")
+    if not _is_one_box(distributed.placements):
+        raise ValueError(f"its placements {distributed.placements} give this rank rows from several places")
+    local = distributed._local_tensor.detach()
+    if local.numel() == 0:
+        return local, Box((0,) * tensor.ndim, tuple(local.shape) if local.ndim == tensor.ndim else (0,) * tensor.ndim)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, distributed.device_mesh, distributed.placements)
+    if tuple(shape) != tuple(local.shape):
+        raise ValueError(f"its local part has the shape {list(local.shape)}, not {list(shape)} as its placements say")
+    return local, Box(tuple(offset), tuple(shape))
+
+
+def holds_plain_elements(tensor: torch.Tensor) -> bool:
+    """Tell whether the elements lie in memory one after the other, as they are: may be written past torch."""
+    is_plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return is_plain and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+
+
+def _is_one_box(placements: Sequence[Any]) -> bool:
+    """Tell whether a rank's part is one box: strided shards must be cut once more, as those of FSDP and TP are."""
+    kinds = [(type(placement).__name__, getattr(placement, "dim", None)) for placement in placements]
+    return all(
+        ("Shard", dim) in kinds[place + 1 :] for place, (kind, dim) in enumerate(kinds) if kind == "_StridedShard"
+    )
+
+
+def empty_copy(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor for the same part, not initialised: of a sharded one on its mesh's kind of device."""
+    if not is_distributed(tensor):
+        return torch.empty_like(tensor, device=device, dtype=dtype, requires_grad=False)
+    from torch.distributed.tensor import DTensor
+
+    distributed: Any = tensor
+    mesh = distributed.device_mesh
+    local = torch.empty_like(
+        distributed._local_tensor,
+        device=device if device.type == mesh.device_type else mesh.device_type,
+        dtype=dtype,
+        requires_grad=False,
+    )
+    return DTensor.from_local(
+        local, mesh, distributed.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def is_distributed(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor."""
+    # without importing torch.distributed.tensor, which takes long, where nothing has done so
+    return type(tensor) is not torch.Tensor and hasattr(tensor, "_local_tensor") and hasattr(tensor, "placements")
+
+
+def is_replicated(tensor: torch.Tensor) -> bool:
+    """Whether each rank has all of it: a plain tensor, or a DTensor that is nowhere sharded."""
+    distributed: Any = tensor
+    return not is_distributed(tensor) or all(placement.is_replicate() for placement in distributed.placements)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is a strided one, of torch's own class, that has data: any may be copied into any."""
+    is_known = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
+    return is_known and tensor.layout == torch.strided and not tensor.is_quantized
+
+
+def as_parameter_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Make a Parameter of a tensor if the other one is one, as load_state_dict(assign=True) does."""
+    if not isinstance(like, nn.Parameter):
+        return tensor
+    if isinstance(tensor, nn.Parameter):  # of a class of its own
+        return tensor.requires_grad_(like.requires_grad)
+    return nn.Parameter(tensor, requires_grad=like.requires_grad)

@@ -1,0 +1,56 @@
+"""Files without a name, in memory: what is received looks to torch.load, and to our index, like a file on disk."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from rankload._platform.scratch import descriptor_path, scratch_file, scratch_folder
+
+
+def make_memory_file(size_bytes: int, closing: ExitStack) -> int:
+    """Return the descriptor of a new file, all zeros, that takes memory only where it is written to.
+
+    Pages stay for as long as the descriptor, another process's or a mapping does.
+    """
+    try:
+        descriptor = os.memfd_create("rankload", os.MFD_CLOEXEC)
+    except (AttributeError, OSError):  # not Linux; or a sandbox that does not know the call
+        with scratch_file("memory for a checkpoint", size_bytes) as file:
+            descriptor = os.dup(file.fileno())
+    closing.callback(os.close, descriptor)
+    os.ftruncate(descriptor, size_bytes)
+    return descriptor
+
+
+@contextmanager
+def writable(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
+    """Map a part of the file to be written to."""
+    if begin == end:
+        yield memoryview(b"")
+        return
+    first = begin - begin % mmap.ALLOCATIONGRANULARITY
+    mapping = mmap.mmap(descriptor, end - first, offset=first)
+    whole = memoryview(mapping)
+    part = whole[begin - first :]
+    try:
+        yield part
+    finally:
+        with suppress(BufferError):  # the frames of an error hold on to pieces of it, and let go with the error
+            part.release()
+            whole.release()
+            mapping.close()
+
+
+def folder_of(descriptors: Mapping[str, int], closing: ExitStack) -> Path:
+    """Return a folder in which this process finds the files under their names."""
+    # the parts of a checkpoint may lie in folders
+    return scratch_folder({name: descriptor_path(descriptor) for name, descriptor in descriptors.items()}, closing)
+
+
+def path_for_others(descriptor: int) -> str:
+    """Return a path by which other processes of this user may open it (Linux)."""
+    return f"/proc/{os.getpid()}/fd/{descriptor}"

@@ -1,0 +1,247 @@
+"""Files that may change under a mapping: copied into memory that the ranks of a node share, and mapped there.
+
+Pages of a mapped file are the file's until this process writes to them. Whoever cuts the file off kills the process
+(SIGBUS), whoever rewrites it in place changes its weights, and a file server that fails does the former. So only files
+that rankload itself has published, and replaces by rename alone, stay mapped after a call, and those only on a
+filesystem of this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Collection
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rankload._cache.access import name_of
+from rankload._cache.files import reading
+from rankload._coordination.launchers import identity_from_environment
+from rankload._coordination.single_process import LoneChannel
+from rankload._formats.broken import BrokenFileError
+from rankload._formats.pickle_values import NotUnderstoodError
+from rankload._formats.sniff import Format, sniff
+from rankload._formats.source import LocalSource
+from rankload._formats.torch_zip import read_zip_index
+from rankload._load.device.devices import visible_accelerator
+from rankload._load.device.map_location import goes_by_tags, location_of
+from rankload._load.device.readers import Readers, await_reader
+from rankload._load.node.available_memory import available_bytes
+from rankload._load.node.held import Held, hold
+from rankload._load.node.memory_file import folder_of
+from rankload._load.node.node_memory import NodeMemory
+from rankload._load.node.parts import all_files, parts_of
+from rankload._platform.linux import is_on_local_disk
+from rankload._settings import Settings
+from rankload._types import Channel, FetchedFile, Progress
+from rankload.errors import DigestMismatchError, LoadError, printable
+
+_logger = logging.getLogger("rankload")
+
+#: A stripe is read in one go, in order: what file servers and disks are fast at. So many threads read at a time.
+_STRIPE_BYTES = 16 << 20
+_THREADS = 4
+
+#: Through this much at a time: small enough to stay in a core's cache between the read and the write.
+_BUFFER_BYTES = 256 << 10
+
+#: Of what is free, the part that a copy may take: the job needs memory for other things.
+_MOST_OF_FREE_MEMORY = 0.8
+
+#: Of the others torch.load makes private copies in any case.
+_MAPPED_FORMATS: frozenset[Format] = frozenset({"torch_zip", "safetensors", "sharded"})
+
+
+def why_copied(path: Path, map_location: Any, *, is_published: bool) -> str:
+    """Return why a checkpoint must not stay mapped; empty if it may, or if nothing of it would.
+
+    Args:
+        path: the checkpoint, or the index of one in several files.
+        map_location: any form that torch.load takes, already resolved for this rank.
+        is_published: rankload has put it there, and its parts.
+    """
+    if is_published and all(map(_is_on_local_disk, all_files(path))):
+        return ""
+    if not _stays_on_cpu(path, map_location):
+        return ""
+    return "it is on a network filesystem" if is_published else "rankload did not put it there, and it may be rewritten"
+
+
+def may_change(held: Held, file: FetchedFile) -> bool:
+    """Return whether somebody else may change a file under a mapping, or its server fail."""
+    return held.is_changeable or not file.is_published or not all(map(_is_on_local_disk, all_files(held.path)))
+
+
+def with_node_copy(
+    held: Held,
+    shown: Path,
+    channel: Channel,
+    closing: ExitStack,
+    progress_seconds: float,
+    *,
+    sha256: str | None = None,
+    must_fit: bool = True,
+) -> Path | None:
+    """Copy a checkpoint into memory that the ranks of this node share; return where it is then.
+
+    One rank of the node reads it, in large stripes; the others open its memory. If it fails, they raise its error.
+
+    Args:
+        held: the checkpoint's files, open.
+        shown: where it is, for messages.
+        channel: of the call. Every rank of a node that loads from these files may call this.
+        closing: lets go of the memory. What is mapped stays.
+        progress_seconds: how long the file may not answer.
+        sha256: its digest, 64 hex digits, if the copy is to be verified; the parts of an index have none.
+        must_fit: return None, and copy nothing, if there is not enough free memory.
+
+    Raises:
+        DigestMismatchError: the copy does not have the digest.
+        LoadError: the file was changed meanwhile.
+        ProgressTimeoutError: the file does not answer.
+        RankloadError: what made the copying rank fail.
+    """
+    name = held.path.name
+    with reading(shown):
+        sizes = {one: os.fstat(descriptor).st_size for one, descriptor in held.descriptors.items()}
+        memory = NodeMemory.claim(
+            sizes, channel, closing, purpose="node copy", fits=partial(_fits, sizes.values()) if must_fit else None
+        )
+        if memory is None:
+            return None
+        if memory.is_received_here:
+            for one, descriptor in held.descriptors.items():
+                text = printable(str(shown.parent / one))
+                _copy(descriptor, memory.descriptors[one], sizes[one], text, channel, progress_seconds)
+            if sha256 is not None:
+                owner_uid = os.fstat(held.descriptors[name]).st_uid
+                _verify(memory.descriptors[name], sizes[name], sha256, shown, owner_uid, channel)
+    memory.tell_or_wait(channel)
+    copied = folder_of(memory.descriptors, closing) / name
+    if {name, *parts_of(copied)} != set(memory.descriptors):
+        raise LoadError(f"{printable(str(shown))}: it was changed while it was loaded", path=str(shown))
+    return copied
+
+
+def private_copy(path: Path, closing: ExitStack) -> Path:
+    """Copy a checkpoint into memory of this process; return where it is then. Not collective."""
+    channel = LoneChannel(identity_from_environment())
+    closing.callback(channel.close)
+    seconds = Settings.from_environment().progress_seconds
+    copied = with_node_copy(hold(path, None, closing), path, channel, closing, seconds, must_fit=False)
+    assert copied is not None
+    return copied
+
+
+def settled(
+    path: Path,
+    file: FetchedFile,
+    map_location: Any,
+    channel: Channel,
+    closing: ExitStack,
+    progress_seconds: float,
+    *,
+    mmap: bool | None,
+) -> Path:
+    """Return where to load a checkpoint from, so that nothing stays mapped that somebody else may change.
+
+    That is the file itself, opened where another user could put another one in its place (`hold`), or a copy in the
+    node's memory (`with_node_copy`).
+
+    Args:
+        path: the checkpoint.
+        file: how it was fetched.
+        map_location: any form that torch.load takes, already resolved for this rank.
+        channel, closing, progress_seconds: see `with_node_copy`.
+        mmap: the caller's. True keeps a file of this user's own mapped; False makes private copies later.
+    """
+    held = hold(path, file.sha256, closing, file.identity)
+    copy = partial(with_node_copy, held, path, channel, closing, progress_seconds)
+    if held.is_changeable and not (mmap is False and file.sha256 is None):
+        return copy(sha256=file.sha256, must_fit=False) or held.loaded_by_name(closing)
+    if mmap is not None or not (reason := why_copied(held.path, map_location, is_published=file.is_published)):
+        return held.loaded_by_name(closing)
+    copied = copy()
+    _logger.debug("%s: %s: %s", printable(str(path)), reason, "copied into memory" if copied else "mapped")
+    if copied is None:
+        level = logging.INFO if file.is_published else logging.WARNING
+        advice = "it must not be rewritten in place while this process uses it"
+        text = "%s: %s; there is too little free memory for a copy, so it is mapped: %s"
+        _logger.log(level, text, printable(str(path)), reason, advice)
+    return copied or held.loaded_by_name(closing)
+
+
+def _copy(source: int, target: int, size_bytes: int, shown: str, channel: Channel, progress_seconds: float) -> None:
+    begins = range(0, size_bytes, _STRIPE_BYTES)
+    with Readers(min(_THREADS, len(begins))) as readers:
+        pending = [
+            readers.submit(partial(_copy_stripe, source, target, begin, min(begin + _STRIPE_BYTES, size_bytes), shown))
+            for begin in begins
+        ]
+        for number, stripe in enumerate(pending):
+
+            def look(done: int = number) -> None:
+                channel.report(Progress("loading", done * _STRIPE_BYTES, size_bytes))
+
+            await_reader(stripe, look, progress_seconds, shown)
+            look()
+
+
+def _copy_stripe(source: int, target: int, begin: int, end: int, shown: str) -> None:
+    buffer = memoryview(bytearray(_BUFFER_BYTES))
+    while begin < end:
+        count = os.preadv(source, [buffer[: end - begin]], begin)
+        if not count:
+            raise LoadError(f"{shown}: it was cut off while it was loaded")
+        written = 0
+        while written < count:
+            written += os.pwrite(target, buffer[written:count], begin + written)
+        begin += count
+
+
+def _verify(descriptor: int, size_bytes: int, sha256: str, path: Path, owner_uid: int, channel: Channel) -> None:
+    """Hash the copy: what is hashed is what is used."""
+    digest, buffer, done = hashlib.sha256(), memoryview(bytearray(_STRIPE_BYTES)), 0
+    while count := os.preadv(descriptor, [buffer], done):
+        digest.update(buffer[:count])
+        done += count
+        channel.report(Progress("hashing", done, size_bytes))
+    if digest.hexdigest() != sha256:
+        shown, owner = printable(str(path)), name_of(owner_uid)
+        raise DigestMismatchError(
+            f'invalid hash value (expected "{sha256}", got "{digest.hexdigest()}"): {shown} belongs to {owner}, and '
+            "was changed since it was verified",
+            expected=sha256,
+            got=digest.hexdigest(),
+            path=str(path),
+        )
+
+
+def _fits(sizes: Collection[int]) -> bool:
+    free = available_bytes()
+    return free is None or sum(sizes) <= _MOST_OF_FREE_MEMORY * free
+
+
+def _is_on_local_disk(path: Path) -> bool:
+    with reading(path), path.open("rb", buffering=0) as file:
+        return is_on_local_disk(file.fileno())
+
+
+def _stays_on_cpu(path: Path, map_location: Any) -> bool:
+    """Return whether views of a mapping of the file may be left; True where only loading it would tell."""
+    file_format = sniff(path)
+    if file_format not in _MAPPED_FORMATS:
+        return False
+    if not goes_by_tags(map_location) or visible_accelerator() is None:
+        return True
+    if file_format != "torch_zip":  # all that was saved as safetensors is tagged so
+        return location_of(map_location, "cpu") == "cpu"
+    try:
+        with path.open("rb", buffering=0) as file:
+            index = read_zip_index(LocalSource(file.fileno()), path.name, is_remote=False)
+    except (NotUnderstoodError, BrokenFileError):
+        return True
+    return any(location_of(map_location, storage.location) == "cpu" for storage in index.storages)

@@ -1,0 +1,21 @@
+"""Checkpoints in several files: which they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rankload._formats.sharded import has_weight_map, part_names
+from rankload._formats.source import LocalSource
+from rankload._load.tensors.torch_errors import translated
+
+
+def parts_of(path: Path) -> list[str]:
+    """Return the names of the files that a file is the index of."""
+    with translated(path), path.open("rb", buffering=0) as file:
+        source = LocalSource(file.fileno())
+        return part_names(source) if has_weight_map(source) else []
+
+
+def all_files(path: Path) -> list[Path]:
+    """Return the paths of a checkpoint's files, its index first."""
+    return [path, *(path.parent / name for name in parts_of(path))]

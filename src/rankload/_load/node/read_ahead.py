@@ -1,0 +1,93 @@
+"""Files on network filesystems: one rank of a node reads them into the page cache before all map them.
+
+Page faults of several ranks ask a file server for small pieces in no order; large blocks in order, several at a time,
+are what it is fast at.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rankload._cache.files import reading
+from rankload._load.device.readers import Readers, await_reader
+from rankload._platform.host import kernel_id
+from rankload._platform.linux import is_on_local_disk, resident_pages
+from rankload._types import Channel, Progress
+from rankload.errors import printable
+
+_logger = logging.getLogger(__name__)
+
+#: What is asked for at a time, and by how many threads.
+_BLOCK_BYTES = 8 << 20
+_THREADS = 4
+
+
+def read_ahead(paths: Sequence[Path], channel: Channel, progress_seconds: float) -> None:
+    """Read files into this node's page cache if they are on a network filesystem. Collective over a node's ranks.
+
+    One of them reads what is not there yet; the others wait for it.
+
+    Args:
+        paths: the files.
+        channel: of the call.
+        progress_seconds: how long a file may not answer.
+
+    Raises:
+        ProgressTimeoutError: a file does not answer.
+        CacheError: a file cannot be read.
+    """
+    remote = [path for path in paths if not _is_local(path)]
+    if not remote:
+        return
+    with reading(remote[0]):
+        status = remote[0].stat()  # not by the path: ranks that keep a file open each have one of their own
+    key = f"read ahead/{kernel_id()}/{status.st_dev}-{status.st_ino}"
+    reader = channel.claim(key)
+    if reader != channel.identity.rank:
+        channel.wait_for(f"{key}/done", from_rank=reader)
+        return
+    for path in remote:
+        _read(path, channel, progress_seconds)
+    channel.post(f"{key}/done", {})
+
+
+def _is_local(path: Path) -> bool:
+    with reading(path), path.open("rb", buffering=0) as file:
+        return is_on_local_disk(file.fileno())
+
+
+def _read(path: Path, channel: Channel, progress_seconds: float) -> None:
+    with reading(path), path.open("rb", buffering=0) as file:
+        blocks = _absent_blocks(file.fileno())
+        _logger.debug(
+            "%s: reading %d blocks of %d bytes ahead, over the network", printable(str(path)), len(blocks), _BLOCK_BYTES
+        )
+        with Readers(min(_THREADS, len(blocks))) as readers:
+            pending = [readers.submit(partial(os.pread, file.fileno(), _BLOCK_BYTES, begin)) for begin in blocks]
+            for number, block in enumerate(pending):
+
+                def look(done: int = number) -> None:
+                    channel.report(Progress("loading", done * _BLOCK_BYTES, len(blocks) * _BLOCK_BYTES))
+
+                await_reader(block, look, progress_seconds, str(path))
+                look()
+
+
+def _absent_blocks(descriptor: int) -> list[int]:
+    """Return where the blocks begin of which a page is not in the page cache."""
+    size_bytes = os.fstat(descriptor).st_size
+    pages_per_block = _BLOCK_BYTES // mmap.PAGESIZE
+    resident = resident_pages(descriptor, size_bytes)
+    begins = range(0, size_bytes, _BLOCK_BYTES)
+    if resident is None:
+        return list(begins)
+    return [
+        begin
+        for number, begin in enumerate(begins)
+        if 0 in resident[number * pages_per_block : (number + 1) * pages_per_block]
+    ]

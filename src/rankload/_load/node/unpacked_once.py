@@ -1,0 +1,43 @@
+"""An archive of one checkpoint, unpacked once a node: its ranks share the memory."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from rankload._formats.sniff import sniff
+from rankload._formats.unpack import unpack, unpacked_size
+from rankload._load.node.node_memory import NodeMemory
+from rankload._load.tensors.torch_errors import translated
+from rankload._platform.scratch import descriptor_path
+from rankload._types import Channel, Progress
+
+_NAME = "unpacked"
+
+
+def with_unpacked(path: Path, channel: Channel, closing: ExitStack) -> Path:
+    """Return a path to a checkpoint that needs no unpacking. Collective over a node's ranks.
+
+    That is the file itself, unless it is torch.hub's legacy zip: an archive of one checkpoint. Then one rank of the
+    node unpacks it into memory that the others open. If it fails, they raise its error.
+
+    Args:
+        path: the file; all ranks of a node that call this have the same one.
+        channel: of the call.
+        closing: lets go of the memory. What is mapped stays.
+
+    Raises:
+        LoadError: the archive is damaged, or would become too large.
+        RankloadError: what made the unpacking rank fail.
+    """
+    with translated(path):
+        if sniff(path) != "single_member_zip":
+            return path
+        memory = NodeMemory.claim({_NAME: unpacked_size(path)}, channel, closing, purpose="unpacked")
+        assert memory is not None
+        descriptor = memory.descriptors[_NAME]
+        if memory.is_received_here:
+            with open(descriptor, "wb", closefd=False) as target:
+                unpack(path, target, lambda done: channel.report(Progress("loading", done)))
+        memory.tell_or_wait(channel)
+        return Path(descriptor_path(descriptor))

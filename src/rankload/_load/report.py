@@ -1,0 +1,94 @@
+"""What a load into a module reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rankload._load.delivery.base import Carrier
+from rankload._load.module.remainder import Remainder
+from rankload.errors import LONGEST_SHOWN_NAME, ArgumentError, cut
+
+
+class _Keys(NamedTuple):
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class LoadReport(_Keys):
+    """The result of `dist_load_into`: what ``load_state_dict`` returns, and what the load took on this rank.
+
+    It unpacks into ``missing_keys, unexpected_keys``.
+
+    Attributes:
+        missing_keys: names that the module has and the checkpoint lacks; only with ``strict=False``.
+        unexpected_keys: names that the checkpoint has and the module lacks; only with ``strict=False``.
+        path: the verified file on this node; None where the tensors came from another.
+        bytes_read: bytes of tensors that this rank read, mapped, or took out of a broadcast; with a gather only
+            those of its shares.
+        phases: seconds by phase: ``fetch``, ``check``, which ends when all ranks have checked, and ``fill``.
+        delivery: how the tensors came: ``"read"``, ``"broadcast"`` or ``"gather"``.
+        reason: why so.
+        left_on_meta: buffers that no checkpoint holds (``persistent=False``) and that are still on the meta device: the
+            script has to compute them.
+    """
+
+    path: Path | None
+    bytes_read: int
+    phases: Mapping[str, float]
+    delivery: str
+    reason: str
+    left_on_meta: Sequence[str]
+    _remainder: Remainder | None
+
+    @classmethod
+    def make(
+        cls,
+        keys: tuple[Sequence[str], Sequence[str]],
+        carrier: Carrier,
+        bytes_read: int,
+        phases: Mapping[str, float],
+        left_on_meta: Sequence[str],
+        remainder: Remainder | None,
+    ) -> LoadReport:
+        """Put a report together."""
+        report = cls(list(keys[0]), list(keys[1]))
+        report.path, report.bytes_read = carrier.path, bytes_read
+        report.delivery, report.reason = carrier.delivery, carrier.reason
+        report.phases = dict(phases)
+        report.left_on_meta = tuple(left_on_meta)
+        report._remainder = remainder
+        return report
+
+    @property
+    def remainder(self) -> Any:
+        """The rest of a training checkpoint, of a load into ``(module, optimizer)``: epoch, scheduler, random states.
+
+        It is what torch.load returns, as nested as it was saved and on the CPU, without the keys under which the
+        module's and the optimizer's state are. Every rank has its own.
+
+        Raises:
+            UnsafePickleError: ``weights_only`` refuses what is in it.
+            LoadError: it could not be loaded for another reason.
+            ArgumentError: the load was into a module alone.
+        """
+        if self._remainder is None:
+            raise ArgumentError("report.remainder: only dist_load_into((module, optimizer), …) loads it")
+        if self._remainder.error is not None:
+            raise self._remainder.error
+        return self._remainder.content
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all phases; the wait for the verdict is not in them."""
+        return sum(self.phases.values())
+
+    def __repr__(self) -> str:
+        fit = f"missing_keys={_shown(self.missing_keys)}, unexpected_keys={_shown(self.unexpected_keys)}"
+        keys = fit if self.missing_keys or self.unexpected_keys else "all keys matched"
+        return f"<LoadReport {keys}, {self.bytes_read} bytes in {self.seconds:.3f} s>"
+
+
+def _shown(names: Sequence[str]) -> list[str]:
+    return [cut(name, LONGEST_SHOWN_NAME) for name in names]

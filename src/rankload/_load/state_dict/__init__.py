@@ -1,0 +1,1 @@
+"""A whole checkpoint, as torch.load returns it."""

@@ -1,0 +1,171 @@
+"""Read a local checkpoint into this process, as `torch.load` would, whatever its format and name.
+
+On the CPU the tensors are views of the mapped file, so that the ranks of one host share its pages; writing to one
+copies the page first (MAP_PRIVATE) and never reaches the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankload._cache.files import reopening
+from rankload._coordination.launchers import identity_from_environment
+from rankload._formats.broken import BrokenFileError
+from rankload._formats.sharded import read_weight_map
+from rankload._formats.sniff import CHECKPOINT_FORMATS, describe, sniff
+from rankload._formats.source import LocalSource
+from rankload._formats.unpack import unpacked
+from rankload._load.device.map_location import goes_by_tags, restore_of
+from rankload._load.device.readers import Limits
+from rankload._load.state_dict.deferred_storages import LateStorages
+from rankload._load.state_dict.private_mapping import torch_maps_privately
+from rankload._load.state_dict.read_safetensors import read_safetensors
+from rankload._load.state_dict.torch_load_checks import Checked, checked_for_torch, why_not_mapped
+from rankload._load.tensors.torch_errors import translated
+from rankload._platform.scratch import descriptor_path
+from rankload._settings import Settings
+from rankload.errors import printable
+
+logger = logging.getLogger(__name__)
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    map_location: Any = None,
+    *,
+    weights_only: bool | None = True,
+    mmap: bool | None = None,
+    limits: Limits | None = None,
+    look: Callable[[], None] = lambda: None,
+    shown: str | None = None,
+    **torch_load_arguments: Any,
+) -> Any:
+    """Load a checkpoint; equal to ``torch.load`` of it. Not collective.
+
+    Args:
+        path: the file; judged by its content, never by its name.
+        map_location: any form that torch.load takes, already resolved for this rank.
+        weights_only: as for torch.load; True refuses whatever is not tensors and plain containers.
+        mmap: None or True maps the file where its format allows it (torch's zip, safetensors); False gives private
+            copies, for files that may be truncated or rewritten while they are in use.
+        limits: how many threads read what goes to an accelerator, and how long a file may not answer them.
+        look: called now and then while they wait for a file; raises what ends the wait.
+        shown: what messages call the file; default: its path.
+        **torch_load_arguments: passed on (``pickle_module``, ``encoding``, …).
+
+    Raises:
+        UnsafePickleError: ``weights_only`` refused the file.
+        LoadError: it could not be loaded for another reason.
+    """
+    path = Path(path)
+    limits = limits or Limits.of(identity_from_environment(), Settings.from_environment())
+    shown = printable(shown or str(path))
+    options = _Options(weights_only, mmap, limits, look, shown, torch_load_arguments)
+
+    with translated(path, shown):
+        return reopening(lambda: _read(path, map_location, options))
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `read_checkpoint`."""
+
+    weights_only: bool | None
+    mmap: bool | None
+    limits: Limits
+    look: Callable[[], None]
+    shown: str
+    torch_load_arguments: dict[str, Any]
+
+
+def _read(path: Path, map_location: Any, options: _Options) -> Any:
+    file_format = sniff(path)
+    if file_format not in CHECKPOINT_FORMATS:
+        # torch.load would take it for a pickle, and talk of weights_only.
+        raise BrokenFileError(f"expected a checkpoint, got {describe(path)}")
+    if file_format == "single_member_zip":
+        with unpacked(path) as descriptor:
+            return _read(Path(descriptor_path(descriptor)), map_location, options)
+    if file_format == "sharded":
+        return _read_parts(path, map_location, options)
+    if file_format == "safetensors":
+        late = LateStorages(map_location) if options.mmap is not False and goes_by_tags(map_location) else None
+        restore = late or restore_of(map_location)
+        found = read_safetensors(path, restore, mmap=options.mmap is not False, shown=options.shown)
+        if late is not None:
+            late.fill(options.limits, options.look, options.shown)
+        return found
+    with path.open("rb", buffering=0) as file:
+        source = LocalSource(file.fileno())
+        checked = checked_for_torch(source, file_format, map_location)
+        is_mapped = not (reason := why_not_mapped(source, file_format, checked.doubt)) and options.mmap is not False
+    if reason and options.mmap is not False:
+        level = logging.INFO if options.mmap else logging.DEBUG
+        logger.log(level, "%s is read, not mapped: %s", options.shown, reason)
+    late = _late_storages(checked, options) if is_mapped else None
+    where: Any = late or checked.map_location
+    with _unsuffixed(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
+        loaded = torch.load(
+            name,
+            where,
+            weights_only=options.weights_only,
+            mmap=is_mapped,
+            **options.torch_load_arguments,
+        )
+    if late is not None:
+        late.fill(options.limits, options.look, options.shown)
+    return loaded
+
+
+def _late_storages(checked: Checked, options: _Options) -> LateStorages | None:
+    """Return what puts storages on accelerators, to be filled after the load, if some go there and nothing minds."""
+    if options.torch_load_arguments or torch._C._len_torch_dispatch_stack():  # such as a mode that makes fake tensors
+        return None
+    if not goes_by_tags(checked.map_location):  # a function may look at what it gets and returns
+        return None
+    late = LateStorages(checked.map_location)
+    return late if any(map(late.takes, checked.tags)) else None
+
+
+def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, Any]:
+    """Put the state dicts of several files together, in the order of their index."""
+    with path.open("rb", buffering=0) as file:
+        weight_map = read_weight_map(LocalSource(file.fileno()))
+    paths = {name: path.parent / name for name in set(weight_map.values())}
+    if strange := [name for name, part in paths.items() if sniff(part) == "sharded"]:
+        raise BrokenFileError(f"index of a sharded checkpoint with another index as a part: {strange[0]!r}")
+    parts = {
+        name: read_checkpoint(
+            part,
+            map_location,
+            weights_only=options.weights_only,
+            mmap=options.mmap,
+            limits=options.limits,
+            look=options.look,
+            shown=str(Path(options.shown).parent / name),
+            **options.torch_load_arguments,
+        )
+        for name, part in paths.items()
+    }
+    try:
+        return {tensor: parts[name][tensor] for tensor, name in weight_map.items()}
+    except (KeyError, TypeError) as error:
+        raise BrokenFileError(f"index of a sharded checkpoint that names what its files do not have: {error}") from None
+
+
+@contextlib.contextmanager
+def _unsuffixed(path: Path) -> Iterator[str]:
+    """Give a name that torch.load judges by content: from 2.13 on it hands ``*.safetensors`` to another reader."""
+    if path.suffix != ".safetensors":
+        yield str(path)
+        return
+    with path.open("rb") as file:
+        yield descriptor_path(file.fileno())

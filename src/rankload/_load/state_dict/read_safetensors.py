@@ -1,0 +1,81 @@
+"""Materialise a safetensors file: tensors are views of one private mapping of it, placed as by torch.load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MappingProxyType
+from typing import cast
+
+import torch
+
+from rankload._formats.entry import contiguous_stride
+from rankload._formats.safetensors import TORCH_NAMES, Header, HeaderEntry, read_header
+from rankload._formats.source import LocalSource
+from rankload._load.device.map_location import Restore
+from rankload._load.tensors.tensors import fill
+from rankload._platform.scratch import descriptor_path
+from rankload.errors import LoadError
+
+#: torch's dtypes by the format's words; those that this torch does not have are left out.
+_DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
+    {word: getattr(torch, name) for word, name in TORCH_NAMES.items() if hasattr(torch, name)}
+)
+
+#: The format has no tags.
+_TAG = "cpu"
+
+
+def read_safetensors(path: Path, restore: Restore, *, mmap: bool, shown: str) -> dict[str, torch.Tensor]:
+    """Return the tensors by name, in the order in which they lie in the file.
+
+    Args:
+        path: the file.
+        restore: puts storages where they belong, as if they had been saved on the CPU.
+        mmap: views of a private mapping; otherwise private copies.
+        shown: what messages call the file.
+
+    Raises:
+        BrokenFileError: the header does not fit the file.
+        LoadError: this torch has no such dtype.
+    """
+    with path.open("rb", buffering=0) as file:
+        source = LocalSource(file.fileno())
+        header = read_header(source)
+        _check_dtypes(shown, header)
+        if mmap:
+            name = descriptor_path(file.fileno())  # the file that was read, whatever its name stands for by now
+            whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(name, False, source.size_bytes))
+            return {entry.name: _tensor(entry, restore(_view(whole, entry), _TAG)) for entry in header.tensors}
+        return {entry.name: _tensor(entry, restore(_copy(source, entry), _TAG)) for entry in header.tensors}
+
+
+def _check_dtypes(shown: str, header: Header) -> None:
+    for entry in header.tensors:
+        if entry.dtype not in _DTYPES:
+            raise LoadError(
+                f"{shown}: tensor {entry.name!r} has the dtype {entry.dtype!r}, which torch {torch.__version__} "
+                "does not have",
+                path=shown,
+                tensor=entry.name,
+                dtype=entry.dtype,
+            )
+
+
+def _view(whole: torch.UntypedStorage, entry: HeaderEntry) -> torch.UntypedStorage:
+    view = whole[entry.begin : entry.end]
+    # Headers of any length are legal; kernels may rely on whole elements at whole addresses.
+    is_aligned = entry.begin % _DTYPES[entry.dtype].itemsize == 0
+    return view if is_aligned else cast(torch.UntypedStorage, view.clone())
+
+
+def _copy(source: LocalSource, entry: HeaderEntry) -> torch.UntypedStorage:
+    storage = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu").untyped_storage()
+    if fill(storage, source, entry.begin) != storage.nbytes():
+        raise LoadError(f"the file ended within tensor {entry.name!r}: it was truncated while being read")
+    return storage
+
+
+def _tensor(entry: HeaderEntry, storage: torch.UntypedStorage) -> torch.Tensor:
+    shape = entry.torch_shape
+    empty = torch.empty(0, dtype=_DTYPES[entry.dtype], device=storage.device)
+    return empty.set_(storage, 0, shape, contiguous_stride(shape))

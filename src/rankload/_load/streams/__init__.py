@@ -1,0 +1,1 @@
+"""Copies, carried out: buckets, threads, devices."""

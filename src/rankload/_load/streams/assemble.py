@@ -1,0 +1,173 @@
+"""Where the bytes of a tensor go, while they arrive piece by piece."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+
+import torch
+
+from rankload._formats.entry import TensorEntry, contiguous_stride
+from rankload._load.module.copies import Transfer
+from rankload._load.module.file_tensor import TensorInFile
+from rankload._load.module.regions import Box, boxes_of_range, intersection, whole
+from rankload._load.streams.buckets import Bucket
+from rankload.errors import LoadError
+
+
+class Sink(ABC):
+    """Takes the pieces of one tensor, in order, and puts what is this rank's part where it belongs.
+
+    Attributes:
+        begin: of the tensor in its file, in bytes.
+        end: behind its last byte.
+    """
+
+    begin: int
+    end: int
+
+    @abstractmethod
+    def take(self, begin: int, piece: torch.Tensor) -> None:
+        """Take bytes (``uint8[n]``, good until the next call) that are at ``begin`` in the file, all of the tensor."""
+
+    def finish(self) -> None:  # noqa: B027 - most have nothing left to do
+        """All has come."""
+
+
+def make_sink(transfer: Transfer, cuts: Sequence[int]) -> Sink:
+    """Return the sink for a transfer out of a file.
+
+    Args:
+        transfer: of a tensor in a file.
+        cuts: where the tensor is cut into pieces, in bytes of its file.
+    """
+    saved = transfer.saved.in_file
+    assert saved is not None
+    item_bytes = saved.dtype.itemsize
+    order = _order(saved.entry.shape, saved.entry.stride)
+    is_cut_between_elements = all((cut - saved.entry.offset) % item_bytes == 0 for cut in cuts)
+    if order is None or not saved.is_native or not is_cut_between_elements:
+        return _Whole(transfer, saved)
+    return _Parts(transfer, saved, order)
+
+
+class _Parts(Sink):
+    """Of a tensor whose elements lie one after the other, in whatever order of its dimensions."""
+
+    def __init__(self, transfer: Transfer, saved: TensorInFile, order: Sequence[int]) -> None:
+        self.begin, self.end = saved.entry.offset, saved.entry.offset + saved.entry.length
+        self._saved_dtype, self._dtype = saved.dtype, transfer.saved.dtype
+        self._shape, offset, shape = (
+            tuple(sizes[dimension] for dimension in order)
+            for sizes in (saved.entry.shape, transfer.box.offset, transfer.box.shape)
+        )
+        self._box = Box(offset, shape)
+        self._destination = transfer.destination.permute(tuple(order))
+
+    def take(self, begin: int, piece: torch.Tensor) -> None:
+        """See `Sink`."""
+        elements = _elements(piece, self._saved_dtype).to(self._dtype)
+        first = (begin - self.begin) // self._saved_dtype.itemsize
+        for box, start in boxes_of_range(self._shape, first, first + elements.numel()):
+            if (common := intersection(box, self._box)) is None:
+                continue
+            part = elements.narrow(0, start - first, box.element_count).view(box.shape)
+            _narrowed(self._destination, self._box, common).copy_(_narrowed(part, box, common))
+
+
+class _Whole(Sink):
+    """Of a tensor that can be understood only when all of it is there: it is kept so long."""
+
+    def __init__(self, transfer: Transfer, saved: TensorInFile) -> None:
+        self.begin, self.end = saved.entry.offset, saved.entry.offset + saved.entry.length
+        self._transfer, self._saved = transfer, saved
+        self._bytes: torch.Tensor | None = None
+
+    def take(self, begin: int, piece: torch.Tensor) -> None:
+        """See `Sink`."""
+        if self._bytes is None:
+            self._bytes = torch.empty(self.end - self.begin, dtype=torch.uint8, device="cpu")
+        self._bytes.narrow(0, begin - self.begin, piece.numel()).copy_(piece)
+
+    def finish(self) -> None:
+        """See `Sink`."""
+        assert self._bytes is not None
+        saved, box = self._saved, self._transfer.box
+        storage = self._bytes.untyped_storage()
+        if saved.byte_order != sys.byteorder:
+            storage.byteswap(saved.dtype)  # type: ignore[no-untyped-call]
+        part = torch.empty(0, dtype=saved.dtype, device="cpu").set_(storage, 0, saved.entry.shape, saved.entry.stride)
+        part = _narrowed(part, whole(saved.entry.shape), box).to(self._transfer.saved.dtype)
+        self._transfer.destination.copy_(part)
+        self._bytes = None
+
+
+class Sinks:
+    """The sinks of all transfers, for buckets in the order of `buckets.cut`."""
+
+    def __init__(self, transfers: Sequence[Transfer], buckets: Sequence[Bucket]) -> None:
+        self._rest: dict[str, list[Sink]] = {}
+        begins: dict[str, list[int]] = {}
+        for bucket in buckets:
+            begins.setdefault(bucket.file, []).append(bucket.begin)
+        for transfer in sorted(transfers, key=lambda transfer: transfer.saved.position, reverse=True):
+            file, begin = transfer.saved.position
+            saved = transfer.saved.in_file
+            if transfer.box.element_count and saved is not None:
+                own = begins.get(file, [])
+                cuts = own[bisect_right(own, begin) : bisect_left(own, begin + saved.entry.length)]
+                self._rest.setdefault(file, []).append(make_sink(transfer, cuts))
+        self._open: list[Sink] = []
+
+    def take(self, bucket: Bucket, content: torch.Tensor) -> None:
+        """Give a bucket's bytes (``uint8[n]``) to the sinks that want some."""
+        rest = self._rest.get(bucket.file, [])
+        while rest and rest[-1].begin < bucket.end:
+            self._open.append(rest.pop())
+        still_open = []
+        for sink in self._open:
+            begin, end = max(sink.begin, bucket.begin), min(sink.end, bucket.end)
+            sink.take(begin, content.narrow(0, begin - bucket.begin, end - begin))
+            if end == sink.end:
+                sink.finish()
+            else:
+                still_open.append(sink)
+        self._open = still_open
+
+    def check_empty(self) -> None:
+        """Make sure that nothing is missing.
+
+        Raises:
+            LoadError: it is.
+        """
+        if self._open or any(self._rest.values()):
+            raise LoadError("the source has not sent all tensors of this rank")
+
+
+def _narrowed(tensor: torch.Tensor, its_box: Box, box: Box) -> torch.Tensor:
+    """Return the part that is a box, of a tensor that is another one."""
+    for dimension, (start, origin, size) in enumerate(zip(box.offset, its_box.offset, box.shape, strict=True)):
+        tensor = tensor.narrow(dimension, start - origin, size)
+    return tensor
+
+
+def is_dense(entry: TensorEntry) -> bool:
+    """Tell whether a tensor's elements lie one after the other, in whatever order of its dimensions."""
+    return _order(entry.shape, entry.stride) is not None
+
+
+def _order(shape: Sequence[int], stride: Sequence[int]) -> list[int] | None:
+    """Return the order of dimensions in which the elements lie one after the other; None where there is none."""
+    order = sorted(range(len(shape)), key=lambda dimension: (-stride[dimension], dimension))
+    dense = contiguous_stride([shape[dimension] for dimension in order])
+    fits = all(shape[dimension] == 1 or stride[dimension] == step for dimension, step in zip(order, dense, strict=True))
+    return order if fits else None
+
+
+def _elements(piece: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return bytes as elements; a copy, where they are not at a whole address."""
+    if piece.data_ptr() % dtype.itemsize or piece.storage_offset() % dtype.itemsize:
+        piece = piece.clone()
+    return piece.view(dtype)

@@ -1,0 +1,114 @@
+"""A rank's own parts of tensors into its accelerator: the runs of each, one behind the other, as they lie there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rankload._load.device.pinned import BUFFER_BYTES, is_staged, staged
+from rankload._load.device.readers import Limits
+from rankload._load.module.copies import Transfer
+from rankload._load.module.file_tensor import TensorInFile
+from rankload._load.module.regions import runs
+
+#: Shorter runs cost more system calls than they are worth.
+_SHORTEST_RUN_BYTES = 4096
+
+
+def is_of_long_runs(transfer: Transfer) -> bool:
+    """Tell whether a transfer is one of those that this makes faster: of long runs, into memory in their order."""
+    saved, destination = transfer.saved.in_file, transfer.destination
+    if saved is None or not is_staged(destination.device) or transfer.saved.dtype != saved.dtype:
+        return False
+    if not (saved.is_here and saved.is_native and saved.entry.is_contiguous and destination.is_contiguous()):
+        return False
+    run_bytes = runs(saved.entry.shape, transfer.box).length * saved.dtype.itemsize
+    return run_bytes >= min(_SHORTEST_RUN_BYTES, transfer.box.element_count * saved.dtype.itemsize)
+
+
+def upload_parts(
+    transfers: Sequence[Transfer], device: torch.device, limits: Limits, report: Callable[[int], None]
+) -> int:
+    """Read parts into tensors on one accelerator; return the bytes that were read.
+
+    Beyond the tensors the device holds one buffer at the most, where dtypes are converted.
+
+    Args:
+        transfers: such as `is_of_long_runs` takes.
+        device: of all destinations.
+        limits: how many threads read, and how long a file may not answer.
+        report: called with the bytes that are done.
+    """
+    shown = next(transfer.saved.in_file.files.shown for transfer in transfers if transfer.saved.in_file is not None)
+    jobs = (job for transfer in transfers for job in _jobs(transfer))
+    done = 0
+
+    def look() -> None:
+        report(done)
+
+    for job, content in staged(jobs, device, limits, look, shown):
+        elements = content.view(job.saved.dtype)
+        if job.destination.dtype != elements.dtype:  # converted there: here it would no longer be in pinned memory
+            elements = elements.to(device, non_blocking=True)
+        job.destination.copy_(elements, non_blocking=True)
+        done += len(job)
+        look()
+    return done
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """As many runs of a tensor as go into a buffer.
+
+    Attributes:
+        saved: the tensor.
+        pieces: offset in the file and length, both in bytes, of each.
+        destination: where they go, ``[elements]``.
+    """
+
+    saved: TensorInFile
+    pieces: Sequence[tuple[int, int]]
+    destination: torch.Tensor
+
+    def __len__(self) -> int:
+        return sum(length for _, length in self.pieces)
+
+    def fill(self, address: int) -> None:
+        for offset, length in self.pieces:
+            self.saved.read_bytes(address, offset, length)
+            address += length
+
+
+def _jobs(transfer: Transfer) -> Iterator[_Runs]:
+    saved, destination = transfer.saved.in_file, transfer.destination.view(-1)
+    assert saved is not None
+    done = 0
+    for pieces in _filling(_pieces(saved, transfer), BUFFER_BYTES):
+        count = sum(length for _, length in pieces) // saved.dtype.itemsize
+        yield _Runs(saved, pieces, destination.narrow(0, done, count))
+        done += count
+
+
+def _pieces(saved: TensorInFile, transfer: Transfer) -> Iterator[tuple[int, int]]:
+    """Yield offset in the file and length in bytes of each run of the box."""
+    found, item_bytes = runs(saved.entry.shape, transfer.box), saved.dtype.itemsize
+    for start in found.starts:
+        yield saved.entry.offset + start * item_bytes, found.length * item_bytes
+
+
+def _filling(pieces: Iterator[tuple[int, int]], capacity: int) -> Iterator[list[tuple[int, int]]]:
+    """Cut and group pieces so that each group fills a buffer; the capacity is a multiple of every element's size."""
+    group: list[tuple[int, int]] = []
+    room = capacity
+    for offset, length in pieces:
+        while length:
+            taken = min(length, room)
+            group.append((offset, taken))
+            offset, length, room = offset + taken, length - taken, room - taken
+            if not room:
+                yield group
+                group, room = [], capacity
+    if group:
+        yield group

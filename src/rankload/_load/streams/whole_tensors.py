@@ -1,0 +1,147 @@
+"""Whole tensors into accelerators, bucket by bucket: a piece of the file, from which each tensor is copied there.
+
+Where all ranks of a process group want the same, each reads and uploads its share of every bucket and gets the rest of
+it from the others (all-gather, in place): so each byte crosses PCIe once for all of them, and the file is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rankload._load.device.pinned import BUFFER_BYTES, staged
+from rankload._load.device.readers import Limits
+from rankload._load.module.checkpoint_files import CheckpointFiles
+from rankload._load.module.copies import Transfer
+from rankload._load.module.file_tensor import TensorInFile
+from rankload._load.streams.assemble import Sinks, is_dense
+from rankload._load.streams.buckets import Bucket, cut, tensor_ranges
+from rankload._load.streams.gather_group import Sharers
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+#: Of a bucket in the device's memory, of which there are two.
+_BUCKET_BYTES = 32 << 20
+
+#: A share of a bucket is a multiple of it.
+_ALIGNMENT_BYTES = 64
+
+
+def is_good_as_it_is(saved: TensorInFile) -> bool:
+    """Tell whether a tensor's bytes are, wherever they are, its elements one after the other."""
+    return saved.is_here and saved.is_native and is_dense(saved.entry)
+
+
+def is_of_whole(transfer: Transfer) -> bool:
+    """Tell whether a transfer is of a whole tensor whose bytes are good as they are."""
+    saved = transfer.saved.in_file
+    return saved is not None and is_good_as_it_is(saved) and transfer.box.shape == saved.entry.shape
+
+
+def upload_whole(
+    transfers: Sequence[Transfer],
+    device: torch.device,
+    limits: Limits,
+    report: Callable[[int], None],
+    sharers: Sharers | None = None,
+) -> int:
+    """Read whole tensors into one device; return the bytes that this rank has read. Collective over the sharers.
+
+    Beyond the tensors the device holds two buckets, and a bucket's tensors where dtypes are converted. An error while
+    reading is raised when all collectives are through: the process group can be used afterwards. After any other error
+    it cannot: ranks may be out of step.
+
+    Args:
+        transfers: such as `is_of_whole` takes, in the same order on all sharers.
+        device: of all destinations.
+        limits: how many threads read, and how long a file may not answer.
+        report: called with the bytes that are done; raises what another rank has failed with.
+        sharers: the ranks that make this call together; default: this one alone.
+
+    Raises:
+        LoadError: the file ended early.
+        CacheError: it cannot be read.
+    """
+    sharers = sharers or Sharers()
+    share_bytes = min(BUFFER_BYTES, _BUCKET_BYTES // sharers.count) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
+    tensors = [transfer.saved.in_file for transfer in transfers if transfer.saved.in_file is not None]
+    entries = [saved.entry for saved in tensors]
+    buckets = cut(tensor_ranges(entries, {}), entries, share_bytes * sharers.count)
+    sinks = Sinks(transfers, buckets)
+    shares = [_Share(tensors[0].files, bucket, sharers) for bucket in buckets]
+    memory = [torch.empty(share_bytes * sharers.count, dtype=torch.uint8, device=device) for _ in range(2)]
+    done = 0
+    before: _UnderWay | None = None
+
+    def look() -> None:
+        report(done)
+
+    sharers.get_ready(device, look)
+    for share, content in staged(shares, device, limits, look, tensors[0].files.shown):
+        whole = memory[0].narrow(0, 0, share.size * sharers.count)
+        own = whole.narrow(0, share.size * sharers.number, share.size)
+        own.narrow(0, 0, len(share)).copy_(content, non_blocking=True)
+        now = _UnderWay(share.bucket, whole, sharers.begin(whole, own, look))
+        if before is not None:
+            before.finish(sharers, sinks, look)
+        before = now
+        memory.reverse()
+        done += len(share)
+        look()
+    if before is not None:
+        before.finish(sharers, sinks, look)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    for share in shares:
+        share.raise_error()
+    sinks.check_empty()
+    return done
+
+
+class _Share:
+    """This rank's share of a bucket.
+
+    Attributes:
+        bucket: it.
+        size: bytes of each rank's share; the last ones may be cut off by the bucket's end.
+    """
+
+    def __init__(self, files: CheckpointFiles, bucket: Bucket, sharers: Sharers) -> None:
+        self.bucket = bucket
+        self.size = -(-len(bucket) // (sharers.count * _ALIGNMENT_BYTES)) * _ALIGNMENT_BYTES
+        self._begin = min(bucket.begin + sharers.number * self.size, bucket.end)
+        self._end = min(self._begin + self.size, bucket.end)
+        self._files = files
+        self._error: Exception | None = None
+
+    def __len__(self) -> int:
+        return self._end - self._begin
+
+    def fill(self, address: int) -> None:
+        """Read it; an error is kept."""
+        try:
+            self._files.read(self.bucket.file, address, self._begin, len(self), what="its tensors")
+        except Exception as error:
+            self._error = error
+
+    def raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A bucket that the ranks are exchanging."""
+
+    bucket: Bucket
+    content: torch.Tensor
+    work: dist.Work | None
+
+    def finish(self, sharers: Sharers, sinks: Sinks, look: Callable[[], None]) -> None:
+        """Copy the tensors out of it when it is whole."""
+        sharers.end(self.work, look)
+        sinks.take(self.bucket, self.content)

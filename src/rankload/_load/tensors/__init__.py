@@ -1,0 +1,1 @@
+"""What torch is told and asked, in one place."""

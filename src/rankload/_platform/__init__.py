@@ -1,0 +1,1 @@
+"""The machine, the kernel and the clock."""

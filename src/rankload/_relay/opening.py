@@ -1,0 +1,95 @@
+"""From the ranks of a call to the chain over those of them that take part."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any
+
+from rankload._coordination.rank_channel import RankChannel
+from rankload._platform.host import kernel_id
+from rankload._relay.addresses import own_addresses
+from rankload._relay.chain import neighbours
+from rankload._relay.links import Link, connect
+from rankload._relay.listener import Listener
+from rankload._relay.relay import Relay, Watch
+from rankload._relay.seal import new_key
+from rankload._settings import Settings
+from rankload._types import Progress
+
+_KEY = "relay"
+
+
+def open_relay(channel: RankChannel, source: int, settings: Settings, *, takes_part: bool) -> Relay | None:
+    """Connect the ranks that take part, in a chain that begins at the source. Collective over the channel's ranks.
+
+    The connections are closed when the call ends, after its verdict: so nobody takes a rank that fails for one that was
+    killed.
+
+    Args:
+        channel: of the call. A call opens one relay at most.
+        source: the rank that has the bytes.
+        settings: deadlines.
+        takes_part: whether this rank wants them; the source takes part in any case.
+
+    Returns:
+        None for a rank that does not take part.
+
+    Raises:
+        CoordinationError: a rank cannot be reached from its upstream neighbour.
+        RankloadError: whatever another rank has failed with.
+    """
+    rank = channel.identity.rank
+    if rank == source:
+        order = {"hosts": _gather(channel), "source_host": channel.identity.host, "key": new_key().hex()}
+        channel.post(f"{_KEY}/order", order)
+        return _connected(channel, order, None, settings)
+    if not takes_part:
+        channel.post(f"{_KEY}/{rank}", _member(channel, None))
+        return None
+    with closing(Listener(own_addresses(channel.store_host))) as listener:
+        channel.post(f"{_KEY}/{rank}", _member(channel, listener))
+        return _connected(channel, channel.wait_for(f"{_KEY}/order", from_rank=source), listener, settings)
+
+
+def _member(channel: RankChannel, listener: Listener | None) -> dict[str, Any]:
+    host = channel.identity.host
+    return {"host": host, "machine": f"{kernel_id()}-{host}", "way": listener.way if listener else None}
+
+
+def _gather(channel: RankChannel) -> list[list[int]]:
+    """Return the ranks that take part, by machine, the source's machine first and the source first of it."""
+    source = channel.identity.rank
+    by_machine = {_member(channel, None)["machine"]: [source]}
+    for rank in range(channel.identity.world_size):
+        if rank != source:
+            member = _announced(channel, rank)
+            if member["way"] is not None:
+                by_machine.setdefault(member["machine"], []).append(rank)
+    return list(by_machine.values())
+
+
+def _connected(channel: RankChannel, order: dict[str, Any], listener: Listener | None, settings: Settings) -> Relay:
+    """Connect to the neighbours, upstream first: so whoever is connected to is there to answer at once."""
+    place = neighbours(order["hosts"], channel.identity.rank)
+    watch: Watch = channel.watch_over([rank for rank in (place.upstream, *place.downstreams) if rank is not None])
+
+    def look_around() -> None:
+        watch(Progress("connecting"))
+
+    upstream = None
+    if listener is not None and place.upstream is not None:
+        is_source = place.upstream == order["hosts"][0][0]
+        host = order["source_host"] if is_source else _announced(channel, place.upstream)["host"]
+        upstream = listener.accept(place.upstream, host, look_around)
+        listener.close()
+        channel.on_exit(upstream.socket.close)
+    downstreams: list[Link] = []
+    for rank in place.downstreams:
+        member = _announced(channel, rank)
+        downstreams.append(connect(rank, member["host"], member["way"], settings.connect_seconds, look_around))
+        channel.on_exit(downstreams[-1].socket.close)
+    return Relay(upstream, downstreams, watch, settings.progress_seconds, bytes.fromhex(order["key"]))
+
+
+def _announced(channel: RankChannel, rank: int) -> dict[str, Any]:
+    return channel.wait_for(f"{_KEY}/{rank}", from_rank=rank)
