@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 
-class Verify(str, Enum):
+class VerifyChoice(str, Enum):
     """The choices of ``verify=``."""
 
     ONCE = "once"
@@ -50,7 +50,7 @@ def prefetch(
     ] = None,
     sha256: Annotated[str | None, typer.Option(help="Expected digest, 64 hex digits; with one URL.")] = None,
     check_hash: Annotated[bool, typer.Option("--check-hash", help="Compare with the prefix in the file name.")] = False,
-    verify: Annotated[Verify, typer.Option(help="When to hash a cached file again.")] = Verify.ONCE,
+    verify: Annotated[VerifyChoice, typer.Option(help="When to hash a cached file again.")] = VerifyChoice.ONCE,
     header: Annotated[
         list[str] | None,
         typer.Option(help="Extra request header, for one server: 'Name: value', or '@FILE' for those in a file."),

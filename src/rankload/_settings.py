@@ -109,9 +109,9 @@ def _parse(name: str, text: str) -> float | int | bool:
         if text.lower() in ("", "0", "false", "no", "off"):
             return False
         raise ArgumentError(f"{variable(name)}={text!r}: expected 1 or 0")
-    least = _LEAST.get(name, 1)
+    least = _MIN_VALUE.get(name, 1)
     if kind == "int":
-        if text.strip().isdecimal() and len(text) <= _MOST_DIGITS and int(text) >= least:
+        if text.strip().isdecimal() and len(text) <= _MAX_DIGITS and int(text) >= least:
             return int(text)
         raise ArgumentError(f"{variable(name)}={text!r}: expected a whole number, at least {least}")
     try:
@@ -133,7 +133,7 @@ _LIKENESS = 0.85
 
 _KINDS = {field.name: str(field.type) for field in fields(Settings)}
 
-_MOST_DIGITS = 18
+_MAX_DIGITS = 18
 
 #: Whole numbers may be as small as this; 1 where it is not said.
-_LEAST = {"retries": 0, "minimum_bytes_per_second": 0, "max_bytes": 0}
+_MIN_VALUE = {"retries": 0, "minimum_bytes_per_second": 0, "max_bytes": 0}

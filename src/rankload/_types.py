@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 Scope = Literal["auto", "job", "node", "process"]
 Delivery = Literal["auto", "read", "broadcast", "gather"]
 Verify = Literal["once", "always", "never", "sidecar"]
-Source = Literal["cache", "adopted", "download", "local"]
+Provenance = Literal["cache", "adopted", "download", "local"]
 
 #: A rank's activity within a call. ``waiting`` and ``backoff`` are declared waits: the rank lives, the bytes do not
 #: move, and that is nobody's fault. ``done``: through with its own part, waiting for the verdict.
@@ -185,7 +185,7 @@ class FetchedFile:
     path: Path
     size_bytes: int
     sha256: str | None
-    source: Source
+    source: Provenance
     is_published: bool = False
     part_sizes: tuple[int, ...] = ()
     parts_sha256: str | None = None

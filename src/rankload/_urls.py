@@ -310,7 +310,7 @@ def _without_signature(query: str) -> str:
 
 
 #: Longer names in queries are not shown.
-_LONGEST_PARAMETER = 40
+_MAX_PARAMETER_LENGTH = 40
 
 
 def query_digests(url: str) -> list[list[str]]:
@@ -323,8 +323,8 @@ def query_digests(url: str) -> list[list[str]]:
     digests = []
     for piece in filter(None, _without_signature(query).split("&")):
         name, _, value = piece.partition("=")
-        shown = printable(unquote_plus(name)) if value.strip("=") and len(name) <= _LONGEST_PARAMETER else ""
-        digests.append([shown, hashlib.sha256(piece.encode(errors="surrogateescape")).hexdigest()[:16]])
+        display_name = printable(unquote_plus(name)) if value.strip("=") and len(name) <= _MAX_PARAMETER_LENGTH else ""
+        digests.append([display_name, hashlib.sha256(piece.encode(errors="surrogateescape")).hexdigest()[:16]])
     return digests
 
 

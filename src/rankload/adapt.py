@@ -31,7 +31,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")
 #: What DistributedDataParallel and torch.compile put before all names of the module within.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
-_MOST_SHOWN = 20
+_MAX_SHOWN = 20
 
 
 def compose(*adapters: Adapter) -> Adapter:
@@ -117,7 +117,7 @@ def unwrap(key: str = "auto") -> Adapter:
             return checkpoint
         if key != "auto" and (flat := _beneath(checkpoint, key)):
             return flat
-        keys = ", ".join(shown_key(name) for name in list(checkpoint)[:_MOST_SHOWN])
+        keys = ", ".join(shown_key(name) for name in list(checkpoint)[:_MAX_SHOWN])
         raise LoadError(f"unwrap({key!r}): no state dict is there; the checkpoint has {keys or 'nothing'}")
 
     return _of_dicts(f"unwrap({key!r})", unwrapped)
@@ -179,8 +179,8 @@ def match_shapes(module: Any) -> Adapter:
             if name in shapes and _is_tensor(tensor) and tuple(tensor.shape) != shapes[name]
         }
         if unfit:
-            more = f" and {len(unfit) - _MOST_SHOWN} more" if len(unfit) > _MOST_SHOWN else ""
-            _logger.warning("left out for their shapes: %s%s", "; ".join([*unfit.values()][:_MOST_SHOWN]), more)
+            more = f" and {len(unfit) - _MAX_SHOWN} more" if len(unfit) > _MAX_SHOWN else ""
+            _logger.warning("left out for their shapes: %s%s", "; ".join([*unfit.values()][:_MAX_SHOWN]), more)
         return _kept(state_dict, (name for name in state_dict if name not in unfit))
 
     return _of_dicts("match_shapes", matched)

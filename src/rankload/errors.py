@@ -44,13 +44,13 @@ from urllib.error import HTTPError, URLError
 MAX_MESSAGE_CHARACTERS = 4000
 
 #: Longest text in an error of this process: names in files may have gigabytes.
-_MOST_CHARACTERS_HERE = 1 << 16
+_MAX_CHARACTERS_HERE = 1 << 16
 
 #: Longest line that a message of several lines is joined to, where another rank prints all of it.
-_LONGEST_JOINED = 500
+_MAX_JOINED_LENGTH = 500
 
 #: Longer names from files are cut in messages.
-LONGEST_SHOWN_NAME = 200
+MAX_SHOWN_NAME_LENGTH = 200
 
 
 class RankloadError(Exception):
@@ -69,7 +69,7 @@ class RankloadError(Exception):
     """
 
     def __init__(self, message: str, **fields: Any) -> None:
-        message = _printable_lines(cut(message, _MOST_CHARACTERS_HERE))
+        message = _printable_lines(cut(message, _MAX_CHARACTERS_HERE))
         Exception.__init__(self, message)  # URLError's and OSError's own take other arguments
         self.message = message
         self.fields = {name: _printable_field(value) for name, value in fields.items()}
@@ -277,7 +277,7 @@ def _on_one_line(message: str) -> str:
     joined = first
     for line in others:
         joined += f"{'' if joined.endswith(':') else ';'} {line}"
-    return joined if len(joined) <= _LONGEST_JOINED else f"{joined[:_LONGEST_JOINED]}…"
+    return joined if len(joined) <= _MAX_JOINED_LENGTH else f"{joined[:_MAX_JOINED_LENGTH]}…"
 
 
 def _printable_lines(text: str) -> str:
@@ -286,7 +286,7 @@ def _printable_lines(text: str) -> str:
 
 def _printable_field(value: Any) -> Any:
     if isinstance(value, str):
-        return _printable_lines(cut(value, _MOST_CHARACTERS_HERE))
+        return _printable_lines(cut(value, _MAX_CHARACTERS_HERE))
     if type(value) in (list, tuple):
         return type(value)(map(_printable_field, value))
     return value

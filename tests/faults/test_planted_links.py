@@ -13,9 +13,9 @@ from harness.checkpoints import digest_of
 from harness.fetch_calls import error_in, errors_of, expect, fetch, files_in, left_in, load, whole_log
 from harness.ranks import run_ranks
 from harness.users import ALICE, BOB, acting_as, public_directory
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 from rankload._cache.record import find_record
-from rankload._fetch.partials.journal import Content, Journal, journal_path
+from rankload._fetch.partials.journal import Journal, PartialContent, journal_path
 from rankload._fetch.partials.owner import abandoned_path
 from rankload._urls import url_key
 
@@ -64,7 +64,7 @@ def plant_partial(cache, url, checkpoint, plant):
     path = abandoned_path(Entry(cache / checkpoint.name))
     plant(path)
     etag = f'"{checkpoint.sha256[:16]}"'
-    Journal(path, Content(url_key(url), checkpoint.size, etag, None, None), [(0, checkpoint.size)]).close()
+    Journal(path, PartialContent(url_key(url), checkpoint.size, etag, None, None), [(0, checkpoint.size)]).close()
     return path
 
 

@@ -15,7 +15,7 @@ from harness.checkpoints import digest_of
 from harness.fetch_calls import error_in, expect, fetch, files_in, left_in, load
 from harness.ranks import run_ranks, start_ranks, wait_until
 from harness.replies import Reply
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 from rankload._fetch.partials.journal import journal_path
 from rankload._fetch.partials.owner import partials_of
 
@@ -46,7 +46,7 @@ def read_file(rank, url, cache):
 
 def load_after_removal(rank, url, path, times, **arguments):
     """Loads; whenever this rank sees the file that rank 0 has published, somebody has just deleted it: ``times``."""
-    import rankload._fetch.fetch as once
+    import rankload._fetch.fetch_once as once
 
     original, left = once._identity_when_opened, [times]
 
@@ -171,7 +171,7 @@ def test_file_deleted_before_the_others_open_it(origin, cache, checkpoint, monke
 
 def load_after_replacement(rank, url, path, content):
     """Loads; before rank 1 looks at the file that rank 0 has published, somebody puts another in its place."""
-    import rankload._fetch.fetch as once
+    import rankload._fetch.fetch_once as once
 
     original = once._identity_when_opened
 

@@ -17,7 +17,7 @@ import rankload
 from harness.fetch_calls import fetch, fetch_and_mark, files_in, left_in
 from harness.ranks import run_ranks, start_ranks, wait_until
 from harness.scripts import run_script, start_script
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 from rankload._fetch.partials.owner import partials_of
 from rankload._fetch.partials.partial import Partial
 from rankload._fetch.partials.resume import remove_dead_partials
@@ -186,7 +186,7 @@ import os, subprocess, time
 os.chdir({str(tmp_path)!r})  # the folders above are closed to others
 subprocess.run(["mount", "-o", "remount,hidepid=2", "/proc"], check=True)
 from pathlib import Path
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 from rankload._fetch.partials.resume import remove_dead_partials
 from rankload._fetch.partials.owner import partials_of
 from rankload._settings import Settings
@@ -263,7 +263,7 @@ class _partial_owner:
         self._code = f"""
 from pathlib import Path
 import sys
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 from rankload._fetch.partials.partial import Partial
 from rankload._settings import Settings
 partial = Partial(Entry(Path({str(entry.path)!r})), Settings())

@@ -15,7 +15,7 @@ from harness import checkpoints
 from harness.checkpoints import digest_of
 from harness.fetch_calls import files_in, load, whole_log
 from harness.ranks import run_ranks
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 from rankload._cache.record import find_record
 
 

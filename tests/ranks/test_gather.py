@@ -197,7 +197,7 @@ _ROWS = 2000
 def _load_where_a_disk_fails(rank: int, path: Path) -> tuple[str, str, float]:
     """Rank 1 cannot read a piece in the middle; afterwards the process group still works."""
     from rankload import CacheError, dist_load_into
-    from rankload._load.tensors import tensors
+    from rankload._load.values import tensors
 
     _cut_finely()
     dist.init_process_group("gloo")
@@ -243,7 +243,7 @@ def _load_where_memory_is_short(rank: int, path: Path) -> tuple[str, str, float]
         raise torch.OutOfMemoryError("out of memory")
 
     if rank == 1:
-        whole_tensors.Sinks = fail  # type: ignore[misc,assignment]
+        whole_tensors.TensorAssemblers = fail  # type: ignore[misc,assignment]
     began_at = time.monotonic()
     with pytest.raises(RankFailedError) as caught:
         dist_load_into(nn.Linear(100, _ROWS), path, delivery="gather")

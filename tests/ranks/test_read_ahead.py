@@ -15,7 +15,7 @@ from harness import fuse
 from harness.nodes import become_node
 from harness.ranks import run_ranks
 from rankload._coordination.launchers import identity_from_environment
-from rankload._coordination.single_process import LoneChannel
+from rankload._coordination.single_process import SingleProcessChannel
 from rankload._load.node import read_ahead
 from rankload._types import Progress
 from rankload.errors import CacheError, LoadError
@@ -96,7 +96,7 @@ def test_replicated_modules_too(file: Path, tmp_path: Path) -> None:
     assert sorted(round(read / size) for read, _ in results) == [1, 1, 2]
 
 
-class _FailedElsewhere(LoneChannel):
+class _FailedElsewhere(SingleProcessChannel):
     """Hears of another rank's failure when it reports."""
 
     def report(self, progress: Progress) -> None:
@@ -124,7 +124,7 @@ def test_file_that_cannot_be_read_is_an_error(file: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(read_ahead, "_absent_blocks", lambda descriptor: [0])
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(CacheError, match="Input/output error"):
-        read_ahead.read_ahead([file], LoneChannel(identity_from_environment()), 60)
+        read_ahead.read_ahead([file], SingleProcessChannel(identity_from_environment()), 60)
 
 
 def test_local_files_are_read_once_into_memory(file: Path, tmp_path: Path) -> None:

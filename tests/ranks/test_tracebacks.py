@@ -68,11 +68,11 @@ def test_a_failure_of_all_ranks_is_printed_once_and_told_in_a_few_lines(
         "refused": lambda: origin.add("refused.pth", _saved({"arguments": argparse.Namespace(x=1)})),
         "timeout": lambda: origin.add(checkpoint.name, checkpoint.path, hold_at=0),
     }.get(failing, lambda: origin.add(checkpoint.name, checkpoint.path))()
-    shown = _tracebacks(failing, url, cache_dir)
-    others = [text for text in shown if _ELSEWHERE in text]
-    assert (len(shown), len(others)) == (4, 3), shown
-    assert sum(len(text.splitlines()) for text in shown) <= 40, "\n".join(shown)
-    for text in shown:
+    display_name = _tracebacks(failing, url, cache_dir)
+    others = [text for text in display_name if _ELSEWHERE in text]
+    assert (len(display_name), len(others)) == (4, 3), display_name
+    assert sum(len(text.splitlines()) for text in display_name) <= 40, "\n".join(display_name)
+    for text in display_name:
         assert f"\nrankload.{name}: " in text and "_errors" not in text  # the name that people import
         assert "in _load\n" in text
     for text in others:
@@ -84,8 +84,8 @@ def test_a_failure_of_all_ranks_is_printed_once_and_told_in_a_few_lines(
 def test_the_users_own_frames_remain_on_the_rank_where_they_failed(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str
 ) -> None:
-    shown = _tracebacks("adapt", origin.add(checkpoint.name, checkpoint.path), cache_dir)
-    [text] = [text for text in shown if _ELSEWHERE not in text]
+    display_name = _tracebacks("adapt", origin.add(checkpoint.name, checkpoint.path), cache_dir)
+    [text] = [text for text in display_name if _ELSEWHERE not in text]
     assert "in _users_own\n" in text and "\nKeyError: 'no such key'\n" in text
 
 

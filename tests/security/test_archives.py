@@ -20,7 +20,7 @@ import rankload
 from harness.checkpoints import write_legacy_zip
 from harness.ranks import run_ranks
 from rankload._formats.sniff import check_structure
-from rankload._formats.unpack_limit import ALWAYS_ALLOWED_BYTES, LARGEST_RATIO
+from rankload._formats.unpack_limit import ALWAYS_ALLOWED_BYTES, MAX_RATIO
 
 MIB = 1 << 20
 
@@ -79,7 +79,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.fault(68)
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_an_archive_may_not_grow_beyond_measure(zeros, scratch, load):
-    with pytest.raises(rankload.LoadError, match=rf"zeros\.zip.*\d+ times its own.* up to {LARGEST_RATIO} times"):
+    with pytest.raises(rankload.LoadError, match=rf"zeros\.zip.*\d+ times its own.* up to {MAX_RATIO} times"):
         load(zeros)
     assert os.listdir(scratch) == []
 

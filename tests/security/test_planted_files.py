@@ -27,7 +27,7 @@ from harness.fetch_calls import files_in, load
 from harness.origin import Origin, Reply
 from harness.ranks import run_ranks
 from harness.users import ALICE, BOB, GROUP, acting_as, public_directory
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 from rankload._fetch import download
 from rankload._fetch import lookup as cached
 from rankload._platform import linux

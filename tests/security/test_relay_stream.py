@@ -21,7 +21,7 @@ from harness import mounts
 from harness.nodes import become_node
 from harness.origin import Origin
 from harness.ranks import run_ranks
-from rankload._load.broadcast.header import BadHeaderError, Header, check_names, read_header
+from rankload._load.broadcast.header import BadHeaderError, BroadcastHeader, check_names, read_header
 from rankload._relay.blocks import BytesBlock
 from rankload._relay.links import Link
 from rankload._relay.relay import Relay
@@ -352,17 +352,17 @@ def _load_what_is_described_falsely(rank: int, path: Path, directory: Path, lie:
     become_node(rank, directory)
     if rank == 0:
 
-        def as_json(self: Header) -> bytes:
+        def as_json(self: BroadcastHeader) -> bytes:
             return json.dumps({**vars(self), **lie}).encode()
 
-        def send_false_length(self: sending.Sending, text: bytes) -> None:
+        def send_false_length(self: sending.BroadcastSender, text: bytes) -> None:
             self._channel.post(sending.COMING_KEY, {})
             self._relay.send(BytesBlock(memoryview((1 << 60).to_bytes(sending.LENGTH_BYTES, "little"))))
 
         if lie:
-            Header.as_json = as_json  # type: ignore[method-assign]
+            BroadcastHeader.as_json = as_json  # type: ignore[method-assign]
         else:
-            sending.Sending._send_header = send_false_length  # type: ignore[method-assign]
+            sending.BroadcastSender._send_header = send_false_length  # type: ignore[method-assign]
     with pytest.raises(RankloadError) as caught:
         dist_load_into(nn.Linear(100, 1000), path, delivery="broadcast")
     return type(caught.value).__name__, str(caught.value)

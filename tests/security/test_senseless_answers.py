@@ -12,7 +12,7 @@ import requests
 import rankload
 from harness.fetch_calls import errors_of, expect, fetch, files_in
 from harness.raw_origin import RawOrigin
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 
 #: Nothing of it can be read as it was meant; one of each kind has once been an OverflowError, an UnusableRange, …
 ANSWERS = {

@@ -17,7 +17,7 @@ from harness.ranks import run_ranks, start_ranks, wait_until
 from harness.raw_origin import Connection, RawOrigin
 from harness.scripts import run_program
 from rankload._formats.read_index import read_index
-from rankload._load.tensors.tensors import read_tensor
+from rankload._load.values.tensors import read_tensor
 
 MIB = 1 << 20
 LIMIT = 100_000

@@ -15,7 +15,7 @@ from harness.nginx import nginx
 from harness.nginx_behaviours import Behaviour
 from harness.origin import Origin
 from harness.raw_origin import RawOrigin
-from rankload._fetch.origins.filesystem import translating_any
+from rankload._fetch.origins.filesystem import wrap_any_errors
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces")
 
@@ -174,7 +174,7 @@ def everything_in(error: BaseException | None, seen: set[int]) -> str:
 
 @pytest.mark.parametrize("error", [OSError, ValueError, KeyError, PermissionError, FileNotFoundError])
 def test_no_error_of_a_filesystem_leads_to_the_full_url(error):
-    with pytest.raises(rankload.FetchError) as caught, translating_any("s3://b/m?sig=SECRET", "s3://b/m?…"):
+    with pytest.raises(rankload.FetchError) as caught, wrap_any_errors("s3://b/m?sig=SECRET", "s3://b/m?…"):
         raise error("GET https://b.example/m?sig=SECRET failed")
     assert "SECRET" not in everything_in(caught.value, set())
 

@@ -34,7 +34,7 @@ from rankload.errors import RankloadError
 from soak.runs import start
 
 FILES_PER_RUN = 1000
-LONGEST_SECONDS = 20.0
+MAX_SECONDS = 20.0
 MEMORY_BYTES = 1 << 30
 
 #: Nothing of that kind happens while a file is parsed.
@@ -103,7 +103,7 @@ def _parse(name: str, content: bytes, directory: Path) -> str:
     finally:
         _is_watching = False
     seconds = time.monotonic() - began_at
-    if _seen or seconds > LONGEST_SECONDS:
+    if _seen or seconds > MAX_SECONDS:
         (directory / name).write_bytes(content)
         events = [*_seen]
         _seen.clear()

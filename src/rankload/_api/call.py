@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankload._coordination.membership import open_channel
 from rankload._coordination.rank_channel import RankChannel
-from rankload._coordination.single_process import LoneChannel
+from rankload._coordination.single_process import SingleProcessChannel
 from rankload._settings import Settings, misspelt
 from rankload._types import Delivery, Identity
 from rankload.errors import ArgumentError
@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 @contextmanager
 def collective_call(
     group: ProcessGroup | None, timeout: float | None
-) -> Iterator[tuple[LoneChannel | RankChannel, Settings]]:
+) -> Iterator[tuple[SingleProcessChannel | RankChannel, Settings]]:
     """Open the channel. What is wrong with the settings is raised within, where the other ranks hear of it."""
     problem = None
     try:
@@ -43,7 +43,7 @@ def collective_call(
 
 
 def agree_on_delivery(
-    channel: LoneChannel | RankChannel,
+    channel: SingleProcessChannel | RankChannel,
     arguments: dict[str, Any],
     delivery: Delivery,
     src: int | None,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from rankload._api.call import collective_call
 from rankload._api.tracebacks import short_tracebacks
-from rankload._coordination.membership import open_lone_channel
+from rankload._coordination.membership import open_single_process_channel
 from rankload._coordination.rank_channel import RankChannel
-from rankload._coordination.single_process import LoneChannel
-from rankload._fetch.fetch import fetch_at, fetch_once
+from rankload._coordination.single_process import SingleProcessChannel
+from rankload._fetch.fetch_once import fetch_at, fetch_once
 from rankload._fetch.request import Url, agreed_arguments, make_request
 from rankload._settings import Settings
 from rankload._types import Delivery, FetchedFile, FetchRequest, Progress, Scope, Verify
@@ -82,7 +82,7 @@ def fetch_in_this_process(
 ) -> FetchedFile:
     """Fetch without the other ranks, by the arguments of the public calls. Not collective; does not import torch."""
     settings = settings or Settings.from_environment()
-    with open_lone_channel() as channel:
+    with open_single_process_channel() as channel:
         request = make_request(
             url,
             model_dir,
@@ -103,7 +103,11 @@ def fetch_in_this_process(
 
 
 def fetch_for(
-    delivery: Delivery, request: FetchRequest, channel: LoneChannel | RankChannel, settings: Settings, source: int
+    delivery: Delivery,
+    request: FetchRequest,
+    channel: SingleProcessChannel | RankChannel,
+    settings: Settings,
+    source: int,
 ) -> FetchedFile | None:
     """Fetch what a delivery needs; return the file, or None where only the source has one. Collective."""
     file = (

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from rankload._api.tracebacks import short_tracebacks
-from rankload._cache.files import check_has_scheme, reading
+from rankload._cache.files import check_has_scheme, wrap_read_errors
 from rankload._fetch.offline import is_switched_off
 from rankload._fetch.range_source import RemoteSource
 from rankload._fetch.request import checked_headers, checked_urls
@@ -47,48 +47,48 @@ def open_checkpoint(path_or_url: str | os.PathLike[str], *, headers: Mapping[str
     """
     location = os.fspath(path_or_url)
     path = local_path_of(location)
-    shown = printable(redact(location) if path is None else str(path))
+    display_name = printable(redact(location) if path is None else str(path))
     if path is not None:
         check_has_scheme(location, path)
-    closing = ExitStack()
+    stack = ExitStack()
     with ExitStack() as unless_opened:
-        unless_opened.callback(closing.close)
+        unless_opened.callback(stack.close)
         sources = _Sources(
-            _remote_opener(location, headers or {}) if path is None else _local_opener(path.parent), closing
+            _remote_opener(location, headers or {}) if path is None else _local_opener(path.parent), stack
         )
         name = urlsplit(location).path.rpartition("/")[2] if path is None else path.name
         try:
             index = read_index(sources(name), name, sources, is_remote=path is None)
         except BrokenFileError as error:
-            raise LoadError(f"{shown}: {error}", path=shown) from None
+            raise LoadError(f"{display_name}: {error}", path=display_name) from None
         except NotUnderstoodError as error:
-            text = f"{shown}: {error}: it has no index that can be read without loading it"
-            raise LoadError(text, path=shown) from None
+            text = f"{display_name}: {error}: it has no index that can be read without loading it"
+            raise LoadError(text, path=display_name) from None
         unless_opened.pop_all()
-    return Checkpoint(index, sources, closing, shown)
+    return Checkpoint(index, sources, stack, display_name)
 
 
 class _Sources:
     """The files of a checkpoint, each opened once."""
 
-    def __init__(self, open_one: Callable[[str, ExitStack], Source], closing: ExitStack) -> None:
-        self._open_one, self._closing = open_one, closing
+    def __init__(self, open_one: Callable[[str, ExitStack], Source], stack: ExitStack) -> None:
+        self._open_one, self._stack = open_one, stack
         self._opened: dict[str, Source] = {}
 
     def __call__(self, name: str) -> Source:
         if name not in self._opened:
-            self._opened[name] = self._open_one(name, self._closing)
+            self._opened[name] = self._open_one(name, self._stack)
         return self._opened[name]
 
 
 def _local_opener(directory: Path) -> Callable[[str, ExitStack], Source]:
-    def open_one(name: str, closing: ExitStack) -> Source:
+    def open_one(name: str, stack: ExitStack) -> Source:
         path = directory / name
         if hint := hint_on_directory(path):
             text = f"cannot read {path}: it is no regular file{hint}"
             raise CacheError(text, path=str(path), errno=errno.EISDIR)
-        with reading(path):
-            return open_unpacked(path, closing)
+        with wrap_read_errors(path):
+            return open_unpacked(path, stack)
 
     return open_one
 
@@ -99,8 +99,8 @@ def _remote_opener(url: str, headers: Mapping[str, str]) -> Callable[[str, ExitS
     if settings.offline or is_switched_off(url):
         raise OfflineError(f"{redact(url)}: offline, and this is no local file; fetch it first, and open the file")
 
-    def open_one(name: str, closing: ExitStack) -> Source:
+    def open_one(name: str, stack: ExitStack) -> Source:
         is_first = name == urlsplit(url).path.rpartition("/")[2]
-        return closing.enter_context(RemoteSource(url if is_first else beside(url, name), checked, settings))
+        return stack.enter_context(RemoteSource(url if is_first else beside(url, name), checked, settings))
 
     return open_one

@@ -15,7 +15,7 @@ import torch
 from rankload._api.tracebacks import short_tracebacks
 from rankload._cache.files import check_has_scheme
 from rankload._coordination.membership import own_identity
-from rankload._coordination.single_process import LoneChannel
+from rankload._coordination.single_process import SingleProcessChannel
 from rankload._formats.broken import BrokenFileError
 from rankload._formats.sniff import Format, describe, format_of, sniff
 from rankload._formats.source import FileObject
@@ -24,7 +24,7 @@ from rankload._load.device.readers import Limits
 from rankload._load.node.node_copy import settled
 from rankload._load.state_dict.read_checkpoint import read_checkpoint
 from rankload._load.state_dict.torch_load_checks import checked_for_torch
-from rankload._load.tensors.torch_errors import translated
+from rankload._load.values.torch_errors import wrap_load_errors
 from rankload._platform.scratch import descriptor_path, scratch_file
 from rankload._settings import Settings
 from rankload._types import FetchedFile, Identity
@@ -77,20 +77,24 @@ def load(
     if isinstance(f, (str, os.PathLike)):
         path = local_path_of(os.fspath(f))
         if path is None:
-            shown = redact(os.fspath(f))
-            raise ArgumentError(f"load({shown!r}): not a local file; dist_load_state_dict_from_url loads from URLs")
+            display_name = redact(os.fspath(f))
+            raise ArgumentError(
+                f"load({display_name!r}): not a local file; dist_load_state_dict_from_url loads from URLs"
+            )
         check_has_scheme(os.fspath(f), path)
         return _load_file(path, target, identity, weights_only=weights_only, mmap=mmap, **torch_load_arguments)
     if mmap:
         raise ArgumentError("load(…, mmap=True): an open file cannot be mapped; give its path")
-    shown = printable(str(getattr(f, "name", "an open file")))
-    with translated(Path(shown), opened=f):
+    display_name = printable(str(getattr(f, "name", "an open file")))
+    with wrap_load_errors(Path(display_name), opened=f):
         if (head := _head(f)) is not None:
             with _copied(io.BytesIO(head)) as path:
                 file_format, got = sniff(path), describe(path)
             if file_format == "safetensors":
                 with _copied(f) as path:
-                    return read_checkpoint(path, target, weights_only=weights_only, mmap=mmap, shown=shown)
+                    return read_checkpoint(
+                        path, target, weights_only=weights_only, mmap=mmap, display_name=display_name
+                    )
             if file_format not in _FORMATS_OF_TORCH:
                 # torch.load would take it for a pickle, and talk of weights_only
                 raise BrokenFileError(f"expected a checkpoint, got {got}")
@@ -102,12 +106,12 @@ def _load_file(
     path: Path, target: Any, identity: Identity, *, weights_only: bool | None, mmap: bool | None, **arguments: Any
 ) -> Any:
     settings = Settings.from_environment()
-    with translated(path), LoneChannel(identity) as channel, ExitStack() as closing:
+    with wrap_load_errors(path), SingleProcessChannel(identity) as channel, ExitStack() as stack:
         file = FetchedFile(path, path.stat().st_size, None, "local")
-        found = settled(path, file, target, channel, closing, settings.progress_seconds, mmap=mmap)
+        found = settled(path, file, target, channel, stack, settings.progress_seconds, mmap=mmap)
         limits = Limits.of(identity, settings)
         return read_checkpoint(
-            found, target, weights_only=weights_only, mmap=mmap, limits=limits, shown=str(path), **arguments
+            found, target, weights_only=weights_only, mmap=mmap, limits=limits, display_name=str(path), **arguments
         )
 
 

@@ -16,16 +16,16 @@ from rankload._api.call import agree_on_delivery, collective_call
 from rankload._api.fetch import fetch_for
 from rankload._api.tracebacks import short_tracebacks
 from rankload._fetch.request import Url, agreed_arguments, make_request
-from rankload._load.delivery.base import Plan
-from rankload._load.delivery.select import open_carrier
+from rankload._load.delivery.select import open_strategy
+from rankload._load.delivery.strategy import LoadPlan
 from rankload._load.device.devices import own_device
 from rankload._load.module.content import open_content
 from rankload._load.module.lazy_modules import uninitialised_again_on_error
-from rankload._load.module.lazy_tensor import SavedTensor
+from rankload._load.module.lazy_tensor import LazyTensor
 from rankload._load.module.module_load import left_on_meta, plan_load, prepare_load, run_post_hooks
 from rankload._load.module.optimizer_load import plan_optimizer_load, prepare_optimizer_load
 from rankload._load.module.own_code import looks_at_state_dict
-from rankload._load.module.slots import bare, device_of, is_distributed, places
+from rankload._load.module.slots import bare, device_of, is_distributed, tensor_slots
 from rankload._load.node.held import hold
 from rankload._load.node.node_copy import may_change, settled
 from rankload._load.report import LoadReport
@@ -128,7 +128,7 @@ def dist_load_into(
         RankloadError: whatever went wrong, on every rank the same.
     """
     phases: dict[str, float] = {}
-    with collective_call(group, timeout) as (channel, settings), ExitStack() as closing:
+    with collective_call(group, timeout) as (channel, settings), ExitStack() as stack:
         target, optimizer = _checked_targets(module, assign)
         adapter = as_adapter(unwrap() if optimizer is not None and adapt is None else adapt)
         request = make_request(
@@ -159,16 +159,16 @@ def dist_load_into(
             may_map = True
             if file is not None and (_leaves_views(inner, assign, adapter) or file.sha256 is not None):
                 location = str(device()) if _has_meta(inner) else "cpu"
-                path = settled(file.path, file, location, channel, closing, settings.progress_seconds, mmap=mmap)
+                path = settled(file.path, file, location, channel, stack, settings.progress_seconds, mmap=mmap)
             elif file is not None:
-                held = hold(file.path, None, closing, file.identity)
-                path, may_map = held.loaded_by_name(closing), not (mmap is None and may_change(held, file))
-            carrier = open_carrier(chosen, path, file, sender, channel, group, settings, closing)
+                held = hold(file.path, None, stack, file.identity)
+                path, may_map = held.loaded_by_name(stack), not (mmap is None and may_change(held, file))
+            strategy = open_strategy(chosen, path, file, sender, channel, group, settings, stack)
             if file is not None:
-                carrier.path, carrier.files.shown = file.path, printable(str(file.path))
-                carrier.files.may_map = may_map
+                strategy.path, strategy.files.display_name = file.path, printable(str(file.path))
+                strategy.files.may_map = may_map
             content = open_content(
-                carrier.files,
+                strategy.files,
                 adapter,
                 target,
                 with_optimizer=optimizer is not None,
@@ -181,30 +181,30 @@ def dist_load_into(
                 content,
                 strict=strict,
                 assign=assign,
-                shown=carrier.files.shown,
+                display_name=strategy.files.display_name,
                 may_replace=optimizer is None,
             )
             if load.warning and channel.identity.rank == 0:
                 _logger.warning("%s", load.warning)
-            others: list[SavedTensor] = []
+            others: list[LazyTensor] = []
             if optimizer is not None:
-                optimizer_load = plan_optimizer_load(optimizer, content.whole, target, carrier.files.shown)
+                optimizer_load = plan_optimizer_load(optimizer, content.whole, target, strategy.files.display_name)
                 others = optimizer_load.wanted
-            would_gather = carrier.planned(Plan(content.index, load.assignments, others, device))
-            carrier.met(all_would_gather=channel.meet("checked", agrees=would_gather))
+            would_gather = strategy.prepare(LoadPlan(content.index, load.assignments, others, device))
+            strategy.on_agreement(all_would_gather=channel.meet("checked", agrees=would_gather))
         with _timed(phases, "fill"), torch.no_grad():
-            may_share = carrier.may_share and carrier.files.may_map and mmap is not False
+            may_share = strategy.may_share and strategy.files.may_map and mmap is not False
             prepared = [prepare_load(load, device, may_share=may_share)]
             if optimizer is not None:
                 prepared.append(prepare_optimizer_load(optimizer_load))
-            transfers = [transfer for part in prepared for transfer in part.transfers]
+            copies = [copy for part in prepared for copy in part.copies]
             bytes_read = sum(part.bytes_mapped for part in prepared)
-            bytes_read += carrier.move(transfers, lambda done: channel.report(Progress("loading", done)))
+            bytes_read += strategy.execute(copies, lambda done: channel.report(Progress("loading", done)))
             for part in prepared:
                 part.finish()
         run_post_hooks(load)
         keys = (load.missing_keys, load.unexpected_keys)
-        return LoadReport.make(keys, carrier, bytes_read, phases, left_on_meta(load), content.remainder)
+        return LoadReport.make(keys, strategy, bytes_read, phases, left_on_meta(load), content.remainder)
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
@@ -213,7 +213,7 @@ def _is_fsdp1(module: nn.Module) -> bool:
 
 
 def _has_meta(module: nn.Module) -> bool:
-    return any(place.tensor.is_meta for place in places(module))
+    return any(slot.tensor.is_meta for slot in tensor_slots(module))
 
 
 def _leaves_views(module: nn.Module, assign: bool | None, adapter: Adapter) -> bool:
@@ -221,7 +221,7 @@ def _leaves_views(module: nn.Module, assign: bool | None, adapter: Adapter) -> b
 
     Shards never do: each rank reads its own.
     """
-    whole = [place.tensor for place in places(module) if not is_distributed(place.tensor)]
+    whole = [slot.tensor for slot in tensor_slots(module) if not is_distributed(slot.tensor)]
     if not is_lazy(adapter) or looks_at_state_dict(module):
         return True
     return (bool(assign) and bool(whole)) or any(tensor.is_meta for tensor in whole)
@@ -239,7 +239,7 @@ def _checked_targets(module: Any, assign: bool | None) -> tuple[nn.Module, Optim
             "dist_load_into: FullyShardedDataParallel keeps its parameters flat and frees them: load into the module "
             "before it is wrapped, or shard it with torch.distributed.fsdp.fully_shard"
         )
-    if optimizers and (assign or any(place.tensor.is_meta for place in places(target))):
+    if optimizers and (assign or any(slot.tensor.is_meta for slot in tensor_slots(target))):
         raise ArgumentError(
             "dist_load_into((module, optimizer), …): parameters on the meta device, and all with assign=True, are "
             "replaced, and the optimizer would keep the old ones; materialise the module first (module.to_empty)"

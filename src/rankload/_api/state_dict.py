@@ -15,7 +15,7 @@ from rankload._api.fetch import fetch_for, fetch_in_this_process
 from rankload._api.tracebacks import short_tracebacks
 from rankload._coordination.membership import own_identity
 from rankload._coordination.rank_channel import RankChannel
-from rankload._coordination.single_process import LoneChannel
+from rankload._coordination.single_process import SingleProcessChannel
 from rankload._fetch.request import Url, agreed_arguments, make_request
 from rankload._settings import Settings
 from rankload._types import Delivery, FetchedFile, Progress, Scope, Verify
@@ -140,9 +140,9 @@ def dist_load_state_dict_from_url(
         chosen, source = agree_on_delivery(channel, agreed_arguments(request, "load"), delivery, src, group)
         location = _resolved(map_location, channel, group)
         file = fetch_for(chosen, request, channel, settings, source)
-        with ExitStack() as closing:
-            path, shown = _delivered(chosen, file, source, location, mmap, channel, settings, closing)
-            state_dict = _read(path, shown, location, channel, settings, weights_only, mmap)
+        with ExitStack() as stack:
+            path, display_name = _delivered(chosen, file, source, location, mmap, channel, settings, stack)
+            state_dict = _read(path, display_name, location, channel, settings, weights_only, mmap)
         return adapter(state_dict)  # type: ignore[no-any-return]
 
 
@@ -164,10 +164,10 @@ def load_in_this_process(
     file = fetch_in_this_process(
         url, model_dir, progress=progress, check_hash=check_hash, file_name=file_name, settings=settings
     )
-    with LoneChannel(own_identity()) as channel, ExitStack() as closing:
+    with SingleProcessChannel(own_identity()) as channel, ExitStack() as stack:
         location = _resolved(map_location, channel, None)
-        path, shown = _delivered("read", file, 0, location, None, channel, settings, closing)
-        return _read(path, shown, location, channel, settings, weights_only, None)
+        path, display_name = _delivered("read", file, 0, location, None, channel, settings, stack)
+        return _read(path, display_name, location, channel, settings, weights_only, None)
 
 
 def _delivered(
@@ -176,9 +176,9 @@ def _delivered(
     source: int,
     location: Any,
     mmap: bool | None,
-    channel: LoneChannel | RankChannel,
+    channel: SingleProcessChannel | RankChannel,
     settings: Settings,
-    closing: ExitStack,
+    stack: ExitStack,
 ) -> tuple[Path, str]:
     """Return where this rank is to load from, and what messages call it. Collective."""
     from rankload._load.node.node_copy import settled  # imports torch
@@ -188,20 +188,22 @@ def _delivered(
 
     path = None
     if file is not None:
-        path = settled(file.path, file, location, channel, closing, settings.progress_seconds, mmap=mmap)
+        path = settled(file.path, file, location, channel, stack, settings.progress_seconds, mmap=mmap)
     if delivery == "broadcast":
         from rankload._load.broadcast.whole_file import broadcast_files
 
         assert isinstance(channel, RankChannel)
-        path, shown = broadcast_files(path, file, source, channel, settings, closing)
-        return with_unpacked(path, channel, closing), shown
+        path, display_name = broadcast_files(path, file, source, channel, settings, stack)
+        return with_unpacked(path, channel, stack), display_name
     assert file is not None and path is not None
     _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", channel.identity.rank)
     read_ahead(all_files(path), channel, settings.progress_seconds)
-    return with_unpacked(path, channel, closing), str(file.path)
+    return with_unpacked(path, channel, stack), str(file.path)
 
 
-def _resolved(map_location: MapLocation, channel: LoneChannel | RankChannel, group: ProcessGroup | None) -> Any:
+def _resolved(
+    map_location: MapLocation, channel: SingleProcessChannel | RankChannel, group: ProcessGroup | None
+) -> Any:
     from rankload._load.device.devices import resolve_map_location  # imports torch
 
     return resolve_map_location(map_location, channel.identity, group)
@@ -209,9 +211,9 @@ def _resolved(map_location: MapLocation, channel: LoneChannel | RankChannel, gro
 
 def _read(
     path: Path,
-    shown: str,
+    display_name: str,
     location: Any,
-    channel: LoneChannel | RankChannel,
+    channel: SingleProcessChannel | RankChannel,
     settings: Settings,
     weights_only: bool,
     mmap: bool | None,
@@ -225,6 +227,6 @@ def _read(
         weights_only=weights_only,
         mmap=mmap,
         limits=Limits.of(channel.identity, settings),
-        look=lambda: channel.report(Progress("loading")),
-        shown=shown,
+        check_cancelled=lambda: channel.report(Progress("loading")),
+        display_name=display_name,
     )

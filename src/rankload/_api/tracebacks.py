@@ -43,14 +43,14 @@ def _shown_cause(error: RankloadError) -> BaseException | None:
 
     What is hidden remains in ``__context__``, for debuggers.
     """
-    shown: BaseException = error
-    while (chained := _chained(shown)) is not None:
-        if _says_nothing_new(shown, chained):
-            shown.__cause__ = None  # this also sets __suppress_context__
+    display_name: BaseException = error
+    while (chained := _chained(display_name)) is not None:
+        if _says_nothing_new(display_name, chained):
+            display_name.__cause__ = None  # this also sets __suppress_context__
             break
         further = _chained(chained)
         chained.__traceback__ = _outside_frames(chained.__traceback__, keeps_last=further is None)
-        shown = chained
+        display_name = chained
     return _chained(error)
 
 

@@ -24,7 +24,7 @@ _REOPEN_PAUSES_SECONDS = (0.0, 0.05, 0.2, 0.5, 1.0)
 
 
 @contextmanager
-def writing(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
+def wrap_write_errors(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
     """Translate what goes wrong when a file is written; ``needed_bytes`` is the space that it takes in all."""
     try:
         yield
@@ -35,7 +35,7 @@ def writing(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path | str) -> Iterator[None]:
+def wrap_read_errors(path: Path | str) -> Iterator[None]:
     """Translate what goes wrong when a file is read."""
     try:
         yield
@@ -51,11 +51,13 @@ def check_has_scheme(location: str, path: Path) -> None:
     It may be a signed one: neither its query nor a user and password are shown.
     """
     if (hint := hint_on_scheme(location)) and not path.parent.exists():
-        shown = redact(f"https://{location}").partition("://")[2]
-        raise MissingFileError(f"cannot read {shown}: No such file or directory{hint}", path=shown, errno=errno.ENOENT)
+        display_name = redact(f"https://{location}").partition("://")[2]
+        raise MissingFileError(
+            f"cannot read {display_name}: No such file or directory{hint}", path=display_name, errno=errno.ENOENT
+        )
 
 
-def reopening(read: Callable[[], T]) -> T:
+def retry_if_stale(read: Callable[[], T]) -> T:
     """Call a function that opens and reads a file; once more, again and again, where the answer is ESTALE.
 
     A network filesystem says so of a file that was replaced on another host since this one looked up its name. The

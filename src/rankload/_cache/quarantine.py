@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from rankload._cache.access import make_own_directory, open_new, share_file
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 
 
 def quarantine(entry: Entry, reason: str, move_to: Callable[[Path], object]) -> Path | None:

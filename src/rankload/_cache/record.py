@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rankload._cache.access import make_own_directory, open_new, open_plain, share_file
-from rankload._cache.files import reopening
-from rankload._types import Source
+from rankload._cache.files import retry_if_stale
+from rankload._types import Provenance
 
 _logger = logging.getLogger("rankload")
 
@@ -59,7 +59,7 @@ class Record:
     etag: str | None
     sha256: str | None
     vouched_by: str | None
-    source: Source
+    source: Provenance
     last_modified: str | None = None
     birth_ns: int | None = None
     replaces_inode: int | None = None
@@ -97,7 +97,7 @@ def find_record(path: Path) -> FoundRecord | None:
     """
     owner_uid = None
     try:
-        text, owner_uid = reopening(lambda: _text_of(path))
+        text, owner_uid = retry_if_stale(lambda: _text_of(path))
         found = json.loads(text)
         names = [field.name for field in fields(Record) if field.name in found or field.name not in _LATER_FIELDS]
         record = Record(**{name: found[name] for name in names})

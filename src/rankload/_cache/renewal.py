@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 
 from rankload._cache.access import open_new
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 
 #: No record, lease or partial file ends so.
 _NAME = "partly-renewed"

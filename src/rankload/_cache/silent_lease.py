@@ -20,7 +20,7 @@ from rankload._cache.access import open_plain
 MARGIN_SECONDS = 2.0
 
 #: What one look may count: of an hour for which this process was stopped, only that.
-_LONGEST_SECONDS = 1.0
+_MAX_SECONDS = 1.0
 
 _MAX_BYTES = 64 << 10
 
@@ -50,7 +50,7 @@ class SilentMarker:
         if mark is None or mark != self._mark:
             self._mark, self._silent_seconds = mark, 0.0
             return False
-        self._silent_seconds += min(elapsed, _LONGEST_SECONDS)
+        self._silent_seconds += min(elapsed, _MAX_SECONDS)
         if self._silent_seconds <= self._limit_seconds:
             return False
         self._silent_seconds = 0.0

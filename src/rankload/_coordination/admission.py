@@ -18,7 +18,7 @@ from contextlib import suppress
 
 from rankload._coordination.polling import backoff, until_rank_0_comes
 from rankload._coordination.store import RankStore
-from rankload._platform.clock import AwakeTime
+from rankload._platform.clock import SuspendAwareTimer
 from rankload._settings import Settings
 from rankload._types import Identity
 from rankload.errors import RankloadError, StoreLostError, from_wire, to_wire
@@ -30,7 +30,7 @@ _EVERY_HELLO = 1 << 62
 _LOOK_SECONDS = 0.5
 
 
-class MeetingPoint:
+class Rendezvous:
     """The keys in a store under which the ranks of one group meet.
 
     Attributes:
@@ -41,15 +41,15 @@ class MeetingPoint:
     def __init__(self, store: RankStore, root: str) -> None:
         self.store, self.root = store, root
 
-    def say_hello(self) -> int:
+    def request_to_join(self) -> int:
         """Announce this rank; return the number of its hello."""
         return self.store.add(f"{self.root}/hellos")
 
-    def count_hellos(self) -> int:
+    def count_requests(self) -> int:
         """Return how many hellos there have been."""
         return self.store.add(f"{self.root}/hellos", 0)
 
-    def await_welcome(
+    def await_admission(
         self, number: int, call: int, identity: Identity, settings: Settings, former: str | None
     ) -> tuple[str, str]:
         """Wait for rank 0's welcome; return the session's id, and the port of its own store.
@@ -67,8 +67,8 @@ class MeetingPoint:
         """
         looked_at = time.monotonic()
         for _ in until_rank_0_comes(identity, settings):
-            if welcome := self.store.peek(f"{self.root}/welcome"):
-                count, session_id, port = welcome.split()
+            if admit := self.store.peek(f"{self.root}/welcome"):
+                count, session_id, port = admit.split()
                 if int(count) >= number and session_id != former:
                     return session_id, port
             if time.monotonic() - looked_at >= _LOOK_SECONDS:
@@ -78,17 +78,17 @@ class MeetingPoint:
                     raise failure
         raise AssertionError("until_rank_0_comes() ends by raising")
 
-    def welcome(self, count: int, session: str) -> None:
+    def admit(self, count: int, session: str) -> None:
         """Welcome everybody who has said hello up to now."""
         self.store.set(f"{self.root}/welcome", f"{count} {session}")
 
-    def has_welcome(self, count: int, session: str) -> bool:
+    def has_admitted(self, count: int, session: str) -> bool:
         """Tell whether the last welcome is this one."""
         return self.store.peek(f"{self.root}/welcome") == f"{count} {session}"
 
     def tell_failure(self, error: RankloadError, call: int, *, to_all: bool = False) -> None:
         """Tell the ranks that have said hello why this one does not join for a call; or all that ever will."""
-        count = _EVERY_HELLO if to_all else self.count_hellos()
+        count = _EVERY_HELLO if to_all else self.count_requests()
         self.store.set(f"{self.root}/failure", json.dumps({"hellos": count, "call": call, "error": to_wire(error)}))
 
     def await_readers(self, limit_seconds: float) -> None:
@@ -96,10 +96,10 @@ class MeetingPoint:
 
         The store must be a new one: an older one has counted others' hellos.
         """
-        waited = AwakeTime(limit_seconds)
+        waited = SuspendAwareTimer(limit_seconds)
         for _ in backoff(1):
             waited.count()
-            has_seen = self.store.add(f"{self.root}/failure/seen", 0) >= self.count_hellos() - 1
+            has_seen = self.store.add(f"{self.root}/failure/seen", 0) >= self.count_requests() - 1
             if has_seen or waited.seconds >= limit_seconds:
                 return
 
@@ -114,41 +114,41 @@ class MeetingPoint:
         return error
 
 
-class Greeter:
+class RendezvousHost:
     """Rank 0's thread that welcomes ranks until every one of them has joined.
 
     A look costs three operations, however many ranks there are.
 
     Args:
-        meeting_point: where ranks say hello.
+        rendezvous: where ranks say hello.
         number: of rank 0's own hello.
         session: what a welcome gives: the session's id, and the port of its own store.
         is_current: tells whether the ranks that say hello may be meant for this session.
         has_everybody: tells whether all of them have joined.
-        see_off_seconds: how long this process waits at its end for ranks that have not joined. When rank 0 fails at
+        drain_seconds: how long this process waits at its end for ranks that have not joined. When rank 0 fails at
             once, they must still learn why.
 
     Attributes:
-        is_at_temporary_place: see `RankStore`.
-        see_off_seconds: see above.
+        is_at_temporary_store: see `RankStore`.
+        drain_seconds: see above.
     """
 
     def __init__(
         self,
-        meeting_point: MeetingPoint,
+        rendezvous: Rendezvous,
         number: int,
         session: str,
         is_current: Callable[[], bool],
         has_everybody: Callable[[], bool],
-        see_off_seconds: float,
+        drain_seconds: float,
     ) -> None:
-        self.is_at_temporary_place, self.see_off_seconds = meeting_point.store.is_temporary, see_off_seconds
-        self._meeting_point, self._number, self._session = meeting_point, number, session
+        self.is_at_temporary_store, self.drain_seconds = rendezvous.store.is_temporary, drain_seconds
+        self._rendezvous, self._number, self._session = rendezvous, number, session
         self._is_current, self._has_everybody = is_current, has_everybody
         self._stop_requested = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rankload-greeter", daemon=True)
         self._thread.start()
-        atexit.register(self._see_off)
+        atexit.register(self._drain)
 
     def is_over(self) -> bool:
         """End the thread if every rank has joined; tell whether it has ended."""
@@ -163,10 +163,10 @@ class Greeter:
 
     def failure_of(self, call: int) -> RankloadError | None:
         """Return why a rank has failed to join for a call."""
-        return self._meeting_point.failure_of(call, self._number) if self._thread.is_alive() else None
+        return self._rendezvous.failure_of(call, self._number) if self._thread.is_alive() else None
 
-    def _see_off(self) -> None:
-        self._thread.join(timeout=self.see_off_seconds)
+    def _drain(self) -> None:
+        self._thread.join(timeout=self.drain_seconds)
         # a daemon thread that wakes up inside torch while the interpreter is torn down aborts the process
         self.stop()
 
@@ -174,17 +174,17 @@ class Greeter:
         welcomed = 0
         with suppress(StoreLostError):  # the rank's own calls report it
             for _ in backoff(1, sleep=self._stop_requested.wait):
-                count = self._meeting_point.count_hellos()
+                count = self._rendezvous.count_requests()
                 if not self._is_current():  # asked after the look: who says hello to a namesake does so later
                     break
                 if count > welcomed:
                     welcomed = count
-                    self._meeting_point.welcome(count, self._session)
+                    self._rendezvous.admit(count, self._session)
                 elif self._has_everybody():
                     break
-                elif not self._meeting_point.has_welcome(count, self._session):
+                elif not self._rendezvous.has_admitted(count, self._session):
                     # one that was on its way from a former session has come behind ours
-                    self._meeting_point.welcome(count, self._session)
+                    self._rendezvous.admit(count, self._session)
                 if self._stop_requested.is_set():
                     break
-        atexit.unregister(self._see_off)
+        atexit.unregister(self._drain)

@@ -19,11 +19,12 @@ def describe_disagreement(first: Mapping[str, Any], first_rank: int, mine: Mappi
         first_rank, own_rank: the two ranks.
     """
     differing = [name for name in sorted(first.keys() | mine.keys()) if first.get(name) != mine.get(name)]
-    shown = [name for name in differing if name not in _OF_THE_URL]
+    comparable = [name for name in differing if name not in _OF_THE_URL]
     details = [
-        f"{name}: rank {first_rank} has {first.get(name)!r}, rank {own_rank} has {mine.get(name)!r}" for name in shown
+        f"{name}: rank {first_rank} has {first.get(name)!r}, rank {own_rank} has {mine.get(name)!r}"
+        for name in comparable
     ]
-    if len(shown) < len(differing) and "url" not in shown:
+    if len(comparable) < len(differing) and "url" not in comparable:
         details.append(
             f"url: rank {first_rank} has {first.get('url')!r}, rank {own_rank} has another one, which differs in "
             f"{_differing_parameters(first.get('query', []), mine.get('query', []))}"

@@ -6,7 +6,7 @@ import atexit
 import time
 from contextlib import suppress
 
-from rankload._coordination.admission import MeetingPoint
+from rankload._coordination.admission import Rendezvous
 from rankload._coordination.environment_store import prove
 from rankload._coordination.polling import backoff
 from rankload._coordination.store_host import host_store
@@ -19,7 +19,7 @@ from rankload.errors import CoordinationError, RankloadError, StoreLostError
 _FAREWELL_SECONDS = 2.0
 
 #: Where the word is, until rank 0 tries again or its process ends.
-_left: list[MeetingPoint] = []
+_left: list[Rendezvous] = []
 
 
 def leave_word(error: RankloadError, root: str, port: int, identity: Identity, call: int, settings: Settings) -> None:
@@ -31,18 +31,18 @@ def leave_word(error: RankloadError, root: str, port: int, identity: Identity, c
         store = host_store("localhost", port, settings)
     except CoordinationError:  # the port is taken: the others find out for themselves
         return
-    meeting_point = MeetingPoint(store, root)
+    rendezvous = Rendezvous(store, root)
     with suppress(StoreLostError):  # the error that is being raised says more
         prove(store, identity)
-        meeting_point.say_hello()
-        meeting_point.tell_failure(as_shared_error(error, identity), call, to_all=True)
-        keep_word(meeting_point, identity, settings)
+        rendezvous.request_to_join()
+        rendezvous.tell_failure(as_shared_error(error, identity), call, to_all=True)
+        keep_word(rendezvous, identity, settings)
 
 
-def keep_word(meeting_point: MeetingPoint, identity: Identity, settings: Settings) -> None:
+def keep_word(rendezvous: Rendezvous, identity: Identity, settings: Settings) -> None:
     """Keep a store in which this rank 0 has told of its failure, until it tries again or its process ends."""
-    _left.append(meeting_point)
-    atexit.register(_stay, meeting_point, identity.world_size, settings.liveness_seconds)
+    _left.append(rendezvous)
+    atexit.register(_stay, rendezvous, identity.world_size, settings.liveness_seconds)
 
 
 def forget_word() -> None:
@@ -50,12 +50,12 @@ def forget_word() -> None:
     _left.clear()
 
 
-def _stay(meeting_point: MeetingPoint, world_size: int, limit_seconds: float) -> None:
+def _stay(rendezvous: Rendezvous, world_size: int, limit_seconds: float) -> None:
     deadline = time.monotonic() + limit_seconds
     with suppress(StoreLostError):
         for _ in backoff(world_size):
-            if meeting_point not in _left or time.monotonic() > deadline:
+            if rendezvous not in _left or time.monotonic() > deadline:
                 return
-            if meeting_point.count_hellos() >= world_size:
-                meeting_point.await_readers(_FAREWELL_SECONDS)
+            if rendezvous.count_requests() >= world_size:
+                rendezvous.await_readers(_FAREWELL_SECONDS)
                 return

@@ -15,7 +15,7 @@ from rankload._coordination.polling import backoff, until_rank_0_comes
 from rankload._coordination.slurm import slurm_step_endpoint
 from rankload._coordination.store import RankStore, connect, endpoint_of, uses_agent_store
 from rankload._coordination.store_host import host_store
-from rankload._platform.clock import AwakeTime
+from rankload._platform.clock import SuspendAwareTimer
 from rankload._settings import Settings
 from rankload._types import Identity
 from rankload.errors import ArrivalTimeoutError, CoordinationError
@@ -23,7 +23,7 @@ from rankload.errors import ArrivalTimeoutError, CoordinationError
 _PROOF_KEY = "rankload/host"
 
 #: The most that one round of waiting for the proof counts: more, and this process was stopped.
-_LONGEST_ROUND_SECONDS = 2.0
+_MAX_ROUND_SECONDS = 2.0
 
 
 def store_from_environment(identity: Identity, settings: Settings) -> RankStore | None:
@@ -70,7 +70,7 @@ def _await_listener(host: str, port: int, identity: Identity, settings: Settings
     A name that cannot be resolved is waited for as long as a connection may take.
     """
     problem: OSError | None = None
-    unresolved = AwakeTime(2 * _LONGEST_ROUND_SECONDS)
+    unresolved = SuspendAwareTimer(2 * _MAX_ROUND_SECONDS)
     try:
         for _ in until_rank_0_comes(identity, settings):
             try:
@@ -101,7 +101,7 @@ def _await_proof(store: RankStore, identity: Identity, settings: Settings) -> No
         CoordinationError: somebody else hosts a store there.
         StoreLostError: the store has gone.
     """
-    waited = AwakeTime(_LONGEST_ROUND_SECONDS)
+    waited = SuspendAwareTimer(_MAX_ROUND_SECONDS)
     for _ in backoff(identity.world_size):
         if text := store.peek(_PROOF_KEY):
             _check_proof(json.loads(text), store, identity)

@@ -20,10 +20,10 @@ from rankload.errors import CoordinationError, ProgressTimeoutError, RankFailedE
 _LOOK_SECONDS = 0.5
 
 #: The least between two looks, however short the deadlines are.
-_LEAST_TICK_SECONDS = 0.05
+_MIN_TICK_SECONDS = 0.05
 
 #: A rank's own deadline and others' judgement of it are at least so far apart.
-_LEAST_MARGIN_SECONDS = 5.0
+_MIN_MARGIN_SECONDS = 5.0
 
 #: Phases that a warm call goes through in milliseconds: they are published with the first beat that they outlast.
 _USUALLY_SHORT: frozenset[Phase] = frozenset({"looking", "loading"})
@@ -55,7 +55,7 @@ class Status:
         return cls(**{**fields, "progress": Progress(**fields["progress"])})
 
 
-class Pulse:
+class Heartbeat:
     """Publishes this rank's status in the background while a call lasts, and looks around for it.
 
     The first sign comes after half a second: a warm call, which is over by then, publishes none, and a rank that is
@@ -110,7 +110,7 @@ class Pulse:
 
     def _run(self) -> None:
         longest_seconds = max(_LOOK_SECONDS, self._identity.world_size / 4000)
-        tick_seconds = max(_LEAST_TICK_SECONDS, min(self._interval_seconds, longest_seconds))
+        tick_seconds = max(_MIN_TICK_SECONDS, min(self._interval_seconds, longest_seconds))
         published_at = -self._interval_seconds
         try:
             while not self._stop_requested.wait(tick_seconds):
@@ -133,7 +133,7 @@ class Pulse:
             self._store.set(self._key, status.to_json())
 
 
-class Watch:
+class PeerMonitor:
     """Judges one other rank by what it publishes.
 
     Args:
@@ -255,7 +255,7 @@ def _stillness_limit_seconds(settings: Settings) -> float:
 
     What it raises then is known to the others once its threads and files are closed.
     """
-    return settings.progress_seconds + max(0.25 * settings.progress_seconds, _LEAST_MARGIN_SECONDS)
+    return settings.progress_seconds + max(0.25 * settings.progress_seconds, _MIN_MARGIN_SECONDS)
 
 
 def _position(status: Status) -> tuple[object, ...]:

@@ -19,7 +19,7 @@ from rankload._coordination.launchers import identity_from_environment
 from rankload._coordination.rank_channel import RankChannel
 from rankload._coordination.rendezvous import Calls, Session, join, root_of, tell_joining_failure
 from rankload._coordination.signals import TerminationAsException
-from rankload._coordination.single_process import LoneChannel
+from rankload._coordination.single_process import SingleProcessChannel
 from rankload._coordination.store import RankStore, client_of_group, store_of_group, uses_agent_store
 from rankload._coordination.verdict import as_shared_error
 from rankload._settings import Settings
@@ -52,7 +52,7 @@ _groups: WeakKeyDictionary[ProcessGroup, _Membership] = WeakKeyDictionary()
 _environments: dict[tuple[Identity, str], _Membership] = {}
 
 
-def open_channel(group: ProcessGroup | None, settings: Settings) -> LoneChannel | RankChannel:
+def open_channel(group: ProcessGroup | None, settings: Settings) -> SingleProcessChannel | RankChannel:
     """Open the channel for one call: of the given group, else of the default group, else of the launcher's job.
 
     Collective over those ranks. Without a store to meet at, or with a single rank, the channel is a lone one; so it is
@@ -63,7 +63,7 @@ def open_channel(group: ProcessGroup | None, settings: Settings) -> LoneChannel 
         ArrivalTimeoutError: rank 0 does not make the call.
     """
     if _is_dataloader_worker():
-        return open_lone_channel()
+        return open_single_process_channel()
     group = group if group is not None else _default_group()
     termination = TerminationAsException()
     termination.install()
@@ -71,12 +71,12 @@ def open_channel(group: ProcessGroup | None, settings: Settings) -> LoneChannel 
         session = _session_of_environment(settings) if group is None else _session_of_group(group, settings)
     finally:
         termination.restore()
-    return open_lone_channel() if session is None else RankChannel(session, settings)
+    return open_single_process_channel() if session is None else RankChannel(session, settings)
 
 
-def open_lone_channel() -> LoneChannel:
+def open_single_process_channel() -> SingleProcessChannel:
     """Open the channel of a process that acts without the others. Not collective."""
-    return LoneChannel(replace(own_identity(), rank=0, world_size=1, job_size=None))
+    return SingleProcessChannel(replace(own_identity(), rank=0, world_size=1, job_size=None))
 
 
 def own_identity() -> Identity:
@@ -155,8 +155,8 @@ def _session_of_environment(settings: Settings) -> Session | None:
     identity = identity_from_environment()
     if identity.world_size == 1:
         return None
-    meeting_point = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    member = _environments.setdefault((identity, meeting_point), _Membership())
+    rendezvous = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    member = _environments.setdefault((identity, rendezvous), _Membership())
     return _next_session(member, identity, lambda: _join_by_environment(identity, settings, member))
 
 

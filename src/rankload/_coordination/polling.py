@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Container, Iterator
 
-from rankload._platform.clock import AwakeTime
+from rankload._platform.clock import SuspendAwareTimer
 from rankload._settings import Settings
 from rankload._types import Identity
 from rankload.errors import ArrivalTimeoutError
@@ -17,7 +17,7 @@ from rankload.errors import ArrivalTimeoutError
 _logger = logging.getLogger("rankload")
 
 #: The most that one round of polling may count. A connection attempt takes up to 5 s; more means that we were stopped.
-_LONGEST_ROUND_SECONDS = 6.0
+_MAX_ROUND_SECONDS = 6.0
 
 
 def backoff(world_size: int, sleep: Callable[[float], object] = time.sleep) -> Iterator[float]:
@@ -41,7 +41,7 @@ def until_rank_0_comes(identity: Identity, settings: Settings) -> Iterator[float
     Raises:
         ArrivalTimeoutError: after ``settings.arrival_seconds``.
     """
-    waited, reported = AwakeTime(_LONGEST_ROUND_SECONDS), 0.0
+    waited, reported = SuspendAwareTimer(_MAX_ROUND_SECONDS), 0.0
     for delay in backoff(identity.world_size):
         yield delay
         waited.count()

@@ -16,13 +16,13 @@ from types import TracebackType
 from typing import Any
 
 from rankload._coordination.agreement import Agreement
-from rankload._coordination.heartbeat import Pulse, RollCall, Watch
+from rankload._coordination.heartbeat import Heartbeat, PeerMonitor, RollCall
 from rankload._coordination.polling import backoff, silence_limit_seconds
 from rankload._coordination.rendezvous import Session
 from rankload._coordination.signals import Terminated, TerminationAsException
 from rankload._coordination.single_process import run_all
 from rankload._coordination.verdict import Verdict, as_shared_error
-from rankload._coordination.watchdog import Vigil
+from rankload._coordination.watchdog import Watchdog
 from rankload._settings import Settings
 from rankload._types import Progress
 from rankload.errors import (
@@ -66,7 +66,7 @@ class RankChannel:
         self._verdict = Verdict(self._store, self._key, self.identity)
         self._failure: RankloadError | None = None
         self._roll_call: RollCall | None = None
-        self._pulse = Pulse(
+        self._heartbeat = Heartbeat(
             self._store,
             self._status_key(self.identity.rank),
             self.identity,
@@ -75,7 +75,7 @@ class RankChannel:
             self._note_failure,
         )
         # whoever downloads waits for nobody, and would learn last that others are gone
-        self._vigil_meanwhile = self._vigil_over(self._watched, while_working=True)
+        self._vigil_meanwhile = self._watchdog_over(self._watched, while_working=True)
 
     def agree(self, arguments: dict[str, Any]) -> None:
         """Say that this rank has come, and check that every rank passed the same arguments (see `Agreement`).
@@ -89,7 +89,7 @@ class RankChannel:
     def report(self, progress: Progress) -> None:
         """Publish this rank's progress; raise what another rank failed with."""
         self._raise_failure()
-        self._pulse.beat(progress)
+        self._heartbeat.beat(progress)
 
     def post(self, key: str, value: dict[str, Any]) -> None:
         """Publish a value under a key of this call."""
@@ -130,12 +130,12 @@ class RankChannel:
 
         It raises what another rank has failed with, or that one of the given ones is lost.
         """
-        vigil = self._vigil_over(ranks)
+        watchdog = self._watchdog_over(ranks)
 
         def watch(progress: Progress) -> None:
             self.report(progress)
-            if vigil.is_due():
-                vigil.look()
+            if watchdog.is_due():
+                watchdog.look()
 
         return watch
 
@@ -169,7 +169,7 @@ class RankChannel:
     def __enter__(self) -> RankChannel:
         self._termination.install()
         try:
-            self._pulse.start()
+            self._heartbeat.start()
         except BaseException as error:  # no more threads, or SIGTERM
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -181,7 +181,7 @@ class RankChannel:
         finally:
             try:
                 self._termination.defer()
-                self._pulse.stop(_HURRIED_SECONDS if self._termination.has_arrived else _FAREWELL_SECONDS)
+                self._heartbeat.stop(_HURRIED_SECONDS if self._termination.has_arrived else _FAREWELL_SECONDS)
                 run_all(self._on_exit)
             finally:
                 self._termination.restore()
@@ -201,7 +201,7 @@ class RankChannel:
     def _await_verdict(self) -> None:
         """Say that this rank is through, and wait until all are or one has failed."""
         self._raise_failure()
-        self._wait_until(self._session.has_left_meeting_point, self._watched, Progress("done"))
+        self._wait_until(self._session.has_left_rendezvous, self._watched, Progress("done"))
         self._verdict.count_through()
         if self.identity.rank == 0:
             self._wait_until(self._may_succeed, self._watched, Progress("done"))
@@ -223,7 +223,7 @@ class RankChannel:
         """
         if not self._verdict.are_all_through():
             return False
-        if self._pulse.take_longest_still_seconds() > silence_limit_seconds(self._settings) / 2:
+        if self._heartbeat.take_longest_still_seconds() > silence_limit_seconds(self._settings) / 2:
             self._roll_call = RollCall(self._store, map(self._status_key, self._watched))
         return self._roll_call is None or self._roll_call.is_complete()
 
@@ -289,7 +289,7 @@ class RankChannel:
 
     def _wait_until(self, is_there: Callable[[], bool], ranks: Iterable[int], progress: Progress) -> None:
         """Poll for something that the given ranks are to do, watching over them."""
-        vigil, looked_at = self._vigil_over(ranks), time.monotonic()
+        watchdog, looked_at = self._watchdog_over(ranks), time.monotonic()
         for _ in backoff(self.identity.world_size):
             if is_there():
                 return
@@ -298,13 +298,15 @@ class RankChannel:
                 self._verdict.look()
                 self._answer_questions()
             self._raise_failure()
-            if vigil.is_due():
-                vigil.look()
-                self._pulse.beat(progress)
+            if watchdog.is_due():
+                watchdog.look()
+                self._heartbeat.beat(progress)
 
-    def _vigil_over(self, ranks: Iterable[int], *, while_working: bool = False) -> Vigil:
-        watches = [Watch(self._store, self._status_key(rank), rank, self._settings, self._has_come) for rank in ranks]
-        return Vigil(watches, self._settings, self.identity, while_working=while_working)
+    def _watchdog_over(self, ranks: Iterable[int], *, while_working: bool = False) -> Watchdog:
+        watches = [
+            PeerMonitor(self._store, self._status_key(rank), rank, self._settings, self._has_come) for rank in ranks
+        ]
+        return Watchdog(watches, self._settings, self.identity, while_working=while_working)
 
     def _has_come(self, rank: int) -> bool:
         return self._agreement.look() or self._session.has_begun(rank)

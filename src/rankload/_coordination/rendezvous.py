@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from rankload._coordination.admission import Greeter, MeetingPoint
+from rankload._coordination.admission import Rendezvous, RendezvousHost
 from rankload._coordination.draining import keep_word
 from rankload._coordination.store import RankStore
 from rankload._coordination.store_host import host_neighbour, neighbour
@@ -67,7 +67,7 @@ class Session:
         identity: who this rank is among them.
         prefix: start of every key of this session.
         calls: those that this rank has made, also before this session.
-        greeter: on rank 0, while it answers hellos.
+        rendezvous_host: on rank 0, while it answers hellos.
         pid: the process that joined; a forked child must not use its parent's connection.
         remembered: facts that stay true for the session (which directories are shared).
         is_over: the next call needs another session.
@@ -77,7 +77,7 @@ class Session:
     identity: Identity
     prefix: str
     calls: Calls = field(default_factory=Calls)
-    greeter: Greeter | None = None
+    rendezvous_host: RendezvousHost | None = None
     pid: int = field(default_factory=os.getpid)
     remembered: dict[str, str] = field(default_factory=dict)
     is_over: bool = False
@@ -125,18 +125,22 @@ class Session:
 
     def raise_joining_failure(self) -> None:
         """Raise what has kept a rank from joining for the present call; on rank 0."""
-        if self.greeter is not None and (failure := self.greeter.failure_of(self.calls.made)):
+        if self.rendezvous_host is not None and (failure := self.rendezvous_host.failure_of(self.calls.made)):
             raise failure
 
-    def has_left_meeting_point(self) -> bool:
+    def has_left_rendezvous(self) -> bool:
         """Leave the meeting point if everybody has joined; tell whether nothing is left to be left.
 
         Rank 0 calls it before the first call can end anywhere: the next step of any rank may be init_process_group at
         the same address, which must find it free, and find no store that closes soon.
         """
-        if self.greeter is not None and self.greeter.is_at_temporary_place and self.greeter.is_over():
-            self.greeter = None
-        return self.greeter is None or not self.greeter.is_at_temporary_place
+        if (
+            self.rendezvous_host is not None
+            and self.rendezvous_host.is_at_temporary_store
+            and self.rendezvous_host.is_over()
+        ):
+            self.rendezvous_host = None
+        return self.rendezvous_host is None or not self.rendezvous_host.is_at_temporary_store
 
     def is_ended_by(self, failure: RankloadError | None) -> bool:
         """Tell whether the ranks have to meet anew after a call that failed so: they may have lost each other.
@@ -153,13 +157,13 @@ class Session:
 
     def close(self) -> None:
         """Welcome nobody any more."""
-        if self.greeter is not None:
-            self.greeter.stop()
+        if self.rendezvous_host is not None:
+            self.rendezvous_host.stop()
 
     def give_up_absent_ranks(self) -> None:
         """Let this process end without them."""
-        if self.greeter is not None:
-            self.greeter.see_off_seconds = 0.0
+        if self.rendezvous_host is not None:
+            self.rendezvous_host.drain_seconds = 0.0
 
     def _joined_key(self, rank: int) -> str:
         return f"{self.prefix}/joined/{rank}"
@@ -193,24 +197,24 @@ def join(
         ArrivalTimeoutError: rank 0 did not answer within ``settings.arrival_seconds``.
         RankloadError: why a rank failed to join; the others that are waiting raise the same.
     """
-    meeting_point = MeetingPoint(store, root_of(group_name))
-    number = meeting_point.say_hello()
+    rendezvous = Rendezvous(store, root_of(group_name))
+    number = rendezvous.request_to_join()
     try:
         if identity.rank == 0:
             if former is not None:
                 former.close()
-            return _host_session(meeting_point, number, identity, settings, calls, is_current)
+            return _host_session(rendezvous, number, identity, settings, calls, is_current)
         former_id = None if former is None else former.id
-        session_id, port = meeting_point.await_welcome(number, calls.made, identity, settings, former_id)
+        session_id, port = rendezvous.await_admission(number, calls.made, identity, settings, former_id)
         own_store = store if port == "-" else neighbour(store, int(port), settings)
-        session = Session(own_store, identity, f"{meeting_point.root}/{session_id}", calls)
+        session = Session(own_store, identity, f"{rendezvous.root}/{session_id}", calls)
         session.announce()
     except BaseException as error:
         shared = as_shared_error(error, identity)
         shared.fields[_WHILE_JOINING] = True
         tell_joining_failure(store, group_name, shared, calls)
         if identity.rank == 0 and store.is_temporary:  # the others read it there
-            keep_word(meeting_point, identity, settings)
+            keep_word(rendezvous, identity, settings)
         if error is shared or not isinstance(error, Exception):
             raise
         raise shared from error
@@ -220,7 +224,7 @@ def join(
 def tell_joining_failure(store: RankStore, group_name: str, error: RankloadError, calls: Calls) -> None:
     """Tell the ranks that are meeting why one cannot join them, if the store is still there."""
     with suppress(StoreLostError):
-        MeetingPoint(store, root_of(group_name)).tell_failure(error, calls.made)
+        Rendezvous(store, root_of(group_name)).tell_failure(error, calls.made)
 
 
 def root_of(group_name: str) -> str:
@@ -229,21 +233,21 @@ def root_of(group_name: str) -> str:
 
 
 def _host_session(
-    meeting_point: MeetingPoint,
+    rendezvous: Rendezvous,
     number: int,
     identity: Identity,
     settings: Settings,
     calls: Calls,
     is_current: Callable[[], bool],
 ) -> Session:
-    store, port = meeting_point.store, "-"
+    store, port = rendezvous.store, "-"
     if store.is_temporary:
         store, hosted_port = host_neighbour(store, settings)
         port = str(hosted_port)
     session_id = secrets.token_hex(8)
-    session = Session(store, identity, f"{meeting_point.root}/{session_id}", calls)
+    session = Session(store, identity, f"{rendezvous.root}/{session_id}", calls)
     session.announce()
-    session.greeter = Greeter(
-        meeting_point, number, f"{session_id} {port}", is_current, session.has_everybody, settings.liveness_seconds
+    session.rendezvous_host = RendezvousHost(
+        rendezvous, number, f"{session_id} {port}", is_current, session.has_everybody, settings.liveness_seconds
     )
     return session

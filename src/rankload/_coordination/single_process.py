@@ -11,7 +11,7 @@ from rankload._coordination.signals import TerminationAsException
 from rankload._types import Identity, Progress
 
 
-class LoneChannel:
+class SingleProcessChannel:
     """The channel of a single process: nobody to agree with, nobody to wait for."""
 
     def __init__(self, identity: Identity) -> None:
@@ -64,7 +64,7 @@ class LoneChannel:
         """Run what was to run when the call ends; for a channel that is not used as a context manager."""
         run_all(self._on_exit)
 
-    def __enter__(self) -> LoneChannel:
+    def __enter__(self) -> SingleProcessChannel:
         self._termination.install()
         return self
 

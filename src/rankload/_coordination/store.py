@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rankload._coordination.polling import silence_limit_seconds
-from rankload._platform.daemon_threads import BoundedCalls
+from rankload._platform.daemon_threads import DeadlineThread
 from rankload._settings import Settings
 from rankload.errors import StoreLostError
 
@@ -58,7 +58,7 @@ class RankStore:
     dies_with_rank_0: bool
     patience_seconds: float
     is_temporary: bool = False
-    _calls: BoundedCalls = field(default_factory=BoundedCalls)
+    _calls: DeadlineThread = field(default_factory=DeadlineThread)
 
     @property
     def host(self) -> str | None:
@@ -109,7 +109,7 @@ class RankStore:
         _sever(getattr(_without_prefixes(self.store), "port", None), self._calls)
 
 
-def _sever(port: int | None, calls: BoundedCalls) -> None:
+def _sever(port: int | None, calls: DeadlineThread) -> None:
     """End a call that a server has not answered, by shutting down this process's connections to its port.
 
     For the end of the process: should the server answer while the interpreter is torn down, the thread that waits
@@ -190,7 +190,7 @@ def connect(
     """
     from torch._C._distributed_c10d import TCPStore
 
-    place, calls = f"{host}:{port}", BoundedCalls()
+    place, calls = f"{host}:{port}", DeadlineThread()
     look_at, pause_seconds = time.monotonic() + _LOOK_AFTER_SECONDS, _LOOK_AFTER_SECONDS
 
     def connect_as_usual() -> Store:

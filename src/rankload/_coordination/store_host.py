@@ -12,7 +12,7 @@ from typing import Any
 
 from rankload._coordination.polling import silence_limit_seconds
 from rankload._coordination.store import RankStore, connect
-from rankload._platform.daemon_threads import BoundedCalls
+from rankload._platform.daemon_threads import DeadlineThread
 from rankload._settings import Settings
 from rankload.errors import CoordinationError
 
@@ -33,7 +33,7 @@ def host_store(host: str, port: int, settings: Settings) -> RankStore:
     """
     from torch._C._distributed_c10d import TCPStore
 
-    calls, timeout = BoundedCalls(), timedelta(seconds=settings.connect_seconds)
+    calls, timeout = DeadlineThread(), timedelta(seconds=settings.connect_seconds)
     is_taken = False
 
     def make_store() -> TCPStore:
@@ -67,17 +67,17 @@ def host_store(host: str, port: int, settings: Settings) -> RankStore:
     return RankStore(store, f"{host}:{store.port}", True, silence_limit_seconds(settings), _calls=calls)
 
 
-def host_neighbour(meeting_point: RankStore, settings: Settings) -> tuple[RankStore, int]:
+def host_neighbour(rendezvous: RankStore, settings: Settings) -> tuple[RankStore, int]:
     """Host another store on this host; return it and its port."""
-    place: Any = meeting_point.store
+    place: Any = rendezvous.store
     store = host_store(place.host, 0, settings)
     hosted: Any = store.store
     return store, hosted.port
 
 
-def neighbour(meeting_point: RankStore, port: int, settings: Settings) -> RankStore:
+def neighbour(rendezvous: RankStore, port: int, settings: Settings) -> RankStore:
     """Open a client to what `host_neighbour` hosts on rank 0."""
-    place: Any = meeting_point.store
+    place: Any = rendezvous.store
     limit_seconds = silence_limit_seconds(settings)
     return connect(place.host, port, settings, dies_with_rank_0=True, limit_seconds=limit_seconds)
 

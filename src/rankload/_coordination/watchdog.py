@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from rankload._coordination.heartbeat import Watch
+from rankload._coordination.heartbeat import PeerMonitor
 from rankload._coordination.polling import is_on_own_node, is_voice_of_node, silence_limit_seconds
-from rankload._platform.clock import AwakeTime
+from rankload._platform.clock import SuspendAwareTimer
 from rankload._settings import Settings
 from rankload._types import Identity
 from rankload.errors import ArrivalTimeoutError
@@ -18,7 +18,7 @@ _LOOKS_PER_SECOND = 500
 _LOOKS_PER_SECOND_AT_WORK = 200
 
 
-class Vigil:
+class Watchdog:
     """Watches over other ranks during one wait, and logs it once per ``report_seconds``.
 
     The node's voice logs at WARNING, the other ranks at DEBUG.
@@ -38,13 +38,13 @@ class Vigil:
     """
 
     def __init__(
-        self, watches: list[Watch], settings: Settings, identity: Identity, *, while_working: bool = False
+        self, watches: list[PeerMonitor], settings: Settings, identity: Identity, *, while_working: bool = False
     ) -> None:
         self._watches, self._identity, self._settings, self._is_working = watches, identity, settings, while_working
         looks_per_second = _LOOKS_PER_SECOND_AT_WORK if while_working else _LOOKS_PER_SECOND
         self._interval_seconds = max(min(settings.heartbeat_seconds, 0.5), len(watches) / looks_per_second)
         # more than that between two looks, and this process was stopped or starved: others may have been as well
-        self._watched = AwakeTime(max(2 * self._interval_seconds, silence_limit_seconds(settings) / 4))
+        self._watched = SuspendAwareTimer(max(2 * self._interval_seconds, silence_limit_seconds(settings) / 4))
         self._reported_at = 0.0
         self._bytes_reported = 0
 
@@ -57,7 +57,7 @@ class Vigil:
 
         Raises:
             ArrivalTimeoutError: some have shown no sign in this call for ``arrival_seconds``.
-            RankLostError, ProgressTimeoutError: see `Watch.look`.
+            RankLostError, ProgressTimeoutError: see `PeerMonitor.look`.
         """
         elapsed = self._watched.count()
         for watch in self._watches:

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
-from rankload._fetch.origins.base import Origin, Version
+from rankload._fetch.origins.origin import Origin, Version
 from rankload._fetch.transfer.retry import Retries, pause
-from rankload._platform.daemon_threads import BoundedCalls
+from rankload._platform.daemon_threads import DeadlineThread
 from rankload._settings import Settings
 from rankload._types import Progress, Report
 from rankload.errors import FetchError, FetchTimeoutError, TruncatedError
 
 #: What must have come once `progress_seconds` have passed, and in every second after that: see `ReadDeadline`.
 _SMALL_BYTES = 64 << 10
-_LEAST_BYTES_PER_SECOND = 4 << 10
+_MIN_BYTES_PER_SECOND = 4 << 10
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ def read_bounded(
         FetchError: the origin does not give the bytes.
         RankloadError: whatever ``report`` raises.
     """
-    deadline, retries, attempt = ReadDeadline(origin.shown, settings.progress_seconds), Retries(settings), 0
+    deadline, retries, attempt = ReadDeadline(origin.display_name, settings.progress_seconds), Retries(settings), 0
     while True:
         attempt += 1
-        reading = _Reading(origin, begin, end, version, unless, most_bytes)
-        outcome = _await(reading, deadline, report, attempt)
+        pending_read = _PendingRead(origin, begin, end, version, unless, most_bytes)
+        outcome = _await(pending_read, deadline, report, attempt)
         if isinstance(outcome, Answer):
             return outcome
         pause(retries.pause_after(outcome), report, attempt)
@@ -87,13 +87,13 @@ class ReadDeadline:
       and one of gigabytes may take days over a slow link.
 
     Args:
-        shown: the URL for messages.
+        display_name: the URL for messages.
         progress_seconds: see above.
         clock: monotonic, in seconds.
     """
 
-    def __init__(self, shown: str, progress_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._shown, self._limit_seconds, self._clock = shown, progress_seconds, clock
+    def __init__(self, display_name: str, progress_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._display_name, self._limit_seconds, self._clock = display_name, progress_seconds, clock
         self._seconds = self._silent_seconds = 0.0
         self._bytes = self._bytes_of_try = 0
         self._checked_at = clock()
@@ -117,14 +117,14 @@ class ReadDeadline:
         advice = "raise timeout= or RANKLOAD_PROGRESS_SECONDS, or pass a mirror"
         if self._silent_seconds > self._limit_seconds:
             text = f"not a byte came within the deadline of {self._limit_seconds:g} s; {advice}"
-            raise FetchTimeoutError(f"{self._shown}: {text}", url=self._shown)
+            raise FetchTimeoutError(f"{self._display_name}: {text}", url=self._display_name)
         seconds_over = self._seconds - self._limit_seconds
-        if seconds_over > 0 and self._bytes < _SMALL_BYTES + seconds_over * _LEAST_BYTES_PER_SECOND:
+        if seconds_over > 0 and self._bytes < _SMALL_BYTES + seconds_over * _MIN_BYTES_PER_SECOND:
             text = f"only {self._bytes} bytes came in {self._seconds:.1f} s: too slow to wait for; {advice}"
-            raise FetchTimeoutError(f"{self._shown}: {text}", url=self._shown, is_too_slow=True)
+            raise FetchTimeoutError(f"{self._display_name}: {text}", url=self._display_name, is_too_slow=True)
 
 
-class _Reading:
+class _PendingRead:
     """One try, on a thread of its own."""
 
     def __init__(
@@ -158,12 +158,14 @@ class _Reading:
                 pieces.append(piece)
                 self.received_bytes += len(piece)
         if promised is not None and self.received_bytes < wanted:
-            shown, got = self._origin.shown, self.received_bytes
-            raise TruncatedError(f"{shown}: {got} of {wanted} bytes came", url=shown, expected=wanted, got=got)
+            display_name, got = self._origin.display_name, self.received_bytes
+            raise TruncatedError(
+                f"{display_name}: {got} of {wanted} bytes came", url=display_name, expected=wanted, got=got
+            )
         return Answer(b"".join(pieces)[:wanted], body.version, body.is_whole)
 
 
-def _await(reading: _Reading, deadline: ReadDeadline, report: Report, attempt: int) -> Answer | FetchError:
+def _await(pending_read: _PendingRead, deadline: ReadDeadline, report: Report, attempt: int) -> Answer | FetchError:
     """Run a try to its end.
 
     Raises:
@@ -171,17 +173,19 @@ def _await(reading: _Reading, deadline: ReadDeadline, report: Report, attempt: i
         RankloadError: whatever ``report`` raises.
     """
 
-    def look() -> None:
-        report(Progress("connecting", reading.received_bytes, None, attempt))
-        deadline.check(reading.received_bytes)
+    def check_cancelled() -> None:
+        report(Progress("connecting", pending_read.received_bytes, None, attempt))
+        deadline.check(pending_read.received_bytes)
 
     report(Progress("connecting", 0, None, attempt))
     deadline.start_try()
-    with closing(BoundedCalls("rankload-read")) as calls:
+    with closing(DeadlineThread("rankload-read")) as calls:
         try:
-            outcome = calls.call(reading.run, on_wait=look)
+            outcome = calls.call(pending_read.run, on_wait=check_cancelled)
         finally:
-            reading.is_abandoned = True
+            pending_read.is_abandoned = True
     if not isinstance(outcome, Answer):
-        deadline.check(reading.received_bytes)  # the socket's own timeout may be as long: not worth another try then
+        deadline.check(
+            pending_read.received_bytes
+        )  # the socket's own timeout may be as long: not worth another try then
     return outcome

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankload._fetch.origins.base import Claim
+from rankload._fetch.origins.origin import Claim
 from rankload._types import FetchRequest
 from rankload.errors import DigestMismatchError
 

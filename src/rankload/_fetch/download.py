@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from rankload._cache.entry import Entry
-from rankload._cache.files import reading, writing
+from rankload._cache.files import wrap_read_errors, wrap_write_errors
+from rankload._cache.layout import Entry
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, write_record
 from rankload._cache.renewal import begin_renewal
@@ -62,7 +62,7 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
             if not may_be_published(entry, request):  # something has come there since the look
                 raise SupersededError(str(entry.path))
             if request.is_renewal:
-                with writing(entry.record_path):
+                with wrap_write_errors(entry.record_path):
                     begin_renewal(entry)
             # Before the file: whoever sees the file must find out whose it is, or would adopt it as its own.
             record = _record(received, status, birth, vouched_by, replaced)
@@ -84,14 +84,18 @@ def verify(received: Received, partial: Partial, request: FetchRequest) -> str |
     Raises:
         VerificationError: it is not what it should be.
     """
-    shown = redact(received.url)
+    display_name = redact(received.url)
     if request.must_be_checkpoint or received.version.content_type != "text/html":
-        with reading(partial.path):
-            check_structure(partial.path, must_be_checkpoint=request.must_be_checkpoint, origin=shown)
-            check_index(partial.path, request, shown)
-    vouched_by = check_digest(received.sha256, claims_of(request, received.version.claim), shown)
+        with wrap_read_errors(partial.path):
+            check_structure(partial.path, must_be_checkpoint=request.must_be_checkpoint, origin=display_name)
+            check_index(partial.path, request, display_name)
+    vouched_by = check_digest(received.sha256, claims_of(request, received.version.claim), display_name)
     _logger.info(
-        "%s: %d bytes, SHA-256 %s (%s)", shown, received.size_bytes, received.sha256, vouched_by or "nobody vouches"
+        "%s: %d bytes, SHA-256 %s (%s)",
+        display_name,
+        received.size_bytes,
+        received.sha256,
+        vouched_by or "nobody vouches",
     )
     return vouched_by
 
@@ -105,7 +109,7 @@ def _write_record(path: Path, record: Record, report: Report, settings: Settings
     deadline, delay = time.monotonic() + settings.visibility_seconds, 0.01
     while True:
         try:
-            with writing(path):
+            with wrap_write_errors(path):
                 write_record(path, record)
             return
         except MissingFileError:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from rankload._cache.entry import fitting
-from rankload._cache.files import reading
+from rankload._cache.files import wrap_read_errors
+from rankload._cache.layout import fitting
 from rankload._formats.broken import BrokenFileError
 from rankload._formats.sharded import has_weight_map, is_plain_name, part_names
 from rankload._formats.source import LocalSource, open_regular
@@ -49,13 +49,13 @@ def name_without_folder(name: str) -> str:
     return str(path.parent.parent / path.name)
 
 
-def check_index(path: Path, request: FetchRequest, shown: str) -> None:
+def check_index(path: Path, request: FetchRequest, display_name: str) -> None:
     """Check a file that an origin has sent, if it is an index: where it lies, and what it calls its parts.
 
     Args:
         path: the file; one that is no index passes.
         request: what it was fetched by.
-        shown: where it is, for messages.
+        display_name: where it is, for messages.
 
     Raises:
         NotACheckpointError: an origin would choose which files beside it are read or written.
@@ -67,14 +67,14 @@ def check_index(path: Path, request: FetchRequest, shown: str) -> None:
         if not request.must_be_checkpoint:
             return  # a file like any other: nobody looks for its parts
         raise NotACheckpointError(
-            f"{shown}: the index of a checkpoint in several files, under a name that does not say so: refused; if it "
-            "is meant, pass file_name='….index.json', so that its parts get a folder of their own",
+            f"{display_name}: the index of a checkpoint in several files, under a name that does not say so: refused; "
+            "if it is meant, pass file_name='….index.json', so that its parts get a folder of their own",
             path=str(path),
         )
     if strange := [name for name in names if not is_plain_name(name)]:
         raise NotACheckpointError(
-            f"{shown}: index of a checkpoint with a part called {strange[0][:80]!r}: refused; expected file names of "
-            "letters, digits and _.+=- that lie beside the index",
+            f"{display_name}: index of a checkpoint with a part called {strange[0][:80]!r}: refused; expected file "
+            "names of letters, digits and _.+=- that lie beside the index",
             path=str(path),
         )
     # on some filesystems these are one file (names are ASCII by now)
@@ -82,8 +82,8 @@ def check_index(path: Path, request: FetchRequest, shown: str) -> None:
     for name in names:
         if name.lower() in seen:
             raise NotACheckpointError(
-                f"{shown}: index of a checkpoint with a part called {name!r}: refused; another of its files has this "
-                "name, but for upper and lower case",
+                f"{display_name}: index of a checkpoint with a part called {name!r}: refused; another of its files has "
+                "this name, but for upper and lower case",
                 path=str(path),
             )
         seen.add(name.lower())
@@ -139,7 +139,7 @@ def files_of(file: FetchedFile) -> list[tuple[Path, int]]:
 
 def _part_names(path: Path) -> list[str] | None:
     """Return the names of an index' parts; None for a file that is no index."""
-    with reading(path), open_regular(path) as file:
+    with wrap_read_errors(path), open_regular(path) as file:
         source = LocalSource(file.fileno())
         try:
             return part_names(source) if has_weight_map(source) else None

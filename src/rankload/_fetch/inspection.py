@@ -8,8 +8,8 @@ from pathlib import Path
 from stat import S_ISLNK, S_ISREG
 
 from rankload._cache.access import check_own_directory, is_trusted, may_rename
-from rankload._cache.entry import Entry
-from rankload._cache.files import reading, reopening
+from rankload._cache.files import retry_if_stale, wrap_read_errors
+from rankload._cache.layout import Entry
 from rankload._cache.record import FoundRecord, Record, find_record
 from rankload._fetch.policy import Cached
 from rankload._platform.linux import birth_ns
@@ -24,18 +24,18 @@ def inspect(entry: Entry, request: FetchRequest) -> Cached:
         CacheError: something else lies in the place of the file or of a directory, or it cannot be looked at.
     """
     for directory in (*entry.directories, entry.record_path.parent):
-        with suppress(FileNotFoundError), reading(directory):
+        with suppress(FileNotFoundError), wrap_read_errors(directory):
             check_own_directory(directory)
-    with reading(entry.path):
+    with wrap_read_errors(entry.path):
         found = find_record(entry.record_path)
     record, problem = (found.record, found.problem) if found else (None, "")
-    with reading(entry.path):
+    with wrap_read_errors(entry.path):
         try:
-            link = reopening(entry.path.lstat)
+            link = retry_if_stale(entry.path.lstat)
         except FileNotFoundError:
             return Cached(None, record, problem)
         try:
-            status = reopening(entry.path.stat)
+            status = retry_if_stale(entry.path.stat)
         except FileNotFoundError:
             return Cached(link, None, "it is a symbolic link that leads nowhere")
     is_link = S_ISLNK(link.st_mode)

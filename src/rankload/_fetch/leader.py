@@ -14,11 +14,11 @@ from pathlib import Path
 from stat import S_ISREG
 
 from rankload._cache.directory import make_directory
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 from rankload._cache.renewal import end_renewal, is_partly_renewed
 from rankload._fetch.index_files import with_parts
 from rankload._fetch.lookup import (
-    Look,
+    CacheLookup,
     adopt,
     look_up,
     make_directories,
@@ -37,7 +37,7 @@ _logger = logging.getLogger("rankload")
 _LEASES_UNTIL_ABANDONED = 10
 
 #: So often a download may lose its file or its name to somebody else. It is seldom once: a process that was frozen.
-_MOST_SUPERSEDED = 4
+_MAX_SUPERSEDED = 4
 
 
 def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedFile:
@@ -80,32 +80,32 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
     make_directories(entry)
     superseded = 0
     while True:
-        look = look_up(entry, request, report)
-        entry = look.entry
-        if look.file is not None and not look.is_unvouched:
-            if not _is_outdated(look, request, report, settings):
+        lookup = look_up(entry, request, report)
+        entry = lookup.entry
+        if lookup.file is not None and not lookup.is_unvouched:
+            if not _is_outdated(lookup, request, report, settings):
                 _tidy_up(entry, settings)
-                return look.file
-            if not look.is_replaceable:
-                entry = reject(look, "its origin has another file now", request)
+                return lookup.file
+            if not lookup.is_replaceable:
+                entry = reject(lookup, "its origin has another file now", request)
                 continue
             _logger.info("%s: its origin has another file now; fetching that", entry.path)
             request = replace(request, is_renewal=request.is_index or request.is_part)
-        elif look.file is not None:
+        elif lookup.file is not None:
             from rankload._fetch.unvouched import ask_origin
 
-            opinion = ask_origin(look.file, request, report, settings)
+            opinion = ask_origin(lookup.file, request, report, settings)
             if opinion.agrees is False:
-                entry = reject(look, opinion.reason, request)
+                entry = reject(lookup, opinion.reason, request)
                 continue
             if opinion.agrees:
-                adopt(look, request, etag=opinion.etag, sha256=opinion.sha256, vouched_by=opinion.vouched_by)
+                adopt(lookup, request, etag=opinion.etag, sha256=opinion.sha256, vouched_by=opinion.vouched_by)
             else:
                 text = "%s: nobody vouches that this is the file at %s: there is no record, and no digest (%s)"
                 _logger.warning(text, entry.path, redact(request.urls[0]), opinion.reason)
-            return replace(look.file, sha256=opinion.sha256)
+            return replace(lookup.file, sha256=opinion.sha256)
         if request.offline:
-            raise offline_error(entry, request, look.reason if look.version else "")
+            raise offline_error(entry, request, lookup.reason if lookup.version else "")
         # Before there is anything to see of it on disk: a leader that is killed now is known to have made the call.
         report(Progress("connecting"))
         from rankload._fetch import miss
@@ -114,11 +114,11 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
             request = miss.with_sidecar(request, report, settings)
         else:
             try:
-                if (file := miss.download_under_lease(look, request, report, settings)) is not None:
+                if (file := miss.download_under_lease(lookup, request, report, settings)) is not None:
                     return file
             except miss.SupersededError:
                 superseded += 1
-                if superseded > _MOST_SUPERSEDED:
+                if superseded > _MAX_SUPERSEDED:
                     raise _disturbed(entry, superseded) from None
 
 
@@ -130,7 +130,7 @@ def _disturbed(entry: Entry, times: int) -> CacheError:
     )
 
 
-def _is_outdated(look: Look, request: FetchRequest, report: Report, settings: Settings) -> bool:
+def _is_outdated(lookup: CacheLookup, request: FetchRequest, report: Report, settings: Settings) -> bool:
     """Return whether the caller wants the origin's present file, and the cached one is another.
 
     Of a checkpoint in several files that was renewed in part, everybody wants the present ones.
@@ -138,14 +138,14 @@ def _is_outdated(look: Look, request: FetchRequest, report: Report, settings: Se
     Raises:
         OfflineError: it was, and the origin may not be asked.
     """
-    is_mixed = (request.is_index or request.is_part) and is_partly_renewed(look.entry)
+    is_mixed = (request.is_index or request.is_part) and is_partly_renewed(lookup.entry)
     if is_mixed and request.offline:
-        raise offline_error(look.entry, request, "only some files of this checkpoint have been renewed")
-    if not (request.refresh or is_mixed) or request.offline or request.sha256 is not None or look.record is None:
+        raise offline_error(lookup.entry, request, "only some files of this checkpoint have been renewed")
+    if not (request.refresh or is_mixed) or request.offline or request.sha256 is not None or lookup.record is None:
         return False
     from rankload._fetch.refresh import is_current
 
-    return not is_current(look.record, request, report, settings)
+    return not is_current(lookup.record, request, report, settings)
 
 
 def _tidy_up(entry: Entry, settings: Settings) -> None:

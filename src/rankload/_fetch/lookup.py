@@ -11,20 +11,20 @@ from pathlib import Path
 from stat import S_ISREG
 
 from rankload._cache.access import make_own_directory
-from rankload._cache.entry import Entry
-from rankload._cache.files import check_has_scheme, reading, reopening, writing
+from rankload._cache.files import check_has_scheme, retry_if_stale, wrap_read_errors, wrap_write_errors
+from rankload._cache.layout import Entry
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, is_on_record, write_record
 from rankload._fetch.digests import check_digest, claims_of
 from rankload._fetch.file_digest import sha256_of_file
 from rankload._fetch.index_files import check_index
 from rankload._fetch.inspection import believed_digest, inspect, is_published
-from rankload._fetch.origins.base import Claim
-from rankload._fetch.policy import Action, Cached, Plan, after_check, decide, known_digest, may_publish
+from rankload._fetch.origins.origin import Claim
+from rankload._fetch.policy import Action, Cached, Decision, after_check, decide, known_digest, may_publish
 from rankload._formats.hints import hint_on_directory
 from rankload._formats.sniff import check_structure
 from rankload._platform.linux import birth_ns, rename_if_absent
-from rankload._types import FetchedFile, FetchRequest, Progress, Report, Source
+from rankload._types import FetchedFile, FetchRequest, Progress, Provenance, Report
 from rankload._urls import redact, url_key
 from rankload.errors import CacheError, DigestMismatchError, RankloadError, VerificationError
 
@@ -34,7 +34,7 @@ FileVersion = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Look:
+class CacheLookup:
     """What a look into the cache has found.
 
     Attributes:
@@ -58,7 +58,7 @@ class Look:
     is_replaceable: bool = False
 
 
-def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
+def look_up(entry: Entry, request: FetchRequest, report: Report) -> CacheLookup:
     """Find the entry that is the request's, and whether its file can be used. Changes nothing but records.
 
     Raises:
@@ -81,7 +81,7 @@ def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
         return look_up(_separate(entry, plan.reason, request), request, report)
     damage = plan.reason if plan.action is Action.REPLACE else None
     is_unvouched = file is not None and cached.record is None and file.sha256 is None
-    return Look(
+    return CacheLookup(
         entry,
         _version_of(cached.status),
         file,
@@ -93,36 +93,38 @@ def look_up(entry: Entry, request: FetchRequest, report: Report) -> Look:
     )
 
 
-def adopt(look: Look, request: FetchRequest, *, etag: str | None, sha256: str | None, vouched_by: str | None) -> None:
+def adopt(
+    lookup: CacheLookup, request: FetchRequest, *, etag: str | None, sha256: str | None, vouched_by: str | None
+) -> None:
     """Record that an unvouched file is the URL's, as its origin says; not in a read-only cache."""
     with suppress(OSError):
-        status = look.entry.path.stat()
-        if _version_of(status) == look.version:
+        status = lookup.entry.path.stat()
+        if _version_of(status) == lookup.version:
             facts = (status.st_size, status.st_mtime_ns, status.st_ino, etag, sha256, vouched_by)
             record = Record(redact(request.urls[0]), url_key(request.urls[0]), *facts, "adopted")
-            write_record(look.entry.record_path, record)
+            write_record(lookup.entry.record_path, record)
 
 
-def reject(look: Look, reason: str, request: FetchRequest) -> Entry:
+def reject(lookup: CacheLookup, reason: str, request: FetchRequest) -> Entry:
     """Leave alone a file that is not the URL's, or not any more, and return the entry that is.
 
     Raises:
         CacheError: there is none.
     """
-    if look.record is not None and look.record.source == "adopted":
+    if lookup.record is not None and lookup.record.source == "adopted":
         with suppress(OSError):
-            look.entry.record_path.unlink()  # it would be believed again
-    return _separate(look.entry, reason, request)
+            lookup.entry.record_path.unlink()  # it would be believed again
+    return _separate(lookup.entry, reason, request)
 
 
-def _unless_anothers(plan: Plan, entry: Entry, cached: Cached, request: FetchRequest) -> Plan:
+def _unless_anothers(plan: Decision, entry: Entry, cached: Cached, request: FetchRequest) -> Decision:
     """Return the plan to check a file without a record, unless it is certain that it is not this URL's."""
     assert cached.status is not None
     if os.path.lexists(entry.separate(request.urls[0]).path):
-        return Plan(Action.SEPARATE, "nobody vouches for it, and there is a file that rankload has fetched")
+        return Decision(Action.SEPARATE, "nobody vouches for it, and there is a file that rankload has fetched")
     # the origin would only be asked for a piece of it
     if request.sha256 is None and is_on_record(entry.record_path.parent, cached.status):
-        return Plan(Action.SEPARATE, "it is the file of another name, which is the same one on this filesystem")
+        return Decision(Action.SEPARATE, "it is the file of another name, which is the same one on this filesystem")
     return plan
 
 
@@ -132,14 +134,15 @@ def _separate(entry: Entry, reason: str, request: FetchRequest) -> Entry:
     Raises:
         CacheError: it is this one already.
     """
-    shown = redact(request.urls[0])
+    display_name = redact(request.urls[0])
     if entry.is_separate:
         raise CacheError(
-            f"{entry.path} cannot be used for {shown}: {reason}; remove it, or choose another directory (model_dir=)",
+            f"{entry.path} cannot be used for {display_name}: {reason}; remove it, or choose another directory "
+            "(model_dir=)",
             path=str(entry.path),
         )
     separate = entry.separate(request.urls[0])
-    _logger.warning("%s: %s; keeping %s at %s", entry.path, reason, shown, separate.path)
+    _logger.warning("%s: %s; keeping %s at %s", entry.path, reason, display_name, separate.path)
     make_directories(separate)
     return separate
 
@@ -152,8 +155,8 @@ def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFi
         CacheError: it cannot be read.
     """
     check_has_scheme(request.urls[0], path)
-    with reading(path):
-        return reopening(lambda: _in_place(path, request, report))
+    with wrap_read_errors(path):
+        return retry_if_stale(lambda: _in_place(path, request, report))
 
 
 def file_version(entry: Entry) -> FileVersion | None:
@@ -169,22 +172,22 @@ def may_be_published(entry: Entry, request: FetchRequest) -> bool:
     return may_publish(request, inspect(entry, request))
 
 
-def set_damaged_file_aside(look: Look) -> None:
+def set_damaged_file_aside(lookup: CacheLookup) -> None:
     """Set the file aside that a look has found damaged.
 
     Only under the lease and while it is still that file, or the good one that another job has published would go.
     """
 
     def move_to(path: Path) -> None:
-        look.entry.path.replace(path)
-        if _version_of(path.lstat()) != look.version:  # another has taken its name: a user's own, perhaps
-            rename_if_absent(path, look.entry.path)
+        lookup.entry.path.replace(path)
+        if _version_of(path.lstat()) != lookup.version:  # another has taken its name: a user's own, perhaps
+            rename_if_absent(path, lookup.entry.path)
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
-    if look.damage is not None:
-        path = quarantine(look.entry, look.damage, move_to)
+    if lookup.damage is not None:
+        path = quarantine(lookup.entry, lookup.damage, move_to)
         kept = f" (kept at {path})" if path else ""
-        _logger.warning("%s: %s%s; fetching it again", look.entry.path, look.damage, kept)
+        _logger.warning("%s: %s%s; fetching it again", lookup.entry.path, lookup.damage, kept)
 
 
 def make_directories(entry: Entry) -> None:
@@ -194,7 +197,7 @@ def make_directories(entry: Entry) -> None:
         CacheError: one of them cannot be made, or is not one of rankload's own (`check_own_directory`).
     """
     for directory in entry.directories:
-        with writing(directory):
+        with wrap_write_errors(directory):
             make_own_directory(directory)
     try:
         # Before anybody looks it up: another node would remember for a minute that it is not there (nfs(5), acdirmax).
@@ -221,7 +224,7 @@ def _version_of(status: os.stat_result | None) -> FileVersion | None:
     return None if status is None else (status.st_ino, status.st_mtime_ns)
 
 
-def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) -> tuple[Plan, FetchedFile | None]:
+def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) -> tuple[Decision, FetchedFile | None]:
     """Check a file for which no record vouches, and adopt it if it passes.
 
     Returns:
@@ -230,7 +233,7 @@ def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) 
     assert cached.status is not None
     status, record = cached.status, cached.record
     try:
-        sha256, vouched_by = reopening(lambda: _judge(entry.path, cached, request, report))
+        sha256, vouched_by = retry_if_stale(lambda: _judge(entry.path, cached, request, report))
     except _UnexpectedError as error:  # whole, but not what is asked for now: it stays until that is there
         return after_check(cached, is_damaged=False, reason=error.message), None
     except VerificationError as error:
@@ -255,9 +258,9 @@ def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) 
         if record is None or (adopted != record and cached.is_trusted):
             with suppress(OSError):  # a read-only cache: the next call looks again
                 write_record(entry.record_path, adopted)
-    source: Source = "cache" if record else "adopted"
+    source: Provenance = "cache" if record else "adopted"
     file = FetchedFile(entry.path, status.st_size, sha256, source, is_published=is_published(cached))
-    return Plan(Action.USE, "it has passed its check"), file
+    return Decision(Action.USE, "it has passed its check"), file
 
 
 def _judge(path: Path, cached: Cached, request: FetchRequest, report: Report) -> tuple[str | None, str | None]:

@@ -8,17 +8,17 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rankload._fetch.origins.base import Origin, Version
 from rankload._fetch.origins.credentials import headers_of
+from rankload._fetch.origins.origin import Origin, Version
 from rankload._fetch.origins.registry import origin_for
 from rankload._fetch.partials.partial import Partial
 from rankload._fetch.progress import Show, open_progress
-from rankload._fetch.transfer.engine import Transfer
+from rankload._fetch.transfer.engine import TransferRunner
 from rankload._fetch.transfer.failure_policy import Restart
-from rankload._fetch.transfer.hasher import Front
+from rankload._fetch.transfer.hasher import OrderedHasher
 from rankload._fetch.transfer.retry import Retries, pause
 from rankload._fetch.transfer.size_limit import SizeLimit, exceeds_limit
-from rankload._fetch.transfer.state import Work
+from rankload._fetch.transfer.state import TransferState
 from rankload._settings import Settings
 from rankload._types import FetchRequest, Progress, Report
 from rankload._urls import redact, url_key
@@ -102,56 +102,60 @@ class Receiver:
         raise AssertionError("there is at least one URL")
 
     def _receive_from(self, origin: Origin, show: Show) -> Received:
-        _logger.info('Downloading: "%s" to %s', origin.shown, self._partial.path)
+        _logger.info('Downloading: "%s" to %s', origin.display_name, self._partial.path)
         key = self._partial.url_key = url_key(origin.url)
         known, is_whole = self._known_at(key), self._is_whole
         retries, restarts = Retries(self._settings), 0
         while True:
             self._attempt += 1
-            front = self._front()
-            work = Work(
-                origin, self._partial, front, known,
+            hasher = self._hasher()
+            state = TransferState(
+                origin, self._partial, hasher, known,
                 is_whole=is_whole, has_digest=self._has_digest, retries=retries, settings=self._settings,
                 size_limit=SizeLimit(self._request.max_bytes, self._request.downloaded_bytes),
             )  # fmt: skip
             try:
-                front.start()
-                Transfer(work, self._checked_report, show, self._attempt).run()
-                self._check_length(key, work)
-                return self._received(origin, work, front)
+                hasher.start()
+                TransferRunner(state, self._checked_report, show, self._attempt).run()
+                self._check_length(key, state)
+                return self._received(origin, state, hasher)
             except Restart as restart:
                 restarts += not restart.pause_seconds  # what has a pause is counted as a failure already
                 if restarts > _MAX_RESTARTS:
                     raise (restart.error or AssertionError("a restart without end")) from None
-                _logger.info("%s: starting over: %s", origin.shown, restart.error or "ranges cannot be relied on there")
+                _logger.info(
+                    "%s: starting over: %s", origin.display_name, restart.error or "ranges cannot be relied on there"
+                )
                 is_whole = is_whole or restart.is_whole or restarts >= _MAX_RESTARTS // 2
                 known = self._there = None
-                if work.version is not None and work.version.size_bytes is not None:
-                    self._lengths[_identity(key, work.version)][work.version.size_bytes] += 1
-                front.abort()
+                if state.version is not None and state.version.size_bytes is not None:
+                    self._lengths[_identity(key, state.version)][state.version.size_bytes] += 1
+                hasher.abort()
                 self._partial.clear()
                 pause(restart.pause_seconds, self._checked_report, self._attempt)
             except FetchError:
-                if work.is_whole:
+                if state.is_whole:
                     self._there = None
-                elif work.version is not None:
-                    self._there = (key, work.version)
+                elif state.version is not None:
+                    self._there = (key, state.version)
                 raise
             finally:
-                front.abort()
+                hasher.abort()
 
-    def _check_length(self, key: str, work: Work) -> None:
+    def _check_length(self, key: str, state: TransferState) -> None:
         """Start over if this origin has told another length of the same version more often: so did a proxy that cut it.
 
         Where there is a digest, that tells.
         """
-        assert work.version is not None
-        told, lengths = work.version.size_bytes, self._lengths[_identity(key, work.version)]
+        assert state.version is not None
+        told, lengths = state.version.size_bytes, self._lengths[_identity(key, state.version)]
         others = [size_bytes for size_bytes in lengths if lengths[size_bytes] > lengths[told]]
-        if others and not (self._has_digest or work.version.claim):
-            shown = work.origin.shown
-            text = f"{shown}: it is {told} bytes long by one answer and {others[0]} by another, of the same version"
-            raise Restart(TruncatedError(text, url=shown, expected=others[0], got=told), is_whole=False)
+        if others and not (self._has_digest or state.version.claim):
+            display_name = state.origin.display_name
+            text = (
+                f"{display_name}: it is {told} bytes long by one answer and {others[0]} by another, of the same version"
+            )
+            raise Restart(TruncatedError(text, url=display_name, expected=others[0], got=told), is_whole=False)
 
     def _known_at(self, key: str) -> Version | None:
         """Say of what version the bytes are that are there, in terms of the origin that is asked next."""
@@ -170,22 +174,22 @@ class Receiver:
         self._partial.clear()
         return None
 
-    def _front(self) -> Front:
+    def _hasher(self) -> OrderedHasher:
         self._partial.take_writers_back()  # streams of an earlier go may have been left behind
-        front = Front(self._partial.descriptor)
+        hasher = OrderedHasher(self._partial.descriptor)
         for begin, end in self._partial.spans:
-            front.adopt(begin, end)
-        return front
+            hasher.adopt(begin, end)
+        return hasher
 
-    def _received(self, origin: Origin, work: Work, front: Front) -> Received:
-        assert work.version is not None
-        size_bytes = front.done_bytes
+    def _received(self, origin: Origin, state: TransferState, hasher: OrderedHasher) -> Received:
+        assert state.version is not None
+        size_bytes = hasher.done_bytes
 
         def on_bytes(done_bytes: int) -> None:
             self._checked_report(Progress("hashing", done_bytes, size_bytes, self._attempt))
 
-        sha256 = front.finish(on_bytes, self._settings.progress_seconds)
-        return Received(origin.url, work.version, size_bytes, sha256, work.is_whole)
+        sha256 = hasher.finish(on_bytes, self._settings.progress_seconds)
+        return Received(origin.url, state.version, size_bytes, sha256, state.is_whole)
 
     def _checked_report(self, progress: Progress) -> None:
         try:

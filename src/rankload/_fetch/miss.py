@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rankload._cache.lease import hold_lease
 from rankload._fetch.download import download
-from rankload._fetch.lookup import Look, file_version, set_damaged_file_aside
+from rankload._fetch.lookup import CacheLookup, file_version, set_damaged_file_aside
 from rankload._fetch.origins.credentials import headers_of
 from rankload._fetch.partials.partial import SupersededError
 from rankload._fetch.partials.resume import progress_of_partials
@@ -21,22 +21,24 @@ _logger = logging.getLogger("rankload")
 __all__ = ["SupersededError", "download_under_lease", "with_sidecar"]
 
 
-def download_under_lease(look: Look, request: FetchRequest, report: Report, settings: Settings) -> FetchedFile | None:
+def download_under_lease(
+    lookup: CacheLookup, request: FetchRequest, report: Report, settings: Settings
+) -> FetchedFile | None:
     """Download, or return None because another job has published since the look.
 
     Raises:
         SupersededError: see `download`.
         RankloadError: it cannot be downloaded.
     """
-    entry = look.entry
+    entry = lookup.entry
 
     def has_changed() -> bool:
         report(Progress("waiting"))
-        return file_version(entry) != look.version
+        return file_version(entry) != lookup.version
 
     with hold_lease(entry.lease_path, settings, progress_mark=lambda: progress_of_partials(entry), on_wait=has_changed):
-        if file_version(entry) == look.version:
-            set_damaged_file_aside(look)
+        if file_version(entry) == lookup.version:
+            set_damaged_file_aside(lookup)
             return download(request, entry, report, settings)
     return None
 

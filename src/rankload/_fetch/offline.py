@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 from rankload._fetch.index_files import name_without_folder
 from rankload._types import FetchRequest
 from rankload._urls import file_name_of, redact

@@ -49,55 +49,57 @@ class Cached:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Decision:
     """An action and the reason for it, fit for a log line."""
 
     action: Action
     reason: str
 
 
-def decide(request: FetchRequest, cached: Cached) -> Plan:
+def decide(request: FetchRequest, cached: Cached) -> Decision:
     """Return what to do about a request."""
     status, record = cached.status, cached.record
     if status is None:
-        return Plan(Action.DOWNLOAD, "not cached")
+        return Decision(Action.DOWNLOAD, "not cached")
     if record is not None and not _is_owner(request, record):  # before all else: nothing may take its place
         if cached.is_of_one_url and cached.is_replaceable:
-            return Plan(Action.DOWNLOAD, f"it came from {printable(record.url)}, which is not one of the mirrors now")
-        return Plan(Action.SEPARATE, f"{printable(record.url)} has the same file name")
+            return Decision(
+                Action.DOWNLOAD, f"it came from {printable(record.url)}, which is not one of the mirrors now"
+            )
+        return Decision(Action.SEPARATE, f"{printable(record.url)} has the same file name")
     if status.st_size == 0:
         return _instead(cached, Action.DOWNLOAD, "the cached file is empty")
     if cached.problem:  # it is somebody's, nobody knows whose; its bytes may be right all the same
         is_known = request.sha256 is not None
-        return Plan(Action.CHECK if is_known else Action.SEPARATE, cached.problem)
+        return Decision(Action.CHECK if is_known else Action.SEPARATE, cached.problem)
     if record is None and request.verify == "sidecar" and request.sha256 is None:
-        return Plan(Action.ASK, "a file without a record, and its sidecar at the origin is to vouch")
+        return Decision(Action.ASK, "a file without a record, and its sidecar at the origin is to vouch")
     if record is None:
-        return Plan(Action.CHECK, "a file without a record, as torch.hub leaves it")
+        return Decision(Action.CHECK, "a file without a record, as torch.hub leaves it")
     if record.size_bytes != status.st_size:
         return _instead(cached, Action.REPLACE, f"the cached file has {status.st_size} bytes, not {record.size_bytes}")
     if request.verify == "sidecar" and request.sha256 is None and record.vouched_by != "sidecar":
-        return Plan(Action.ASK, "it was not yet compared with its sidecar at the origin")
+        return Decision(Action.ASK, "it was not yet compared with its sidecar at the origin")
     if not cached.is_trusted and claims_of(request):
-        return Plan(Action.CHECK, "a digest is expected, and another user has written the file or its record")
+        return Decision(Action.CHECK, "a digest is expected, and another user has written the file or its record")
     if request.verify == "never" and (record.sha256 is None or satisfies(record.sha256, request)):
-        return Plan(Action.USE, "verify='never'")
+        return Decision(Action.USE, "verify='never'")
     if request.verify == "always":
-        return Plan(Action.CHECK, "verify='always'")
+        return Decision(Action.CHECK, "verify='always'")
     if not record.vouches_for(status):
-        return Plan(Action.CHECK, "the cached file was touched or copied since its record was written")
+        return Decision(Action.CHECK, "the cached file was touched or copied since its record was written")
     if request.sha256_source == "sidecar" and record.vouched_by != "sidecar":
-        return Plan(Action.CHECK, "its sidecar vouches for it from now on")
+        return Decision(Action.CHECK, "its sidecar vouches for it from now on")
     if satisfies(record.sha256, request):
-        return Plan(Action.USE, "its record vouches for it")
+        return Decision(Action.USE, "its record vouches for it")
     if record.sha256 is None:
-        return Plan(Action.CHECK, "a digest is expected, and nobody has hashed the cached file yet")
+        return Decision(Action.CHECK, "a digest is expected, and nobody has hashed the cached file yet")
     return _instead(
         cached, Action.DOWNLOAD, f"the cached file has digest {printable(record.sha256[:16])}…, another one is expected"
     )
 
 
-def after_check(cached: Cached, *, is_damaged: bool, reason: str) -> Plan:
+def after_check(cached: Cached, *, is_damaged: bool, reason: str) -> Decision:
     """Return what to do about a file that did not pass its check.
 
     Args:
@@ -122,11 +124,11 @@ def known_digest(request: FetchRequest, cached: Cached) -> str | None:
     return request.sha256 or recorded or request.hash_prefix
 
 
-def _instead(cached: Cached, action: Action, reason: str) -> Plan:
+def _instead(cached: Cached, action: Action, reason: str) -> Decision:
     """Return the action for a file that cannot be used, if it may be replaced; else leave it alone."""
     if cached.is_replaceable:
-        return Plan(action, reason)
-    return Plan(Action.SEPARATE, f"{reason}, and rankload did not put it there")
+        return Decision(action, reason)
+    return Decision(Action.SEPARATE, f"{reason}, and rankload did not put it there")
 
 
 def _is_owner(request: FetchRequest, record: Record) -> bool:

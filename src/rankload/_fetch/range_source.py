@@ -7,17 +7,17 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from rankload._fetch.bounded_read import read_bounded
-from rankload._fetch.origins.base import UnusableRange, Version
 from rankload._fetch.origins.credentials import Headers
+from rankload._fetch.origins.origin import UnusableRange, Version
 from rankload._fetch.origins.registry import origin_for
 from rankload._settings import Settings
 from rankload.errors import FetchError
 
 #: Small reads get so much, and what is not needed now is kept: the next one is often close by.
-_LEAST_BYTES = 32 << 10
+_MIN_BYTES = 32 << 10
 
 #: Of all together. What comes later, tensors, is seldom asked for twice.
-_MOST_KEPT_BYTES = 4 << 20
+_MAX_KEPT_BYTES = 4 << 20
 
 _FETCH_IT = "fetch it with dist_fetch, and open the file"
 
@@ -48,11 +48,13 @@ class RemoteSource:
         self._kept: dict[int, bytes] = {}
         with ExitStack() as unless_asked:
             unless_asked.callback(self.close)
-            self._kept[0] = self._fetch(0, _LEAST_BYTES)
+            self._kept[0] = self._fetch(0, _MIN_BYTES)
             size_bytes = self._version.size_bytes if self._version is not None else None
             if size_bytes is None:
-                shown = self._origin.shown
-                raise FetchError(f"{shown}: the origin does not say how long the file is; {_FETCH_IT}", url=shown)
+                display_name = self._origin.display_name
+                raise FetchError(
+                    f"{display_name}: the origin does not say how long the file is; {_FETCH_IT}", url=display_name
+                )
             self.size_bytes = size_bytes
             unless_asked.pop_all()
 
@@ -70,8 +72,8 @@ class RemoteSource:
         for begin, piece in self._kept.items():
             if begin <= offset and end <= begin + len(piece):
                 return piece[offset - begin : end - begin]
-        piece = self._fetch(offset, min(max(end, offset + _LEAST_BYTES), self.size_bytes))
-        if sum(map(len, self._kept.values())) + len(piece) <= _MOST_KEPT_BYTES:
+        piece = self._fetch(offset, min(max(end, offset + _MIN_BYTES), self.size_bytes))
+        if sum(map(len, self._kept.values())) + len(piece) <= _MAX_KEPT_BYTES:
             self._kept[offset] = piece
         return piece[: end - offset]
 
@@ -86,15 +88,17 @@ class RemoteSource:
         self.close()
 
     def _fetch(self, begin: int, end: int) -> bytes:
-        shown = self._origin.shown
+        display_name = self._origin.display_name
         if self._serves_whole:
-            raise FetchError(f"{shown}: the origin serves the file as a whole only; {_FETCH_IT}", url=shown)
+            raise FetchError(
+                f"{display_name}: the origin serves the file as a whole only; {_FETCH_IT}", url=display_name
+            )
         try:
             answer = read_bounded(
                 self._origin, begin, end, self._version, most_bytes=end - begin, settings=self._settings
             )
         except UnusableRange as error:
-            raise FetchError(f"{error}; {_FETCH_IT}", url=shown) from None
+            raise FetchError(f"{error}; {_FETCH_IT}", url=display_name) from None
         except BaseException:  # a request may still be under way, on a thread that nobody waits for
             self._origin.close()
             self._origin = self._new_origin()

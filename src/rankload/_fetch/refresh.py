@@ -6,8 +6,8 @@ from contextlib import closing
 
 from rankload._cache.record import Record
 from rankload._fetch.bounded_read import read_bounded
-from rankload._fetch.origins.base import Claim, NotModified, UnusableRange, Version
 from rankload._fetch.origins.credentials import headers_of
+from rankload._fetch.origins.origin import Claim, NotModified, UnusableRange, Version
 from rankload._fetch.origins.registry import origin_for
 from rankload._settings import Settings
 from rankload._types import FetchRequest, Report
@@ -35,7 +35,7 @@ def is_current(record: Record, request: FetchRequest, report: Report, settings: 
             except NotModified:
                 return True
             except UnusableRange as error:
-                failure = FetchError(str(error), url=origin.shown)
+                failure = FetchError(str(error), url=origin.display_name)
             except FetchError as error:
                 failure = error
             else:

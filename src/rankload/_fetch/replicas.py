@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rankload._cache.files import reading
+from rankload._cache.files import wrap_read_errors
 from rankload._fetch.file_digest import sha256_of_file
 from rankload._fetch.index_files import digest_of_parts, files_of
 from rankload._fetch.leader import fetch
@@ -87,7 +87,7 @@ def _hashed(file: FetchedFile, report: Report) -> FetchedFile:
 
 
 def _hash(path: Path, size_bytes: int, report: Report) -> str:
-    with reading(path):
+    with wrap_read_errors(path):
         return sha256_of_file(path, lambda done: report(Progress("hashing", done, size_bytes)))
 
 

@@ -8,10 +8,10 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from rankload._cache.files import reading
+from rankload._cache.files import wrap_read_errors
 from rankload._fetch.bounded_read import read_bounded
-from rankload._fetch.origins.base import Claim
 from rankload._fetch.origins.credentials import Headers
+from rankload._fetch.origins.origin import Claim
 from rankload._fetch.origins.registry import origin_for
 from rankload._formats.source import open_regular
 from rankload._settings import Settings
@@ -34,7 +34,7 @@ def fetch_sidecar(url: str, headers: Headers, report: Report, settings: Settings
     sidecar_url = urlunsplit(parts._replace(path=parts.path + ".sha256"))
     with closing(origin_for(sidecar_url, headers, settings)) as origin:
         answer = read_bounded(origin, 0, None, None, most_bytes=_MAX_BYTES, settings=settings, report=report)
-        return _parsed(answer.content, parts.path.rpartition("/")[2], origin.shown)
+        return _parsed(answer.content, parts.path.rpartition("/")[2], origin.display_name)
 
 
 def read_sidecar(path: Path) -> Claim:
@@ -45,16 +45,16 @@ def read_sidecar(path: Path) -> Claim:
         FetchError: it holds no SHA-256, or not exactly one for this file.
     """
     sidecar = path.with_name(f"{path.name}.sha256")
-    with reading(sidecar), open_regular(sidecar) as file:
+    with wrap_read_errors(sidecar), open_regular(sidecar) as file:
         return _parsed(file.read(_MAX_BYTES), path.name, str(sidecar))
 
 
-def _parsed(content: bytes, file_name: str, shown: str) -> Claim:
+def _parsed(content: bytes, file_name: str, display_name: str) -> Claim:
     """Find the file's digest: the line that names it, or the only one."""
     lines = [line for line in content[:_MAX_BYTES].splitlines() if _DIGEST.search(line)]
     named = [line for line in lines if line.split()[-1].lstrip(b"*").rpartition(b"/")[2] == os.fsencode(file_name)]
     digests = {match[0].decode().lower() for line in named or lines if (match := _DIGEST.search(line))}
     if len(digests) != 1:
         what = "holds no SHA-256" if not digests else f"holds several digests, and none for {file_name}"
-        raise FetchError(f"{shown}: verify='sidecar', but it {what}", url=shown)
+        raise FetchError(f"{display_name}: verify='sidecar', but it {what}", url=display_name)
     return Claim(digests.pop(), "sidecar")

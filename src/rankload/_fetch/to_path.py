@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from rankload._cache.entry import Entry
-from rankload._cache.files import reading
+from rankload._cache.files import wrap_read_errors
+from rankload._cache.layout import Entry
 from rankload._coordination.signals import TerminationAsException
 from rankload._fetch.digests import check_digest, claims_of
 from rankload._fetch.download import verify
@@ -80,7 +80,7 @@ def _cleaning_up_on_sigterm() -> Iterator[None]:
 
 def _copy(source: Path, request: FetchRequest, partial: Partial) -> None:
     digest = hashlib.sha256()
-    with reading(source), open_regular(source) as file, closing(partial.writer()) as writer:
+    with wrap_read_errors(source), open_regular(source) as file, closing(partial.writer()) as writer:
         while piece := file.read(_READ_BYTES):
             writer.write(piece, file.tell() - len(piece))
             digest.update(piece)

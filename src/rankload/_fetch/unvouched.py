@@ -10,11 +10,11 @@ import os
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from rankload._cache.files import reading
+from rankload._cache.files import wrap_read_errors
 from rankload._fetch.bounded_read import Answer, read_bounded
 from rankload._fetch.file_digest import sha256_of_file
-from rankload._fetch.origins.base import UnusableRange
 from rankload._fetch.origins.credentials import headers_of
+from rankload._fetch.origins.origin import UnusableRange
 from rankload._fetch.origins.registry import origin_for
 from rankload._formats.source import open_regular
 from rankload._settings import Settings
@@ -67,27 +67,27 @@ def ask_origin(file: FetchedFile, request: FetchRequest, report: Report, setting
                     settings=replace(settings, retries=0), report=report,
                 )  # fmt: skip
             except ContentChangedError:  # it ends before the range begins
-                return Opinion(False, f"{origin.shown} is shorter")
+                return Opinion(False, f"{origin.display_name} is shorter")
             except (FetchError, UnusableRange) as error:
                 reason = str(error)
                 continue
-            with reading(file.path):
-                return _judged(file, answer, 0 if answer.is_whole else middle, origin.shown, report)
+            with wrap_read_errors(file.path):
+                return _judged(file, answer, 0 if answer.is_whole else middle, origin.display_name, report)
     return Opinion(None, reason)
 
 
-def _judged(file: FetchedFile, answer: Answer, begin: int, shown: str, report: Report) -> Opinion:
+def _judged(file: FetchedFile, answer: Answer, begin: int, display_name: str, report: Report) -> Opinion:
     version = answer.version
     if version.size_bytes not in (None, file.size_bytes):
-        return Opinion(False, f"{shown} has {version.size_bytes} bytes, and it has {file.size_bytes}")
+        return Opinion(False, f"{display_name} has {version.size_bytes} bytes, and it has {file.size_bytes}")
     with open_regular(file.path) as local:
         if os.pread(local.fileno(), len(answer.content), begin) != answer.content:
-            return Opinion(False, f"{shown} has other content")
+            return Opinion(False, f"{display_name} has other content")
     if (claim := version.claim) is None:
         agrees = True if version.size_bytes is not None else None
         return Opinion(agrees, "length and a piece of the content are the origin's", version.etag)
     report(Progress("hashing", 0, file.size_bytes))
     sha256 = sha256_of_file(file.path, lambda done: report(Progress("hashing", done, file.size_bytes)))
     if not sha256.startswith(claim.sha256):
-        return Opinion(False, f"{shown} has another digest ({claim.source})")
+        return Opinion(False, f"{display_name} has another digest ({claim.source})")
     return Opinion(True, "its digest is the origin's", version.etag, sha256, claim.source)

@@ -121,8 +121,8 @@ class TensorEntry:
 
 
 #: torch's own limits.
-MOST_DIMENSIONS = 64
-_LARGEST_SIZE = (1 << 63) - 1
+MAX_DIMENSIONS = 64
+_MAX_SIZE = (1 << 63) - 1
 
 
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
@@ -144,7 +144,7 @@ def span_bytes(shape: Sequence[int], stride: Sequence[int], item_bytes: int) -> 
 
 def are_sizes(*numbers: int) -> bool:
     """Tell whether torch could count so: it does in 64 bits, with a sign."""
-    return not numbers or (min(numbers) >= 0 and max(numbers) <= _LARGEST_SIZE)
+    return not numbers or (min(numbers) >= 0 and max(numbers) <= _MAX_SIZE)
 
 
 def checked(entry: TensorEntry) -> TensorEntry:

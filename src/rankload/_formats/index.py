@@ -14,9 +14,9 @@ from rankload._formats.pickle_values import NotUnderstoodError
 ByteOrder = Literal["little", "big"]
 
 #: Bound the walk through content whose parts are in it many times over: a million tensors have names of 100 MB.
-_MOST_VALUES = 2_000_000
-_MOST_CHARACTERS = 1 << 27
-_DEEPEST = 100
+_MAX_VALUES = 2_000_000
+_MAX_CHARACTERS = 1 << 27
+_MAX_DEPTH = 100
 
 _CONTAINERS = (dict, OrderedDict, Counter, defaultdict, list, tuple)
 _TENSORS_AND_CONTAINERS = (TensorEntry, *_CONTAINERS)
@@ -72,7 +72,7 @@ def flatten(index: FileIndex, file: str) -> Index:
     tensors: dict[str, TensorEntry] = {}
     remainder: dict[str, Any] = {}
     repeated: Counter[str] = Counter()
-    characters_left = _MOST_CHARACTERS
+    characters_left = _MAX_CHARACTERS
     for path, value in _leaves(index.content):
         characters_left -= sum(map(len, path))
         if characters_left < 0:
@@ -102,7 +102,7 @@ def _leaves(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     value, count = content, 0
     while True:
         count += 1 + (len(value) if type(value) in _CONTAINERS else 0)
-        if count > _MOST_VALUES or len(path) > _DEEPEST:
+        if count > _MAX_VALUES or len(path) > _MAX_DEPTH:
             raise NotUnderstoodError("content that is nested too deeply")
         if (items := _items(value, is_top=not path)) is not None:
             levels.append((path, items))

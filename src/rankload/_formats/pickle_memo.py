@@ -11,7 +11,7 @@ from rankload._formats.pickle_values import NotUnderstoodError
 _NOT_KEPT = object()
 
 #: Python 2 began at 1. A few bytes could leave gigabytes out.
-_MOST_GAPS = 1024
+_MAX_GAPS = 1024
 
 
 class PickleMemo:
@@ -19,7 +19,7 @@ class PickleMemo:
 
     def __init__(self) -> None:
         self._values: list[Any] = []
-        self._gaps_left = _MOST_GAPS
+        self._gaps_left = _MAX_GAPS
 
     def get(self, number: int) -> Any:
         """Return what was put there.
@@ -52,6 +52,6 @@ class PickleMemo:
         Raises:
             NotUnderstoodError: unpicklers disagree which that is, since others were left out.
         """
-        if self._gaps_left < _MOST_GAPS:
+        if self._gaps_left < _MAX_GAPS:
             raise NotUnderstoodError("a malformed pickle")
         self._values.append(value)

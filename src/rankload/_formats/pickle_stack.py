@@ -17,13 +17,13 @@ from rankload._formats.entry import StorageEntry, TensorEntry
 from rankload._formats.pickle_memo import PickleMemo
 from rankload._formats.pickle_text import float_of_bytes, number_of_line, value_of_line
 from rankload._formats.pickle_values import SCALARS, Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key
-from rankload.errors import LONGEST_SHOWN_NAME, cut
+from rankload.errors import MAX_SHOWN_NAME_LENGTH, cut
 
 #: Longer texts (a weight saved as text, a dataset) become `Unbuilt`.
-_LONGEST_TEXT_BYTES = 1 << 24
+_MAX_TEXT_BYTES = 1 << 24
 
 #: Longer integers would take quadratic time to show.
-_LONGEST_INTEGER_BYTES = 256
+_MAX_INTEGER_BYTES = 256
 
 
 class PickleStack:
@@ -64,7 +64,7 @@ class PickleStack:
     def nearest_text(self) -> str:
         """The uppermost text, cut for a message: usually the name of the tensor that is being made."""
         text = next((value for value in reversed(self._stack) if type(value) is str), "")
-        return cut(text, LONGEST_SHOWN_NAME)
+        return cut(text, MAX_SHOWN_NAME_LENGTH)
 
     def push(self, value: Any) -> None:
         """Put a value on the stack."""
@@ -76,7 +76,7 @@ class PickleStack:
 
     def _bytes(self, start: int, end: int) -> bytes | None:
         """Return an argument; None where it is too long to be kept."""
-        return self._content[start:end] if end - start <= _LONGEST_TEXT_BYTES else None
+        return self._content[start:end] if end - start <= _MAX_TEXT_BYTES else None
 
     # Values
 
@@ -131,7 +131,7 @@ class PickleStack:
 
     def push_signed(self, start: int, end: int) -> None:
         """An integer."""
-        is_short = end - start <= _LONGEST_INTEGER_BYTES
+        is_short = end - start <= _MAX_INTEGER_BYTES
         self._stack.append(int.from_bytes(self._content[start:end], "little", signed=True) if is_short else _TOO_LONG)
 
     def push_float(self, start: int, end: int) -> None:
@@ -140,7 +140,7 @@ class PickleStack:
 
     def push_global(self, start: int, end: int) -> None:
         """The name of a class or function: two lines."""
-        if end - start > _LONGEST_NAME:
+        if end - start > _MAX_NAME_LENGTH:
             raise BrokenFileError(_NAME_TOO_LONG)
         raw = self._content[start:end]
         module, name = raw.decode("utf-8", errors="replace").split("\n")[:2]
@@ -151,7 +151,7 @@ class PickleStack:
         name, module = self._stack.pop(), self._stack.pop()
         if not (type(module) is str and type(name) is str):
             raise NotUnderstoodError("a malformed pickle")
-        if len(module) + len(name) > _LONGEST_NAME:
+        if len(module) + len(name) > _MAX_NAME_LENGTH:
             raise BrokenFileError(_NAME_TOO_LONG)
         self._stack.append(GlobalName(module, name))
 
@@ -322,7 +322,7 @@ class PickleStack:
         if not isinstance(function, (GlobalName, Unbuilt)) or function is _TOO_LONG:
             raise BrokenFileError("damaged checkpoint (its pickle calls what is no function)")
         builder = self._builders.get(function) if isinstance(function, GlobalName) else None
-        if builder is not None and (type(arguments) is not tuple or len(arguments) > _MOST_ARGUMENTS):
+        if builder is not None and (type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS):
             # torch would take any iterable for them, of any length, and nobody would have looked at what it makes
             raise BrokenFileError(f"damaged checkpoint (its pickle calls {function} with what are no arguments)")
         if not isinstance(function, GlobalName) or type(arguments) is not tuple:
@@ -381,11 +381,11 @@ _TOO_LONG = Unbuilt(None, ())
 
 #: No class or function has a longer name. torch takes time in the square of it to refuse one: hours, of a megabyte
 #: (torch/serialization.py, _get_wo_message).
-_LONGEST_NAME = 1000
-_NAME_TOO_LONG = f"damaged checkpoint (its pickle names a class or function by more than {_LONGEST_NAME} characters)"
+_MAX_NAME_LENGTH = 1000
+_NAME_TOO_LONG = f"damaged checkpoint (its pickle names a class or function by more than {_MAX_NAME_LENGTH} characters)"
 
 #: Nobody has a use for more; and a short pickle can give the same ones a million times.
-_MOST_ARGUMENTS = 16
+_MAX_ARGUMENTS = 16
 
 #: Quicker than int.from_bytes of a slice.
 _UNSIGNED = {length: struct.Struct(f"<{code}").unpack_from for length, code in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))}

@@ -6,10 +6,10 @@ import codecs
 import struct
 
 #: More digits would take quadratic time.
-_MOST_DIGITS = 1000
+_MAX_DIGITS = 1000
 
 #: A place of the memo; no memo has more.
-_LONGEST_NUMBER = 20
+_MAX_NUMBER_LENGTH = 20
 
 
 def value_of_line(operation: str, raw: bytes) -> object:
@@ -28,7 +28,7 @@ def value_of_line(operation: str, raw: bytes) -> object:
             return float(text)
         if operation == "I" and text in ("00", "01"):
             return text == "01"
-        if len(text) > _MOST_DIGITS:
+        if len(text) > _MAX_DIGITS:
             raise TypeError("too many digits")
         return int(text.removesuffix("L"))
     except ValueError as error:
@@ -41,7 +41,7 @@ def number_of_line(raw: bytes) -> int:
     Raises:
         TypeError: it is malformed.
     """
-    digits = raw[:_LONGEST_NUMBER].strip()
+    digits = raw[:_MAX_NUMBER_LENGTH].strip()
     if not digits.isdigit():
         raise TypeError("a malformed number")
     return int(digits)

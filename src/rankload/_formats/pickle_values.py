@@ -10,15 +10,15 @@ from rankload._formats.entry import StorageEntry
 from rankload.errors import cut, printable
 
 #: How many values a tuple that is a key has, and how long a text is in it, or bytes.
-_LONGEST_KEY = 16
-_LONGEST_PART = 64
+_MAX_KEY_LENGTH = 16
+_MAX_PART_LENGTH = 64
 
 #: Integers hash to themselves up to there (sys.hash_info.modulus on 64-bit machines), and begin again behind it.
-_LARGEST_KEY = (1 << 61) - 1
+_MAX_KEY = (1 << 61) - 1
 
 #: Behind so many keys only texts, whose hashes nobody foresees, and numbers that leave few out, as of parameters.
-_MOST_UNUSUAL_KEYS = 256
-_LARGEST_GAP = 1024
+_MAX_UNUSUAL_KEYS = 256
+_MAX_GAP = 1024
 
 SCALARS = (str, bytes, int, float, bool, type(None))
 
@@ -60,7 +60,7 @@ class Unbuilt:
     items: list[Any] = field(default_factory=list, repr=False)
 
 
-def shown(value: Any) -> str:
+def display_name(value: Any) -> str:
     """Return a name as text, and of anything else its type: tuples of tuples may hold each of their items for ever."""
     return str(value) if isinstance(value, GlobalName) else type(value).__name__
 
@@ -90,14 +90,14 @@ def checked_key(key: Any, target: Mapping[Any, Any]) -> Any:
     """
     if type(key) is str:  # as nearly all are
         return key
-    if len(target) >= _MOST_UNUSUAL_KEYS and not _is_in_row(key, target):
+    if len(target) >= _MAX_UNUSUAL_KEYS and not _is_in_row(key, target):
         raise NotUnderstoodError("a pickle with many keys of an unusual kind")
     parts = key if type(key) is tuple else (key,)
     if (
-        len(parts) > _LONGEST_KEY
+        len(parts) > _MAX_KEY_LENGTH
         or not all(type(part) in SCALARS for part in parts)
-        or any(type(part) is int and abs(part) >= _LARGEST_KEY for part in parts)
-        or any(type(part) in (str, bytes) and len(part) > _LONGEST_PART for part in parts)
+        or any(type(part) is int and abs(part) >= _MAX_KEY for part in parts)
+        or any(type(part) in (str, bytes) and len(part) > _MAX_PART_LENGTH for part in parts)
     ):
         raise NotUnderstoodError("a pickle with keys of an unusual kind")
     return key
@@ -106,4 +106,4 @@ def checked_key(key: Any, target: Mapping[Any, Any]) -> Any:
 def _is_in_row(key: Any, target: Mapping[Any, Any]) -> bool:
     first = next(iter(target))
     begin = first if type(first) is int else 0
-    return type(key) is int and 0 <= key - begin <= len(target) + _LARGEST_GAP
+    return type(key) is int and 0 <= key - begin <= len(target) + _MAX_GAP

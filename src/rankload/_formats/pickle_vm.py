@@ -11,7 +11,7 @@ from rankload._formats.pickle_stack import PickleStack
 from rankload._formats.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt
 
 #: More than 50,000 tensors' worth. Bounds time (some seconds) and memory (as much as this many stack items).
-_MOST_OPERATIONS = 4_000_000
+_MAX_OPERATIONS = 4_000_000
 
 
 class PickleMachine:
@@ -34,7 +34,7 @@ class PickleMachine:
     ) -> None:
         self.position = 0
         self._content, self._stack = content, PickleStack(content, builders, load_persistent)
-        self._operations_left = _MOST_OPERATIONS
+        self._operations_left = _MAX_OPERATIONS
 
     @property
     def is_exact(self) -> bool:

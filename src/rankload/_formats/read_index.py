@@ -78,7 +78,7 @@ def _merged(parts: Iterable[Mapping[str, Value]]) -> Mapping[str, Value]:
     return MappingProxyType({name: value for part in parts for name, value in part.items()})
 
 
-def _of_header(header: safetensors.Header, file: str) -> Index:
+def _of_header(header: safetensors.SafetensorsHeader, file: str) -> Index:
     tensors = {}
     for found in header.tensors:
         dtype = safetensors.TORCH_NAMES.get(found.dtype, found.dtype)

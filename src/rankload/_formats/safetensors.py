@@ -14,11 +14,11 @@ from types import MappingProxyType
 from typing import Any
 
 from rankload._formats.broken import BrokenFileError
-from rankload._formats.entry import MOST_DIMENSIONS, are_sizes
+from rankload._formats.entry import MAX_DIMENSIONS, are_sizes
 from rankload._formats.source import Source, read_exactly
 
 PREFIX_BYTES = 8
-LARGEST_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 
 #: Bits of one element. A dtype that is missing here (a newer format's) is left to whoever reads the tensor.
 BITS = MappingProxyType(
@@ -65,7 +65,7 @@ _WORD = re.compile(r"[A-Z][A-Z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
-class HeaderEntry:
+class SafetensorsEntry:
     """One tensor of the file.
 
     Attributes:
@@ -98,10 +98,10 @@ class HeaderEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class SafetensorsHeader:
     """The tensors, in the order in which they lie in the file, and the free-form metadata."""
 
-    tensors: tuple[HeaderEntry, ...]
+    tensors: tuple[SafetensorsEntry, ...]
     metadata: dict[str, str]
 
 
@@ -110,7 +110,7 @@ def claims_to_be_safetensors(head: bytes) -> bool:
     return head[6:9] == b"\0\0{"
 
 
-def read_header(source: Source) -> Header:
+def read_header(source: Source) -> SafetensorsHeader:
     """Read the header of an open file and hold it against the file's size.
 
     Raises:
@@ -119,7 +119,7 @@ def read_header(source: Source) -> Header:
     size_bytes = source.size_bytes
     length = int.from_bytes(source.read(PREFIX_BYTES, 0), "little")
     # Before anything of that size is allocated.
-    if length > LARGEST_HEADER_BYTES:
+    if length > MAX_HEADER_BYTES:
         raise BrokenFileError(f"safetensors file with a header of {length} bytes (100 MB is the format's limit)")
     first_byte = PREFIX_BYTES + length
     if first_byte > size_bytes:
@@ -131,7 +131,7 @@ def read_header(source: Source) -> Header:
         key=lambda tensor: (tensor.begin, tensor.end),
     )
     _check_cover(tensors, first_byte, size_bytes)
-    return Header(tuple(tensors), metadata)
+    return SafetensorsHeader(tuple(tensors), metadata)
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _metadata(fields: Any) -> dict[str, str]:
     return fields
 
 
-def _entry(name: str, fields: Any, first_byte: int) -> HeaderEntry:
+def _entry(name: str, fields: Any, first_byte: int) -> SafetensorsEntry:
     try:
         dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
         # bool is an int, and 1.0 == 1: only true integers are sizes.
@@ -170,13 +170,13 @@ def _entry(name: str, fields: Any, first_byte: int) -> HeaderEntry:
         is_sound = False
     if not is_sound or not _WORD.fullmatch(dtype):
         raise BrokenFileError(f"safetensors file whose header describes {name!r} wrongly")
-    if len(shape) > MOST_DIMENSIONS or not are_sizes(*shape, math.prod(filter(None, shape))):
+    if len(shape) > MAX_DIMENSIONS or not are_sizes(*shape, math.prod(filter(None, shape))):
         raise BrokenFileError(f"safetensors file in which {name!r} has sizes that no tensor can have")
     if not 0 <= begin <= end:
         raise BrokenFileError(f"safetensors file that puts {name!r} at bytes {begin} to {end}")
     if dtype in BITS and not _fits(shape, BITS[dtype], end - begin):
         raise BrokenFileError(f"safetensors file that gives {end - begin} bytes to {name!r}, {dtype} {shape}")
-    return HeaderEntry(name, dtype, tuple(shape), first_byte + begin, first_byte + end)
+    return SafetensorsEntry(name, dtype, tuple(shape), first_byte + begin, first_byte + end)
 
 
 def _fits(shape: list[int], bits: int, length: int) -> bool:
@@ -190,7 +190,7 @@ def _fits(shape: list[int], bits: int, length: int) -> bool:
     return bits == 8 * length
 
 
-def _check_cover(tensors: list[HeaderEntry], first_byte: int, size_bytes: int) -> None:
+def _check_cover(tensors: list[SafetensorsEntry], first_byte: int, size_bytes: int) -> None:
     expected = first_byte
     for tensor in tensors:
         if tensor.begin != expected:

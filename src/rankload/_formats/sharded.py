@@ -15,10 +15,10 @@ from rankload._formats.source import Source, read_exactly
 _HEAD_BYTES = 64
 
 #: The index of a million tensors has about 100 MB.
-_LARGEST_BYTES = 1 << 28
+_MAX_BYTES = 1 << 28
 
 #: Longest component of a path on the file systems in use (NAME_MAX, limits.h).
-_LONGEST_COMPONENT_BYTES = 255
+_MAX_COMPONENT_BYTES = 255
 
 #: A part of a fetched index: one component, no hidden file, no option of a command, no dot at the end, which some
 #: filesystems drop. Bounded well below NAME_MAX, since the cache appends its own suffixes.
@@ -91,13 +91,13 @@ def _is_beside(name: str) -> bool:
     return all(
         component not in ("", ".", "..")
         and component == component.strip()
-        and len(component.encode()) <= _LONGEST_COMPONENT_BYTES
+        and len(component.encode()) <= _MAX_COMPONENT_BYTES
         for component in components
     )
 
 
 def _weight_map(source: Source) -> Any:
-    if source.size_bytes > _LARGEST_BYTES:
+    if source.size_bytes > _MAX_BYTES:
         raise BrokenFileError(f"index of a sharded checkpoint of {source.size_bytes} bytes")
     try:
         return json.loads(read_exactly(source, source.size_bytes, 0).decode("utf-8"))["weight_map"]

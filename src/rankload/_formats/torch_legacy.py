@@ -28,7 +28,7 @@ _COUNT_BYTES = 8
 #: How much is read at first; then four times as much, until all five pickles are in it.
 _FIRST_BYTES = 256 << 10
 
-_MOST_BYTES = 256 << 20
+_MAX_BYTES = 256 << 20
 
 
 def claims_to_be_legacy(head: bytes) -> bool:
@@ -68,7 +68,7 @@ def read_legacy_index(source: Source, file: str) -> FileIndex:
         except CutOffError:
             if length == source.size_bytes:
                 raise
-            if length >= _MOST_BYTES:  # whole it may be, all the same
+            if length >= _MAX_BYTES:  # whole it may be, all the same
                 raise NotUnderstoodError("a legacy checkpoint with so much in it besides its tensors") from None
         length *= 4
 

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 from rankload._formats.broken import BrokenFileError
-from rankload._formats.entry import ITEM_BYTES, MOST_DIMENSIONS, StorageEntry, TensorEntry, checked
-from rankload._formats.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key, shown
+from rankload._formats.entry import ITEM_BYTES, MAX_DIMENSIONS, StorageEntry, TensorEntry, checked
+from rankload._formats.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key, display_name
 
 #: torch's names of dtypes, by the name of the storage class that a persistent id tells.
 STORAGE_DTYPES: Mapping[str, str] = MappingProxyType(
@@ -47,7 +47,7 @@ QUANTIZED_DTYPES = frozenset({"quint8", "qint8", "qint32", "quint4x2", "quint2x4
 _STORAGE_MODULES = frozenset({"torch", "torch.storage", "torch.cuda"})
 
 #: A short pickle can ask for a copy of one long text a million times.
-_LONGEST_COPY = 64
+_MAX_COPY_LENGTH = 64
 
 
 def storage_type_of(value: Any) -> str:
@@ -58,7 +58,7 @@ def storage_type_of(value: Any) -> str:
     """
     is_known = isinstance(value, GlobalName) and value.module in _STORAGE_MODULES and value.name in STORAGE_DTYPES
     if not is_known:
-        raise NotUnderstoodError(f"a storage of the type {shown(value)}")
+        raise NotUnderstoodError(f"a storage of the type {display_name(value)}")
     return STORAGE_DTYPES[value.name]
 
 
@@ -72,7 +72,7 @@ def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> Any:
     dtype = dtype or storage.dtype
     if dtype in QUANTIZED_DTYPES:  # torch makes a tensor of it that fails, internally, at the first look
         raise BrokenFileError("damaged checkpoint (a quantized tensor without its scale)")
-    if not (type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= MOST_DIMENSIONS):
+    if not (type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= MAX_DIMENSIONS):
         raise NotUnderstoodError("a tensor of unusual dimensions")
     if set(map(type, (offset, *shape, *stride))) != {int}:
         raise NotUnderstoodError("a tensor of unusual sizes")
@@ -85,7 +85,7 @@ def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> Any:
 def _tensor_of_dtype(arguments: tuple[Any, ...]) -> Any:
     dtype = arguments[6]
     if not isinstance(dtype, GlobalName) or dtype.module != "torch" or dtype.name not in ITEM_BYTES:
-        raise NotUnderstoodError(f"a tensor of the dtype {shown(dtype)}")
+        raise NotUnderstoodError(f"a tensor of the dtype {display_name(dtype)}")
     return _tensor((*arguments[:6], *arguments[7:]), dtype.name)
 
 
@@ -158,7 +158,7 @@ _FACTORIES: Mapping[GlobalName, Callable[[], Any]] = MappingProxyType(
 def _encoded(arguments: tuple[Any, ...]) -> Any:
     """Bytes, as pickle protocol 2 writes them: text in latin1."""
     text, encoding = arguments
-    if type(text) is not str or encoding not in ("latin1", "utf-8") or len(text) > _LONGEST_COPY:
+    if type(text) is not str or encoding not in ("latin1", "utf-8") or len(text) > _MAX_COPY_LENGTH:
         return Unbuilt(GlobalName("_codecs", "encode"), arguments)
     return text.encode(encoding, errors="replace")
 

@@ -11,7 +11,7 @@ from typing import BinaryIO, cast
 from rankload._formats.broken import BrokenFileError
 
 _MEMBERS = frozenset({"sys_info", "pickle", "tensors", "storages"})
-_MOST_MEMBERS = 16
+_MAX_MEMBERS = 16
 
 
 def claims_to_be_tar(head: bytes) -> bool:
@@ -59,7 +59,7 @@ def check_length(file: BinaryIO, size_bytes: int) -> None:
     Raises:
         BrokenFileError: the archive is truncated.
     """
-    members = list(islice(_members(file), _MOST_MEMBERS))
+    members = list(islice(_members(file), _MAX_MEMBERS))
     end = max((member.offset_data + member.size for member in members), default=0)
     # torch wrote with tarfile, which fills its last record up: any cut shows.
     is_whole = size_bytes % tarfile.RECORDSIZE == 0 and end + 2 * tarfile.BLOCKSIZE <= size_bytes

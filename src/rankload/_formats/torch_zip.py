@@ -20,7 +20,7 @@ _LATEST_VERSION = 10
 
 #: torch.save's keys are numbers. In no key of these characters can torch's reader find another name than we do.
 _KEY = re.compile(r"[0-9A-Za-z_.-]+", re.ASCII)
-_LONGEST_KEY = 1000
+_MAX_KEY_LENGTH = 1000
 
 
 def read_zip_index(source: Source, file: str, *, is_remote: bool) -> FileIndex:
@@ -126,7 +126,7 @@ class _Records:
         tag, kind, key, location, count = persistent_id
         if tag != "storage" or not (type(key) is type(location) is str and type(count) is int and count >= 0):
             raise NotUnderstoodError("a persistent id of another kind")
-        if len(key) > _LONGEST_KEY or not _KEY.fullmatch(key):
+        if len(key) > _MAX_KEY_LENGTH or not _KEY.fullmatch(key):
             raise NotUnderstoodError("a storage with an unusual key")
         dtype = storage_type_of(kind)
         length = count * ITEM_BYTES[dtype]

@@ -12,7 +12,7 @@ from typing import IO
 from rankload._formats.broken import BrokenFileError
 from rankload._formats.sniff import sniff
 from rankload._formats.source import LocalSource, open_regular
-from rankload._formats.unpack_limit import ALWAYS_ALLOWED_BYTES, LARGEST_RATIO, unpacked_limit
+from rankload._formats.unpack_limit import ALWAYS_ALLOWED_BYTES, MAX_RATIO, unpacked_limit
 from rankload._platform.scratch import descriptor_path, scratch_file
 
 _CHUNK_BYTES = 1 << 20
@@ -114,5 +114,5 @@ def _too_large(path: Path, size_bytes: int) -> BrokenFileError:
     packed_bytes = path.stat().st_size
     return BrokenFileError(
         f"archive of one file that would have {size_bytes} bytes unpacked, {size_bytes // max(packed_bytes, 1)} times "
-        f"its own {packed_bytes}; rankload unpacks up to {LARGEST_RATIO} times, or {ALWAYS_ALLOWED_BYTES >> 20} MiB"
+        f"its own {packed_bytes}; rankload unpacks up to {MAX_RATIO} times, or {ALWAYS_ALLOWED_BYTES >> 20} MiB"
     )

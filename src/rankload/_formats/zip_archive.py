@@ -29,7 +29,7 @@ _ENTRY = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
 _LOCATOR64 = struct.Struct("<4sIQI")
 _END64 = struct.Struct("<4sQ2H2I4Q")
-_LONGEST_COMMENT = 0xFFFF
+_MAX_COMMENT_LENGTH = 0xFFFF
 _IN_EXTRA_FIELD = 0xFFFFFFFF
 _ZIP64_EXTRA = 0x0001
 _IS_UTF8 = 0x0800
@@ -42,15 +42,15 @@ _STORED, _DEFLATED = 0, 8
 _FOLDER_ATTRIBUTE = 0x10
 
 #: A directory of a million tensors has about 100 MB. More is a lie, and would be read into memory.
-_LARGEST_DIRECTORY_BYTES = 1 << 28
+_MAX_DIRECTORY_BYTES = 1 << 28
 
 #: The pickle of a checkpoint of a million tensors, likewise.
-_LARGEST_MEMBER_BYTES = 1 << 28
+_MAX_MEMBER_BYTES = 1 << 28
 
 #: torch.save's, for all payloads.
 _ALIGNMENT = 64
 
-_LONGEST_EXTRA = 0xFFFF
+_MAX_EXTRA_LENGTH = 0xFFFF
 
 #: With and without signature, with lengths of 4 and of 8 bytes.
 _DESCRIPTOR_BYTES = (12, 16, 20, 24)
@@ -138,7 +138,7 @@ def read_directory(source: Source) -> Directory:
         BrokenFileError: there is none at the end of the file, or it does not fit the file.
     """
     offset, length, count, is_ambiguous = _find_directory(source)
-    if length > _LARGEST_DIRECTORY_BYTES:
+    if length > _MAX_DIRECTORY_BYTES:
         raise BrokenFileError(f"zip archive with a directory of {length} bytes")
     listing = read_exactly(source, length, offset)
     members = tuple(_entries(listing, count))
@@ -183,7 +183,7 @@ def likely_offsets(directory: Directory) -> dict[str, int]:
             raise BrokenFileError(f"damaged zip archive ({member.name!r} overlaps what is next to it)")
         descriptors = _DESCRIPTOR_BYTES if member.has_descriptor else (0,)
         begins = [end - bytes_behind - member.stored_bytes for bytes_behind in descriptors]
-        fitting = [begin for begin in begins if begin % _ALIGNMENT == 0 and 0 <= begin - least <= _LONGEST_EXTRA]
+        fitting = [begin for begin in begins if begin % _ALIGNMENT == 0 and 0 <= begin - least <= _MAX_EXTRA_LENGTH]
         if len(fitting) == 1:
             offsets[member.name] = fitting[0]
     return offsets
@@ -218,7 +218,7 @@ def member_content(source: Source, directory: Directory, member: Member) -> byte
     Raises:
         BrokenFileError: it is larger than anything that is read as a whole, or cannot be unpacked.
     """
-    if max(member.stored_bytes, member.size_bytes) > _LARGEST_MEMBER_BYTES:
+    if max(member.stored_bytes, member.size_bytes) > _MAX_MEMBER_BYTES:
         raise BrokenFileError(f"zip archive with {member.name!r} of {member.size_bytes} bytes")
     packed = read_exactly(source, member.stored_bytes, payload_offset(source, directory, member))
     content = packed if member.is_stored else _inflated(packed, member, member.size_bytes)
@@ -277,7 +277,7 @@ def _find_end_record(source: Source) -> tuple[int, bytes]:
 
     What somebody has appended, a line break say, does not matter to torch's reader either: it takes the last one.
     """
-    tail_length = min(source.size_bytes, _END.size + _LONGEST_COMMENT)
+    tail_length = min(source.size_bytes, _END.size + _MAX_COMMENT_LENGTH)
     tail = read_exactly(source, tail_length, source.size_bytes - tail_length)
     position = len(tail) - _END.size
     while (position := tail.rfind(END_SIGNATURE, 0, position + len(END_SIGNATURE))) >= 0:

@@ -11,7 +11,7 @@ import zlib
 
 from rankload._formats.broken import BrokenFileError
 from rankload._formats.source import Source, read_exactly
-from rankload._formats.unpack_limit import LARGEST_RATIO, unpacked_limit
+from rankload._formats.unpack_limit import MAX_RATIO, unpacked_limit
 from rankload._formats.zip_archive import Directory, Member, payload_offset
 
 _CHUNK_BYTES = 1 << 20
@@ -41,7 +41,7 @@ def check_listing(directory: Directory, packed_bytes: int) -> None:
     if unpacked_bytes > unpacked_limit(packed_bytes):
         raise BrokenFileError(
             f"zip archive of {packed_bytes} bytes whose compressed members would have {unpacked_bytes} unpacked; "
-            f"rankload allows {LARGEST_RATIO} times its size, or {unpacked_limit(0) >> 20} MiB"
+            f"rankload allows {MAX_RATIO} times its size, or {unpacked_limit(0) >> 20} MiB"
         )
 
 

@@ -26,14 +26,14 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         entries: name → `TensorEntry`: dtype, shape, stride, file, offset and length in bytes, storage key. Tensors that
             are tied have the same storage.
         metadata: the texts in the headers of safetensors files.
-        shown: where it is, for messages.
+        display_name: where it is, for messages.
     """
 
-    def __init__(self, index: Index, sources: Callable[[str], Source], closing: ExitStack, shown: str) -> None:
+    def __init__(self, index: Index, sources: Callable[[str], Source], stack: ExitStack, display_name: str) -> None:
         self.entries: Mapping[str, TensorEntry] = index.tensors
         self.metadata: Mapping[str, str] = index.metadata
-        self.shown = printable(shown)
-        self._index, self._sources, self._closing = index, sources, closing
+        self.display_name = printable(display_name)
+        self._index, self._sources, self._stack = index, sources, stack
         self._is_closed = False
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -46,17 +46,17 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             ValueError: it is closed.
         """
         if self._is_closed:
-            raise ValueError(f"{self.shown}: tensor {name!r} of a closed checkpoint")
-        from rankload._load.tensors.tensors import read_tensor  # imports torch, which a listing does without
+            raise ValueError(f"{self.display_name}: tensor {name!r} of a closed checkpoint")
+        from rankload._load.values.tensors import read_tensor  # imports torch, which a listing does without
 
         entry = self.entries[name]
-        return read_tensor(self._sources(entry.file), entry, self._index.byte_orders[entry.file], self.shown)
+        return read_tensor(self._sources(entry.file), entry, self._index.byte_orders[entry.file], self.display_name)
 
     @property
     def remainder(self) -> Mapping[str, Any]:
         """Name → value of what is no tensor, as torch.load returns it; what only torch.load builds is `Unbuilt`."""
         from rankload._load.module.leaves import with_leaves
-        from rankload._load.tensors.torch_values import built  # imports torch
+        from rankload._load.values.torch_values import built  # imports torch
 
         made: dict[int, Any] = {}
         return {name: with_leaves(value, built, made) for name, value in self._index.remainder.items()}
@@ -71,7 +71,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return len(self.entries)
 
     def __repr__(self) -> str:
-        return f"<Checkpoint {self.shown}: {len(self)} tensors, {self.size_bytes} bytes>"
+        return f"<Checkpoint {self.display_name}: {len(self)} tensors, {self.size_bytes} bytes>"
 
     @property
     def size_bytes(self) -> int:
@@ -82,7 +82,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def close(self) -> None:
         """Close files and connections."""
         self._is_closed = True
-        self._closing.close()
+        self._stack.close()
 
     def __enter__(self) -> Checkpoint:
         return self

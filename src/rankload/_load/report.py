@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rankload._load.delivery.base import Carrier
+from rankload._load.delivery.strategy import DeliveryStrategy
 from rankload._load.module.remainder import Remainder
-from rankload.errors import LONGEST_SHOWN_NAME, ArgumentError, cut
+from rankload.errors import MAX_SHOWN_NAME_LENGTH, ArgumentError, cut
 
 
 class _Keys(NamedTuple):
@@ -46,7 +46,7 @@ class LoadReport(_Keys):
     def make(
         cls,
         keys: tuple[Sequence[str], Sequence[str]],
-        carrier: Carrier,
+        strategy: DeliveryStrategy,
         bytes_read: int,
         phases: Mapping[str, float],
         left_on_meta: Sequence[str],
@@ -54,8 +54,8 @@ class LoadReport(_Keys):
     ) -> LoadReport:
         """Put a report together."""
         report = cls(list(keys[0]), list(keys[1]))
-        report.path, report.bytes_read = carrier.path, bytes_read
-        report.delivery, report.reason = carrier.delivery, carrier.reason
+        report.path, report.bytes_read = strategy.path, bytes_read
+        report.delivery, report.reason = strategy.delivery, strategy.reason
         report.phases = dict(phases)
         report.left_on_meta = tuple(left_on_meta)
         report._remainder = remainder
@@ -85,10 +85,10 @@ class LoadReport(_Keys):
         return sum(self.phases.values())
 
     def __repr__(self) -> str:
-        fit = f"missing_keys={_shown(self.missing_keys)}, unexpected_keys={_shown(self.unexpected_keys)}"
+        fit = f"missing_keys={_display_name(self.missing_keys)}, unexpected_keys={_display_name(self.unexpected_keys)}"
         keys = fit if self.missing_keys or self.unexpected_keys else "all keys matched"
         return f"<LoadReport {keys}, {self.bytes_read} bytes in {self.seconds:.3f} s>"
 
 
-def _shown(names: Sequence[str]) -> list[str]:
-    return [cut(name, LONGEST_SHOWN_NAME) for name in names]
+def _display_name(names: Sequence[str]) -> list[str]:
+    return [cut(name, MAX_SHOWN_NAME_LENGTH) for name in names]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 
-class AwakeTime:
+class SuspendAwareTimer:
     """A stopwatch that stands still while the process is stopped. It runs from the start.
 
     Args:

@@ -23,7 +23,7 @@ _SLICE_SECONDS = 0.5
 _LOOK_SECONDS = 0.1
 
 
-class BoundedCalls:
+class DeadlineThread:
     """Runs calls one after the other, in the order in which they were made, each within a time limit.
 
     Args:

@@ -25,14 +25,14 @@ from rankload.errors import CoordinationError
 _CANDIDATE_SECONDS = 30.0
 
 #: Connections that may be pending at a time; the upstream rank has one, rarely a few that it gave up.
-_MOST_CANDIDATES = 8
+_MAX_CANDIDATES = 8
 
 #: Complete hellos in our own protocol with a wrong MAC: somebody guesses, or replays what was recorded. A 256-bit key
 #: cannot be guessed, so the limit is an alarm.
-_MOST_WRONG = 5
+_MAX_WRONG = 5
 
 #: Complete hellos that are no hellos at all: port scanners and monitoring probes send some, and harm nobody.
-_MOST_RUBBISH = 100
+_MAX_RUBBISH = 100
 
 #: How often to choose another port if one is taken on some of the addresses.
 _PORT_ATTEMPTS = 10
@@ -72,7 +72,7 @@ class Listener:
         Raises:
             CoordinationError: something else keeps connecting.
         """
-        with closing(_Candidates(self._key, self._port)) as candidates:
+        with closing(_Newcomers(self._key, self._port)) as candidates:
             while True:
                 look_around()
                 connection = candidates.look(self._sockets.values())
@@ -85,7 +85,7 @@ class Listener:
             listening.close()
 
 
-class _Candidates:
+class _Newcomers:
     """The connections of which one may be upstream's; none of them keeps another waiting.
 
     Args:
@@ -95,7 +95,7 @@ class _Candidates:
 
     def __init__(self, key: bytes, port: int) -> None:
         self._key, self._port = key, port
-        self._pending: dict[socket.socket, _Candidate] = {}  # the oldest first
+        self._pending: dict[socket.socket, _Newcomer] = {}  # the oldest first
         self._hellos_seen: set[bytes] = set()
         self._wrong = self._rubbish = 0
 
@@ -128,8 +128,8 @@ class _Candidates:
             self._drop(connection)
         self._wrong += state is _State.WRONG
         self._rubbish += state is _State.RUBBISH
-        if self._wrong >= _MOST_WRONG or self._rubbish >= _MOST_RUBBISH:
-            what = "with a wrong proof of who it is" if self._wrong >= _MOST_WRONG else "and sends something else"
+        if self._wrong >= _MAX_WRONG or self._rubbish >= _MAX_RUBBISH:
+            what = "with a wrong proof of who it is" if self._wrong >= _MAX_WRONG else "and sends something else"
             raise CoordinationError(
                 f"something other than the upstream rank keeps connecting to the relay's port {self._port} of this "
                 f"host, {what} ({self._wrong + self._rubbish} times): a port scanner, another job, or an attacker; "
@@ -140,7 +140,7 @@ class _Candidates:
         return state is _State.PROVED
 
     def _accept(self, server: socket.socket) -> None:
-        if len(self._pending) >= _MOST_CANDIDATES:
+        if len(self._pending) >= _MAX_CANDIDATES:
             self._drop_oldest()
         try:
             connection, _ = server.accept()
@@ -153,7 +153,7 @@ class _Candidates:
                 time.sleep(_PAUSE_SECONDS)  # or this loop would spin: the connection stays ready to be accepted
             return
         connection.setblocking(False)
-        self._pending[connection] = _Candidate(connection)
+        self._pending[connection] = _Newcomer(connection)
 
     def _drop_oldest(self) -> None:
         """Drop the oldest candidate, preferably one that has not shown the key."""
@@ -174,7 +174,7 @@ class _State(Enum):
     RUBBISH = auto()
 
 
-class _Candidate:
+class _Newcomer:
     """Somebody who has connected, and may be the upstream rank."""
 
     def __init__(self, connection: socket.socket) -> None:

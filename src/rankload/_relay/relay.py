@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from rankload._platform.clock import AwakeTime
+from rankload._platform.clock import SuspendAwareTimer
 from rankload._relay.blocks import Block
 from rankload._relay.links import Link
 from rankload._relay.running_digest import BackgroundDigest
@@ -21,7 +21,7 @@ from rankload._types import Phase, Progress
 from rankload.errors import CoordinationError, ProgressTimeoutError, RankLostError
 
 #: As much as goes through a socket at a time: what was just received is in the cache when it is sent on.
-_MOST_BYTES = 256 << 10
+_MAX_BYTES = 256 << 10
 
 #: Between two looks at the other ranks.
 _LOOK_SECONDS = 0.2
@@ -30,7 +30,7 @@ _LOOK_SECONDS = 0.2
 _WORD_SECONDS = 2.0
 
 #: The most that one wait may count towards a deadline; more means that this process was stopped.
-_LONGEST_WAIT_SECONDS = 6.0
+_MAX_WAIT_SECONDS = 6.0
 
 #: Looks after the other ranks: raises what one has failed with, or that one is lost. Gets this rank's progress.
 Watch = Callable[[Progress], None]
@@ -55,7 +55,7 @@ class Relay:
         self.upstream, self.downstreams = upstream, downstreams
         self._seal = Seal(key)
         self._watch, self._progress_seconds = watch, progress_seconds
-        self._looked_at, self._still = time.monotonic(), AwakeTime(_LONGEST_WAIT_SECONDS)
+        self._looked_at, self._still = time.monotonic(), SuspendAwareTimer(_MAX_WAIT_SECONDS)
         self.bytes_passed = 0
         self.bytes_total: int | None = None
 
@@ -115,13 +115,13 @@ class Relay:
         while ready < length or min(sent, default=length) < length:
             received = 0
             if ready < length:
-                received = self._receive(memory[ready : ready + _MOST_BYTES])
+                received = self._receive(memory[ready : ready + _MAX_BYTES])
                 hear(memory[ready : ready + received])
                 ready += received
             moved = received
             for number, link in enumerate(links):
                 if sent[number] < ready:
-                    count = self._send(link, memory[sent[number] : min(ready, sent[number] + _MOST_BYTES)])
+                    count = self._send(link, memory[sent[number] : min(ready, sent[number] + _MAX_BYTES)])
                     sent[number], moved = sent[number] + count, moved + count
             if moved:
                 count = moved // len(links) if self.upstream is None else received

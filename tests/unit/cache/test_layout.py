@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rankload._cache.entry import Entry, checked_file_name, checkpoints_directory, hash_prefix_of
+from rankload._cache.layout import Entry, checked_file_name, checkpoints_directory, hash_prefix_of
 from rankload._urls import beside, file_name_of, local_path_of, redact, url_key
 from rankload.errors import ArgumentError
 
@@ -35,7 +35,7 @@ def test_hash_prefix_is_what_torch_reads(name, prefix):
 
 
 @pytest.mark.parametrize(
-    ("url", "shown"),
+    ("url", "display_name"),
     [
         ("http://host/a/m.pth", "http://host/a/m.pth"),
         ("https://user:password@host:81/m.pth?sig=secret#token", "https://host:81/m.pth?…"),
@@ -47,8 +47,8 @@ def test_hash_prefix_is_what_torch_reads(name, prefix):
         ("hdfs://user:password@host/m.pth", "hdfs://user@host/m.pth"),
     ],
 )
-def test_redact(url, shown):
-    assert redact(url) == shown
+def test_redact(url, display_name):
+    assert redact(url) == display_name
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rankload._cache.entry import Entry
-from rankload._fetch.origins.base import Version
+from rankload._cache.layout import Entry
+from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.partial import Partial
-from rankload._fetch.transfer.engine import Transfer
-from rankload._fetch.transfer.hasher import Front
+from rankload._fetch.transfer.engine import TransferRunner
+from rankload._fetch.transfer.hasher import OrderedHasher
 from rankload._fetch.transfer.retry import Retries
-from rankload._fetch.transfer.scaling import Pace
-from rankload._fetch.transfer.state import Work
+from rankload._fetch.transfer.scaling import StreamScaler
+from rankload._fetch.transfer.state import TransferState
 from rankload._settings import Settings
 from rankload.errors import NetworkError
 
@@ -63,7 +63,7 @@ class ScriptedOrigin:
     before_read: Callable[[int], None] = lambda offset: None
     answer: Callable[[int, int | None], Exception | None] = lambda begin, end: None
     url: str = "http://origin.example/file"
-    shown: str = "http://origin.example/file"
+    display_name: str = "http://origin.example/file"
     etag: str = '"1"'
     may_answer_once: bool = True
     requests: list[tuple[int, int | None]] = field(default_factory=list)
@@ -96,20 +96,24 @@ def new_partial(tmp_path: Path, settings: Settings = SETTINGS) -> Partial:
     return Partial(Entry(tmp_path / "file"), settings)
 
 
-def new_work(origin: Any, target: Any, front: Front, settings: Settings = SETTINGS, **arguments: Any) -> Work:
+def new_work(
+    origin: Any, target: Any, hasher: OrderedHasher, settings: Settings = SETTINGS, **arguments: Any
+) -> TransferState:
     defaults = {"known": None, "is_whole": False, "has_digest": False, "retries": Retries(settings)}
-    return Work(origin, target, front, settings=settings, **(defaults | arguments))
+    return TransferState(origin, target, hasher, settings=settings, **(defaults | arguments))
 
 
-def run(work: Work, report: Callable[[Any], None] = lambda progress: None, streams: int | None = None) -> None:
+def run(
+    state: TransferState, report: Callable[[Any], None] = lambda progress: None, streams: int | None = None
+) -> None:
     """Runs a transfer; ``streams``: as if its pace had found out already that so many are best."""
-    transfer = Transfer(work, report, lambda done, total: None, 1)
+    transfer = TransferRunner(state, report, lambda done, total: None, 1)
     if streams is not None:
-        transfer._pace = _KnownPace(streams)
+        transfer._scaler = _KnownPace(streams)
     transfer.run()
 
 
-class _KnownPace(Pace):
+class _KnownPace(StreamScaler):
     def __init__(self, target: int) -> None:
         super().__init__(target)
         self.target = target

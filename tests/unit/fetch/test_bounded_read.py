@@ -21,7 +21,7 @@ class Clock:
         return self.seconds
 
 
-def pace(bytes_per_second: float, total_bytes: int) -> tuple[float, bool]:
+def scaler(bytes_per_second: float, total_bytes: int) -> tuple[float, bool]:
     """When a read that goes at this pace ends, and whether it has everything."""
     clock = Clock()
     deadline, received = ReadDeadline("url", LIMIT, clock), 0
@@ -37,15 +37,15 @@ def pace(bytes_per_second: float, total_bytes: int) -> tuple[float, bool]:
 
 @pytest.mark.parametrize("total_bytes", [64 * KIB, 4 * MIB, 1 << 40])
 def test_trickle_ends_with_the_deadline_however_much_is_asked_for(total_bytes):
-    assert pace(2, total_bytes) == (LIMIT + 1, False)
+    assert scaler(2, total_bytes) == (LIMIT + 1, False)
 
 
 def test_slow_link_may_take_as_long_as_it_needs():
-    assert pace(5 * KIB, 50 * MIB) == (10 * KIB, True)
+    assert scaler(5 * KIB, 50 * MIB) == (10 * KIB, True)
 
 
 def test_small_answer_takes_no_longer_than_the_deadline_on_no_progress():
-    ends_at, is_complete = pace(64 * KIB / (LIMIT + 2), 64 * KIB)
+    ends_at, is_complete = scaler(64 * KIB / (LIMIT + 2), 64 * KIB)
     assert ends_at <= LIMIT + 1 and not is_complete
 
 

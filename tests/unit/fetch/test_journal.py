@@ -8,9 +8,9 @@ import os
 import pytest
 
 from rankload._fetch.partials import journal as journal_module
-from rankload._fetch.partials.journal import Content, Journal, journal_path, partial_path_of, read_journal
+from rankload._fetch.partials.journal import Journal, PartialContent, journal_path, partial_path_of, read_journal
 
-CONTENT = Content("key", 1000, '"etag"', "Wed, 21 Oct 2015 07:28:00 GMT", None)
+CONTENT = PartialContent("key", 1000, '"etag"', "Wed, 21 Oct 2015 07:28:00 GMT", None)
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_path_of_the_partial_file(partial_path):
 def test_a_keeper_that_comes_late_finds_it_closed(tmp_path):
     """Its thread would end with a traceback on stderr."""
     path = tmp_path / "file.partial"
-    journal = Journal(path, Content("key", 1000, '"1"', None, None))
+    journal = Journal(path, PartialContent("key", 1000, '"1"', None, None))
     journal.add(0, 10)
     journal.close()
     journal.close()

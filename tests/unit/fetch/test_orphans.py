@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 from rankload._fetch.partials import owner
 from rankload._fetch.partials.journal import beginning_path, journal_path
 from rankload._fetch.partials.owner import abandoned_path, own_path

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness.ranks import wait_until
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 from rankload._fetch.partials import owner as owner_module
 from rankload._fetch.partials.owner import Owner, abandoned_path, own_path, owner_of, partials_of, siblings_of
 

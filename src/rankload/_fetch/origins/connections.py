@@ -20,11 +20,11 @@ from rankload._fetch.origins.trust import Trust
 from rankload._urls import server_of
 
 #: What is read of a redirect's body, so that its connection can be used again.
-_MOST_OF_A_REDIRECT_BYTES = 64 << 10
+_MAX_OF_A_REDIRECT_BYTES = 64 << 10
 
 #: The most that all cookies of a session may take, with their paths and other attributes. Servers take no request with
 #: half as many; an origin that sets more and more of them would fill the memory.
-_MOST_COOKIE_BYTES = 64 << 10
+_MAX_COOKIE_BYTES = 64 << 10
 
 
 class BreakableSession(requests.Session):
@@ -48,7 +48,7 @@ class BreakableSession(requests.Session):
     def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
         """Return the request with the cookies of its server; those that its answer sets are kept for that server."""
         cookies = itertools.chain.from_iterable(self._cookies.values())
-        if sum(len(str(vars(cookie))) for cookie in cookies) > _MOST_COOKIE_BYTES:
+        if sum(len(str(vars(cookie))) for cookie in cookies) > _MAX_COOKIE_BYTES:
             self._cookies.clear()
         server = server_of(str(request.url))
         self.cookies = self._cookies[server and (server.scheme, server.port)]
@@ -61,7 +61,7 @@ class BreakableSession(requests.Session):
         """
         if resp.is_redirect:
             with contextlib.suppress(urllib3.exceptions.HTTPError, OSError):  # the headers are all that matters
-                resp.raw.read(_MOST_OF_A_REDIRECT_BYTES, decode_content=False)
+                resp.raw.read(_MAX_OF_A_REDIRECT_BYTES, decode_content=False)
 
 
 def break_off(session: requests.Session) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import fsspec
 
-from rankload._fetch.origins.base import NotModified, Version
 from rankload._fetch.origins.http_errors import raise_alone
+from rankload._fetch.origins.origin import NotModified, Version
 from rankload._urls import redact, redact_text
 from rankload.errors import ContentChangedError, FetchError, NetworkError
 
@@ -29,7 +29,7 @@ class FilesystemOrigin:
     """A file at an fsspec URL. Credentials and endpoints are for fsspec to find, as it always does."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.shown, self.may_answer_once = url, redact(url), False
+        self.url, self.display_name, self.may_answer_once = url, redact(url), False
 
     def close(self) -> None:
         """See `Origin`. fsspec keeps its filesystems for the life of the process."""
@@ -39,29 +39,31 @@ class FilesystemOrigin:
         self, begin: int, end: int | None, version: Version | None, *, unless: Version | None = None
     ) -> Iterator[FilesystemBody]:
         """See `Origin`."""
-        found = self.look(version)
+        found = self.check_version(version)
         if unless is not None and unless.is_same_as(found):
-            raise NotModified(self.shown)
+            raise NotModified(self.display_name)
         filesystem, path = self._found
         size_bytes = found.size_bytes
         if end is None or size_bytes is None or begin >= size_bytes:
-            with translating_any(self.url, self.shown), filesystem.open(path, "rb") as file:
+            with wrap_any_errors(self.url, self.display_name), filesystem.open(path, "rb") as file:
                 yield FilesystemBody(found, 0, size_bytes, True, self, lambda _, count: file.read(count))
         else:
             read = functools.partial(_read_range, filesystem, path)
             yield FilesystemBody(found, begin, min(end, size_bytes), False, self, read)
 
-    def look(self, expected: Version | None) -> Version:
+    def check_version(self, expected: Version | None) -> Version:
         """Ask for the file's version now.
 
         Raises:
             ContentChangedError: it is another than expected.
             FetchError: there was no answer, or an error.
         """
-        with translating_any(self.url, self.shown):
+        with wrap_any_errors(self.url, self.display_name):
             found = _version_of(*self._found)
         if expected is not None and not expected.is_same_as(found):
-            raise ContentChangedError(f"{self.shown}: the file has changed while it was fetched", url=self.shown)
+            raise ContentChangedError(
+                f"{self.display_name}: the file has changed while it was fetched", url=self.display_name
+            )
         return found
 
     @functools.cached_property
@@ -76,32 +78,32 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def translating_any(url: str, shown: str) -> Iterator[None]:
+def wrap_any_errors(url: str, display_name: str) -> Iterator[None]:
     """Translate whatever a filesystem raises; each has its own kinds of errors.
 
-    Theirs may hold the whole URL, or a request with its headers. As in `translating`, nothing leads there.
+    Theirs may hold the whole URL, or a request with its headers. As in `wrap_http_errors`, nothing leads there.
     """
     try:
         yield
     except FetchError:
         raise
     except Exception as error:
-        raise_alone(_translated(error, url, shown))
+        raise_alone(_translated(error, url, display_name))
 
 
-def _translated(error: Exception, url: str, shown: str) -> FetchError:
+def _translated(error: Exception, url: str, display_name: str) -> FetchError:
     text = redact_text(str(error), url)
     if isinstance(error, FileNotFoundError):
-        return FetchError(f"{shown}: no such file there; check the URL", url=shown)
+        return FetchError(f"{display_name}: no such file there; check the URL", url=display_name)
     if isinstance(error, PermissionError):
-        return FetchError(f"{shown}: access denied: {text}", url=shown)
+        return FetchError(f"{display_name}: access denied: {text}", url=display_name)
     if isinstance(error, (ImportError, ValueError)):
         scheme = url.partition("://")[0]
         advice = f"; pip install 'rankload[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
-        return FetchError(f"{shown}: {text}{advice}", url=shown)
+        return FetchError(f"{display_name}: {text}{advice}", url=display_name)
     if type(error).__name__ in _WITHOUT_CREDENTIALS:
-        return FetchError(f"{shown}: no credentials for it: {text}", url=shown)
-    return NetworkError(f"{shown}: {type(error).__name__}: {text}", url=shown)
+        return FetchError(f"{display_name}: no credentials for it: {text}", url=display_name)
+    return NetworkError(f"{display_name}: {type(error).__name__}: {text}", url=display_name)
 
 
 @dataclass
@@ -122,12 +124,14 @@ class FilesystemBody:
     def read(self) -> bytes:
         """See `Body`."""
         count = _READ_BYTES if self.end is None else min(_READ_BYTES, self.end - self._position)
-        with translating_any(self._origin.url, self._origin.shown):
+        with wrap_any_errors(self._origin.url, self._origin.display_name):
             piece = self._read(self._position, count) if count > 0 else b""
         self._position += len(piece)
         is_at_end = self._position == self.end
         if is_at_end if piece else not is_at_end:  # its last piece, or its end came earlier than was known
-            self._origin.look(self.version)  # a read names no version: it may be of one that came after the first look
+            self._origin.check_version(
+                self.version
+            )  # a read names no version: it may be of one that came after the first look
         return piece
 
     def break_off(self) -> None:

@@ -13,11 +13,10 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import parse_url
 
 from rankload._fetch.origins.advice import ANSWERED_BEFORE, advice_for
-from rankload._fetch.origins.base import Claim, NotModified, UnusableRange, Version
 from rankload._fetch.origins.connections import BreakableSession, break_off
 from rankload._fetch.origins.credentials import Credentials, Headers
 from rankload._fetch.origins.http_body import HttpBody
-from rankload._fetch.origins.http_errors import translating
+from rankload._fetch.origins.http_errors import wrap_http_errors
 from rankload._fetch.origins.http_headers import (
     claim_of,
     coding_of,
@@ -28,6 +27,7 @@ from rankload._fetch.origins.http_headers import (
     version_of,
 )
 from rankload._fetch.origins.logs import without_queries
+from rankload._fetch.origins.origin import Claim, NotModified, UnusableRange, Version
 from rankload._fetch.origins.trust import Trust
 from rankload._settings import Settings
 from rankload._urls import (
@@ -45,7 +45,7 @@ from rankload.errors import ContentChangedError, FetchError, FetchTimeoutError, 
 _MAX_REDIRECTS = 10
 
 #: Servers make them of some 20 to 100.
-_MOST_VALIDATOR_CHARACTERS = 1024
+_MAX_VALIDATOR_CHARACTERS = 1024
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
@@ -89,7 +89,7 @@ class HttpOrigin:
     """
 
     def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
-        self.url, self.shown, self.may_answer_once = url, redact(url), True
+        self.url, self.display_name, self.may_answer_once = url, redact(url), True
         self._sessions: list[requests.Session] = []
         self._idle_sessions: list[requests.Session] = []
         self._first_url = without_user(url)
@@ -120,12 +120,16 @@ class HttpOrigin:
             if end is not None and self._may_be_about_ranges(refusal):
                 response = self._ask(stack, session, _conditions(unless))
                 if version is not None and response.status_code in _SUCCESSES:
-                    raise UnusableRange(f"{self.shown}: ranges are refused with status {refusal}", is_refusal=True)
+                    raise UnusableRange(
+                        f"{self.display_name}: ranges are refused with status {refusal}", is_refusal=True
+                    )
             if response.status_code == 304 and unless is not None:
-                raise NotModified(self.shown)
+                raise NotModified(self.display_name)
             if response.status_code == 416 and end is not None:
                 if begin:
-                    raise ContentChangedError(f"{self.shown}: the file ends before byte {begin} now", url=self.shown)
+                    raise ContentChangedError(
+                        f"{self.display_name}: the file ends before byte {begin} now", url=self.display_name
+                    )
                 response = self._ask(stack, session, {})  # an empty file has no first byte
             if response.status_code not in _SUCCESSES:
                 raise self._status_error(response)
@@ -183,7 +187,7 @@ class HttpOrigin:
                 return response
             response.close()
             target = _Target(self._redirected(target.url, location), target.claim or claim_of(response.headers))
-        raise FetchError(f"{self.shown}: too many redirects", url=self.shown)
+        raise FetchError(f"{self.display_name}: too many redirects", url=self.display_name)
 
     def _redirected(self, url: str, location: str) -> str:
         """Return where a redirect leads.
@@ -192,20 +196,24 @@ class HttpOrigin:
             FetchError: to something that is not a plain http or https URL, or from https to http.
         """
         if has_ambiguous_characters(location):
-            raise FetchError(f"{self.shown}: it redirects to a malformed URL: refused", url=self.shown)
-        with translating(self.shown):
+            raise FetchError(f"{self.display_name}: it redirects to a malformed URL: refused", url=self.display_name)
+        with wrap_http_errors(self.display_name):
             target = urljoin(url, location)
             server, before = server_of(target), server_of(url)
         if server is None or before is None:
             why = why_refused(target) or "it is not http or https"
-            raise FetchError(f"{self.shown}: it redirects to a URL that is refused: {why}", url=self.shown)
+            raise FetchError(
+                f"{self.display_name}: it redirects to a URL that is refused: {why}", url=self.display_name
+            )
         if user_of(target) is not None:
-            raise FetchError(f"{self.shown}: it redirects to a URL with a user name in it: refused", url=self.shown)
+            raise FetchError(
+                f"{self.display_name}: it redirects to a URL with a user name in it: refused", url=self.display_name
+            )
         if (before.scheme, server.scheme) == ("https", "http"):
             raise FetchError(
-                f"{self.shown}: it redirects from https to {redact(target)}, which anybody on the way could alter; use "
-                "that URL itself if you trust it",
-                url=self.shown,
+                f"{self.display_name}: it redirects from https to {redact(target)}, which anybody on the way could "
+                "alter; use that URL itself if you trust it",
+                url=self.display_name,
             )
         return target
 
@@ -215,11 +223,11 @@ class HttpOrigin:
         own = {"User-Agent": f"rankload/{__version__}", "Accept-Encoding": "identity", **range_headers}
         stall_seconds = min(self._settings.stall_seconds, self._settings.progress_seconds)
         deadlines = (self._settings.connect_seconds, stall_seconds)
-        with translating(self.shown), without_queries():
+        with wrap_http_errors(self.display_name), without_queries():
             request = session.prepare_request(requests.Request("GET", url, headers=own, auth=_as_given))
             server = self._server_that_is_asked(request)
             if server.scheme == "https":
-                self._trust.check(self.shown)
+                self._trust.check(self.display_name)
             request.headers.update(self._credentials.headers_for(server))
             environment = session.merge_environment_settings(request.url, {}, True, None, None)
             response = session.send(request, timeout=deadlines, allow_redirects=False, **environment)
@@ -238,7 +246,7 @@ class HttpOrigin:
         server, found = server_of(url), parse_url(url)
         port = found.port or {"http": 80, "https": 443}.get(found.scheme or "")
         if server is None or server != (found.scheme, (found.host or "").strip("[]"), port):
-            raise FetchError(f"{self.shown}: its host can be read in two ways: refused", url=self.shown)
+            raise FetchError(f"{self.display_name}: its host can be read in two ways: refused", url=self.display_name)
         return server
 
     @contextlib.contextmanager
@@ -266,23 +274,25 @@ class HttpOrigin:
     def _body_of(self, response: requests.Response, begin: int, end: int | None, version: Version | None) -> HttpBody:
         if coding := coding_of(response.headers):
             raise FetchError(
-                f"{self.shown}: sent with Content-Encoding {coding} although identity was asked for: the bytes are not "
-                "the file's, so they cannot be verified",
-                url=self.shown,
+                f"{self.display_name}: sent with Content-Encoding {coding} although identity was asked for: the bytes "
+                "are not the file's, so they cannot be verified",
+                url=self.display_name,
             )
         is_whole = response.status_code != 206
         length = content_length_of(response.headers)
         first, last, size_bytes = (0, length, length) if is_whole else self._checked_range(response, begin, end)
         found = version_of(response.headers, size_bytes, self._target.claim)
         if version is not None and (not version.is_same_as(found) or (is_whole and end is not None)):
-            raise ContentChangedError(f"{self.shown}: the file has changed while it was fetched", url=self.shown)
+            raise ContentChangedError(
+                f"{self.display_name}: the file has changed while it was fetched", url=self.display_name
+            )
         response.raw.enforce_content_length = False  # our own check says how much is missing
         return HttpBody(
             found,
             first,
             last,
             is_whole,
-            self.shown,
+            self.display_name,
             functools.partial(response.raw.read1, decode_content=False),
             response.raw.shutdown,
         )
@@ -293,9 +303,9 @@ class HttpOrigin:
         if end is None and found is not None and found[:1] + found[2:] == (0, found[1]):
             return found
         if end is None:  # there is no other way left to ask
-            raise FetchError(f"{self.shown}: asked for the whole file, {got}", url=self.shown)
+            raise FetchError(f"{self.display_name}: asked for the whole file, {got}", url=self.display_name)
         if found is None or found[0] != begin or found[1] > end:
-            raise UnusableRange(f"{self.shown}: asked for bytes {begin}-{end - 1}, {got}")
+            raise UnusableRange(f"{self.display_name}: asked for bytes {begin}-{end - 1}, {got}")
         return found
 
     def _status_error(self, response: requests.Response) -> HTTPStatusError:
@@ -304,10 +314,10 @@ class HttpOrigin:
         if self._has_answered and code in _EXPIRED:
             advice = ANSWERED_BEFORE
         asked = redact(response.request.url or self.url)
-        where = self.shown if asked == self.shown else f"{self.shown} (redirected to {asked})"
+        where = self.display_name if asked == self.display_name else f"{self.display_name} (redirected to {asked})"
         return HTTPStatusError(
             f"HTTP Error {code}: {printable(str(response.reason)[:200])}: {where}{advice}",
-            url=self.shown,
+            url=self.display_name,
             code=code,
             retry_after_seconds=retry_after_of(response.headers),
         )
@@ -357,7 +367,7 @@ def _can_be_sent(validator: str) -> bool:
     It may hold control characters, or be longer than servers take; in a record of another user's, be no header's text
     at all.
     """
-    return validator.isascii() and validator.isprintable() and len(validator) <= _MOST_VALIDATOR_CHARACTERS
+    return validator.isascii() and validator.isprintable() and len(validator) <= _MAX_VALIDATOR_CHARACTERS
 
 
 def _as_given(request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -17,18 +17,18 @@ from rankload.errors import FetchError, FetchTimeoutError, NetworkError, Truncat
 _PROXY = "the proxy that the environment names"
 
 
-class translating:
+class wrap_http_errors:
     """Translate the exceptions of requests, urllib3 and sockets.
 
     Theirs hold the full URL, with its signatures and tokens, and so do the tracebacks of what they are chained to. The
     error that is raised instead is therefore chained to nothing, not even as its context.
 
     Args:
-        shown: the URL for messages, without secrets.
+        display_name: the URL for messages, without secrets.
     """
 
-    def __init__(self, shown: str) -> None:
-        self._shown = shown
+    def __init__(self, display_name: str) -> None:
+        self._display_name = display_name
 
     def __enter__(self) -> None:
         pass
@@ -37,7 +37,7 @@ class translating:
         if isinstance(error, FetchError):  # an OSError, too, and already ours
             return
         if isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)):
-            raise_alone(_translated(error, self._shown))
+            raise_alone(_translated(error, self._display_name))
 
 
 def raise_alone(error: FetchError) -> NoReturn:
@@ -52,7 +52,7 @@ def raise_alone(error: FetchError) -> NoReturn:
         raise
 
 
-def _translated(error: Exception, shown: str) -> FetchError:
+def _translated(error: Exception, display_name: str) -> FetchError:
     innermost = _innermost(error)
     is_proxys = isinstance(error, requests.exceptions.ProxyError)
     timeouts = (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)
@@ -60,20 +60,22 @@ def _translated(error: Exception, shown: str) -> FetchError:
         what = "not a byte came"
         if is_proxys or isinstance(error, requests.ConnectTimeout):
             what = "no connection to the proxy" if is_proxys else "no connection"
-        text = f"{shown}: {what} within the deadline; raise timeout= or pass a mirror"
-        return FetchTimeoutError(text, url=shown)
+        text = f"{display_name}: {what} within the deadline; raise timeout= or pass a mirror"
+        return FetchTimeoutError(text, url=display_name)
     if isinstance(error, requests.exceptions.InvalidProxyURL):
-        return FetchError(f"{shown}: {_PROXY} is no URL of one: correct it, or unset it", url=shown)
+        return FetchError(f"{display_name}: {_PROXY} is no URL of one: correct it, or unset it", url=display_name)
     if isinstance(error, requests.exceptions.InvalidSchema):
         if "SOCKS" in str(error):
-            return FetchError(f"{shown}: {_PROXY} speaks SOCKS: pip install 'requests[socks]'", url=shown)
-        return FetchError(f"{shown}: it redirects to a URL that is not http or https", url=shown)
+            return FetchError(f"{display_name}: {_PROXY} speaks SOCKS: pip install 'requests[socks]'", url=display_name)
+        return FetchError(f"{display_name}: it redirects to a URL that is not http or https", url=display_name)
     if isinstance(error, ValueError):  # requests' own subclasses, and what urllib.parse raises out of a redirect
-        return FetchError(f"{shown}: not a URL that can be fetched, or it redirects to one", url=shown)
+        return FetchError(f"{display_name}: not a URL that can be fetched, or it redirects to one", url=display_name)
     if isinstance(error, urllib3.exceptions.ProtocolError) and "IncompleteRead" in str(error):
-        return TruncatedError(f"{shown}: the body ended in the middle of a chunk", url=shown)
+        return TruncatedError(f"{display_name}: the body ended in the middle of a chunk", url=display_name)
     who = f"{_PROXY}: " if is_proxys else ""
-    return NetworkError(f"{shown}: {who}{_words(innermost)}", url=shown, is_permanent=_is_permanent(innermost))
+    return NetworkError(
+        f"{display_name}: {who}{_words(innermost)}", url=display_name, is_permanent=_is_permanent(innermost)
+    )
 
 
 def _words(cause: BaseException) -> str:

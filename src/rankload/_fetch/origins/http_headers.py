@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from urllib.parse import quote
 
-from rankload._fetch.origins.base import Claim, Version
+from rankload._fetch.origins.origin import Claim, Version
 
 #: 18 digits hold an exabyte; Python refuses to read numbers of thousands of digits.
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE | re.ASCII)
@@ -93,7 +93,7 @@ def claim_of(headers: Mapping[str, str]) -> Claim | None:
     """Return the SHA-256 of the whole content that the headers give, if any.
 
     - ``Repr-Digest`` (RFC 9530) and its predecessor ``Digest`` (RFC 3230) are of the whole content in partial answers,
-      too; ``Content-Digest`` is not.
+      too; ``PartialContent-Digest`` is not.
     - ``x-amz-checksum-sha256`` of a multipart upload is a digest of digests, and ends in ``-<number of parts>``
       (Amazon S3 User Guide, "Checking object integrity").
     - ``X-Linked-ETag`` is what the Hugging Face Hub gives for files in its large-file storage: their SHA-256.

@@ -10,11 +10,11 @@ import functools
 import os
 from contextlib import AbstractContextManager
 
-from rankload._fetch.origins.base import Version
 from rankload._fetch.origins.credentials import Headers
-from rankload._fetch.origins.filesystem import filesystem_of, translating_any
+from rankload._fetch.origins.filesystem import filesystem_of, wrap_any_errors
 from rankload._fetch.origins.http import HttpOrigin
 from rankload._fetch.origins.http_body import HttpBody
+from rankload._fetch.origins.origin import Version
 from rankload._settings import Settings
 from rankload._urls import redact, server_of
 from rankload.errors import ArgumentError
@@ -24,7 +24,7 @@ class HuggingFaceOrigin:
     """A file at ``hf://[datasets/|spaces/]owner/name[@revision]/path``."""
 
     def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
-        self.url, self.shown, self.may_answer_once = url, redact(url), False
+        self.url, self.display_name, self.may_answer_once = url, redact(url), False
         self._headers, self._settings = headers, settings
 
     def open(
@@ -43,6 +43,6 @@ class HuggingFaceOrigin:
         if (endpoint := os.environ.get("HF_ENDPOINT")) and server_of(endpoint) is None:
             # its client fails over it when it is imported, and would be taken for missing
             raise ArgumentError("HF_ENDPOINT is not an http or https URL with a host: correct it, or unset it")
-        with translating_any(self.url, self.shown):
+        with wrap_any_errors(self.url, self.display_name):
             filesystem, path = filesystem_of(self.url)
             return HttpOrigin(filesystem.url(path), self._headers, self._settings)

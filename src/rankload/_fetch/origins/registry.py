@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from rankload._fetch.origins.base import Origin
 from rankload._fetch.origins.credentials import Headers
 from rankload._fetch.origins.http import HttpOrigin
+from rankload._fetch.origins.origin import Origin
 from rankload._settings import Settings
 
 

@@ -46,20 +46,20 @@ class Trust:
                 return cls(path, name, is_alone=name in _OF_REQUESTS)
         return cls(None)
 
-    def check(self, shown: str) -> None:
+    def check(self, display_name: str) -> None:
         """Check that what the environment names is there.
 
         Args:
-            shown: the URL that is to be asked, for the message.
+            display_name: the URL that is to be asked, for the message.
 
         Raises:
             FetchError: it is not.
         """
         if self.path is not None and not os.path.exists(self.path):  # noqa: PTH110 - as requests and OpenSSL take it
             raise FetchError(
-                f"{shown}: {self.variable}={self.path}: there is no such file or folder of certificates: correct the "
-                "variable, or unset it",
-                url=shown,
+                f"{display_name}: {self.variable}={self.path}: there is no such file or folder of certificates: "
+                "correct the variable, or unset it",
+                url=display_name,
             )
 
     @functools.cached_property

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from rankload._cache.access import NEW_FILE_MODE, open_plain, share_file
-from rankload._fetch.origins.base import Version
+from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.owner import boot_id
-from rankload._platform.byte_ranges import Spans
+from rankload._platform.byte_ranges import ByteRanges
 
 _FORMAT = 1
 
@@ -33,7 +33,7 @@ _MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Content:
+class PartialContent:
     """What a partial file is the beginning of.
 
     Attributes:
@@ -59,8 +59,8 @@ class Content:
 class Entries:
     """A journal as it was read: the content, the ranges that it lists, and when it was last written to."""
 
-    content: Content
-    spans: Spans
+    content: PartialContent
+    spans: ByteRanges
     modified_at: float
 
 
@@ -83,7 +83,7 @@ def partial_path_of(path: Path) -> Path | None:
 class Journal:
     """An open journal of one's own. Losing a line, or the whole of it, costs bandwidth only: no failure is raised."""
 
-    def __init__(self, partial_path: Path, content: Content, spans: Iterable[tuple[int, int]] = ()) -> None:
+    def __init__(self, partial_path: Path, content: PartialContent, spans: Iterable[tuple[int, int]] = ()) -> None:
         self.content = content
         self._path, self._descriptor, self._count = journal_path(partial_path), -1, 0
         self._lock = threading.Lock()  # the n in "the first n ranges" must be the order of the lines
@@ -140,12 +140,12 @@ def read_journal(partial_path: Path) -> Entries | None:
         if head.pop("journal") != _FORMAT:
             return None
         is_same_boot = head.pop("boot") == boot_id() != ""
-        content = _checked(Content(**head))
+        content = _checked(PartialContent(**head))
         ranges, synced = _events(lines[1:])
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
     kept = ranges if is_same_boot else ranges[:synced]
-    spans = Spans((begin, end) for begin, end in kept if 0 <= begin < end <= content.size_bytes)
+    spans = ByteRanges((begin, end) for begin, end in kept if 0 <= begin < end <= content.size_bytes)
     return Entries(content, spans, status.st_mtime)
 
 
@@ -178,7 +178,7 @@ def _events(lines: list[bytes]) -> tuple[list[tuple[int, int]], int]:
     return ranges, synced
 
 
-def _checked(content: Content) -> Content:
+def _checked(content: PartialContent) -> PartialContent:
     texts = (content.etag, content.last_modified, content.sha256)
     has_key = type(content.size_bytes) is int and isinstance(content.url_key, str)
     if not has_key or not all(text is None or isinstance(text, str) for text in texts):

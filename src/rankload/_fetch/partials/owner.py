@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 from rankload._urls import OF_A_PARTIAL_FILE
 
 _NAME = re.compile(f"{OF_A_PARTIAL_FILE.pattern}$")

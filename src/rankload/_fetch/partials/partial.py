@@ -12,15 +12,15 @@ from pathlib import Path
 from types import TracebackType
 
 from rankload._cache.access import NEW_FILE_MODE, share_file
-from rankload._cache.entry import Entry
-from rankload._cache.files import no_space_error, writing
-from rankload._fetch.origins.base import Version
-from rankload._fetch.partials.journal import Content, Journal, journal_path
+from rankload._cache.files import no_space_error, wrap_write_errors
+from rankload._cache.layout import Entry
+from rankload._fetch.origins.origin import Version
+from rankload._fetch.partials.journal import Journal, PartialContent, journal_path
 from rankload._fetch.partials.open_file import OpenFile
 from rankload._fetch.partials.owner import abandoned_path, own_path
 from rankload._fetch.partials.room import Room
 from rankload._fetch.partials.writer import PartialWriter
-from rankload._platform.byte_ranges import Spans
+from rankload._platform.byte_ranges import ByteRanges
 from rankload._platform.linux import allocate, rename_if_absent
 from rankload._settings import Settings
 from rankload.errors import CacheError, RankloadError, VerificationError
@@ -56,8 +56,8 @@ class Partial:
         self, entry: Entry, settings: Settings, sha256: str | None = None, *, may_be_left: bool = True
     ) -> None:
         self.path, self.url_key = own_path(entry), ""
-        self.content: Content | None = None
-        self.spans = Spans()
+        self.content: PartialContent | None = None
+        self.spans = ByteRanges()
         self._entry, self._settings, self._sha256 = entry, settings, sha256
         self._journal: Journal | None = None
         self._keeper: _Keeper | None = None
@@ -66,7 +66,7 @@ class Partial:
         self._room = Room(0)
         self._lock = threading.Lock()
         self._may_be_left, self._is_mixed, self._is_gone = may_be_left, False, False
-        with self.writing():
+        with self.wrap_write_errors():
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._file = OpenFile(os.open(self.path, flags, NEW_FILE_MODE))
             share_file(self.descriptor, self.path.parent)
@@ -76,11 +76,11 @@ class Partial:
         """Open for reading and writing; -1 when it is closed."""
         return self._file.descriptor
 
-    def writing(self) -> AbstractContextManager[None]:
+    def wrap_write_errors(self) -> AbstractContextManager[None]:
         """Translate the failures of a write to this file."""
-        return writing(self.path, self._size_bytes)
+        return wrap_write_errors(self.path, self._size_bytes)
 
-    def adopt(self, descriptor: int, content: Content, spans: Spans) -> None:
+    def adopt(self, descriptor: int, content: PartialContent, spans: ByteRanges) -> None:
         """Go on with bytes that are there: of this file, or of another that has taken its name."""
         if descriptor != self.descriptor:
             self._file.close()
@@ -92,8 +92,8 @@ class Partial:
         self.take_writers_back()
         self._remove_journal()
         self._is_mixed = False
-        self.content, self.spans, self._room = None, Spans(), Room(0)
-        with self.writing():
+        self.content, self.spans, self._room = None, ByteRanges(), Room(0)
+        with self.wrap_write_errors():
             os.ftruncate(self.descriptor, 0)
 
     def mix(self) -> None:
@@ -111,13 +111,15 @@ class Partial:
             self._check_space(version.size_bytes)
             self._allocate()
             if is_resumable and self._may_be_left and not self._is_mixed and self._journal is None:
-                content = Content(self.url_key, version.size_bytes, version.etag, version.last_modified, self._sha256)
+                content = PartialContent(
+                    self.url_key, version.size_bytes, version.etag, version.last_modified, self._sha256
+                )
                 self._journal = Journal(self.path, content, self.spans)
                 self._keeper = _Keeper(self._file, self._journal, self._settings.lease_heartbeat_seconds)
 
     def writer(self) -> PartialWriter:
         """Return a way in for one thread."""
-        writer = PartialWriter(self._file, self.writing, self._note)
+        writer = PartialWriter(self._file, self.wrap_write_errors, self._note)
         self._writers = [*(one for one in self._writers if not one.is_closed), writer]
         return writer
 
@@ -139,7 +141,7 @@ class Partial:
         with self._lock:
             begin, end = self._room.grown(self.spans.total_bytes)
         if begin < end:
-            with self.writing():
+            with self.wrap_write_errors():
                 allocate(self.descriptor, begin, end)
 
     # Its end
@@ -147,7 +149,7 @@ class Partial:
     def finish(self, size_bytes: int) -> os.stat_result:
         """Force the bytes to disk and close the file; return its status. NFS reports a full disk or quota only here."""
         self._end_journal()
-        with self.writing():
+        with self.wrap_write_errors():
             self._file.settle(self._settings.progress_seconds)  # a write that failed says more than the length it left
             found = os.fstat(self.descriptor).st_size
             if found < size_bytes:
@@ -171,7 +173,7 @@ class Partial:
             self.move_to(self._entry.path)
         else:
             try:
-                with writing(self._entry.path):
+                with wrap_write_errors(self._entry.path):
                     rename_if_absent(self.path, self._entry.path)
             except CacheError as error:
                 if error.errno == errno.EEXIST:
@@ -182,7 +184,7 @@ class Partial:
 
     def move_to(self, path: Path) -> None:
         """Give the file another name; it is no partial any more."""
-        with writing(path):
+        with wrap_write_errors(path):
             self.path.replace(path)
         self._is_gone = True
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 from rankload._fetch.partials.journal import (
     Entries,
     beginning_path,

@@ -19,7 +19,7 @@ class PartialWriter:
 
     Args:
         file: lends the descriptor.
-        writing: translates the failures.
+        wrap_write_errors: translates the failures.
         note: told of the ranges that were written.
 
     Raises:
@@ -29,19 +29,19 @@ class PartialWriter:
     def __init__(
         self,
         file: OpenFile,
-        writing: Callable[[], AbstractContextManager[None]],
+        wrap_write_errors: Callable[[], AbstractContextManager[None]],
         note: Callable[[int, int], None],
     ) -> None:
-        self._writing, self._note = writing, note
+        self._wrap_write_errors, self._note = wrap_write_errors, note
         self._lent, self._lock = ExitStack(), threading.Lock()
         self.is_closed = False
-        with writing():
+        with wrap_write_errors():
             self._descriptor = self._lent.enter_context(file.lent())
 
     def write(self, piece: bytes, offset: int) -> None:
         """Write a piece at an offset."""
         view = memoryview(piece)
-        with self._lock, self._writing():
+        with self._lock, self._wrap_write_errors():
             while view and not self.is_closed:  # pwrite(2) may take less, on a nearly full disk for one
                 count = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[count:], offset + count
@@ -55,6 +55,6 @@ class PartialWriter:
 
     def close(self) -> None:
         """Give the descriptor back."""
-        with self._lock, self._writing():
+        with self._lock, self._wrap_write_errors():
             self.is_closed = True
             self._lent.close()

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from rankload._fetch.transfer import stream_limits
-from rankload._fetch.transfer.scaling import Pace
-from rankload._fetch.transfer.state import Work
+from rankload._fetch.transfer.scaling import StreamScaler
+from rankload._fetch.transfer.state import TransferState
 from rankload._fetch.transfer.stream import Stream
 from rankload._types import Phase, Progress, Report
 from rankload.errors import FetchTimeoutError
@@ -20,21 +20,23 @@ _TICK_SECONDS = 0.1
 _JOIN_SECONDS = 0.3
 
 
-class Transfer:
+class TransferRunner:
     """Fetches what is missing.
 
     Args:
-        work: what there is to do.
+        state: what there is to do.
         report: gets the progress; what it raises ends the transfer.
         show: gets the bytes done and in all (None: unknown), for a progress bar.
         attempt: for the report.
     """
 
-    def __init__(self, work: Work, report: Report, show: Callable[[int, int | None], None], attempt: int) -> None:
-        self._work, self._report, self._show, self._attempt = work, report, show, attempt
-        self._pace = Pace(stream_limits.limit_for(work.origin.url, work.settings.streams))
+    def __init__(
+        self, state: TransferState, report: Report, show: Callable[[int, int | None], None], attempt: int
+    ) -> None:
+        self._state, self._report, self._show, self._attempt = state, report, show, attempt
+        self._scaler = StreamScaler(stream_limits.limit_for(state.origin.url, state.settings.streams))
         self._streams: list[Stream] = []
-        self._bytes_before, self._refusals = work.done_bytes, 0
+        self._bytes_before, self._refusals = state.done_bytes, 0
 
     def run(self) -> None:
         """Run to the end. The thread never blocks on the network, so signals and other ranks' failures are heard.
@@ -45,41 +47,41 @@ class Transfer:
             CacheError: they cannot be written.
             RankloadError: whatever ``report`` raises.
         """
-        work = self._work
-        silence = _Silence(work)
+        state = self._state
+        silence = _Silence(state)
         try:
-            while not work.is_complete() and work.failure is None:
+            while not state.is_complete() and state.failure is None:
                 is_waiting = self._is_waiting()
                 silence.check(is_waiting)
                 self._report(self._progress(is_waiting))
                 self._adjust()
-                self._show(work.done_bytes, work.version.size_bytes if work.version else None)
-                with work.changed:
-                    if not work.is_complete() and work.failure is None:
-                        work.changed.wait(_TICK_SECONDS)
+                self._show(state.done_bytes, state.version.size_bytes if state.version else None)
+                with state.changed:
+                    if not state.is_complete() and state.failure is None:
+                        state.changed.wait(_TICK_SECONDS)
         finally:
             self._stop()
-        if work.failure is not None:
-            raise work.failure
-        self._show(work.done_bytes, work.done_bytes)
+        if state.failure is not None:
+            raise state.failure
+        self._show(state.done_bytes, state.done_bytes)
 
     def _adjust(self) -> None:
         """Have as many streams as help."""
-        work, now = self._work, time.monotonic()
-        if work.refusals > self._refusals:
-            self._refusals = work.refusals
-            self._pace.back_off(now, work.active_streams + 1)
-        received_bytes = work.done_bytes - self._bytes_before
-        self._pace.observe(now, received_bytes, work.active_streams, work.hash_bytes_per_second)
-        work.target_streams = self._pace.target
+        state, now = self._state, time.monotonic()
+        if state.refusals > self._refusals:
+            self._refusals = state.refusals
+            self._scaler.back_off(now, state.active_streams + 1)
+        received_bytes = state.done_bytes - self._bytes_before
+        self._scaler.observe(now, received_bytes, state.active_streams, state.hash_bytes_per_second)
+        state.target_streams = self._scaler.target
         self._streams = [stream for stream in self._streams if stream.is_alive()]
-        while work.refusals == self._refusals and work.enter(stream := Stream(work)):
+        while state.refusals == self._refusals and state.enter(stream := Stream(state)):
             self._streams.append(stream)
             try:
                 stream.start()
             except RuntimeError:  # this user, or this container, may start no more threads
-                work.leave(stream)
-                if not work.active_streams:
+                state.leave(stream)
+                if not state.active_streams:
                     raise
                 break
 
@@ -88,12 +90,12 @@ class Transfer:
         return bool(waits) and all(waits)
 
     def _progress(self, is_waiting: bool) -> Progress:
-        work = self._work
-        phase: Phase = "backoff" if is_waiting else "connecting" if work.version is None else "downloading"
-        return Progress(phase, work.done_bytes, work.version.size_bytes if work.version else None, self._attempt)
+        state = self._state
+        phase: Phase = "backoff" if is_waiting else "connecting" if state.version is None else "downloading"
+        return Progress(phase, state.done_bytes, state.version.size_bytes if state.version else None, self._attempt)
 
     def _stop(self) -> None:
-        self._work.stop()
+        self._state.stop()
         streams = [stream for stream in self._streams if stream.is_alive()]  # one may not have been started
         for stream in streams:
             stream.break_off()
@@ -105,18 +107,18 @@ class Transfer:
 class _Silence:
     """The deadline on no progress: no byte on any stream, pauses that were declared not counted."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._moved_at, self._bytes = time.monotonic(), work.done_bytes
+    def __init__(self, state: TransferState) -> None:
+        self._state = state
+        self._moved_at, self._bytes = time.monotonic(), state.done_bytes
 
     def check(self, is_waiting: bool) -> None:
         """Raise if it has passed."""
-        now, limit = time.monotonic(), self._work.settings.progress_seconds
-        if is_waiting or self._work.done_bytes != self._bytes:
-            self._moved_at, self._bytes = now, self._work.done_bytes
+        now, limit = time.monotonic(), self._state.settings.progress_seconds
+        if is_waiting or self._state.done_bytes != self._bytes:
+            self._moved_at, self._bytes = now, self._state.done_bytes
         elif now - self._moved_at > limit:
-            shown = self._work.origin.shown
+            display_name = self._state.origin.display_name
             raise FetchTimeoutError(
-                f"{shown}: not a byte came within the deadline of {limit:g} s; raise timeout= or pass a mirror",
-                url=shown,
+                f"{display_name}: not a byte came within the deadline of {limit:g} s; raise timeout= or pass a mirror",
+                url=display_name,
             )

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 #: What is left for several streams, at the least. It costs what the first answer has under way when it is cut short: up
 #: to what the buffers of a connection hold, a few MB.
-_LEAST_SHARED_CHUNKS = 4
+_MIN_SHARED_CHUNKS = 4
 
 
 @dataclass
-class Span:
+class ByteRange:
     """A range that one stream fetches; ``end`` is None where only the end of the body will tell."""
 
     begin: int
@@ -35,9 +35,9 @@ class FirstRequest:
         may_probe: the origin has not refused such a request for good.
     """
 
-    def __init__(self, stream: object, span: Span) -> None:
+    def __init__(self, stream: object, span: ByteRange) -> None:
         self.span, self.may_probe = span, True
-        self.probe: Span | None = None
+        self.probe: ByteRange | None = None
         self._stream = stream
         self._probing_stream: object | None = None
         self._began_at, self._first = time.monotonic(), span.begin
@@ -57,12 +57,12 @@ class FirstRequest:
         done_bytes = self.span.begin - self._first
         rate = done_bytes / max(time.monotonic() - self._began_at, 1e-6)
         begin = self.span.begin + chunk_bytes * max(1, min(most_chunks, int(rate * seconds / chunk_bytes)))
-        is_worthwhile = begin + _LEAST_SHARED_CHUNKS * chunk_bytes <= self.span.end
+        is_worthwhile = begin + _MIN_SHARED_CHUNKS * chunk_bytes <= self.span.end
         return (begin, begin + chunk_bytes) if is_worthwhile else None
 
-    def send_probe(self, stream: object, begin: int, end: int) -> Span:
+    def send_probe(self, stream: object, begin: int, end: int) -> ByteRange:
         """Let a stream ask for a part."""
-        self._probing_stream, self.probe = stream, Span(begin, end)
+        self._probing_stream, self.probe = stream, ByteRange(begin, end)
         return self.probe
 
     def withdraw_probe(self) -> None:
@@ -71,7 +71,7 @@ class FirstRequest:
             self.probe.end = self.probe.begin
         self._probing_stream = self.probe = None
 
-    def share(self, probe: Span, chunk_bytes: int) -> tuple[int, int]:
+    def share(self, probe: ByteRange, chunk_bytes: int) -> tuple[int, int]:
         """Shorten the first range, now that the origin has answered the probe; return what nobody fetches any more."""
         assert self.span.end is not None and probe.end is not None
         end = self.span.end

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from rankload._platform.byte_ranges import Spans
+from rankload._platform.byte_ranges import ByteRanges
 from rankload.errors import CacheError
 
 #: Pieces that may wait in memory for the front to reach them. What is beyond it is read back later, from the page
@@ -23,7 +23,7 @@ _REPORT_SECONDS = 0.1
 _ABORT_SECONDS = 0.3
 
 
-class Front:
+class OrderedHasher:
     """Knows which bytes are there, and hashes them in order. hashlib releases the GIL: the transfer goes on meanwhile.
 
     Args:
@@ -34,7 +34,7 @@ class Front:
     """
 
     def __init__(self, descriptor: int) -> None:
-        self.covered = Spans()
+        self.covered = ByteRanges()
         self._hashing_seconds = 0.0
         self._descriptor = descriptor
         self._pieces: dict[int, bytes] = {}

@@ -19,13 +19,13 @@ _TEMPORARY_CODES = frozenset({202, 408, 425, 429})
 #: Not Implemented, HTTP Version Not Supported: asking again changes nothing.
 _PERMANENT_CODES = frozenset({501, 505})
 
-_LONGEST_PAUSE_SECONDS = 60.0
+_MAX_PAUSE_SECONDS = 60.0
 
 #: So soon another rank's failure ends a pause.
 _REPORT_SECONDS = 0.2
 
 #: Far beyond the longest pause; a float ends at 1024.
-_MOST_DOUBLINGS = 64
+_MAX_DOUBLINGS = 64
 
 
 def is_temporary(error: FetchError) -> bool:
@@ -68,11 +68,11 @@ class Retries:
         self._failures += is_new
         if not is_temporary(error) or self._failures > self._settings.retries:
             raise error
-        doublings = min(self._failures - 1, _MOST_DOUBLINGS)
+        doublings = min(self._failures - 1, _MAX_DOUBLINGS)
         pause: float = self._settings.backoff_seconds * 2**doublings * random.uniform(0.5, 1.0)  # noqa: S311
         asked = error.fields.get("retry_after_seconds")
         if asked is None:
-            pause = min(pause, _LONGEST_PAUSE_SECONDS)
+            pause = min(pause, _MAX_PAUSE_SECONDS)
         else:  # a little later than asked: all that were told the same second must not come in that second
             pause = min(float(asked), self._settings.retry_after_seconds) + min(pause, 1.0)
         if is_new:

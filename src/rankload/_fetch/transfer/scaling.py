@@ -18,13 +18,13 @@ _GAIN = 1.15
 
 #: A step up means twice the streams at least. Where bytes come at more than half of the hash's own speed, twice as many
 #: could not be hashed: its core is the pipe that is full, and streams would only take it from it.
-_MOST_HASH_LOAD = 0.5
+_MAX_HASH_LOAD = 0.5
 
 #: How long a choice holds before it is put to the test again: networks change.
 _HOLD_SECONDS = 20.0
 
 
-class Pace:
+class StreamScaler:
     """Climbs from one stream up while that helps, and comes down again when it does not.
 
     Args:
@@ -73,7 +73,7 @@ class Pace:
             return
         best = max(self._rates.values())
         enough = min(step for step, rate in self._rates.items() if rate * _GAIN >= best)
-        may_climb = enough < self._steps[-1] and self._is_untried_above() and hash_load < _MOST_HASH_LOAD
+        may_climb = enough < self._steps[-1] and self._is_untried_above() and hash_load < _MAX_HASH_LOAD
         if enough == self.target and may_climb:
             self.target = next(step for step in self._steps if step > enough)
             self._rates.pop(self.target, None)

@@ -19,11 +19,11 @@ class SizeLimit:
     max_bytes: int | None = None
     downloaded_bytes: int = 0
 
-    def check(self, shown: str, size_bytes: int, *, is_announced: bool) -> None:
+    def check(self, display_name: str, size_bytes: int, *, is_announced: bool) -> None:
         """Refuse a file that is too large.
 
         Args:
-            shown: the URL for messages.
+            display_name: the URL for messages.
             size_bytes: of the whole file, as announced; else what has come of it.
             is_announced: which of the two.
 
@@ -35,9 +35,9 @@ class SizeLimit:
         what = f"the file has {size_bytes} bytes" if is_announced else f"{size_bytes} bytes have come, with no end"
         before = f" after {self.downloaded_bytes} bytes of other files" if self.downloaded_bytes else ""
         raise FetchError(
-            f"{shown}: {what}{before}, more than max_bytes={self.max_bytes} allows; raise it (max_bytes=, --max-bytes, "
-            "RANKLOAD_MAX_BYTES) if this is the file you want",
-            url=shown,
+            f"{display_name}: {what}{before}, more than max_bytes={self.max_bytes} allows; raise it (max_bytes=, "
+            "--max-bytes, RANKLOAD_MAX_BYTES) if this is the file you want",
+            url=display_name,
             size_bytes=size_bytes if is_announced else None,
             max_bytes=self.max_bytes,
             is_permanent=True,

@@ -5,25 +5,25 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
-from rankload._fetch.origins.base import Body, Origin, UnusableRange, Version
+from rankload._fetch.origins.origin import Body, Origin, UnusableRange, Version
 from rankload._fetch.transfer import stream_limits
 from rankload._fetch.transfer.failure_policy import Failures, Restart
-from rankload._fetch.transfer.first_request import FirstRequest, Span
-from rankload._fetch.transfer.hasher import Front
+from rankload._fetch.transfer.first_request import ByteRange, FirstRequest
+from rankload._fetch.transfer.hasher import OrderedHasher
 from rankload._fetch.transfer.retry import Retries, is_temporary
 from rankload._fetch.transfer.size_limit import SizeLimit
 from rankload._fetch.transfer.target import Target
-from rankload._platform.byte_ranges import Spans
+from rankload._platform.byte_ranges import ByteRanges
 from rankload._settings import Settings
 from rankload.errors import ContentChangedError, FetchError, FetchTimeoutError
 
 #: A stream asks for about so much at a time, in seconds of its own rate, so that a distant origin's answer is not
 #: waited for too often; but never for more than so many chunks, so that a slow stream does not keep the others waiting.
 _REQUEST_SECONDS = 1.0
-_MOST_CHUNKS = 8
+_MAX_CHUNKS = 8
 
 
-class Work:
+class TransferState:
     """The transfer as its streams see it. All methods may be called from any thread.
 
     Args:
@@ -47,7 +47,7 @@ class Work:
         self,
         origin: Origin,
         target: Target,
-        front: Front,
+        hasher: OrderedHasher,
         known: Version | None,
         *,
         is_whole: bool,
@@ -65,13 +65,13 @@ class Work:
         self.refusals = 0
         self.failure: Exception | None = None
         self.is_stopped = False
-        self._front, self._known, self._has_digest = front, known, has_digest
-        self._failures = Failures(retries, settings, front.done_bytes)
-        self._taken = Spans(front.covered)
+        self._hasher, self._known, self._has_digest = hasher, known, has_digest
+        self._failures = Failures(retries, settings, hasher.done_bytes)
+        self._taken = ByteRanges(hasher.covered)
         self._active: set[object] = set()
         self._first: FirstRequest | None = None
         self._has_ended = False
-        if known is not None and front.done_bytes == known.size_bytes:
+        if known is not None and hasher.done_bytes == known.size_bytes:
             self.version = known  # nothing is missing
 
     @property
@@ -82,12 +82,12 @@ class Work:
     @property
     def done_bytes(self) -> int:
         """Bytes that are there."""
-        return self._front.done_bytes
+        return self._hasher.done_bytes
 
     @property
     def hash_bytes_per_second(self) -> float:
         """Speed of the hash while it is at work."""
-        return self._front.hash_bytes_per_second
+        return self._hasher.hash_bytes_per_second
 
     @property
     def active_streams(self) -> int:
@@ -98,7 +98,7 @@ class Work:
         """Tell whether everything has come."""
         if self.version is None:
             return False
-        return self._has_ended or (not self.is_whole and self._front.done_bytes == self.version.size_bytes)
+        return self._has_ended or (not self.is_whole and self._hasher.done_bytes == self.version.size_bytes)
 
     def enter(self, stream: object) -> bool:
         """Let a stream begin, if there is something to do for it."""
@@ -115,7 +115,7 @@ class Work:
             self._active.discard(stream)
             self.changed.notify_all()
 
-    def take(self, stream: object, bytes_per_second: float) -> Span | None:
+    def take(self, stream: object, bytes_per_second: float) -> ByteRange | None:
         """Give a stream its next range, of a length that suits its rate; None: it is not needed any more."""
         with self.changed:
             if self._first is not None and self._first.is_of(stream):
@@ -134,18 +134,18 @@ class Work:
                 return self._first.send_probe(stream, begin, end)
             if self.is_whole:
                 self._taken.add(0, 1)
-                return Span(0, None)
+                return ByteRange(0, None)
             if self.version is None and self.settings.whole_first and self.origin.may_answer_once:
-                span = Span(begin, end)
+                span = ByteRange(begin, end)
                 self._first = FirstRequest(stream, span)
                 self._taken.add(begin, begin + 1 if end is None else end)
                 return span
             longest = begin + self._chunks(bytes_per_second) * self.settings.chunk_bytes
             end = longest if end is None else min(end, longest)
             self._taken.add(begin, end)
-            return Span(begin, end)
+            return ByteRange(begin, end)
 
-    def admit(self, body: Body, span: Span) -> Span:
+    def admit(self, body: Body, span: ByteRange) -> ByteRange:
         """Judge an answer's head; return what its body is to fill.
 
         Args:
@@ -166,7 +166,9 @@ class Work:
                 self._taken.add(0, 1)
             first = self.expected
             if first and not (body.is_whole or self._has_digest or body.version.can_be_told_from(first)):
-                raise UnusableRange(f"{self.origin.shown}: it may be of another version: no ETag or date to compare")
+                raise UnusableRange(
+                    f"{self.origin.display_name}: it may be of another version: no ETag or date to compare"
+                )
             if self.version is None:
                 self._check_total(body, span)
                 self._learn(body)
@@ -174,11 +176,11 @@ class Work:
                 span.end = None
             else:
                 self._bound(span)
-            return Span(body.begin, body.end)
+            return ByteRange(body.begin, body.end)
 
     def accept(self, offset: int, piece: bytes) -> None:
         """Take note of a piece that was written."""
-        self._front.offer(offset, piece)
+        self._hasher.offer(offset, piece)
 
     def ended(self) -> None:
         """The body that has everything has ended."""
@@ -186,7 +188,7 @@ class Work:
             self._has_ended = True
             self.changed.notify_all()
 
-    def give_back(self, span: Span) -> None:
+    def give_back(self, span: ByteRange) -> None:
         """Let another stream fetch what is left of a range."""
         with self.changed:
             if self._first is not None and span is not self._first.span:
@@ -236,7 +238,7 @@ class Work:
             FetchError, Restart: see `count_unusable_range`.
         """
         if self._first is not None and self._first.is_probed_by(stream):
-            failure = FetchError(str(error), url=self.origin.shown)
+            failure = FetchError(str(error), url=self.origin.display_name)
             return self.pause_after(stream, failure, asked_at=0.0, has_moved=False)
         self.count_unusable_range(error)
         return 0.0
@@ -250,9 +252,9 @@ class Work:
         """
         with self.changed:
             if self.is_whole:
-                raise FetchError(str(error), url=self.origin.shown)
+                raise FetchError(str(error), url=self.origin.display_name)
             if self._failures.count_unusable_range(self.done_bytes) > 1 or error.is_refusal:
-                raise Restart(FetchError(str(error), url=self.origin.shown), is_whole=True)
+                raise Restart(FetchError(str(error), url=self.origin.display_name), is_whole=True)
 
     def hold_seconds(self) -> float:
         """Return for how long no request may be sent, because the origin has said so."""
@@ -281,7 +283,7 @@ class Work:
         if version.size_bytes is None and self._known is not None and not body.is_whole:
             version = replace(version, size_bytes=self._known.size_bytes)  # a range "of *" of what is there in part
         if version.size_bytes is not None:
-            self.size_limit.check(self.origin.shown, version.size_bytes, is_announced=True)
+            self.size_limit.check(self.origin.display_name, version.size_bytes, is_announced=True)
         if self._known is not None and self._known.claim and not version.claim and not body.is_whole:
             # what is there came under it, from another mirror perhaps: what is put beside it must be held to it, too
             version = replace(version, claim=self._known.claim)
@@ -293,7 +295,7 @@ class Work:
         self.version = version
         self.changed.notify_all()
 
-    def _check_total(self, body: Body, span: Span) -> None:
+    def _check_total(self, body: Body, span: ByteRange) -> None:
         """Do not believe a first answer whose range ends where the file does: some tell the one for the other."""
         is_bare_range = self._known is None and not body.is_whole and self.origin.may_answer_once
         if is_bare_range and body.version.size_bytes == span.end:
@@ -302,7 +304,7 @@ class Work:
     def _may_be_split(self, version: Version) -> bool:
         return version.size_bytes is not None and (version.has_validator or self._has_digest)
 
-    def _bound(self, span: Span) -> None:
+    def _bound(self, span: ByteRange) -> None:
         """Let a range end where the file does; let others share the first one, once the origin has answered another."""
         if self.version is not None and (size_bytes := self.version.size_bytes) is not None:
             span.end = size_bytes if span.end is None else min(span.end, size_bytes)
@@ -319,7 +321,7 @@ class Work:
         """Return what another stream may ask for."""
         if self._first is None or self.is_whole:
             return self._missing()
-        return self._first.next_probe(self.settings.chunk_bytes, _MOST_CHUNKS, _REQUEST_SECONDS)
+        return self._first.next_probe(self.settings.chunk_bytes, _MAX_CHUNKS, _REQUEST_SECONDS)
 
     def _missing(self) -> tuple[int, int | None] | None:
         size_bytes = self.expected.size_bytes if self.expected else None
@@ -334,4 +336,4 @@ class Work:
         by_rate = bytes_per_second * _REQUEST_SECONDS / chunk_bytes
         # towards the end in smaller portions, so that all streams end together
         by_rest = (size_bytes - self._taken.total_bytes) / (2 * self.target_streams * chunk_bytes)
-        return max(1, min(_MOST_CHUNKS, int(by_rate), int(by_rest)))
+        return max(1, min(_MAX_CHUNKS, int(by_rate), int(by_rest)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from rankload._fetch.origins.base import Version
+from rankload._fetch.origins.origin import Version
 
 
 class Target(Protocol):

@@ -14,10 +14,10 @@ from rankload._load.streams.buckets import Range
 
 #: Bytes of a description. A range takes about 32 of them, so this suffices for a million storages twice over; a source
 #: whose description would be longer sends whole files instead.
-LARGEST_HEADER_BYTES = 64 << 20
+MAX_HEADER_BYTES = 64 << 20
 
-_LONGEST_NAME_BYTES = 255  # NAME_MAX of Linux's filesystems
-_LONGEST_PATH_BYTES = 1024  # names are looked up below a temporary folder, and PATH_MAX is 4096
+_MAX_NAME_BYTES = 255  # NAME_MAX of Linux's filesystems
+_MAX_PATH_BYTES = 1024  # names are looked up below a temporary folder, and PATH_MAX is 4096
 
 
 class BadHeaderError(ValueError):
@@ -25,12 +25,12 @@ class BadHeaderError(ValueError):
 
 
 @dataclass(frozen=True)
-class Header:
+class BroadcastHeader:
     """The description.
 
     Attributes:
         name: of the checkpoint among its files.
-        shown: what messages call it.
+        display_name: what messages call it.
         sizes: of the files in bytes, by name.
         is_whole: whether the files come whole, one after the other; if not:
         kept: which ranges of them come first, by file.
@@ -38,7 +38,7 @@ class Header:
     """
 
     name: str
-    shown: str
+    display_name: str
     sizes: dict[str, int]
     is_whole: bool
     kept: dict[str, list[Range]]
@@ -49,7 +49,7 @@ class Header:
         return json.dumps(vars(self)).encode()
 
 
-def read_header(text: bytes, announced: Mapping[str, int]) -> Header:
+def read_header(text: bytes, announced: Mapping[str, int]) -> BroadcastHeader:
     """Return the description in a text.
 
     Args:
@@ -63,7 +63,7 @@ def read_header(text: bytes, announced: Mapping[str, int]) -> Header:
         value = json.loads(text)
     except (ValueError, RecursionError):
         raise BadHeaderError("it is no JSON") from None
-    if not isinstance(value, dict) or {*value} != {*Header.__dataclass_fields__}:
+    if not isinstance(value, dict) or {*value} != {*BroadcastHeader.__dataclass_fields__}:
         raise BadHeaderError("it has other fields")
     if not isinstance(value["shown"], str) or type(value["is_whole"]) is not bool:
         raise BadHeaderError("its fields are of other types")
@@ -71,7 +71,7 @@ def read_header(text: bytes, announced: Mapping[str, int]) -> Header:
     if not isinstance(value["name"], str) or value["name"] not in sizes:
         raise BadHeaderError("the checkpoint is none of its files")
     kept, ranges = (_checked_ranges(value[field], sizes) for field in ("kept", "ranges"))
-    return Header(value["name"], value["shown"], sizes, value["is_whole"], kept, ranges)
+    return BroadcastHeader(value["name"], value["shown"], sizes, value["is_whole"], kept, ranges)
 
 
 def check_names(names: Any) -> None:
@@ -99,8 +99,8 @@ def _is_plain(name: str) -> bool:
         and not path.is_absolute()
         and ".." not in path.parts
         and not any(character in name for character in "\0\\")
-        and max(map(len, encoded)) <= _LONGEST_NAME_BYTES
-        and sum(len(part) + 1 for part in encoded) <= _LONGEST_PATH_BYTES
+        and max(map(len, encoded)) <= _MAX_NAME_BYTES
+        and sum(len(part) + 1 for part in encoded) <= _MAX_PATH_BYTES
     )
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rankload._cache.access import is_trusted
-from rankload._cache.entry import Entry
-from rankload._cache.files import reading
+from rankload._cache.files import wrap_read_errors
+from rankload._cache.layout import Entry
 from rankload._cache.record import find_record
 from rankload._coordination.rank_channel import RankChannel
 from rankload._load.broadcast.header import BadHeaderError, check_names
@@ -37,7 +37,7 @@ def broadcast_files(
     source: int,
     channel: RankChannel,
     settings: Settings,
-    closing: ExitStack,
+    stack: ExitStack,
 ) -> tuple[Path, str]:
     """Return where this rank finds the source's checkpoint: on disk, or what has come of it in memory. Collective.
 
@@ -52,12 +52,12 @@ def broadcast_files(
         source: its rank.
         channel: of the call.
         settings: deadlines.
-        closing: lets go of the memory: to be closed when torch.load is through.
+        stack: lets go of the memory: to be closed when torch.load is through.
     """
     announced = announce(path, file, source, channel)
     sizes: dict[str, int] = announced["sizes"]
-    here = path if path is not None else find(announced, closing)
-    memory = None if here is not None else NodeMemory.claim(sizes, channel, closing)
+    here = path if path is not None else find(announced, stack)
+    memory = None if here is not None else NodeMemory.claim(sizes, channel, stack)
     relay = open_relay(channel, source, settings, takes_part=memory is not None and memory.is_received_here)
     if relay is not None:
         relay.bytes_total = sum(sizes.values())
@@ -70,15 +70,15 @@ def broadcast_files(
         return here, announced["shown"]
     assert memory is not None
     memory.tell_or_wait(channel)
-    return folder_of(memory.descriptors, closing) / next(iter(sizes)), announced["shown"]
+    return folder_of(memory.descriptors, stack) / next(iter(sizes)), announced["shown"]
 
 
 def announce(path: Path | None, file: FetchedFile | None, source: int, channel: RankChannel) -> dict[str, Any]:
     """Tell where the source's files are, how large, and with which digests; or hear it.
 
     Returns:
-        ``path``, what messages call it (``shown``), ``identity``, whether it may stay mapped (``may_map``), and by file
-        name, the checkpoint or its index first, ``sizes`` in bytes, and ``sha256`` where a record vouches for one.
+        ``path``, what messages call it (``shown``), ``identity``, whether it may stay mapped (``may_map``), and by
+        file name, the checkpoint or its index first, ``sizes`` in bytes, and ``sha256`` where a record vouches for one.
 
     Raises:
         CoordinationError: the source's names are no plain ones.
@@ -105,20 +105,20 @@ def announce(path: Path | None, file: FetchedFile | None, source: int, channel: 
     return announced
 
 
-def find(announced: dict[str, Any], closing: ExitStack) -> Path | None:
+def find(announced: dict[str, Any], stack: ExitStack) -> Path | None:
     """Return where this process reads the announced file from the same page cache; None if it cannot."""
     path = Path(announced["path"])
     with suppress(OSError, RankloadError):
-        held = hold(path, announced["sha256"].get(path.name), closing)
+        held = hold(path, announced["sha256"].get(path.name), stack)
         if not held.is_changeable and _identity(held.path) == announced["identity"]:
-            return held.loaded_by_name(closing)
+            return held.loaded_by_name(stack)
     return None
 
 
 def send_files(relay: Relay, folder: Path, sizes: Mapping[str, int]) -> None:
     """Send whole files, one after the other."""
     for name, size_bytes in sizes.items():
-        with reading(folder / name), (folder / name).open("rb", buffering=0) as file:
+        with wrap_read_errors(folder / name), (folder / name).open("rb", buffering=0) as file:
             relay.send(FileBlock(file.fileno(), 0, size_bytes))
 
 
@@ -150,7 +150,7 @@ def receive_files(
 
 
 def _recorded_digest(path: Path, status: os.stat_result) -> str | None:
-    with reading(path):
+    with wrap_read_errors(path):
         found = find_record(Entry(path).record_path)
     if found is None or found.record is None or found.owner_uid is None or not is_trusted(found.owner_uid):
         return None

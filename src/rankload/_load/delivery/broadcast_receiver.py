@@ -14,15 +14,15 @@ from rankload._coordination.rank_channel import RankChannel
 from rankload._formats.entry import TensorEntry
 from rankload._formats.index import Index
 from rankload._formats.source import LocalSource
-from rankload._load.broadcast.header import LARGEST_HEADER_BYTES, BadHeaderError, Header, read_header
+from rankload._load.broadcast.header import MAX_HEADER_BYTES, BadHeaderError, BroadcastHeader, read_header
 from rankload._load.broadcast.whole_file import receive_files
-from rankload._load.delivery.base import Carrier, Plan
 from rankload._load.delivery.broadcast_sender import ALL_KEY, COMING_KEY, LENGTH_BYTES
+from rankload._load.delivery.strategy import DeliveryStrategy, LoadPlan
 from rankload._load.device.readers import Limits
 from rankload._load.module.checkpoint_files import CheckpointFiles
-from rankload._load.module.copies import Transfer
+from rankload._load.module.copies import TensorCopy
 from rankload._load.node.memory_file import folder_of, make_memory_file, writable
-from rankload._load.streams.assemble import Sinks
+from rankload._load.streams.assemble import TensorAssemblers
 from rankload._load.streams.buckets import BUCKET_BYTES, cut, is_kept, tensor_ranges
 from rankload._load.streams.run import ReportBytes, read_all
 from rankload._relay.relay import Relay
@@ -30,7 +30,7 @@ from rankload._settings import Settings
 from rankload.errors import LoadError
 
 
-class Receiving(Carrier):
+class BroadcastReceiver(DeliveryStrategy):
     """The side of a rank that does not have the file.
 
     Args:
@@ -39,7 +39,7 @@ class Receiving(Carrier):
         announced: what `announce` returned.
         channel: of the call.
         settings: deadlines.
-        closing: lets go of the headers.
+        stack: lets go of the headers.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Receiving(Carrier):
         announced: Mapping[str, Any],
         channel: RankChannel,
         settings: Settings,
-        closing: ExitStack,
+        stack: ExitStack,
     ) -> None:
         self._relay, self._channel, self._limits = relay, channel, Limits.of(channel.identity, settings)
         self._index: Index | None = None
@@ -64,19 +64,19 @@ class Receiving(Carrier):
                 source_rank=source,
             ) from error
         self._ranges = header.ranges
-        self.files = self._receive(header, announced["sha256"], closing)
+        self.files = self._receive(header, announced["sha256"], stack)
         self.may_share = not isinstance(self.files, ReceivedFiles)
 
-    def planned(self, plan: Plan) -> bool:
+    def prepare(self, plan: LoadPlan) -> bool:
         """Tell the source if this rank needs more than it is going to send."""
         self._index = plan.index
         if not all(self.files.has(entry) or is_kept(entry, self._ranges) for entry in plan.entries):
             self._channel.post(ALL_KEY, {})
         return False
 
-    def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
+    def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:
         """Take out of the stream what is ours, and pass it on."""
-        here = [transfer for transfer in transfers if transfer.saved.is_here]
+        here = [copy for copy in copies if copy.saved.is_here]
         moved = read_all(here, report, self._limits)
         if not isinstance(self.files, ReceivedFiles):
             return moved
@@ -85,35 +85,35 @@ class Receiving(Carrier):
         if self._channel.has(ALL_KEY):
             self._ranges = tensor_ranges(tensors, self.files.kept)
         buckets = cut(self._ranges, tensors)
-        coming = [transfer for transfer in transfers if not transfer.saved.is_here]
-        sinks = Sinks(coming, buckets)
+        coming = [copy for copy in copies if not copy.saved.is_here]
+        assemblers = TensorAssemblers(coming, buckets)
         content = torch.empty(BUCKET_BYTES, dtype=torch.uint8, device="cpu")
         memory = memoryview((ctypes.c_ubyte * BUCKET_BYTES).from_address(content.data_ptr())).cast("B")
         for bucket in buckets:
             self._relay.receive(memory[: len(bucket)])
-            sinks.take(bucket, content.narrow(0, 0, len(bucket)))
-        sinks.check_empty()
-        return moved + sum(transfer.box.element_count * transfer.saved.dtype.itemsize for transfer in coming)
+            assemblers.take(bucket, content.narrow(0, 0, len(bucket)))
+        assemblers.check_empty()
+        return moved + sum(copy.region.element_count * copy.saved.dtype.itemsize for copy in coming)
 
-    def _receive_header(self, sizes: Mapping[str, int]) -> Header:
+    def _receive_header(self, sizes: Mapping[str, int]) -> BroadcastHeader:
         length = int.from_bytes(self._receive_bytes(LENGTH_BYTES), "little")
-        if length > LARGEST_HEADER_BYTES:
+        if length > MAX_HEADER_BYTES:
             raise BadHeaderError(f"it has {length} bytes")
         return read_header(self._receive_bytes(length), sizes)
 
-    def _receive(self, header: Header, digests: Mapping[str, str], closing: ExitStack) -> CheckpointFiles:
+    def _receive(self, header: BroadcastHeader, digests: Mapping[str, str], stack: ExitStack) -> CheckpointFiles:
         """Receive the headers, or all."""
-        descriptors = {name: make_memory_file(size_bytes, closing) for name, size_bytes in header.sizes.items()}
+        descriptors = {name: make_memory_file(size_bytes, stack) for name, size_bytes in header.sizes.items()}
         if header.is_whole:
             receive_files(self._relay, descriptors, header.sizes, digests)
-            files = CheckpointFiles(folder_of(descriptors, closing) / header.name, closing)
-            files.shown = header.shown
+            files = CheckpointFiles(folder_of(descriptors, stack) / header.name, stack)
+            files.display_name = header.display_name
             return files
         for name, ranges in header.kept.items():
             for begin, end in ranges:
                 with writable(descriptors[name], begin, end) as part:
                     self._relay.receive(part)
-        return ReceivedFiles(header, descriptors, closing)
+        return ReceivedFiles(header, descriptors, stack)
 
     def _receive_bytes(self, length: int) -> bytes:
         received = bytearray(length)
@@ -127,14 +127,14 @@ class ReceivedFiles(CheckpointFiles):
     Args:
         header: the source's words on them.
         descriptors: of the files in memory, full of holes.
-        closing: see `CheckpointFiles`.
+        stack: see `CheckpointFiles`.
     """
 
-    def __init__(self, header: Header, descriptors: Mapping[str, int], closing: ExitStack) -> None:
-        super().__init__(Path(header.name), closing)
-        self.shown, self.kept = header.shown, header.kept
+    def __init__(self, header: BroadcastHeader, descriptors: Mapping[str, int], stack: ExitStack) -> None:
+        super().__init__(Path(header.name), stack)
+        self.display_name, self.kept = header.display_name, header.kept
         self._sources = {file: LocalSource(descriptor) for file, descriptor in descriptors.items()}
-        self._content = folder_of(descriptors, closing) / header.name
+        self._content = folder_of(descriptors, stack) / header.name
 
     def has(self, entry: TensorEntry) -> bool:
         """See `CheckpointFiles`."""
@@ -143,15 +143,15 @@ class ReceivedFiles(CheckpointFiles):
     def load(self, *, weights_only: bool, mmap: bool | None) -> Any:
         """Not possible here."""
         raise LoadError(
-            f"{self.shown}: this rank wants to load all of it, and the source does not: its adapt= differs; pass "
-            "delivery='read', or the same adapt="
+            f"{self.display_name}: this rank wants to load all of it, and the source does not: its adapt= differs; "
+            "pass delivery='read', or the same adapt="
         )
 
     def note_use(self, entry: TensorEntry) -> None:
         """See `CheckpointFiles`."""
         if not self.has(entry):
             raise LoadError(
-                f"{self.shown}: tensor {entry.name!r} is wanted before it has come: a hook of the module, or adapt=, "
-                "has to see it on this rank, and not on the source; pass delivery='read'",
+                f"{self.display_name}: tensor {entry.name!r} is wanted before it has come: a hook of the module, or "
+                "adapt=, has to see it on this rank, and not on the source; pass delivery='read'",
                 tensor=entry.name,
             )

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from rankload._coordination.rank_channel import RankChannel
 from rankload._formats.index import Index
-from rankload._load.broadcast.header import LARGEST_HEADER_BYTES, Header
+from rankload._load.broadcast.header import MAX_HEADER_BYTES, BroadcastHeader
 from rankload._load.broadcast.whole_file import send_files
-from rankload._load.delivery.base import Carrier, Plan
+from rankload._load.delivery.strategy import DeliveryStrategy, LoadPlan
 from rankload._load.device.readers import Limits
 from rankload._load.module.checkpoint_files import CheckpointFiles
-from rankload._load.module.copies import Transfer
+from rankload._load.module.copies import TensorCopy
 from rankload._load.node.parts import parts_of
 from rankload._load.streams.buckets import Range, cut, header_ranges, is_kept, tensor_ranges
 from rankload._load.streams.run import ReportBytes, read_all
@@ -34,7 +34,7 @@ COMING_KEY = "broadcast/coming"
 ALL_KEY = "broadcast/all"
 
 
-class Sending(Carrier):
+class BroadcastSender(DeliveryStrategy):
     """The source's side. It has the file, and loads from it as if nobody else were there.
 
     Args:
@@ -52,7 +52,7 @@ class Sending(Carrier):
         self._ranges: dict[str, list[Range]] = {}
         channel.report(Progress("loading"))  # in which effort counts
 
-    def planned(self, plan: Plan) -> bool:
+    def prepare(self, plan: LoadPlan) -> bool:
         """Send the headers: this rank has found that the checkpoint fits.
 
         Where an index will not do, the whole file goes instead.
@@ -65,8 +65,10 @@ class Sending(Carrier):
                 index = None  # a hook, or extra state, has to see tensors, on every rank
             else:
                 self._ranges = tensor_ranges(plan.entries, self._kept)
-                text = Header(self.files.name, self.files.shown, sizes, False, self._kept, self._ranges).as_json()
-        if index is None or len(text) > LARGEST_HEADER_BYTES:
+                text = BroadcastHeader(
+                    self.files.name, self.files.display_name, sizes, False, self._kept, self._ranges
+                ).as_json()
+        if index is None or len(text) > MAX_HEADER_BYTES:
             self._send_whole()
             return False
         self._index = index
@@ -76,7 +78,7 @@ class Sending(Carrier):
                 self._relay.send(FileBlock(self.files.source(file).descriptor, begin, end - begin))
         return False
 
-    def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
+    def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:
         """Send the data, then read our own."""
         if self._index is not None:
             tensors = self._index.tensors.values()
@@ -84,7 +86,7 @@ class Sending(Carrier):
                 self._ranges = tensor_ranges(tensors, self._kept)
             for bucket in cut(self._ranges, tensors):
                 self._relay.send(FileBlock(self.files.source(bucket.file).descriptor, bucket.begin, len(bucket)))
-        return read_all(transfers, report, self._limits)
+        return read_all(copies, report, self._limits)
 
     def _file_names(self, index: Index) -> list[str]:
         return list(dict.fromkeys((self.files.name, *index.byte_orders)))
@@ -92,7 +94,7 @@ class Sending(Carrier):
     def _send_whole(self) -> None:
         path = self.files.path
         sizes = {name: (path.parent / name).stat().st_size for name in (path.name, *parts_of(path))}
-        self._send_header(Header(path.name, self.files.shown, sizes, True, {}, {}).as_json())
+        self._send_header(BroadcastHeader(path.name, self.files.display_name, sizes, True, {}, {}).as_json())
         send_files(self._relay, path.parent, sizes)
 
     def _send_header(self, text: bytes) -> None:

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 from rankload._coordination.rank_channel import RankChannel
-from rankload._load.delivery.base import Plan
-from rankload._load.delivery.read import Reading
+from rankload._load.delivery.read import ReadDelivery
+from rankload._load.delivery.strategy import LoadPlan
 from rankload._load.module.checkpoint_files import CheckpointFiles
-from rankload._load.module.copies import Transfer
+from rankload._load.module.copies import TensorCopy
 from rankload._load.module.lazy_tensor import Assignment
 from rankload._load.module.slots import is_replicated
-from rankload._load.streams.gather_group import Sharers
+from rankload._load.streams.gather_group import GatherGroup
 from rankload._load.streams.run import ReportBytes, read_all
 from rankload._load.streams.whole_tensors import is_good_as_it_is, upload_whole
 from rankload._settings import Settings
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-class Gathering(Reading):
+class GatherDelivery(ReadDelivery):
     """Each rank reads its share of what all want, and its own parts of the rest; or everything, if they do not agree.
 
     Args:
@@ -50,13 +50,13 @@ class Gathering(Reading):
         self._group, self._settings = group, settings
         self._shared: set[int] = set()
 
-    def planned(self, plan: Plan) -> bool:
-        """See `Carrier.planned`.
+    def prepare(self, plan: LoadPlan) -> bool:
+        """See `DeliveryStrategy.prepare`.
 
         Raises:
             ArgumentError: a gather is asked for and not possible.
         """
-        super().planned(plan)
+        super().prepare(plan)
         device = _device(plan)
         if _backend(self._group, device.type) is None:
             raise ArgumentError(
@@ -72,20 +72,20 @@ class Gathering(Reading):
         self.delivery = "gather"
         return True
 
-    def met(self, all_would_gather: bool) -> None:
-        """See `Carrier.met`."""
+    def on_agreement(self, all_would_gather: bool) -> None:
+        """See `DeliveryStrategy.on_agreement`."""
         if self.delivery == "gather" and not all_would_gather:
             self.delivery, self.reason = "read", "another rank has other tensors, another device or another backend"
         self.may_share = self.delivery == "read"
         _logger.debug("rank %d: delivery=%r: %s", self._channel.identity.rank, self.delivery, self.reason)
 
-    def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
-        """See `Carrier.move`."""
+    def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:
+        """See `DeliveryStrategy.execute`."""
         if self.delivery == "read":
-            return super().move(transfers, report)
+            return super().execute(copies, report)
         identity = self._channel.identity
-        shared = [transfer for transfer in transfers if id(transfer.saved) in self._shared]
-        others = [transfer for transfer in transfers if id(transfer.saved) not in self._shared]
+        shared = [copy for copy in copies if id(copy.saved) in self._shared]
+        others = [copy for copy in copies if id(copy.saved) not in self._shared]
         done = 0
         if shared:
             watch = self._channel.watch_over(range(1, identity.world_size) if identity.rank == 0 else [0])
@@ -96,12 +96,12 @@ class Gathering(Reading):
                 shared[0].destination.device,
                 self._limits,
                 lambda done: watch(Progress("loading", done)),
-                Sharers.of(group, self._settings, lambda: self._channel.meet("ready to gather")),
+                GatherGroup.of(group, self._settings, lambda: self._channel.meet("ready to gather")),
             )
         return done + read_all(others, lambda more: report(done + more), self._limits)
 
 
-def _device(plan: Plan) -> torch.device:
+def _device(plan: LoadPlan) -> torch.device:
     """Return the device that most tensors of the module go to."""
     bytes_of: Counter[torch.device] = Counter()
     for step in plan.steps:
@@ -109,11 +109,11 @@ def _device(plan: Plan) -> torch.device:
     return max(bytes_of, key=bytes_of.__getitem__, default=torch.device("cpu"))
 
 
-def _destination(step: Assignment, plan: Plan) -> torch.device:
+def _destination(step: Assignment, plan: LoadPlan) -> torch.device:
     return plan.device() if step.target.is_meta else step.target.device
 
 
-def _is_shared(step: Assignment, plan: Plan, device: torch.device) -> bool:
+def _is_shared(step: Assignment, plan: LoadPlan, device: torch.device) -> bool:
     saved = step.saved.in_file
     is_here = saved is not None and is_good_as_it_is(saved)
     return is_here and is_replicated(step.target) and _destination(step, plan) == device

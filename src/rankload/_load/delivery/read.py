@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rankload._load.delivery.base import Carrier, Plan
+from rankload._load.delivery.strategy import DeliveryStrategy, LoadPlan
 from rankload._load.device.readers import Limits
 from rankload._load.module.checkpoint_files import CheckpointFiles
-from rankload._load.module.copies import Transfer
+from rankload._load.module.copies import TensorCopy
 from rankload._load.node.parts import all_files
 from rankload._load.node.read_ahead import read_ahead
 from rankload._load.streams.run import ReportBytes, read_all
@@ -15,34 +15,34 @@ from rankload._settings import Settings
 from rankload._types import Channel
 
 
-class Reading(Carrier):
+class ReadDelivery(DeliveryStrategy):
     """Each rank reads what it wants.
 
     Args:
         files: of the checkpoint.
         channel: of the call.
         settings: deadlines.
-        reason: see `Carrier`.
+        reason: see `DeliveryStrategy`.
     """
 
     def __init__(
-        self, files: CheckpointFiles, channel: Channel, settings: Settings, reason: str = Carrier.reason
+        self, files: CheckpointFiles, channel: Channel, settings: Settings, reason: str = DeliveryStrategy.reason
     ) -> None:
         self.path, self.files, self.may_share = files.path, files, True
         self.delivery, self.reason = "read", reason
         self._channel, self._limits = channel, Limits.of(channel.identity, settings)
         self._wanted_bytes = 0
 
-    def planned(self, plan: Plan) -> bool:
-        """See `Carrier.planned`."""
+    def prepare(self, plan: LoadPlan) -> bool:
+        """See `DeliveryStrategy.prepare`."""
         self._wanted_bytes = sum(entry.length for entry in plan.entries)
         return False
 
-    def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
-        """See `Carrier.move`."""
-        own = sum(transfer.box.element_count for transfer in transfers)
-        if 2 * own >= sum(transfer.saved.shape.numel() for transfer in transfers):  # not one of many shards
+    def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:
+        """See `DeliveryStrategy.execute`."""
+        own = sum(copy.region.element_count for copy in copies)
+        if 2 * own >= sum(copy.saved.shape.numel() for copy in copies):  # not one of many shards
             paths = all_files(self.files.path)
             if 2 * self._wanted_bytes >= sum(path.stat().st_size for path in paths):  # nor a part of the checkpoint
                 read_ahead(paths, self._channel, self._limits.progress_seconds)
-        return read_all(transfers, report, self._limits)
+        return read_all(copies, report, self._limits)

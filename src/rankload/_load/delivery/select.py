@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankload._coordination.rank_channel import RankChannel
-from rankload._coordination.single_process import LoneChannel
+from rankload._coordination.single_process import SingleProcessChannel
 from rankload._load.broadcast.whole_file import announce, find
-from rankload._load.delivery.base import Carrier
-from rankload._load.delivery.broadcast_receiver import Receiving
-from rankload._load.delivery.broadcast_sender import Sending
-from rankload._load.delivery.gather import Gathering
-from rankload._load.delivery.read import Reading
+from rankload._load.delivery.broadcast_receiver import BroadcastReceiver
+from rankload._load.delivery.broadcast_sender import BroadcastSender
+from rankload._load.delivery.gather import GatherDelivery
+from rankload._load.delivery.read import ReadDelivery
+from rankload._load.delivery.strategy import DeliveryStrategy
 from rankload._load.module.checkpoint_files import CheckpointFiles
 from rankload._load.node.unpacked_once import with_unpacked
 from rankload._relay.opening import open_relay
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def open_carrier(
+def open_strategy(
     delivery: str,
     path: Path | None,
     file: FetchedFile | None,
     source: int,
-    channel: LoneChannel | RankChannel,
+    channel: SingleProcessChannel | RankChannel,
     group: ProcessGroup | None,
     settings: Settings,
-    closing: ExitStack,
-) -> Carrier:
+    stack: ExitStack,
+) -> DeliveryStrategy:
     """Open what brings the bytes. Collective.
 
     Args:
@@ -44,22 +44,24 @@ def open_carrier(
         channel: of the call.
         group: over which the call is; None for the default one.
         settings: deadlines.
-        closing: closes files.
+        stack: closes files.
     """
     if not isinstance(channel, RankChannel):
         assert path is not None
-        return Reading(_files(path, channel, closing), channel, settings, "there is one rank")
+        return ReadDelivery(_files(path, channel, stack), channel, settings, "there is one rank")
     if delivery == "broadcast":
-        return _open_broadcast(path, file, source, channel, settings, closing)
+        return _open_broadcast(path, file, source, channel, settings, stack)
     assert path is not None
-    files = _files(path, channel, closing)
+    files = _files(path, channel, stack)
     if delivery == "gather":
-        return Gathering(files, channel, group, settings)
-    return Reading(files, channel, settings, Carrier.reason if delivery == "read" else "each rank reads what it needs")
+        return GatherDelivery(files, channel, group, settings)
+    return ReadDelivery(
+        files, channel, settings, DeliveryStrategy.reason if delivery == "read" else "each rank reads what it needs"
+    )
 
 
-def _files(path: Path, channel: LoneChannel | RankChannel, closing: ExitStack) -> CheckpointFiles:
-    return CheckpointFiles(path, closing, with_unpacked(path, channel, closing))
+def _files(path: Path, channel: SingleProcessChannel | RankChannel, stack: ExitStack) -> CheckpointFiles:
+    return CheckpointFiles(path, stack, with_unpacked(path, channel, stack))
 
 
 def _open_broadcast(
@@ -68,16 +70,16 @@ def _open_broadcast(
     source: int,
     channel: RankChannel,
     settings: Settings,
-    closing: ExitStack,
-) -> Carrier:
+    stack: ExitStack,
+) -> DeliveryStrategy:
     announced = announce(path, file, source, channel)
-    here = path if path is not None else find(announced, closing)
+    here = path if path is not None else find(announced, stack)
     relay = open_relay(channel, source, settings, takes_part=here is None)
     if here is None:
         assert relay is not None
-        return Receiving(relay, source, announced, channel, settings, closing)
-    files = _files(here, channel, closing)
+        return BroadcastReceiver(relay, source, announced, channel, settings, stack)
+    files = _files(here, channel, stack)
     files.may_map = files.may_map and (announced["may_map"] or files.is_in_memory)
     if relay is None:
-        return Reading(files, channel, settings, "the source's file is within reach")
-    return Sending(files, relay, channel, settings)
+        return ReadDelivery(files, channel, settings, "the source's file is within reach")
+    return BroadcastSender(files, relay, channel, settings)

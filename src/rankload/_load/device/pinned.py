@@ -57,7 +57,11 @@ def use_in_thread(device: torch.device) -> None:
 
 
 def staged(
-    jobs: Iterable[JobType], device: torch.device, limits: Limits, look: Callable[[], None], shown: str
+    jobs: Iterable[JobType],
+    device: torch.device,
+    limits: Limits,
+    check_cancelled: Callable[[], None],
+    display_name: str,
 ) -> Iterator[tuple[JobType, torch.Tensor]]:
     """Yield each job, in order, with its bytes: ``uint8[len(job)]``, pinned.
 
@@ -68,8 +72,8 @@ def staged(
         jobs: what to read.
         device: where the copies go: one that `is_staged`, or the CPU, for which nothing is pinned.
         limits: how many threads read, and how long a file may not answer.
-        look: called now and then while a file does not answer; raises what ends the wait.
-        shown: the checkpoint, for messages.
+        check_cancelled: called now and then while a file does not answer; raises what ends the wait.
+        display_name: the checkpoint, for messages.
 
     Raises:
         ProgressTimeoutError: a file does not answer.
@@ -87,7 +91,7 @@ def staged(
             begin_next(_Buffer(device))
         while under_way:
             job, buffer, future = under_way.popleft()
-            await_reader(future, look, limits.progress_seconds, shown)
+            await_reader(future, check_cancelled, limits.progress_seconds, display_name)
             yield job, buffer.content.narrow(0, 0, len(job))
             buffer.note_copies()
             begin_next(buffer)

@@ -9,20 +9,20 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-from rankload._platform.clock import AwakeTime
+from rankload._platform.clock import SuspendAwareTimer
 from rankload._settings import Settings
 from rankload._types import Identity
 from rankload.errors import ProgressTimeoutError
 
 #: More than these read a page cache no faster (H100 host of 16 cores: 6 GB/s with one, 19 with 4, 28 with 8, 22 with
 #: 16).
-_MOST_THREADS = 8
+_MAX_THREADS = 8
 
 #: Between two signs of life while a file does not answer.
 _LOOK_SECONDS = 0.5
 
 #: What one look may count towards the deadline: of an hour for which a scheduler suspends the job, only that.
-_LONGEST_SECONDS = 1.0
+_MAX_SECONDS = 1.0
 
 #: How long a call that fails waits for its threads: one that wakes in torch while the interpreter ends aborts it.
 _LEAVE_SECONDS = 0.2
@@ -45,7 +45,7 @@ class Limits:
         """Return a rank's: its share of the cores that it may run on."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = cores // (identity.local_world_size or identity.world_size)
-        return cls(max(1, min(_MOST_THREADS, share)), settings.progress_seconds)
+        return cls(max(1, min(_MAX_THREADS, share)), settings.progress_seconds)
 
 
 class Readers:
@@ -88,26 +88,28 @@ class Readers:
                     future.set_result(None)
 
 
-def await_reader(future: Future[None], look: Callable[[], None], progress_seconds: float, shown: str) -> None:
+def await_reader(
+    future: Future[None], check_cancelled: Callable[[], None], progress_seconds: float, display_name: str
+) -> None:
     """Wait until a thread is through with a read; raise what it has raised.
 
     Args:
         future: the read.
-        look: called now and then; raises what another rank has failed with.
+        check_cancelled: called now and then; raises what another rank has failed with.
         progress_seconds: the deadline, of time for which this process was awake.
-        shown: the file, for the message.
+        display_name: the file, for the message.
 
     Raises:
         ProgressTimeoutError: the file has not answered within it.
     """
-    waited = AwakeTime(_LONGEST_SECONDS)
+    waited = SuspendAwareTimer(_MAX_SECONDS)
     while not wait([future], timeout=min(_LOOK_SECONDS, progress_seconds)).done:
-        look()
+        check_cancelled()
         waited.count()
         if waited.seconds >= progress_seconds:
             raise ProgressTimeoutError(
-                f"{shown}: no byte of it has come for {waited.seconds:.0f} s: a hung filesystem; raise timeout= if "
-                "this is normal here",
-                path=shown,
+                f"{display_name}: no byte of it has come for {waited.seconds:.0f} s: a hung filesystem; raise timeout= "
+                "if this is normal here",
+                path=display_name,
             )
     future.result()

@@ -8,29 +8,29 @@ from typing import Any, cast
 
 import torch
 
-from rankload._cache.files import reading
+from rankload._cache.files import wrap_read_errors
 from rankload._formats.entry import StorageEntry, TensorEntry
 from rankload._formats.source import LocalSource
 from rankload._formats.unpack import open_unpacked
 from rankload._load.node.node_copy import private_copy
 from rankload._load.state_dict.read_checkpoint import read_checkpoint
-from rankload._load.tensors.tensors import fill_memory
+from rankload._load.values.tensors import fill_memory
 from rankload._platform.scratch import descriptor_path
 from rankload.errors import LoadError, printable
 
 
 class CheckpointFiles:
-    """The files of one folder by their names. They stay open until ``closing`` closes; mappings live on with tensors.
+    """The files of one folder by their names. They stay open until ``stack`` closes; mappings live on with tensors.
 
     Args:
         path: the checkpoint, or the index of one in several files, which are beside it.
-        closing: closes them.
+        stack: closes them.
         content: where the checkpoint's bytes are, if not at its path: those of an archive, unpacked.
 
     Attributes:
         path: see above.
         name: of the checkpoint among its files.
-        shown: how to name it in messages.
+        display_name: how to name it in messages.
         used: tensors of which somebody has wanted to see the elements.
         is_in_memory: the checkpoint is an archive's, and was unpacked into the node's memory.
         may_map: whether views of a mapping of the files may be left after the call.
@@ -38,14 +38,14 @@ class CheckpointFiles:
 
     may_map = True
 
-    def __init__(self, path: Path, closing: ExitStack, content: Path | None = None) -> None:
-        self.path, self.name, self.shown = path, path.name, printable(str(path))
+    def __init__(self, path: Path, stack: ExitStack, content: Path | None = None) -> None:
+        self.path, self.name, self.display_name = path, path.name, printable(str(path))
         self.used: list[TensorEntry] = []
         self._content = content or path
         self.is_in_memory = content not in (None, path)
-        self._closing = closing
+        self._stack = stack
         self._is_closed = False
-        closing.callback(self._close)
+        stack.callback(self._close)
         self._sources: dict[str, LocalSource] = {}
         self._mappings: dict[str, torch.UntypedStorage] = {}
         self._storages: dict[StorageEntry, torch.UntypedStorage] = {}
@@ -59,12 +59,13 @@ class CheckpointFiles:
         """
         if self._is_closed:  # and its descriptor may be another file's by now
             raise LoadError(
-                f"{self.shown}: a tensor of it was kept, and is looked at after the load: clone() what a hook keeps"
+                f"{self.display_name}: a tensor of it was kept, and is looked at after the load: clone() what a hook "
+                "keeps"
             )
         if name not in self._sources:
             path = self._content if name == self.name else self.path.parent / name
-            with reading(path):
-                self._sources[name] = open_unpacked(path, self._closing)
+            with wrap_read_errors(path):
+                self._sources[name] = open_unpacked(path, self._stack)
         return self._sources[name]
 
     def read(self, name: str, address: int, offset: int, length: int, *, what: str) -> None:
@@ -75,10 +76,10 @@ class CheckpointFiles:
             CacheError: it cannot be read.
         """
         source = self.source(name)
-        with reading(self.shown):
+        with wrap_read_errors(self.display_name):
             found = fill_memory(address, length, source, offset)
         if found != length:
-            raise LoadError(f"{self.shown}: the file ended within {what}: was it cut off since it was opened?")
+            raise LoadError(f"{self.display_name}: the file ended within {what}: was it cut off since it was opened?")
 
     def mapping(self, name: str) -> torch.UntypedStorage:
         """Map a file privately: what is written there never reaches it.
@@ -92,7 +93,7 @@ class CheckpointFiles:
             try:
                 mapped = torch.UntypedStorage.from_file(path, False, source.size_bytes)
             except RuntimeError as error:
-                raise LoadError(f"{self.shown}: {printable(name)} cannot be mapped: {error}") from error
+                raise LoadError(f"{self.display_name}: {printable(name)} cannot be mapped: {error}") from error
             self._mappings[name] = cast(torch.UntypedStorage, mapped)
         return self._mappings[name]
 
@@ -119,12 +120,12 @@ class CheckpointFiles:
         """Load the whole checkpoint on the CPU, as torch.load does."""
         path = self._content
         if not self.may_map and mmap is None:
-            path = private_copy(path, self._closing)
-        return read_checkpoint(path, "cpu", weights_only=weights_only, mmap=mmap, shown=self.shown)
+            path = private_copy(path, self._stack)
+        return read_checkpoint(path, "cpu", weights_only=weights_only, mmap=mmap, display_name=self.display_name)
 
     def load_structure(self, *, weights_only: bool) -> Any:
         """Load the whole checkpoint as torch.load does, but with meta tensors: none is read."""
-        return read_checkpoint(self._content, "meta", weights_only=weights_only, shown=self.shown)
+        return read_checkpoint(self._content, "meta", weights_only=weights_only, display_name=self.display_name)
 
     def _close(self) -> None:
         self._is_closed = True

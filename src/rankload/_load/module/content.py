@@ -23,15 +23,15 @@ from rankload._formats.pickle_values import NotUnderstoodError
 from rankload._formats.read_index import read_index
 from rankload._load.module.checkpoint_files import CheckpointFiles
 from rankload._load.module.exact import is_exact
-from rankload._load.module.file_tensor import TensorInFile
-from rankload._load.module.lazy_tensor import Assignment, SavedTensor, TensorInMemory
+from rankload._load.module.file_tensor import FileTensor
+from rankload._load.module.lazy_tensor import Assignment, LazyTensor, MemoryTensor
 from rankload._load.module.leaves import leaves, with_leaves
 from rankload._load.module.module_versions import assigned_modules
 from rankload._load.module.own_code import looks_at_state_dict
 from rankload._load.module.remainder import OPTIMIZER_KEYS, Remainder, remainder_of_index, without_loaded
-from rankload._load.module.slots import bare, places
-from rankload._load.tensors.torch_errors import translated
-from rankload._load.tensors.torch_values import built
+from rankload._load.module.slots import bare, tensor_slots
+from rankload._load.values.torch_errors import wrap_load_errors
+from rankload._load.values.torch_values import built
 from rankload.adapt import Adapter, is_lazy
 from rankload.errors import LoadError, shown_key
 
@@ -42,7 +42,7 @@ _EXTRA_STATE = "_extra_state"
 
 
 @dataclass(frozen=True)
-class Content:
+class CheckpointContent:
     """What a checkpoint holds.
 
     Attributes:
@@ -77,7 +77,7 @@ def open_content(
     assign: bool | None,
     weights_only: bool,
     mmap: bool | None,
-) -> Content:
+) -> CheckpointContent:
     """Open a checkpoint for a module.
 
     Its index is read, and nothing else, where that will do. Where the format has no index, where the adapter may want
@@ -123,7 +123,7 @@ def _of_index(
     with_optimizer: bool,
     assign: bool | None,
     weights_only: bool,
-) -> Content | None:
+) -> CheckpointContent | None:
     """Return the content without its remainder; None where torch.load has to build some of it."""
     assignments: list[Assignment] = []
     whole = with_leaves(index.content, _in_file(index, files, assignments))
@@ -141,40 +141,40 @@ def _of_index(
         optimizers = [key for key in OPTIMIZER_KEYS if key in whole]
         unbuilt += [key for key in optimizers if not (index.is_exact and is_exact(whole[key]))]
     if unbuilt:
-        _logger.debug("%s is loaded by torch.load, for its objects: %s", files.shown, unbuilt)
+        _logger.debug("%s is loaded by torch.load, for its objects: %s", files.display_name, unbuilt)
         return None
-    of_module = _with_exact_values(_checked(found, files.shown), wanted, is_looked_at=is_looked_at)
-    return Content(whole, of_module, assignments, found, index)
+    of_module = _with_exact_values(_checked(found, files.display_name), wanted, is_looked_at=is_looked_at)
+    return CheckpointContent(whole, of_module, assignments, found, index)
 
 
-def _of_loaded(loaded: Any, files: CheckpointFiles, adapter: Adapter, *, with_optimizer: bool) -> Content:
+def _of_loaded(loaded: Any, files: CheckpointFiles, adapter: Adapter, *, with_optimizer: bool) -> CheckpointContent:
     assignments: list[Assignment] = []
     found = adapter(loaded)
-    of_module = _checked(found, files.shown)
+    of_module = _checked(found, files.display_name)
     if not with_optimizer:
-        return Content(None, of_module, assignments, found)
+        return CheckpointContent(None, of_module, assignments, found)
     whole = with_leaves(loaded, _in_memory(assignments))
-    return Content(whole, of_module, assignments, found, remainder=Remainder(without_loaded(loaded, found)))
+    return CheckpointContent(whole, of_module, assignments, found, remainder=Remainder(without_loaded(loaded, found)))
 
 
 def _read_index(files: CheckpointFiles) -> Index | None:
     """Return None where there is no index."""
-    with translated(files.path, files.shown):
+    with wrap_load_errors(files.path, files.display_name):
         try:
             return read_index(files.source(files.name), files.name, files.source, is_remote=False)
         except NotUnderstoodError as error:
-            _logger.debug("%s is loaded by torch.load: %s", files.shown, error)
+            _logger.debug("%s is loaded by torch.load: %s", files.display_name, error)
             return None
 
 
 def _in_file(index: Index, files: CheckpointFiles, assignments: list[Assignment]) -> Callable[[Any], Any]:
-    made: dict[int, TensorInFile] = {}
+    made: dict[int, FileTensor] = {}
 
     def stand_in(value: Any) -> Any:
         if not isinstance(value, TensorEntry):
             return built(value)
         if id(value) not in made:
-            made[id(value)] = TensorInFile(value, files, index.byte_orders[value.file], assignments, files.shown)
+            made[id(value)] = FileTensor(value, files, index.byte_orders[value.file], assignments, files.display_name)
         return made[id(value)]
 
     return stand_in
@@ -183,21 +183,23 @@ def _in_file(index: Index, files: CheckpointFiles, assignments: list[Assignment]
 def _in_memory(assignments: list[Assignment]) -> Callable[[Any], Any]:
     def stand_in(value: Any) -> Any:
         has_shape = isinstance(value, torch.Tensor) and not (is_uninitialised(value) or value.is_nested)
-        return TensorInMemory(value, assignments) if has_shape else value
+        return MemoryTensor(value, assignments) if has_shape else value
 
     return stand_in
 
 
-def _checked(found: Any, shown: str) -> Mapping[str, Any]:
+def _checked(found: Any, display_name: str) -> Mapping[str, Any]:
     """Return what the adapter has made, if it is a state dict.
 
     Raises:
         LoadError: it is none.
     """
     if not isinstance(found, Mapping):
-        raise LoadError(f"{shown}: holds no state dict, but a {type(found).__name__}", path=shown)
+        raise LoadError(f"{display_name}: holds no state dict, but a {type(found).__name__}", path=display_name)
     if strange := [key for key in found if not isinstance(key, str)]:
-        raise LoadError(f"{shown}: holds no state dict, for it has the key {shown_key(strange[0])}", path=shown)
+        raise LoadError(
+            f"{display_name}: holds no state dict, for it has the key {shown_key(strange[0])}", path=display_name
+        )
     return found
 
 
@@ -206,7 +208,7 @@ def _wanted(found: Any, module: nn.Module, *, is_looked_at: bool) -> Mapping[Any
     if is_looked_at or not isinstance(found, Mapping):
         return found if isinstance(found, Mapping) else {"all": found}
     inner, prefix = bare(module)
-    own = {place.name for place in places(inner)}
+    own = {slot.name for slot in tensor_slots(inner)}
     return {
         name: value
         for name, value in found.items()
@@ -216,7 +218,7 @@ def _wanted(found: Any, module: nn.Module, *, is_looked_at: bool) -> Mapping[Any
 
 def _suffices(name: str, value: Any, index: Index, *, is_copied: bool) -> bool:
     """Return whether what the index says of a value is as good as what torch.load returns."""
-    if isinstance(value, SavedTensor) and not _is_extra_state(str(name)) and (is_copied or value.is_plain):
+    if isinstance(value, LazyTensor) and not _is_extra_state(str(name)) and (is_copied or value.is_plain):
         return True  # where its elements are copied, its class does not matter
     return index.is_exact and is_exact(value)
 
@@ -230,7 +232,7 @@ def _with_exact_values(
     for name in wanted:
         if is_looked_at or _is_extra_state(name):
             content[name] = with_leaves(
-                state_dict[name], lambda part: part.exact() if isinstance(part, SavedTensor) else part, made
+                state_dict[name], lambda part: part.exact() if isinstance(part, LazyTensor) else part, made
             )
     return content  # type: ignore[no-any-return]
 

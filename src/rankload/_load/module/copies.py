@@ -7,23 +7,23 @@ from dataclasses import dataclass
 
 import torch
 
-from rankload._load.module.lazy_tensor import SavedTensor
-from rankload._load.module.regions import Box
+from rankload._load.module.lazy_tensor import LazyTensor
+from rankload._load.module.regions import Region
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Transfer:
+class TensorCopy:
     """One tensor, or a rank's part of it.
 
     Attributes:
         saved: it, in the checkpoint.
         destination: what is to hold the part: of any device and dtype.
-        box: which part of the saved tensor.
+        region: which part of the saved tensor.
     """
 
-    saved: SavedTensor
+    saved: LazyTensor
     destination: torch.Tensor
-    box: Box
+    region: Region
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Prepared:
     """A load that is ready to be carried out.
 
     Attributes:
-        transfers: what has to be moved.
+        copies: what has to be moved.
         bytes_mapped: of tensors that need no transfer, for they are views of the mapped file.
         finish: to be called when all is moved.
     """
 
-    transfers: Sequence[Transfer]
+    copies: Sequence[TensorCopy]
     bytes_mapped: int
     finish: Callable[[], None]

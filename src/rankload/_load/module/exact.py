@@ -6,14 +6,14 @@ from typing import Any
 
 from rankload._formats.entry import StorageEntry, TensorEntry
 from rankload._formats.pickle_values import GlobalName, Unbuilt
-from rankload._load.module.lazy_tensor import SavedTensor
-from rankload._load.tensors.torch_values import nested
+from rankload._load.module.lazy_tensor import LazyTensor
+from rankload._load.values.torch_values import nested
 
 
 def is_exact(content: Any) -> bool:
     """Return whether nested content is what torch.load returns, apart from stand-ins for plain tensors."""
     return not any(
         isinstance(value, (Unbuilt, GlobalName, StorageEntry, TensorEntry))
-        or (isinstance(value, SavedTensor) and not value.is_plain)
+        or (isinstance(value, LazyTensor) and not value.is_plain)
         for value in nested(content)
     )

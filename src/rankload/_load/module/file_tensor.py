@@ -12,16 +12,16 @@ import torch
 from rankload._formats.entry import TensorEntry
 from rankload._formats.index import ByteOrder
 from rankload._load.module.checkpoint_files import CheckpointFiles
-from rankload._load.module.lazy_tensor import Assignment, SavedTensor
-from rankload._load.module.regions import Box, Runs, runs
+from rankload._load.module.lazy_tensor import Assignment, LazyTensor
+from rankload._load.module.regions import Region, Runs, runs
 from rankload._load.module.slots import holds_plain_elements
-from rankload._load.tensors.tensors import read_tensor, tensor_on, torch_dtype
+from rankload._load.values.tensors import read_tensor, tensor_on, torch_dtype
 
 #: Shorter runs are copied from the mapped file: a system call each would cost more than it moves.
-_SHORTEST_RUN_BYTES = 4096
+_MIN_RUN_BYTES = 4096
 
 
-class TensorInFile(SavedTensor):
+class FileTensor(LazyTensor):
     """One that is still in its file.
 
     Attributes:
@@ -39,16 +39,16 @@ class TensorInFile(SavedTensor):
         files: CheckpointFiles,
         byte_order: ByteOrder,
         assignments: list[Assignment],
-        shown: str,
+        display_name: str,
     ) -> None:
-        super().__init__(torch.Size(entry.shape), torch_dtype(entry, shown), assignments)
+        super().__init__(torch.Size(entry.shape), torch_dtype(entry, display_name), assignments)
         self.entry, self.byte_order, self.files = entry, byte_order, files
         self.is_plain = entry.is_plain
-        self._shown = shown
+        self._display_name = display_name
         self._exact: torch.Tensor | None = None
 
     def exact(self) -> torch.Tensor:
-        """See `SavedTensor.exact`; a view of the mapped file where that is possible, and of one storage with others."""
+        """See `LazyTensor.exact`; a view of the mapped file where that is possible, and of one storage with others."""
         if self._made is not None:
             return self._made
         if self._exact is None:
@@ -57,22 +57,22 @@ class TensorInFile(SavedTensor):
             if self.is_native:
                 self._exact = tensor_on(self.files.storage(entry), entry, self.dtype, entry.storage_offset)
             else:
-                self._exact = read_tensor(self.files.source(entry.file), entry, self.byte_order, self._shown)
+                self._exact = read_tensor(self.files.source(entry.file), entry, self.byte_order, self._display_name)
         return self._exact
 
     @property
-    def in_file(self) -> TensorInFile | None:
-        """See `SavedTensor.in_file`."""
+    def in_file(self) -> FileTensor | None:
+        """See `LazyTensor.in_file`."""
         return self if self._made is None else None
 
     @property
     def position(self) -> tuple[str, int]:
-        """See `SavedTensor.position`."""
+        """See `LazyTensor.position`."""
         return (self.entry.file, self.entry.offset) if self._made is None else super().position
 
     @property
     def is_here(self) -> bool:
-        """See `SavedTensor.is_here`."""
+        """See `LazyTensor.is_here`."""
         return self._made is not None or self.files.has(self.entry)
 
     @property
@@ -81,26 +81,26 @@ class TensorInFile(SavedTensor):
         return self.byte_order == sys.byteorder
 
     def view(self) -> torch.Tensor:
-        """See `SavedTensor.view`."""
+        """See `LazyTensor.view`."""
         if self._made is not None:
             return self._made
         entry = self.entry
         self.files.note_use(entry)
         is_mappable = self.files.may_map and self.is_native and not entry.offset % entry.item_bytes
         if not is_mappable or not entry.length:
-            return read_tensor(self.files.source(entry.file), entry, self.byte_order, self._shown).detach()
+            return read_tensor(self.files.source(entry.file), entry, self.byte_order, self._display_name).detach()
         storage: Any = self.files.mapping(entry.file)[entry.offset : entry.offset + entry.length]
         return torch.empty(0, dtype=self.dtype, device="cpu").set_(storage, 0, entry.shape, entry.stride)
 
-    def reader(self, destination: torch.Tensor, box: Box) -> Callable[[], int]:
-        """See `SavedTensor.reader`; straight from the file into the destination, where both have the same layout."""
+    def reader(self, destination: torch.Tensor, region: Region) -> Callable[[], int]:
+        """See `LazyTensor.reader`; straight from the file into the destination, where both have the same layout."""
         entry, item_bytes = self.entry, self.dtype.itemsize
         is_alike = self.is_native and entry.is_contiguous and destination.dtype == self.dtype and self._made is None
         if is_alike and destination.device.type == "cpu" and holds_plain_elements(destination):
-            parts = runs(entry.shape, box)
-            if parts.length == box.element_count or parts.length * item_bytes >= _SHORTEST_RUN_BYTES:
+            parts = runs(entry.shape, region)
+            if parts.length == region.element_count or parts.length * item_bytes >= _MIN_RUN_BYTES:
                 return functools.partial(self._read_runs, parts, destination)
-        return super().reader(destination, box)
+        return super().reader(destination, region)
 
     def _read_runs(self, parts: Runs, destination: torch.Tensor) -> int:
         item_bytes, position = self.dtype.itemsize, destination.data_ptr()

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rankload._load.module.slots import places
+from rankload._load.module.slots import tensor_slots
 
 
 @contextmanager
 def uninitialised_again_on_error(module: nn.Module) -> Iterator[None]:
     """Undo that where something does not fit, on this rank or another: nothing is written then."""
-    lazy = [(place.tensor, type(place.tensor)) for place in places(module) if is_lazy(place.tensor)]
+    lazy = [(slot.tensor, type(slot.tensor)) for slot in tensor_slots(module) if is_lazy(slot.tensor)]
     try:
         yield
     except BaseException:

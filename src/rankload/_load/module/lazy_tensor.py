@@ -1,6 +1,6 @@
 """Tensors of a checkpoint that are not read yet, for load_state_dict to say where they belong.
 
-A `SavedTensor` stands in a state dict where a tensor would be. nn.Module.load_state_dict compares its shape, and copies
+A `LazyTensor` stands in a state dict where a tensor would be. nn.Module.load_state_dict compares its shape, and copies
 it into the parameter; `NotedCopies` only notes that copy, as an `Assignment`.
 """
 
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from rankload._load.module.regions import Box
+from rankload._load.module.regions import Region
 from rankload.adapt import to_dtype
 
 if TYPE_CHECKING:
-    from rankload._load.module.file_tensor import TensorInFile
+    from rankload._load.module.file_tensor import FileTensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,11 +32,11 @@ class Assignment:
     """
 
     target: torch.Tensor
-    saved: SavedTensor
+    saved: LazyTensor
     is_replaced: bool = False
 
 
-class SavedTensor:
+class LazyTensor:
     """Stands for a tensor of a checkpoint, for torch's own code, which copies it.
 
     Whatever else is done with it (torch's hooks that convert old checkpoints compute) is done with the tensor itself,
@@ -59,7 +59,7 @@ class SavedTensor:
         self._made: torch.Tensor | None = None
 
     @property
-    def in_file(self) -> TensorInFile | None:
+    def in_file(self) -> FileTensor | None:
         """Return the tensor in a file that its elements come from; None for one in memory."""
         return None
 
@@ -99,7 +99,7 @@ class SavedTensor:
         """
         raise NotImplementedError
 
-    def reader(self, destination: torch.Tensor, box: Box) -> Callable[[], int]:
+    def reader(self, destination: torch.Tensor, region: Region) -> Callable[[], int]:
         """Return what fills a tensor, of any device, with one part, and returns the bytes that were read for it.
 
         How it is to be done is decided now, and not between two reads, which drive all else out of the processor's
@@ -107,14 +107,14 @@ class SavedTensor:
         """
 
         def read() -> int:
-            if box.element_count == 0:
+            if region.element_count == 0:
                 return 0
             part = self.view()
-            if box.shape != tuple(self.shape):  # sparse tensors, which are never cut, cannot be narrowed
-                for dimension, (start, size) in enumerate(zip(box.offset, box.shape, strict=True)):
+            if region.shape != tuple(self.shape):  # sparse tensors, which are never cut, cannot be narrowed
+                for dimension, (start, size) in enumerate(zip(region.offset, region.shape, strict=True)):
                     part = part.narrow(dimension, start, size)
             destination.copy_(part)
-            return box.element_count * self.dtype.itemsize
+            return region.element_count * self.dtype.itemsize
 
         return read
 
@@ -152,11 +152,11 @@ class SavedTensor:
             return ConvertedTensor(self, arguments[0])
         return self.tensor().to(*arguments, **keywords)
 
-    def __deepcopy__(self, memo: Any) -> SavedTensor:
+    def __deepcopy__(self, memo: Any) -> LazyTensor:
         return self  # a copy would note where it goes in a list that nobody reads
 
-    def __getitem__(self, index: Any) -> SavedTensor:
-        return TensorInMemory(self.tensor()[index], self._assignments)
+    def __getitem__(self, index: Any) -> LazyTensor:
+        return MemoryTensor(self.tensor()[index], self._assignments)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -168,7 +168,7 @@ class SavedTensor:
         cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
     ) -> Any:
         """Call a function with the tensors themselves."""
-        arguments, keywords = tree_map_only(SavedTensor, methodcaller("tensor"), (arguments, keywords or {}))
+        arguments, keywords = tree_map_only(LazyTensor, methodcaller("tensor"), (arguments, keywords or {}))
         return function(*arguments, **keywords)
 
 
@@ -190,10 +190,10 @@ for _name in (
     ),
     *(f"__{side}{name}__" for side in ("", "r") for name in ("and", "or", "xor")),
 ):
-    setattr(SavedTensor, _name, _operator(_name))
+    setattr(LazyTensor, _name, _operator(_name))
 
 
-class TensorInMemory(SavedTensor):
+class MemoryTensor(LazyTensor):
     """One that an adapter, or torch.load, has made already."""
 
     def __init__(self, tensor: torch.Tensor, assignments: list[Assignment]) -> None:
@@ -202,65 +202,65 @@ class TensorInMemory(SavedTensor):
 
     @property
     def device(self) -> torch.device:
-        """See `SavedTensor.device`."""
+        """See `LazyTensor.device`."""
         return self._tensor.device
 
     def view(self) -> torch.Tensor:
-        """See `SavedTensor.view`."""
+        """See `LazyTensor.view`."""
         return self._tensor
 
     def exact(self) -> torch.Tensor:
-        """See `SavedTensor.exact`."""
+        """See `LazyTensor.exact`."""
         return self._exact
 
 
-class ConvertedTensor(SavedTensor):
+class ConvertedTensor(LazyTensor):
     """One that has another dtype than it was saved with."""
 
-    def __init__(self, saved: SavedTensor, dtype: torch.dtype) -> None:
+    def __init__(self, saved: LazyTensor, dtype: torch.dtype) -> None:
         super().__init__(saved.shape, dtype, saved._assignments)
         self._saved = saved
         self.is_plain = saved.is_plain
 
     @property
-    def original(self) -> SavedTensor:
+    def original(self) -> LazyTensor:
         """The one as it was saved."""
         return self._saved.original if isinstance(self._saved, ConvertedTensor) else self._saved
 
     def exact(self) -> torch.Tensor:
-        """See `SavedTensor.exact`."""
+        """See `LazyTensor.exact`."""
         converted: dict[str, torch.Tensor] = to_dtype(self.dtype)({"": self._saved.exact()})
         return converted[""]
 
     @property
-    def in_file(self) -> TensorInFile | None:
-        """See `SavedTensor.in_file`."""
+    def in_file(self) -> FileTensor | None:
+        """See `LazyTensor.in_file`."""
         return self._saved.in_file if self._made is None else None
 
     @property
     def position(self) -> tuple[str, int]:
-        """See `SavedTensor.position`."""
+        """See `LazyTensor.position`."""
         return self._saved.position if self._made is None else super().position
 
     @property
     def is_here(self) -> bool:
-        """See `SavedTensor.is_here`."""
+        """See `LazyTensor.is_here`."""
         return self._made is not None or self._saved.is_here
 
     def view(self) -> torch.Tensor:
-        """See `SavedTensor.view`; a copy."""
+        """See `LazyTensor.view`; a copy."""
         return self._saved.view().to(self.dtype) if self._made is None else self._made
 
-    def reader(self, destination: torch.Tensor, box: Box) -> Callable[[], int]:
-        """See `SavedTensor.reader`; without another copy, where the destination has the new dtype."""
+    def reader(self, destination: torch.Tensor, region: Region) -> Callable[[], int]:
+        """See `LazyTensor.reader`; without another copy, where the destination has the new dtype."""
         if self._made is not None:
-            return super().reader(destination, box)
+            return super().reader(destination, region)
         if destination.dtype == self.dtype:
-            return self._saved.reader(destination, box)
+            return self._saved.reader(destination, region)
 
         def read() -> int:
-            part = torch.empty(box.shape, dtype=self.dtype, device="cpu")
-            bytes_read = self._saved.reader(part, box)()
+            part = torch.empty(region.shape, dtype=self.dtype, device="cpu")
+            bytes_read = self._saved.reader(part, region)()
             destination.copy_(part)
             return bytes_read
 

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankload.errors import LONGEST_SHOWN_NAME, cut, printable
+from rankload.errors import MAX_SHOWN_NAME_LENGTH, cut, printable
 
-_MOST_SHOWN = 20
+_MAX_SHOWN = 20
 
 
 def describe_mismatch(
@@ -36,10 +36,10 @@ def _listed(what: str, items: Sequence[str]) -> str:
     if not items:
         return ""
     # escaped: a name with a line break in it must not look like two
-    shown = [f"    {printable(cut(item, 2 * LONGEST_SHOWN_NAME))}" for item in items[:_MOST_SHOWN]]
-    if len(items) > _MOST_SHOWN:
-        shown.append(f"    and {len(items) - _MOST_SHOWN} more")
-    return "\n".join([f"  {len(items)} {what}:", *shown])
+    first_lines = [f"    {printable(cut(item, 2 * MAX_SHOWN_NAME_LENGTH))}" for item in items[:_MAX_SHOWN]]
+    if len(items) > _MAX_SHOWN:
+        first_lines.append(f"    and {len(items) - _MAX_SHOWN} more")
+    return "\n".join([f"  {len(items)} {what}:", *first_lines])
 
 
 def _advice(missing: Sequence[str], unexpected: Sequence[str], content: Mapping[str, Any]) -> str:

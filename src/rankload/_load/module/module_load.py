@@ -13,23 +13,23 @@ import torch
 from torch import nn
 from torch.autograd.graph import increment_version
 
-from rankload._load.module.content import Content
-from rankload._load.module.copies import Prepared, Transfer
-from rankload._load.module.lazy_tensor import Assignment, SavedTensor, TensorInMemory
+from rankload._load.module.content import CheckpointContent
+from rankload._load.module.copies import Prepared, TensorCopy
+from rankload._load.module.lazy_tensor import Assignment, LazyTensor, MemoryTensor
 from rankload._load.module.mismatch import describe_mismatch
 from rankload._load.module.module_versions import assigned_modules, without_assignment
 from rankload._load.module.noted_copies import NotedCopies
 from rankload._load.module.post_hooks import PostHook, postponed, run_hooks
 from rankload._load.module.replace import Replacer
 from rankload._load.module.slots import (
-    Place,
+    TensorSlot,
     bare,
     has_its_storage,
     is_distributed,
     is_plain,
     non_persistent_meta_buffers,
     own_part,
-    places,
+    tensor_slots,
 )
 from rankload.adapt import strip_prefix
 from rankload.errors import LoadError
@@ -61,11 +61,11 @@ class ModuleLoad:
 
 def plan_load(
     module: nn.Module,
-    content: Content,
+    content: CheckpointContent,
     *,
     strict: bool,
     assign: bool | None,
-    shown: str,
+    display_name: str,
     may_replace: bool = True,
 ) -> ModuleLoad:
     """Find out which tensor goes where, and whether everything fits. Writes nothing, but for extra state.
@@ -75,20 +75,20 @@ def plan_load(
         content: the checkpoint's.
         strict: every name must be on both sides.
         assign: the caller's; with True tensors keep the checkpoint's dtype, whatever the module's was.
-        shown: where the checkpoint is, for messages.
+        display_name: where the checkpoint is, for messages.
         may_replace: replace tensors where the state dict says so (`assigned_modules`).
 
     Raises:
         LoadError: it does not fit; the message lists what, and what would help.
     """
     module, prefix = bare(module)
-    own = places(module)
+    own = tensor_slots(module)
     state_dict = _without_wrapper(content.of_module, prefix, own)
     replaced = assigned_modules(state_dict) if may_replace else set[str]()
-    noting = NotedCopies((place.tensor for place in own), content.tensors, content.assignments)
+    noting = NotedCopies((slot.tensor for slot in own), content.tensors, content.assignments)
     with postponed(module) as hooks, noting, _without_warnings_of_meta():
         missing, unexpected, unfit = _ask_torch(module, without_assignment(state_dict))
-    names = {id(place.tensor): place.name for place in reversed(own)}
+    names = {id(slot.tensor): slot.name for slot in reversed(own)}
     steps = [
         replace(step, is_replaced=bool(assign) or names.get(id(step.target), "").rpartition(".")[0] in replaced)
         for step in content.assignments
@@ -101,7 +101,7 @@ def plan_load(
     def misfit() -> LoadError:
         text = describe_mismatch(missing, unexpected, unfit, state_dict)
         return LoadError(
-            f"{shown} does not fit the {type(module).__name__}:\n{text}",
+            f"{display_name} does not fit the {type(module).__name__}:\n{text}",
             missing_count=len(missing),
             unexpected_count=len(unexpected),
             unfit_count=len(unfit),
@@ -131,9 +131,11 @@ def prepare_load(load: ModuleLoad, device: Callable[[], torch.device], *, may_sh
         may_share: whether what is replaced may be views of the mapped file.
     """
     replacer = Replacer(load.module, device, may_share=may_share)
-    own = {id(place.tensor) for place in places(load.module)}  # a module may have something copied into a view of one
-    transfers = [
-        replacer.transfer(step)
+    own = {
+        id(slot.tensor) for slot in tensor_slots(load.module)
+    }  # a module may have something copied into a view of one
+    copies = [
+        replacer.copy(step)
         if (step.target.is_meta or step.is_replaced) and id(step.target) in own
         else _transfer_in_place(step)
         for step in load.assignments
@@ -143,16 +145,16 @@ def prepare_load(load: ModuleLoad, device: Callable[[], torch.device], *, may_sh
         replacer.finish()
         _check_materialised(load)
 
-    return Prepared([transfer for transfer in transfers if transfer], replacer.bytes_mapped, finish)
+    return Prepared([copy for copy in copies if copy], replacer.bytes_mapped, finish)
 
 
-def _transfer_in_place(step: Assignment) -> Transfer:
+def _transfer_in_place(step: Assignment) -> TensorCopy:
     """Let a backward that needs what the target holds now fail, as after any write in place: reads go past torch."""
-    transfer = Transfer(step.saved, *own_part(step.target))
-    for tensor in (step.target, transfer.destination):  # a DTensor, and the local one, count for themselves
+    copy = TensorCopy(step.saved, *own_part(step.target))
+    for tensor in (step.target, copy.destination):  # a DTensor, and the local one, count for themselves
         if not tensor.is_inference():  # which have no versions
             increment_version(tensor)
-    return transfer
+    return copy
 
 
 def run_post_hooks(load: ModuleLoad) -> None:
@@ -179,7 +181,7 @@ def _ask_torch(module: nn.Module, content: Mapping[str, Any]) -> tuple[list[str]
     try:
         keys = module.load_state_dict(content, strict=False)
     except RuntimeError as error:  # of shapes: then it does not tell the keys
-        own = {place.name for place in places(module)}
+        own = {slot.name for slot in tensor_slots(module)}
         unfit = str(error).split("\n\t")[1:] or [str(error)]
         return [name for name in own if name not in content], [name for name in content if name not in own], unfit
     missing, unexpected = keys or ([], [])  # one that a module has of its own may return nothing
@@ -194,19 +196,19 @@ def _without_warnings_of_meta() -> Iterator[None]:
         yield
 
 
-def _without_wrapper(content: Mapping[str, Any], prefix: str, own: Sequence[Place]) -> Mapping[str, Any]:
+def _without_wrapper(content: Mapping[str, Any], prefix: str, own: Sequence[TensorSlot]) -> Mapping[str, Any]:
     """Let a wrapped module take what was saved from a wrapped one: ``ddp.state_dict()`` into ``ddp``."""
     if not prefix or not content or not all(name.startswith(prefix) for name in content):
         return content
-    if any(place.name in content for place in own):  # it has a child of that name
+    if any(slot.name in content for slot in own):  # it has a child of that name
         return content
     return strip_prefix(prefix)(content)  # type: ignore[no-any-return]
 
 
-def _truly_missing(missing: Sequence[str], own: Sequence[Place], assignments: Sequence[Assignment]) -> list[str]:
+def _truly_missing(missing: Sequence[str], own: Sequence[TensorSlot], assignments: Sequence[Assignment]) -> list[str]:
     """Leave out names of tensors that come under another of their names: files often hold tied tensors once."""
     found = {id(step.target) for step in assignments}
-    tied = {place.name for place in own if id(place.tensor) in found}
+    tied = {slot.name for slot in own if id(slot.tensor) in found}
     return [name for name in missing if name not in tied]
 
 
@@ -234,9 +236,9 @@ def _problem(step: Assignment) -> str:
     return "" if is_replaced or target.is_meta or is_distributed(target) else _problem_of_classes(target, saved)
 
 
-def _problem_of_classes(target: torch.Tensor, saved: SavedTensor) -> str:
+def _problem_of_classes(target: torch.Tensor, saved: LazyTensor) -> str:
     """Return why a copy fails that classes, layouts and quantisation have a say in: only trying it tells."""
-    if is_plain(target) and not (isinstance(saved, TensorInMemory) and not is_plain(saved.exact())):
+    if is_plain(target) and not (isinstance(saved, MemoryTensor) and not is_plain(saved.exact())):
         return ""
     try:
         scratch = target.detach().clone()
@@ -266,7 +268,7 @@ def _check_materialised(load: ModuleLoad) -> None:
     missing = set(load.missing_keys)
     if any(step.is_replaced and step.saved.device.type == "meta" for step in load.assignments):
         return  # as in the checkpoint
-    if names := [place.name for place in places(load.module) if place.tensor.is_meta and place.name not in missing]:
+    if names := [slot.name for slot in tensor_slots(load.module) if slot.tensor.is_meta and slot.name not in missing]:
         raise LoadError(
             f"{', '.join(names[:20])}: computed by a hook of the module, and lost, for it is on the meta device; "
             "call module.to_empty() before"

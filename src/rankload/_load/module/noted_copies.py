@@ -13,7 +13,7 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from rankload._load.module.lazy_tensor import Assignment, SavedTensor, TensorInMemory
+from rankload._load.module.lazy_tensor import Assignment, LazyTensor, MemoryTensor
 
 _MODULE_LOAD: Any = torch.Tensor.module_load  # torch.__future__.set_swap_module_params_on_conversion
 
@@ -41,13 +41,13 @@ class NotedCopies(TorchFunctionMode):
         if (function is torch.Tensor.copy_ or function is _MODULE_LOAD) and len(arguments) > 1:
             target, source = arguments[:2]
             if isinstance(target, torch.Tensor) and self._is_noted(target, source):
-                saved = source if isinstance(source, SavedTensor) else TensorInMemory(source, self._assignments)
+                saved = source if isinstance(source, LazyTensor) else MemoryTensor(source, self._assignments)
                 self._assignments.append(Assignment(target, saved))
                 return target if function is torch.Tensor.copy_ else target.detach()
         return function(*arguments, **(keywords or {}))
 
     def _is_noted(self, target: torch.Tensor, source: Any) -> bool:
-        if isinstance(source, SavedTensor):
+        if isinstance(source, LazyTensor):
             return True
         if source is target or is_lazy(target) or is_lazy(source) or not isinstance(source, torch.Tensor):
             return False  # torch copies nothing, or refuses

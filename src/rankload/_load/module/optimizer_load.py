@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankload._load.module.copies import Prepared, Transfer
-from rankload._load.module.lazy_tensor import SavedTensor, TensorInMemory
+from rankload._load.module.copies import Prepared, TensorCopy
+from rankload._load.module.lazy_tensor import LazyTensor, MemoryTensor
 from rankload._load.module.leaves import with_leaves
 from rankload._load.module.mismatch import describe_mismatch
 from rankload._load.module.remainder import OPTIMIZER_KEYS, optimizer_key
@@ -20,7 +20,7 @@ from rankload._load.module.slots import bare, empty_copy, is_distributed, is_pla
 from rankload.errors import LoadError, shown_key
 
 #: Larger numbers are of no parameters, and may be such that a set has to look at all of them for each.
-_MOST_PARAMETERS = 1 << 31
+_MAX_PARAMETERS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -38,29 +38,31 @@ class OptimizerLoad:
     parameters: Sequence[torch.Tensor]
 
     @property
-    def wanted(self) -> list[SavedTensor]:
+    def wanted(self) -> list[LazyTensor]:
         """Return the tensors that it takes."""
-        found: list[SavedTensor] = []
+        found: list[LazyTensor] = []
         _with_tensors(self.content, found.append)
         return found
 
 
-def plan_optimizer_load(optimizer: torch.optim.Optimizer, whole: Any, module: nn.Module, shown: str) -> OptimizerLoad:
+def plan_optimizer_load(
+    optimizer: torch.optim.Optimizer, whole: Any, module: nn.Module, display_name: str
+) -> OptimizerLoad:
     """Find out which state belongs to which parameter, and whether it fits. Writes nothing.
 
     Args:
         optimizer: of the module's parameters.
         whole: the checkpoint's content, with stand-ins.
         module: gives the names, for states that are saved by name.
-        shown: where the checkpoint is, for messages.
+        display_name: where the checkpoint is, for messages.
 
     Raises:
         LoadError: there is no optimizer's state dict, or it is of other parameters.
     """
-    saved = _state_dict_in(whole, shown)
-    groups_in_file = _checked_groups(saved["param_groups"], shown)
+    saved = _state_dict_in(whole, display_name)
+    groups_in_file = _checked_groups(saved["param_groups"], display_name)
     own = _own_keys(optimizer, groups_in_file, module)
-    saved_groups = _matched(groups_in_file, own, shown)
+    saved_groups = _matched(groups_in_file, own, display_name)
     numbers = {key: number for number, key in enumerate(key for keys in own for key in keys)}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # what belongs to no parameter stays as it is, as torch has it; but a number left over would be another's here
@@ -75,7 +77,9 @@ def plan_optimizer_load(optimizer: torch.optim.Optimizer, whole: Any, module: nn
         for problem in _problems(number, parameter, state.get(number, {}))
     ]
     if unfit:
-        raise LoadError(f"{shown} does not fit the {type(optimizer).__name__}:\n{describe_mismatch([], [], unfit, {})}")
+        raise LoadError(
+            f"{display_name} does not fit the {type(optimizer).__name__}:\n{describe_mismatch([], [], unfit, {})}"
+        )
     groups = [
         {**group, "params": [numbers[key] for key in keys]} for group, keys in zip(saved_groups, own, strict=True)
     ]
@@ -84,13 +88,13 @@ def plan_optimizer_load(optimizer: torch.optim.Optimizer, whole: Any, module: nn
 
 def prepare_optimizer_load(load: OptimizerLoad) -> Prepared:
     """Make the tensors of the state, each rank its own: the first step overwrites them. Say what goes into them."""
-    transfers: list[Transfer] = []
+    copies: list[TensorCopy] = []
 
-    def made(saved: SavedTensor, parameter: torch.Tensor | None = None) -> torch.Tensor:
-        if isinstance(saved, TensorInMemory) and not is_plain(saved.exact()):
+    def made(saved: LazyTensor, parameter: torch.Tensor | None = None) -> torch.Tensor:
+        if isinstance(saved, MemoryTensor) and not is_plain(saved.exact()):
             return saved.exact().detach().clone()  # as 8-bit states are; the first step writes into it
-        tensor, transfer = _prepared(saved, parameter)
-        transfers.append(transfer)
+        tensor, copy = _prepared(saved, parameter)
+        copies.append(copy)
         return tensor
 
     state = {
@@ -98,27 +102,29 @@ def prepare_optimizer_load(load: OptimizerLoad) -> Prepared:
         for key, values in load.content["state"].items()
     }
     content = {**_with_tensors({**load.content, "state": {}}, made), "state": state}
-    return Prepared(transfers, 0, lambda: load.optimizer.load_state_dict(content))
+    return Prepared(copies, 0, lambda: load.optimizer.load_state_dict(content))
 
 
 def _of_number(parameters: Sequence[torch.Tensor], key: Any) -> torch.Tensor | None:
     return parameters[key] if isinstance(key, int) and 0 <= key < len(parameters) else None
 
 
-def _with_tensors(content: Any, made: Callable[[SavedTensor], Any]) -> Any:
+def _with_tensors(content: Any, made: Callable[[LazyTensor], Any]) -> Any:
     """Return nested content with something else in the place of each stand-in."""
-    return with_leaves(content, lambda leaf: made(leaf) if isinstance(leaf, SavedTensor) else leaf)
+    return with_leaves(content, lambda leaf: made(leaf) if isinstance(leaf, LazyTensor) else leaf)
 
 
-def _state_dict_in(whole: Any, shown: str) -> Mapping[str, Any]:
+def _state_dict_in(whole: Any, display_name: str) -> Mapping[str, Any]:
     if isinstance(whole, Mapping) and (key := optimizer_key(whole)) is not None:
         found: Any = whole[key]
         return found if isinstance(found, Mapping) else found[0]
     keys = ", ".join(map(shown_key, islice(whole, 20))) if isinstance(whole, Mapping) else f"a {type(whole).__name__}"
-    raise LoadError(f"{shown}: no optimizer's state dict under any of {', '.join(OPTIMIZER_KEYS)}; it has {keys}")
+    raise LoadError(
+        f"{display_name}: no optimizer's state dict under any of {', '.join(OPTIMIZER_KEYS)}; it has {keys}"
+    )
 
 
-def _checked_groups(groups: Any, shown: str) -> Sequence[Mapping[str, Any]]:
+def _checked_groups(groups: Any, display_name: str) -> Sequence[Mapping[str, Any]]:
     """Return the groups that were saved, if their parameters are named, or counted, as torch.optim does.
 
     Raises:
@@ -128,8 +134,8 @@ def _checked_groups(groups: Any, shown: str) -> Sequence[Mapping[str, Any]]:
         isinstance(group, Mapping) and type(group.get("params")) is list for group in groups
     )
     keys = [key for group in groups for key in group["params"]] if are_groups else [None]
-    if not all(type(key) is str or (type(key) is int and 0 <= key < _MOST_PARAMETERS) for key in keys):
-        raise LoadError(f"{shown}: its param_groups are not as torch.optim.Optimizer.state_dict() makes them")
+    if not all(type(key) is str or (type(key) is int and 0 <= key < _MAX_PARAMETERS) for key in keys):
+        raise LoadError(f"{display_name}: its param_groups are not as torch.optim.Optimizer.state_dict() makes them")
     return groups  # type: ignore[no-any-return]
 
 
@@ -144,7 +150,9 @@ def _own_keys(
     return [[next(keys, None) for _ in group["params"]] for group in optimizer.param_groups]
 
 
-def _matched(saved: Sequence[Mapping[str, Any]], own: Sequence[Sequence[Any]], shown: str) -> list[Mapping[str, Any]]:
+def _matched(
+    saved: Sequence[Mapping[str, Any]], own: Sequence[Sequence[Any]], display_name: str
+) -> list[Mapping[str, Any]]:
     """Return the saved group for each of the optimizer's: that of the same parameters; numbers tell nothing but order.
 
     Raises:
@@ -153,13 +161,13 @@ def _matched(saved: Sequence[Mapping[str, Any]], own: Sequence[Sequence[Any]], s
     keys, own_keys = ([key for group in groups for key in group] for groups in ([g["params"] for g in saved], own))
     missing, unexpected = sorted({*own_keys} - {*keys}, key=str), sorted({*keys} - {*own_keys}, key=str)
     if all(isinstance(key, str) for key in keys) and (missing or unexpected):
-        raise LoadError(f"{shown} does not fit the optimizer:\n{describe_mismatch(missing, unexpected, [], {})}")
+        raise LoadError(f"{display_name} does not fit the optimizer:\n{describe_mismatch(missing, unexpected, [], {})}")
     groups = {frozenset(group["params"]): group for group in saved}
     if len(saved) != len(own) or not all(frozenset(group) in groups for group in own):
         sizes, own_sizes = [len(group["params"]) for group in saved], [len(group) for group in own]
         what = f"parameter groups of {sizes} parameters, the optimizer's have {own_sizes}"
         what += " and hold others" * (sizes == own_sizes)
-        raise LoadError(f"{shown} does not fit the optimizer: it has {what}")
+        raise LoadError(f"{display_name} does not fit the optimizer: it has {what}")
     return [groups[frozenset(group)] for group in own]
 
 
@@ -169,14 +177,14 @@ def _problems(number: int, parameter: torch.Tensor, values: Any) -> list[str]:
     return [
         f"{key} of parameter {number} has the shape {list(value.shape)}, the parameter {list(parameter.shape)}"
         for key, value in values.items()
-        if isinstance(value, SavedTensor) and value.shape.numel() > 1
+        if isinstance(value, LazyTensor) and value.shape.numel() > 1
         if value.shape != parameter.shape  # how it would be cut into parts, nobody can say
     ]
 
 
-def _prepared(saved: SavedTensor, parameter: torch.Tensor | None) -> tuple[torch.Tensor, Transfer]:
+def _prepared(saved: LazyTensor, parameter: torch.Tensor | None) -> tuple[torch.Tensor, TensorCopy]:
     if parameter is not None and is_distributed(parameter) and saved.shape == parameter.shape and saved.shape:
         tensor = empty_copy(parameter, own_part(parameter)[0].device, saved.dtype)
     else:
         tensor = torch.empty(saved.shape, dtype=saved.dtype, device="cpu")
-    return tensor, Transfer(saved, *own_part(tensor))
+    return tensor, TensorCopy(saved, *own_part(tensor))

@@ -11,7 +11,7 @@ from rankload._formats.entry import contiguous_stride
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class Region:
     """A rectangular part of a tensor, in elements per dimension.
 
     Attributes:
@@ -28,9 +28,9 @@ class Box:
         return math.prod(self.shape)
 
 
-def whole(shape: tuple[int, ...]) -> Box:
+def whole(shape: tuple[int, ...]) -> Region:
     """Return the box that is all of a tensor."""
-    return Box((0,) * len(shape), shape)
+    return Region((0,) * len(shape), shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,32 +46,34 @@ class Runs:
     starts: Iterator[int]
 
 
-def runs(shape: tuple[int, ...], box: Box) -> Runs:
+def runs(shape: tuple[int, ...], region: Region) -> Runs:
     """Cut a box of a contiguous tensor of this shape into the longest runs that there are."""
-    if box.element_count == 0:
+    if region.element_count == 0:
         return Runs(0, iter(()))
     first = len(shape)  # of the dimensions that are in the run
-    while first > 0 and box.shape[first:] == shape[first:]:
+    while first > 0 and region.shape[first:] == shape[first:]:
         first -= 1
     stride = contiguous_stride(shape)
-    origin = sum(start * step for start, step in zip(box.offset, stride, strict=True))
-    outer = [range(0, size * step, step) for size, step in zip(box.shape[:first], stride[:first], strict=True)]
+    origin = sum(start * step for start, step in zip(region.offset, stride, strict=True))
+    outer = [range(0, size * step, step) for size, step in zip(region.shape[:first], stride[:first], strict=True)]
     starts = (origin + sum(steps) for steps in itertools.product(*outer))
-    return Runs(math.prod(box.shape[first:]), starts)
+    return Runs(math.prod(region.shape[first:]), starts)
 
 
-def intersection(box: Box, other: Box) -> Box | None:
+def intersection(region: Region, other: Region) -> Region | None:
     """Return what two boxes of one tensor have in common, None for nothing."""
-    starts = tuple(map(max, box.offset, other.offset))
+    starts = tuple(map(max, region.offset, other.offset))
     ends = tuple(
         min(start + size, other_start + other_size)
-        for start, size, other_start, other_size in zip(box.offset, box.shape, other.offset, other.shape, strict=True)
+        for start, size, other_start, other_size in zip(
+            region.offset, region.shape, other.offset, other.shape, strict=True
+        )
     )
     sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
-    return Box(starts, sizes) if min(sizes, default=1) > 0 else None
+    return Region(starts, sizes) if min(sizes, default=1) > 0 else None
 
 
-def boxes_of_range(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[Box, int]]:
+def regions_of_range(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[Region, int]]:
     """Cut a range of a contiguous tensor's elements into boxes, at most two for each dimension.
 
     Yields:
@@ -80,7 +82,7 @@ def boxes_of_range(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tup
     if begin >= end:
         return
     if not shape:
-        yield Box((), ()), begin
+        yield Region((), ()), begin
         return
     row = math.prod(shape[1:])
     first, last = -(-begin // row), end // row  # the whole rows
@@ -88,11 +90,11 @@ def boxes_of_range(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tup
         yield from _within(first - 1, shape, row, begin, min(end, first * row))
     if first < last:
         rest = shape[1:]
-        yield Box((first, *(0,) * len(rest)), (last - first, *rest)), first * row
+        yield Region((first, *(0,) * len(rest)), (last - first, *rest)), first * row
     if last >= first and end % row:
         yield from _within(last, shape, row, last * row, end)
 
 
-def _within(index: int, shape: tuple[int, ...], row: int, begin: int, end: int) -> Iterator[tuple[Box, int]]:
-    for box, start in boxes_of_range(shape[1:], begin - index * row, end - index * row):
-        yield Box((index, *box.offset), (1, *box.shape)), index * row + start
+def _within(index: int, shape: tuple[int, ...], row: int, begin: int, end: int) -> Iterator[tuple[Region, int]]:
+    for region, start in regions_of_range(shape[1:], begin - index * row, end - index * row):
+        yield Region((index, *region.offset), (1, *region.shape)), index * row + start

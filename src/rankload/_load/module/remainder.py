@@ -14,7 +14,7 @@ from rankload._formats.index import Index
 from rankload._formats.pickle_values import Unbuilt
 from rankload._load.module.checkpoint_files import CheckpointFiles
 from rankload._load.module.exact import is_exact
-from rankload._load.module.lazy_tensor import ConvertedTensor, SavedTensor
+from rankload._load.module.lazy_tensor import ConvertedTensor, LazyTensor
 from rankload._load.module.leaves import leaves, with_leaves
 from rankload.adapt import WRAPPERS
 from rankload.errors import LoadError
@@ -103,7 +103,7 @@ def _identities(content: Any) -> Iterator[int]:
     for value in leaves(content):
         if isinstance(value, ConvertedTensor):
             yield id(value.original)
-        elif isinstance(value, (SavedTensor, torch.Tensor)):
+        elif isinstance(value, (LazyTensor, torch.Tensor)):
             yield id(value)
 
 
@@ -112,9 +112,7 @@ def _hides_tensors(content: Any) -> bool:
     rest, seen = [content], set[int]()
     while rest:
         for value in leaves(rest.pop()):
-            if isinstance(value, (TensorEntry, StorageEntry)) or (
-                isinstance(value, SavedTensor) and not value.is_plain
-            ):
+            if isinstance(value, (TensorEntry, StorageEntry)) or (isinstance(value, LazyTensor) and not value.is_plain):
                 return True
             if isinstance(value, Unbuilt) and id(value) not in seen:
                 seen.add(id(value))
@@ -123,7 +121,7 @@ def _hides_tensors(content: Any) -> bool:
 
 
 def _with_tensors(content: Any) -> Any:
-    return with_leaves(content, lambda leaf: leaf.exact() if isinstance(leaf, SavedTensor) else leaf)
+    return with_leaves(content, lambda leaf: leaf.exact() if isinstance(leaf, LazyTensor) else leaf)
 
 
 def _filled(loaded: Any, rest: Any, made: dict[int, Any]) -> Any:

@@ -8,10 +8,17 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from rankload._load.module.copies import Transfer
-from rankload._load.module.lazy_tensor import Assignment, TensorInMemory
+from rankload._load.module.copies import TensorCopy
+from rankload._load.module.lazy_tensor import Assignment, MemoryTensor
 from rankload._load.module.post_hooks import hooks_of_torch, run_hooks
-from rankload._load.module.slots import Place, as_parameter_like, empty_copy, is_distributed, own_part, places
+from rankload._load.module.slots import (
+    TensorSlot,
+    as_parameter_like,
+    empty_copy,
+    is_distributed,
+    own_part,
+    tensor_slots,
+)
 
 
 class Replacer:
@@ -28,12 +35,12 @@ class Replacer:
         self._replacements: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.bytes_mapped = 0
 
-    def transfer(self, step: Assignment) -> Transfer | None:
+    def copy(self, step: Assignment) -> TensorCopy | None:
         """Make what takes the target's place; return what is to be moved into it, None for a view of the file."""
         target, saved = step.target, step.saved
         device = self._device() if target.is_meta else target.device
         dtype = saved.dtype if step.is_replaced else target.dtype
-        if step.is_replaced and isinstance(saved, TensorInMemory) and device.type == "cpu":
+        if step.is_replaced and isinstance(saved, MemoryTensor) and device.type == "cpu":
             self._replacements.append((target, saved.exact()))  # of whatever class it is
             return None
         if self._may_share and device.type == "cpu" and dtype == saved.dtype and not is_distributed(target):
@@ -43,18 +50,18 @@ class Replacer:
             return None
         tensor = empty_copy(target, device, dtype)
         self._replacements.append((target, tensor))
-        return Transfer(saved, *own_part(tensor))
+        return TensorCopy(saved, *own_part(tensor))
 
     def finish(self) -> None:
         """Put the new tensors in their places, when all has been moved."""
         if not self._replacements:
             return
-        by_tensor: dict[int, list[Place]] = defaultdict(list)
-        for place in places(self._module):
-            by_tensor[id(place.tensor)].append(place)
+        by_tensor: dict[int, list[TensorSlot]] = defaultdict(list)
+        for slot in tensor_slots(self._module):
+            by_tensor[id(slot.tensor)].append(slot)
         for target, tensor in self._replacements:
             replacement = as_parameter_like(tensor, target)
-            for place in by_tensor[id(target)]:
-                place.put(replacement)
+            for slot in by_tensor[id(target)]:
+                slot.replace(replacement)
         if any(is_distributed(tensor) for _, tensor in self._replacements):
             run_hooks(hooks_of_torch(self._module), [], [])  # in which FSDP takes notice of new parameters

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankload._load.module.regions import Box, whole
+from rankload._load.module.regions import Region, whole
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Place:
+class TensorSlot:
     """One name of a parameter or persistent buffer.
 
     Attributes:
@@ -28,7 +28,7 @@ class Place:
     leaf: str
     tensor: torch.Tensor
 
-    def put(self, tensor: torch.Tensor) -> None:
+    def replace(self, tensor: torch.Tensor) -> None:
         """Put another tensor there: a Parameter for a Parameter."""
         if self.leaf in self.owner._parameters:
             self.owner._parameters[self.leaf] = tensor  # type: ignore[assignment]
@@ -52,37 +52,37 @@ def bare(module: nn.Module) -> tuple[nn.Module, str]:
             return module, prefix
 
 
-def places(module: nn.Module) -> list[Place]:
+def tensor_slots(module: nn.Module) -> list[TensorSlot]:
     """Return every name of the module's parameters and persistent buffers; tied ones have several."""
-    found: list[Place] = []
-    _add_places(found, module, "", is_persistent=True)
+    found: list[TensorSlot] = []
+    _add_slots(found, module, "", is_persistent=True)
     return found
 
 
 def non_persistent_meta_buffers(module: nn.Module) -> list[str]:
     """Return the names of buffers on the meta device that no state dict has."""
-    found: list[Place] = []
-    _add_places(found, module, "", is_persistent=False)
-    return [place.name for place in found if place.tensor.is_meta]
+    found: list[TensorSlot] = []
+    _add_slots(found, module, "", is_persistent=False)
+    return [slot.name for slot in found if slot.tensor.is_meta]
 
 
-def _add_places(found: list[Place], owner: nn.Module, prefix: str, *, is_persistent: bool) -> None:
+def _add_slots(found: list[TensorSlot], owner: nn.Module, prefix: str, *, is_persistent: bool) -> None:
     """Go through modules in the order of state_dict(); generators would pass each place on through all its parents."""
     if is_persistent:
         for leaf, parameter in owner._parameters.items():
             if parameter is not None:
-                found.append(Place(prefix + leaf, owner, leaf, parameter))
+                found.append(TensorSlot(prefix + leaf, owner, leaf, parameter))
     for leaf, buffer in owner._buffers.items():
         if buffer is not None and (leaf not in owner._non_persistent_buffers_set) == is_persistent:
-            found.append(Place(prefix + leaf, owner, leaf, buffer))
+            found.append(TensorSlot(prefix + leaf, owner, leaf, buffer))
     for name, child in owner._modules.items():
         if child is not None:
-            _add_places(found, child, f"{prefix}{name}.", is_persistent=is_persistent)
+            _add_slots(found, child, f"{prefix}{name}.", is_persistent=is_persistent)
 
 
 def device_of(module: nn.Module) -> torch.device | None:
     """Return the device that the module's tensors are on, those on meta apart; None where there are none or several."""
-    devices = {place.tensor.device for place in places(module) if not place.tensor.is_meta}
+    devices = {slot.tensor.device for slot in tensor_slots(module) if not slot.tensor.is_meta}
     return devices.pop() if len(devices) == 1 else None
 
 
@@ -94,7 +94,7 @@ def has_its_storage(tensor: torch.Tensor) -> bool:
     return (tensor.storage_offset() + last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
-def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
+def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:
     """Return the local tensor that a rank has of one, and which part it is.
 
     Raises:
@@ -110,15 +110,17 @@ def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
     distributed: Any = tensor
     if any(isinstance(placement, Partial) for placement in distributed.placements):
         raise ValueError("it has a Partial placement, of which no part can be read")
-    if not _is_one_box(distributed.placements):
+    if not _is_one_region(distributed.placements):
         raise ValueError(f"its placements {distributed.placements} give this rank rows from several places")
     local = distributed._local_tensor.detach()
     if local.numel() == 0:
-        return local, Box((0,) * tensor.ndim, tuple(local.shape) if local.ndim == tensor.ndim else (0,) * tensor.ndim)
+        return local, Region(
+            (0,) * tensor.ndim, tuple(local.shape) if local.ndim == tensor.ndim else (0,) * tensor.ndim
+        )
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, distributed.device_mesh, distributed.placements)
     if tuple(shape) != tuple(local.shape):
         raise ValueError(f"its local part has the shape {list(local.shape)}, not {list(shape)} as its placements say")
-    return local, Box(tuple(offset), tuple(shape))
+    return local, Region(tuple(offset), tuple(shape))
 
 
 def holds_plain_elements(tensor: torch.Tensor) -> bool:
@@ -127,12 +129,10 @@ def holds_plain_elements(tensor: torch.Tensor) -> bool:
     return is_plain and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
 
 
-def _is_one_box(placements: Sequence[Any]) -> bool:
+def _is_one_region(placements: Sequence[Any]) -> bool:
     """Tell whether a rank's part is one box: strided shards must be cut once more, as those of FSDP and TP are."""
     kinds = [(type(placement).__name__, getattr(placement, "dim", None)) for placement in placements]
-    return all(
-        ("Shard", dim) in kinds[place + 1 :] for place, (kind, dim) in enumerate(kinds) if kind == "_StridedShard"
-    )
+    return all(("Shard", dim) in kinds[slot + 1 :] for slot, (kind, dim) in enumerate(kinds) if kind == "_StridedShard")
 
 
 def empty_copy(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

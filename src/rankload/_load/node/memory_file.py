@@ -11,7 +11,7 @@ from pathlib import Path
 from rankload._platform.scratch import descriptor_path, scratch_file, scratch_folder
 
 
-def make_memory_file(size_bytes: int, closing: ExitStack) -> int:
+def make_memory_file(size_bytes: int, stack: ExitStack) -> int:
     """Return the descriptor of a new file, all zeros, that takes memory only where it is written to.
 
     Pages stay for as long as the descriptor, another process's or a mapping does.
@@ -21,7 +21,7 @@ def make_memory_file(size_bytes: int, closing: ExitStack) -> int:
     except (AttributeError, OSError):  # not Linux; or a sandbox that does not know the call
         with scratch_file("memory for a checkpoint", size_bytes) as file:
             descriptor = os.dup(file.fileno())
-    closing.callback(os.close, descriptor)
+    stack.callback(os.close, descriptor)
     os.ftruncate(descriptor, size_bytes)
     return descriptor
 
@@ -45,10 +45,10 @@ def writable(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
             mapping.close()
 
 
-def folder_of(descriptors: Mapping[str, int], closing: ExitStack) -> Path:
+def folder_of(descriptors: Mapping[str, int], stack: ExitStack) -> Path:
     """Return a folder in which this process finds the files under their names."""
     # the parts of a checkpoint may lie in folders
-    return scratch_folder({name: descriptor_path(descriptor) for name, descriptor in descriptors.items()}, closing)
+    return scratch_folder({name: descriptor_path(descriptor) for name, descriptor in descriptors.items()}, stack)
 
 
 def path_for_others(descriptor: int) -> str:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from rankload._cache.access import name_of
-from rankload._cache.files import reading
+from rankload._cache.files import wrap_read_errors
 from rankload._coordination.launchers import identity_from_environment
-from rankload._coordination.single_process import LoneChannel
+from rankload._coordination.single_process import SingleProcessChannel
 from rankload._formats.broken import BrokenFileError
 from rankload._formats.pickle_values import NotUnderstoodError
 from rankload._formats.sniff import Format, sniff
@@ -49,7 +49,7 @@ _THREADS = 4
 _BUFFER_BYTES = 256 << 10
 
 #: Of what is free, the part that a copy may take: the job needs memory for other things.
-_MOST_OF_FREE_MEMORY = 0.8
+_MAX_SHARE_OF_FREE_MEMORY = 0.8
 
 #: Of the others torch.load makes private copies in any case.
 _MAPPED_FORMATS: frozenset[Format] = frozenset({"torch_zip", "safetensors", "sharded"})
@@ -77,9 +77,9 @@ def may_change(held: Held, file: FetchedFile) -> bool:
 
 def with_node_copy(
     held: Held,
-    shown: Path,
+    display_name: Path,
     channel: Channel,
-    closing: ExitStack,
+    stack: ExitStack,
     progress_seconds: float,
     *,
     sha256: str | None = None,
@@ -91,9 +91,9 @@ def with_node_copy(
 
     Args:
         held: the checkpoint's files, open.
-        shown: where it is, for messages.
+        display_name: where it is, for messages.
         channel: of the call. Every rank of a node that loads from these files may call this.
-        closing: lets go of the memory. What is mapped stays.
+        stack: lets go of the memory. What is mapped stays.
         progress_seconds: how long the file may not answer.
         sha256: its digest, 64 hex digits, if the copy is to be verified; the parts of an index have none.
         must_fit: return None, and copy nothing, if there is not enough free memory.
@@ -105,33 +105,33 @@ def with_node_copy(
         RankloadError: what made the copying rank fail.
     """
     name = held.path.name
-    with reading(shown):
+    with wrap_read_errors(display_name):
         sizes = {one: os.fstat(descriptor).st_size for one, descriptor in held.descriptors.items()}
         memory = NodeMemory.claim(
-            sizes, channel, closing, purpose="node copy", fits=partial(_fits, sizes.values()) if must_fit else None
+            sizes, channel, stack, purpose="node copy", fits=partial(_fits, sizes.values()) if must_fit else None
         )
         if memory is None:
             return None
         if memory.is_received_here:
             for one, descriptor in held.descriptors.items():
-                text = printable(str(shown.parent / one))
+                text = printable(str(display_name.parent / one))
                 _copy(descriptor, memory.descriptors[one], sizes[one], text, channel, progress_seconds)
             if sha256 is not None:
                 owner_uid = os.fstat(held.descriptors[name]).st_uid
-                _verify(memory.descriptors[name], sizes[name], sha256, shown, owner_uid, channel)
+                _verify(memory.descriptors[name], sizes[name], sha256, display_name, owner_uid, channel)
     memory.tell_or_wait(channel)
-    copied = folder_of(memory.descriptors, closing) / name
+    copied = folder_of(memory.descriptors, stack) / name
     if {name, *parts_of(copied)} != set(memory.descriptors):
-        raise LoadError(f"{printable(str(shown))}: it was changed while it was loaded", path=str(shown))
+        raise LoadError(f"{printable(str(display_name))}: it was changed while it was loaded", path=str(display_name))
     return copied
 
 
-def private_copy(path: Path, closing: ExitStack) -> Path:
+def private_copy(path: Path, stack: ExitStack) -> Path:
     """Copy a checkpoint into memory of this process; return where it is then. Not collective."""
-    channel = LoneChannel(identity_from_environment())
-    closing.callback(channel.close)
+    channel = SingleProcessChannel(identity_from_environment())
+    stack.callback(channel.close)
     seconds = Settings.from_environment().progress_seconds
-    copied = with_node_copy(hold(path, None, closing), path, channel, closing, seconds, must_fit=False)
+    copied = with_node_copy(hold(path, None, stack), path, channel, stack, seconds, must_fit=False)
     assert copied is not None
     return copied
 
@@ -141,7 +141,7 @@ def settled(
     file: FetchedFile,
     map_location: Any,
     channel: Channel,
-    closing: ExitStack,
+    stack: ExitStack,
     progress_seconds: float,
     *,
     mmap: bool | None,
@@ -158,12 +158,12 @@ def settled(
         channel, closing, progress_seconds: see `with_node_copy`.
         mmap: the caller's. True keeps a file of this user's own mapped; False makes private copies later.
     """
-    held = hold(path, file.sha256, closing, file.identity)
-    copy = partial(with_node_copy, held, path, channel, closing, progress_seconds)
+    held = hold(path, file.sha256, stack, file.identity)
+    copy = partial(with_node_copy, held, path, channel, stack, progress_seconds)
     if held.is_changeable and not (mmap is False and file.sha256 is None):
-        return copy(sha256=file.sha256, must_fit=False) or held.loaded_by_name(closing)
+        return copy(sha256=file.sha256, must_fit=False) or held.loaded_by_name(stack)
     if mmap is not None or not (reason := why_copied(held.path, map_location, is_published=file.is_published)):
-        return held.loaded_by_name(closing)
+        return held.loaded_by_name(stack)
     copied = copy()
     _logger.debug("%s: %s: %s", printable(str(path)), reason, "copied into memory" if copied else "mapped")
     if copied is None:
@@ -171,31 +171,35 @@ def settled(
         advice = "it must not be rewritten in place while this process uses it"
         text = "%s: %s; there is too little free memory for a copy, so it is mapped: %s"
         _logger.log(level, text, printable(str(path)), reason, advice)
-    return copied or held.loaded_by_name(closing)
+    return copied or held.loaded_by_name(stack)
 
 
-def _copy(source: int, target: int, size_bytes: int, shown: str, channel: Channel, progress_seconds: float) -> None:
+def _copy(
+    source: int, target: int, size_bytes: int, display_name: str, channel: Channel, progress_seconds: float
+) -> None:
     begins = range(0, size_bytes, _STRIPE_BYTES)
     with Readers(min(_THREADS, len(begins))) as readers:
         pending = [
-            readers.submit(partial(_copy_stripe, source, target, begin, min(begin + _STRIPE_BYTES, size_bytes), shown))
+            readers.submit(
+                partial(_copy_stripe, source, target, begin, min(begin + _STRIPE_BYTES, size_bytes), display_name)
+            )
             for begin in begins
         ]
         for number, stripe in enumerate(pending):
 
-            def look(done: int = number) -> None:
+            def check_cancelled(done: int = number) -> None:
                 channel.report(Progress("loading", done * _STRIPE_BYTES, size_bytes))
 
-            await_reader(stripe, look, progress_seconds, shown)
-            look()
+            await_reader(stripe, check_cancelled, progress_seconds, display_name)
+            check_cancelled()
 
 
-def _copy_stripe(source: int, target: int, begin: int, end: int, shown: str) -> None:
+def _copy_stripe(source: int, target: int, begin: int, end: int, display_name: str) -> None:
     buffer = memoryview(bytearray(_BUFFER_BYTES))
     while begin < end:
         count = os.preadv(source, [buffer[: end - begin]], begin)
         if not count:
-            raise LoadError(f"{shown}: it was cut off while it was loaded")
+            raise LoadError(f"{display_name}: it was cut off while it was loaded")
         written = 0
         while written < count:
             written += os.pwrite(target, buffer[written:count], begin + written)
@@ -210,10 +214,10 @@ def _verify(descriptor: int, size_bytes: int, sha256: str, path: Path, owner_uid
         done += count
         channel.report(Progress("hashing", done, size_bytes))
     if digest.hexdigest() != sha256:
-        shown, owner = printable(str(path)), name_of(owner_uid)
+        display_name, owner = printable(str(path)), name_of(owner_uid)
         raise DigestMismatchError(
-            f'invalid hash value (expected "{sha256}", got "{digest.hexdigest()}"): {shown} belongs to {owner}, and '
-            "was changed since it was verified",
+            f'invalid hash value (expected "{sha256}", got "{digest.hexdigest()}"): {display_name} belongs to {owner}, '
+            "and was changed since it was verified",
             expected=sha256,
             got=digest.hexdigest(),
             path=str(path),
@@ -222,11 +226,11 @@ def _verify(descriptor: int, size_bytes: int, sha256: str, path: Path, owner_uid
 
 def _fits(sizes: Collection[int]) -> bool:
     free = available_bytes()
-    return free is None or sum(sizes) <= _MOST_OF_FREE_MEMORY * free
+    return free is None or sum(sizes) <= _MAX_SHARE_OF_FREE_MEMORY * free
 
 
 def _is_on_local_disk(path: Path) -> bool:
-    with reading(path), path.open("rb", buffering=0) as file:
+    with wrap_read_errors(path), path.open("rb", buffering=0) as file:
         return is_on_local_disk(file.fileno())
 
 

@@ -33,7 +33,7 @@ class NodeMemory:
         cls,
         sizes: Mapping[str, int],
         channel: Channel,
-        closing: ExitStack,
+        stack: ExitStack,
         *,
         purpose: str = "broadcast",
         fits: Callable[[], bool] | None = None,
@@ -43,7 +43,7 @@ class NodeMemory:
         Args:
             sizes: of the files, in bytes, by name.
             channel: of the call.
-            closing: lets go of the memory; of what others may still have to open, only the end of the call does.
+            stack: lets go of the memory; of what others may still have to open, only the end of the call does.
             purpose: what the memory is for; one call may use memory for several.
             fits: asked before memory is made. If it says no, this returns None, on all ranks that would have shared it.
         """
@@ -54,12 +54,12 @@ class NodeMemory:
             if paths is None:
                 return None
             with suppress(OSError):
-                return cls(_opened(paths, closing), first, is_received_here=False, purpose=purpose)
+                return cls(_opened(paths, stack), first, is_received_here=False, purpose=purpose)
         if fits is not None and not fits():
             if first == rank:
                 channel.post(f"{purpose}/memory of {rank}", {"paths": None})
             return None
-        kept = closing
+        kept = stack
         if first == rank:
             kept = ExitStack()
             channel.on_exit(kept.close)  # after the verdict: a rank that comes late would find nothing to open
@@ -77,9 +77,9 @@ class NodeMemory:
             channel.wait_for(f"{self.purpose}/received by {self.receiver}", from_rank=self.receiver)
 
 
-def _opened(paths: Mapping[str, str], closing: ExitStack) -> dict[str, int]:
+def _opened(paths: Mapping[str, str], stack: ExitStack) -> dict[str, int]:
     descriptors = {}
     for name, path in paths.items():
         descriptors[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        closing.callback(os.close, descriptors[name])
+        stack.callback(os.close, descriptors[name])
     return descriptors

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from rankload._formats.sharded import has_weight_map, part_names
 from rankload._formats.source import LocalSource
-from rankload._load.tensors.torch_errors import translated
+from rankload._load.values.torch_errors import wrap_load_errors
 
 
 def parts_of(path: Path) -> list[str]:
     """Return the names of the files that a file is the index of."""
-    with translated(path), path.open("rb", buffering=0) as file:
+    with wrap_load_errors(path), path.open("rb", buffering=0) as file:
         source = LocalSource(file.fileno())
         return part_names(source) if has_weight_map(source) else []
 

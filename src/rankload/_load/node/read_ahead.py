@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from rankload._cache.files import reading
+from rankload._cache.files import wrap_read_errors
 from rankload._load.device.readers import Readers, await_reader
 from rankload._platform.host import kernel_id
 from rankload._platform.linux import is_on_local_disk, resident_pages
@@ -44,7 +44,7 @@ def read_ahead(paths: Sequence[Path], channel: Channel, progress_seconds: float)
     remote = [path for path in paths if not _is_local(path)]
     if not remote:
         return
-    with reading(remote[0]):
+    with wrap_read_errors(remote[0]):
         status = remote[0].stat()  # not by the path: ranks that keep a file open each have one of their own
     key = f"read ahead/{kernel_id()}/{status.st_dev}-{status.st_ino}"
     reader = channel.claim(key)
@@ -57,12 +57,12 @@ def read_ahead(paths: Sequence[Path], channel: Channel, progress_seconds: float)
 
 
 def _is_local(path: Path) -> bool:
-    with reading(path), path.open("rb", buffering=0) as file:
+    with wrap_read_errors(path), path.open("rb", buffering=0) as file:
         return is_on_local_disk(file.fileno())
 
 
 def _read(path: Path, channel: Channel, progress_seconds: float) -> None:
-    with reading(path), path.open("rb", buffering=0) as file:
+    with wrap_read_errors(path), path.open("rb", buffering=0) as file:
         blocks = _absent_blocks(file.fileno())
         _logger.debug(
             "%s: reading %d blocks of %d bytes ahead, over the network", printable(str(path)), len(blocks), _BLOCK_BYTES
@@ -71,11 +71,11 @@ def _read(path: Path, channel: Channel, progress_seconds: float) -> None:
             pending = [readers.submit(partial(os.pread, file.fileno(), _BLOCK_BYTES, begin)) for begin in blocks]
             for number, block in enumerate(pending):
 
-                def look(done: int = number) -> None:
+                def check_cancelled(done: int = number) -> None:
                     channel.report(Progress("loading", done * _BLOCK_BYTES, len(blocks) * _BLOCK_BYTES))
 
-                await_reader(block, look, progress_seconds, str(path))
-                look()
+                await_reader(block, check_cancelled, progress_seconds, str(path))
+                check_cancelled()
 
 
 def _absent_blocks(descriptor: int) -> list[int]:

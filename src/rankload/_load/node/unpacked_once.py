@@ -8,14 +8,14 @@ from pathlib import Path
 from rankload._formats.sniff import sniff
 from rankload._formats.unpack import unpack, unpacked_size
 from rankload._load.node.node_memory import NodeMemory
-from rankload._load.tensors.torch_errors import translated
+from rankload._load.values.torch_errors import wrap_load_errors
 from rankload._platform.scratch import descriptor_path
 from rankload._types import Channel, Progress
 
 _NAME = "unpacked"
 
 
-def with_unpacked(path: Path, channel: Channel, closing: ExitStack) -> Path:
+def with_unpacked(path: Path, channel: Channel, stack: ExitStack) -> Path:
     """Return a path to a checkpoint that needs no unpacking. Collective over a node's ranks.
 
     That is the file itself, unless it is torch.hub's legacy zip: an archive of one checkpoint. Then one rank of the
@@ -24,16 +24,16 @@ def with_unpacked(path: Path, channel: Channel, closing: ExitStack) -> Path:
     Args:
         path: the file; all ranks of a node that call this have the same one.
         channel: of the call.
-        closing: lets go of the memory. What is mapped stays.
+        stack: lets go of the memory. What is mapped stays.
 
     Raises:
         LoadError: the archive is damaged, or would become too large.
         RankloadError: what made the unpacking rank fail.
     """
-    with translated(path):
+    with wrap_load_errors(path):
         if sniff(path) != "single_member_zip":
             return path
-        memory = NodeMemory.claim({_NAME: unpacked_size(path)}, channel, closing, purpose="unpacked")
+        memory = NodeMemory.claim({_NAME: unpacked_size(path)}, channel, stack, purpose="unpacked")
         assert memory is not None
         descriptor = memory.descriptors[_NAME]
         if memory.is_received_here:

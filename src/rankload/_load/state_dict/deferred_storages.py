@@ -19,7 +19,7 @@ from rankload._load.device.pinned import BUFFER_BYTES, is_staged, staged
 from rankload._load.device.readers import Limits
 
 
-class LateStorages:
+class DeferredStorages:
     """Puts storages where a ``map_location`` says, but those on accelerators without their content, at first.
 
     Only for what does not look at the elements of a tensor before all of them are there.
@@ -46,16 +46,16 @@ class LateStorages:
         """Return whether storages tagged so come late."""
         return self._late_device(tag) is not None
 
-    def fill(self, limits: Limits, look: Callable[[], None], shown: str) -> None:
+    def fill(self, limits: Limits, check_cancelled: Callable[[], None], display_name: str) -> None:
         """Copy what belongs into the storages that were made.
 
         Args:
             limits: how many threads read, and how long a file may not answer.
-            look: called now and then while a file does not answer; raises what ends the wait.
-            shown: the checkpoint, for messages.
+            check_cancelled: called now and then while a file does not answer; raises what ends the wait.
+            display_name: the checkpoint, for messages.
         """
         for device, pairs in self._pairs.items():
-            for job, content in staged(_jobs(pairs), device, limits, look, shown):
+            for job, content in staged(_jobs(pairs), device, limits, check_cancelled, display_name):
                 for piece, begin in zip(job.pieces, job.begins, strict=True):
                     target = torch.empty(0, dtype=torch.uint8, device=device).set_(piece.storage)
                     part = content.narrow(0, begin, piece.length)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rankload._cache.files import reopening
+from rankload._cache.files import retry_if_stale
 from rankload._coordination.launchers import identity_from_environment
 from rankload._formats.broken import BrokenFileError
 from rankload._formats.sharded import read_weight_map
@@ -25,11 +25,11 @@ from rankload._formats.source import LocalSource
 from rankload._formats.unpack import unpacked
 from rankload._load.device.map_location import goes_by_tags, restore_of
 from rankload._load.device.readers import Limits
-from rankload._load.state_dict.deferred_storages import LateStorages
+from rankload._load.state_dict.deferred_storages import DeferredStorages
 from rankload._load.state_dict.private_mapping import torch_maps_privately
 from rankload._load.state_dict.read_safetensors import read_safetensors
 from rankload._load.state_dict.torch_load_checks import Checked, checked_for_torch, why_not_mapped
-from rankload._load.tensors.torch_errors import translated
+from rankload._load.values.torch_errors import wrap_load_errors
 from rankload._platform.scratch import descriptor_path
 from rankload._settings import Settings
 from rankload.errors import printable
@@ -44,8 +44,8 @@ def read_checkpoint(
     weights_only: bool | None = True,
     mmap: bool | None = None,
     limits: Limits | None = None,
-    look: Callable[[], None] = lambda: None,
-    shown: str | None = None,
+    check_cancelled: Callable[[], None] = lambda: None,
+    display_name: str | None = None,
     **torch_load_arguments: Any,
 ) -> Any:
     """Load a checkpoint; equal to ``torch.load`` of it. Not collective.
@@ -57,8 +57,8 @@ def read_checkpoint(
         mmap: None or True maps the file where its format allows it (torch's zip, safetensors); False gives private
             copies, for files that may be truncated or rewritten while they are in use.
         limits: how many threads read what goes to an accelerator, and how long a file may not answer them.
-        look: called now and then while they wait for a file; raises what ends the wait.
-        shown: what messages call the file; default: its path.
+        check_cancelled: called now and then while they wait for a file; raises what ends the wait.
+        display_name: what messages call the file; default: its path.
         **torch_load_arguments: passed on (``pickle_module``, ``encoding``, …).
 
     Raises:
@@ -67,11 +67,11 @@ def read_checkpoint(
     """
     path = Path(path)
     limits = limits or Limits.of(identity_from_environment(), Settings.from_environment())
-    shown = printable(shown or str(path))
-    options = _Options(weights_only, mmap, limits, look, shown, torch_load_arguments)
+    display_name = printable(display_name or str(path))
+    options = _Options(weights_only, mmap, limits, check_cancelled, display_name, torch_load_arguments)
 
-    with translated(path, shown):
-        return reopening(lambda: _read(path, map_location, options))
+    with wrap_load_errors(path, display_name):
+        return retry_if_stale(lambda: _read(path, map_location, options))
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class _Options:
     weights_only: bool | None
     mmap: bool | None
     limits: Limits
-    look: Callable[[], None]
-    shown: str
+    check_cancelled: Callable[[], None]
+    display_name: str
     torch_load_arguments: dict[str, Any]
 
 
@@ -97,11 +97,11 @@ def _read(path: Path, map_location: Any, options: _Options) -> Any:
     if file_format == "sharded":
         return _read_parts(path, map_location, options)
     if file_format == "safetensors":
-        late = LateStorages(map_location) if options.mmap is not False and goes_by_tags(map_location) else None
+        late = DeferredStorages(map_location) if options.mmap is not False and goes_by_tags(map_location) else None
         restore = late or restore_of(map_location)
-        found = read_safetensors(path, restore, mmap=options.mmap is not False, shown=options.shown)
+        found = read_safetensors(path, restore, mmap=options.mmap is not False, display_name=options.display_name)
         if late is not None:
-            late.fill(options.limits, options.look, options.shown)
+            late.fill(options.limits, options.check_cancelled, options.display_name)
         return found
     with path.open("rb", buffering=0) as file:
         source = LocalSource(file.fileno())
@@ -109,8 +109,8 @@ def _read(path: Path, map_location: Any, options: _Options) -> Any:
         is_mapped = not (reason := why_not_mapped(source, file_format, checked.doubt)) and options.mmap is not False
     if reason and options.mmap is not False:
         level = logging.INFO if options.mmap else logging.DEBUG
-        logger.log(level, "%s is read, not mapped: %s", options.shown, reason)
-    late = _late_storages(checked, options) if is_mapped else None
+        logger.log(level, "%s is read, not mapped: %s", options.display_name, reason)
+    late = _deferred_storages(checked, options) if is_mapped else None
     where: Any = late or checked.map_location
     with _unsuffixed(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
         loaded = torch.load(
@@ -121,17 +121,17 @@ def _read(path: Path, map_location: Any, options: _Options) -> Any:
             **options.torch_load_arguments,
         )
     if late is not None:
-        late.fill(options.limits, options.look, options.shown)
+        late.fill(options.limits, options.check_cancelled, options.display_name)
     return loaded
 
 
-def _late_storages(checked: Checked, options: _Options) -> LateStorages | None:
+def _deferred_storages(checked: Checked, options: _Options) -> DeferredStorages | None:
     """Return what puts storages on accelerators, to be filled after the load, if some go there and nothing minds."""
     if options.torch_load_arguments or torch._C._len_torch_dispatch_stack():  # such as a mode that makes fake tensors
         return None
     if not goes_by_tags(checked.map_location):  # a function may look at what it gets and returns
         return None
-    late = LateStorages(checked.map_location)
+    late = DeferredStorages(checked.map_location)
     return late if any(map(late.takes, checked.tags)) else None
 
 
@@ -149,8 +149,8 @@ def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, A
             weights_only=options.weights_only,
             mmap=options.mmap,
             limits=options.limits,
-            look=options.look,
-            shown=str(Path(options.shown).parent / name),
+            check_cancelled=options.check_cancelled,
+            display_name=str(Path(options.display_name).parent / name),
             **options.torch_load_arguments,
         )
         for name, part in paths.items()

@@ -9,10 +9,10 @@ from typing import cast
 import torch
 
 from rankload._formats.entry import contiguous_stride
-from rankload._formats.safetensors import TORCH_NAMES, Header, HeaderEntry, read_header
+from rankload._formats.safetensors import TORCH_NAMES, SafetensorsEntry, SafetensorsHeader, read_header
 from rankload._formats.source import LocalSource
 from rankload._load.device.map_location import Restore
-from rankload._load.tensors.tensors import fill
+from rankload._load.values.tensors import fill
 from rankload._platform.scratch import descriptor_path
 from rankload.errors import LoadError
 
@@ -25,14 +25,14 @@ _DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
 _TAG = "cpu"
 
 
-def read_safetensors(path: Path, restore: Restore, *, mmap: bool, shown: str) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path, restore: Restore, *, mmap: bool, display_name: str) -> dict[str, torch.Tensor]:
     """Return the tensors by name, in the order in which they lie in the file.
 
     Args:
         path: the file.
         restore: puts storages where they belong, as if they had been saved on the CPU.
         mmap: views of a private mapping; otherwise private copies.
-        shown: what messages call the file.
+        display_name: what messages call the file.
 
     Raises:
         BrokenFileError: the header does not fit the file.
@@ -41,7 +41,7 @@ def read_safetensors(path: Path, restore: Restore, *, mmap: bool, shown: str) ->
     with path.open("rb", buffering=0) as file:
         source = LocalSource(file.fileno())
         header = read_header(source)
-        _check_dtypes(shown, header)
+        _check_dtypes(display_name, header)
         if mmap:
             name = descriptor_path(file.fileno())  # the file that was read, whatever its name stands for by now
             whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(name, False, source.size_bytes))
@@ -49,33 +49,33 @@ def read_safetensors(path: Path, restore: Restore, *, mmap: bool, shown: str) ->
         return {entry.name: _tensor(entry, restore(_copy(source, entry), _TAG)) for entry in header.tensors}
 
 
-def _check_dtypes(shown: str, header: Header) -> None:
+def _check_dtypes(display_name: str, header: SafetensorsHeader) -> None:
     for entry in header.tensors:
         if entry.dtype not in _DTYPES:
             raise LoadError(
-                f"{shown}: tensor {entry.name!r} has the dtype {entry.dtype!r}, which torch {torch.__version__} "
+                f"{display_name}: tensor {entry.name!r} has the dtype {entry.dtype!r}, which torch {torch.__version__} "
                 "does not have",
-                path=shown,
+                path=display_name,
                 tensor=entry.name,
                 dtype=entry.dtype,
             )
 
 
-def _view(whole: torch.UntypedStorage, entry: HeaderEntry) -> torch.UntypedStorage:
+def _view(whole: torch.UntypedStorage, entry: SafetensorsEntry) -> torch.UntypedStorage:
     view = whole[entry.begin : entry.end]
     # Headers of any length are legal; kernels may rely on whole elements at whole addresses.
     is_aligned = entry.begin % _DTYPES[entry.dtype].itemsize == 0
     return view if is_aligned else cast(torch.UntypedStorage, view.clone())
 
 
-def _copy(source: LocalSource, entry: HeaderEntry) -> torch.UntypedStorage:
+def _copy(source: LocalSource, entry: SafetensorsEntry) -> torch.UntypedStorage:
     storage = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu").untyped_storage()
     if fill(storage, source, entry.begin) != storage.nbytes():
         raise LoadError(f"the file ended within tensor {entry.name!r}: it was truncated while being read")
     return storage
 
 
-def _tensor(entry: HeaderEntry, storage: torch.UntypedStorage) -> torch.Tensor:
+def _tensor(entry: SafetensorsEntry, storage: torch.UntypedStorage) -> torch.Tensor:
     shape = entry.torch_shape
     empty = torch.empty(0, dtype=_DTYPES[entry.dtype], device=storage.device)
     return empty.set_(storage, 0, shape, contiguous_stride(shape))

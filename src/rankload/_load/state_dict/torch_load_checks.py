@@ -16,7 +16,7 @@ from rankload._formats.torch_legacy import read_legacy_index
 from rankload._formats.torch_zip import check_script, read_zip_index
 from rankload._formats.zip_members import check_compressed, check_listing
 from rankload._load.device.map_location import Restore, location_of_script, restore_of
-from rankload._load.tensors.torch_values import has_plain_tensors_only
+from rankload._load.values.torch_values import has_plain_tensors_only
 
 #: Tensors are mapped only where each of their elements is aligned, for torch's kernels: the longest are complex128's.
 ALIGNMENT_BYTES = 16

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import torch
 
 from rankload._formats.entry import TensorEntry, contiguous_stride
-from rankload._load.module.copies import Transfer
-from rankload._load.module.file_tensor import TensorInFile
-from rankload._load.module.regions import Box, boxes_of_range, intersection, whole
+from rankload._load.module.copies import TensorCopy
+from rankload._load.module.file_tensor import FileTensor
+from rankload._load.module.regions import Region, intersection, regions_of_range, whole
 from rankload._load.streams.buckets import Bucket
 from rankload.errors import LoadError
 
 
-class Sink(ABC):
+class TensorAssembler(ABC):
     """Takes the pieces of one tensor, in order, and puts what is this rank's part where it belongs.
 
     Attributes:
@@ -36,90 +36,90 @@ class Sink(ABC):
         """All has come."""
 
 
-def make_sink(transfer: Transfer, cuts: Sequence[int]) -> Sink:
+def make_assembler(copy: TensorCopy, cuts: Sequence[int]) -> TensorAssembler:
     """Return the sink for a transfer out of a file.
 
     Args:
-        transfer: of a tensor in a file.
+        copy: of a tensor in a file.
         cuts: where the tensor is cut into pieces, in bytes of its file.
     """
-    saved = transfer.saved.in_file
+    saved = copy.saved.in_file
     assert saved is not None
     item_bytes = saved.dtype.itemsize
     order = _order(saved.entry.shape, saved.entry.stride)
     is_cut_between_elements = all((cut - saved.entry.offset) % item_bytes == 0 for cut in cuts)
     if order is None or not saved.is_native or not is_cut_between_elements:
-        return _Whole(transfer, saved)
-    return _Parts(transfer, saved, order)
+        return _Whole(copy, saved)
+    return _Parts(copy, saved, order)
 
 
-class _Parts(Sink):
+class _Parts(TensorAssembler):
     """Of a tensor whose elements lie one after the other, in whatever order of its dimensions."""
 
-    def __init__(self, transfer: Transfer, saved: TensorInFile, order: Sequence[int]) -> None:
+    def __init__(self, copy: TensorCopy, saved: FileTensor, order: Sequence[int]) -> None:
         self.begin, self.end = saved.entry.offset, saved.entry.offset + saved.entry.length
-        self._saved_dtype, self._dtype = saved.dtype, transfer.saved.dtype
+        self._saved_dtype, self._dtype = saved.dtype, copy.saved.dtype
         self._shape, offset, shape = (
             tuple(sizes[dimension] for dimension in order)
-            for sizes in (saved.entry.shape, transfer.box.offset, transfer.box.shape)
+            for sizes in (saved.entry.shape, copy.region.offset, copy.region.shape)
         )
-        self._box = Box(offset, shape)
-        self._destination = transfer.destination.permute(tuple(order))
+        self._region = Region(offset, shape)
+        self._destination = copy.destination.permute(tuple(order))
 
     def take(self, begin: int, piece: torch.Tensor) -> None:
-        """See `Sink`."""
+        """See `TensorAssembler`."""
         elements = _elements(piece, self._saved_dtype).to(self._dtype)
         first = (begin - self.begin) // self._saved_dtype.itemsize
-        for box, start in boxes_of_range(self._shape, first, first + elements.numel()):
-            if (common := intersection(box, self._box)) is None:
+        for region, start in regions_of_range(self._shape, first, first + elements.numel()):
+            if (common := intersection(region, self._region)) is None:
                 continue
-            part = elements.narrow(0, start - first, box.element_count).view(box.shape)
-            _narrowed(self._destination, self._box, common).copy_(_narrowed(part, box, common))
+            part = elements.narrow(0, start - first, region.element_count).view(region.shape)
+            _narrowed(self._destination, self._region, common).copy_(_narrowed(part, region, common))
 
 
-class _Whole(Sink):
+class _Whole(TensorAssembler):
     """Of a tensor that can be understood only when all of it is there: it is kept so long."""
 
-    def __init__(self, transfer: Transfer, saved: TensorInFile) -> None:
+    def __init__(self, copy: TensorCopy, saved: FileTensor) -> None:
         self.begin, self.end = saved.entry.offset, saved.entry.offset + saved.entry.length
-        self._transfer, self._saved = transfer, saved
+        self._copy, self._saved = copy, saved
         self._bytes: torch.Tensor | None = None
 
     def take(self, begin: int, piece: torch.Tensor) -> None:
-        """See `Sink`."""
+        """See `TensorAssembler`."""
         if self._bytes is None:
             self._bytes = torch.empty(self.end - self.begin, dtype=torch.uint8, device="cpu")
         self._bytes.narrow(0, begin - self.begin, piece.numel()).copy_(piece)
 
     def finish(self) -> None:
-        """See `Sink`."""
+        """See `TensorAssembler`."""
         assert self._bytes is not None
-        saved, box = self._saved, self._transfer.box
+        saved, region = self._saved, self._copy.region
         storage = self._bytes.untyped_storage()
         if saved.byte_order != sys.byteorder:
             storage.byteswap(saved.dtype)  # type: ignore[no-untyped-call]
         part = torch.empty(0, dtype=saved.dtype, device="cpu").set_(storage, 0, saved.entry.shape, saved.entry.stride)
-        part = _narrowed(part, whole(saved.entry.shape), box).to(self._transfer.saved.dtype)
-        self._transfer.destination.copy_(part)
+        part = _narrowed(part, whole(saved.entry.shape), region).to(self._copy.saved.dtype)
+        self._copy.destination.copy_(part)
         self._bytes = None
 
 
-class Sinks:
+class TensorAssemblers:
     """The sinks of all transfers, for buckets in the order of `buckets.cut`."""
 
-    def __init__(self, transfers: Sequence[Transfer], buckets: Sequence[Bucket]) -> None:
-        self._rest: dict[str, list[Sink]] = {}
+    def __init__(self, copies: Sequence[TensorCopy], buckets: Sequence[Bucket]) -> None:
+        self._rest: dict[str, list[TensorAssembler]] = {}
         begins: dict[str, list[int]] = {}
         for bucket in buckets:
             begins.setdefault(bucket.file, []).append(bucket.begin)
-        for transfer in sorted(transfers, key=lambda transfer: transfer.saved.position, reverse=True):
-            file, begin = transfer.saved.position
-            saved = transfer.saved.in_file
-            if transfer.box.element_count and saved is not None:
+        for copy in sorted(copies, key=lambda copy: copy.saved.position, reverse=True):
+            file, begin = copy.saved.position
+            saved = copy.saved.in_file
+            if copy.region.element_count and saved is not None:
                 own = begins.get(file, [])
                 cuts = own[bisect_right(own, begin) : bisect_left(own, begin + saved.entry.length)]
-                self._rest.setdefault(file, []).append(make_sink(transfer, cuts))
-        self._open: list[Sink] = []
+                self._rest.setdefault(file, []).append(make_assembler(copy, cuts))
+        self._open: list[TensorAssembler] = []
 
     def take(self, bucket: Bucket, content: torch.Tensor) -> None:
         """Give a bucket's bytes (``uint8[n]``) to the sinks that want some."""
@@ -127,13 +127,13 @@ class Sinks:
         while rest and rest[-1].begin < bucket.end:
             self._open.append(rest.pop())
         still_open = []
-        for sink in self._open:
-            begin, end = max(sink.begin, bucket.begin), min(sink.end, bucket.end)
-            sink.take(begin, content.narrow(0, begin - bucket.begin, end - begin))
-            if end == sink.end:
-                sink.finish()
+        for assembler in self._open:
+            begin, end = max(assembler.begin, bucket.begin), min(assembler.end, bucket.end)
+            assembler.take(begin, content.narrow(0, begin - bucket.begin, end - begin))
+            if end == assembler.end:
+                assembler.finish()
             else:
-                still_open.append(sink)
+                still_open.append(assembler)
         self._open = still_open
 
     def check_empty(self) -> None:
@@ -146,9 +146,9 @@ class Sinks:
             raise LoadError("the source has not sent all tensors of this rank")
 
 
-def _narrowed(tensor: torch.Tensor, its_box: Box, box: Box) -> torch.Tensor:
+def _narrowed(tensor: torch.Tensor, its_region: Region, region: Region) -> torch.Tensor:
     """Return the part that is a box, of a tensor that is another one."""
-    for dimension, (start, origin, size) in enumerate(zip(box.offset, its_box.offset, box.shape, strict=True)):
+    for dimension, (start, origin, size) in enumerate(zip(region.offset, its_region.offset, region.shape, strict=True)):
         tensor = tensor.narrow(dimension, start - origin, size)
     return tensor
 

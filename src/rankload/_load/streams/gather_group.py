@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from rankload._load.device.pinned import use_in_thread
 from rankload._load.device.readers import Readers
-from rankload._platform.clock import AwakeTime
+from rankload._platform.clock import SuspendAwareTimer
 from rankload.errors import ProgressTimeoutError, RankloadError, RankLostError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _SLEEP_SECONDS = (50e-6, 2e-3)
 
 #: The most that one sleep may count towards the deadline: more means that this process was stopped.
-_LONGEST_SECONDS = 1.0
+_MAX_SECONDS = 1.0
 
 #: Between two looks for why a collective broke.
 _LOOK_SECONDS = 0.05
@@ -36,7 +36,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "al
 
 
 @dataclass(frozen=True)
-class Sharers:
+class GatherGroup:
     """The ranks of a process group, or one that is alone.
 
     Attributes:
@@ -56,12 +56,12 @@ class Sharers:
     meet: Callable[[], object] = lambda: None
 
     @classmethod
-    def of(cls, group: ProcessGroup, settings: Settings, meet: Callable[[], object]) -> Sharers:
+    def of(cls, group: ProcessGroup, settings: Settings, meet: Callable[[], object]) -> GatherGroup:
         """Return the ranks of a process group."""
         rank, count = dist.get_rank(group), dist.get_world_size(group)
         return cls(group, rank, count, settings.liveness_seconds, settings.progress_seconds, meet)
 
-    def get_ready(self, device: torch.device, look: Callable[[], None]) -> None:
+    def warm_up(self, device: torch.device, check_cancelled: Callable[[], None]) -> None:
         """Connect with the others, which may be the first collective of the process group. Collective.
 
         To be called when all memory has been allocated: who fails for want of it must do so before. Backends connect
@@ -73,30 +73,30 @@ class Sharers:
         if self.count == 1:
             return
         self.meet()
-        with Readers(1) as thread, self._broken_means_lost(look):
+        with Readers(1) as thread, self._broken_means_lost(check_cancelled):
             connected = thread.submit(partial(self._exchange_nothing, device))
-            self._await(connected.done, look)
+            self._await(connected.done, check_cancelled)
             connected.result()
 
-    def begin(self, whole: torch.Tensor, own: torch.Tensor, look: Callable[[], None]) -> dist.Work | None:
+    def begin(self, whole: torch.Tensor, own: torch.Tensor, check_cancelled: Callable[[], None]) -> dist.Work | None:
         """Begin to exchange shares, in place. Collective.
 
         Args:
             whole: ``uint8[count * n]``.
             own: this rank's part of it, ``uint8[n]``.
-            look: see `end`.
+            check_cancelled: see `end`.
         """
         if self.count == 1:
             return None
-        with self._broken_means_lost(look):
+        with self._broken_means_lost(check_cancelled):
             return self._exchange(whole, own)
 
-    def end(self, work: dist.Work | None, look: Callable[[], None]) -> None:
+    def end(self, work: dist.Work | None, check_cancelled: Callable[[], None]) -> None:
         """Wait until all shares are there.
 
         Args:
             work: what was begun.
-            look: called all the while; raises what another rank has failed with.
+            check_cancelled: called all the while; raises what another rank has failed with.
 
         Raises:
             RankLostError: the exchange broke, and nobody says why.
@@ -104,8 +104,8 @@ class Sharers:
         """
         if work is None:
             return
-        with self._broken_means_lost(look):
-            self._await(work.is_completed, look)
+        with self._broken_means_lost(check_cancelled):
+            self._await(work.is_completed, check_cancelled)
             work.wait()
 
     def _exchange(self, whole: torch.Tensor, own: torch.Tensor) -> dist.Work | None:
@@ -118,12 +118,12 @@ class Sharers:
         if work is not None:
             work.wait()
 
-    def _await(self, is_over: Callable[[], bool], look: Callable[[], None]) -> None:
+    def _await(self, is_over: Callable[[], bool], check_cancelled: Callable[[], None]) -> None:
         """Do what Work.wait() does, but heed signals, deadlines and what another rank has failed with."""
         sleep, longest = _SLEEP_SECONDS
-        waited = AwakeTime(_LONGEST_SECONDS)
+        waited = SuspendAwareTimer(_MAX_SECONDS)
         while not is_over():
-            look()
+            check_cancelled()
             if waited.seconds >= self.progress_seconds:
                 raise ProgressTimeoutError(
                     f"the ranks have not got on with exchanging what they read for {waited.seconds:.0f} s: a hung "
@@ -134,7 +134,7 @@ class Sharers:
             waited.count()
 
     @contextmanager
-    def _broken_means_lost(self, look: Callable[[], None]) -> Iterator[None]:
+    def _broken_means_lost(self, check_cancelled: Callable[[], None]) -> Iterator[None]:
         """Translate a backend's error, unless another rank tells what it has failed with."""
         try:
             yield
@@ -143,6 +143,6 @@ class Sharers:
                 raise
             deadline = time.monotonic() + self.liveness_seconds
             while time.monotonic() < deadline:
-                look()
+                check_cancelled()
                 time.sleep(_LOOK_SECONDS)
             raise RankLostError(f"the ranks could not exchange what they had read: {error}") from error

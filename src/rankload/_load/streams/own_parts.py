@@ -9,52 +9,52 @@ import torch
 
 from rankload._load.device.pinned import BUFFER_BYTES, is_staged, staged
 from rankload._load.device.readers import Limits
-from rankload._load.module.copies import Transfer
-from rankload._load.module.file_tensor import TensorInFile
+from rankload._load.module.copies import TensorCopy
+from rankload._load.module.file_tensor import FileTensor
 from rankload._load.module.regions import runs
 
 #: Shorter runs cost more system calls than they are worth.
-_SHORTEST_RUN_BYTES = 4096
+_MIN_RUN_BYTES = 4096
 
 
-def is_of_long_runs(transfer: Transfer) -> bool:
+def is_of_long_runs(copy: TensorCopy) -> bool:
     """Tell whether a transfer is one of those that this makes faster: of long runs, into memory in their order."""
-    saved, destination = transfer.saved.in_file, transfer.destination
-    if saved is None or not is_staged(destination.device) or transfer.saved.dtype != saved.dtype:
+    saved, destination = copy.saved.in_file, copy.destination
+    if saved is None or not is_staged(destination.device) or copy.saved.dtype != saved.dtype:
         return False
     if not (saved.is_here and saved.is_native and saved.entry.is_contiguous and destination.is_contiguous()):
         return False
-    run_bytes = runs(saved.entry.shape, transfer.box).length * saved.dtype.itemsize
-    return run_bytes >= min(_SHORTEST_RUN_BYTES, transfer.box.element_count * saved.dtype.itemsize)
+    run_bytes = runs(saved.entry.shape, copy.region).length * saved.dtype.itemsize
+    return run_bytes >= min(_MIN_RUN_BYTES, copy.region.element_count * saved.dtype.itemsize)
 
 
 def upload_parts(
-    transfers: Sequence[Transfer], device: torch.device, limits: Limits, report: Callable[[int], None]
+    copies: Sequence[TensorCopy], device: torch.device, limits: Limits, report: Callable[[int], None]
 ) -> int:
     """Read parts into tensors on one accelerator; return the bytes that were read.
 
     Beyond the tensors the device holds one buffer at the most, where dtypes are converted.
 
     Args:
-        transfers: such as `is_of_long_runs` takes.
+        copies: such as `is_of_long_runs` takes.
         device: of all destinations.
         limits: how many threads read, and how long a file may not answer.
         report: called with the bytes that are done.
     """
-    shown = next(transfer.saved.in_file.files.shown for transfer in transfers if transfer.saved.in_file is not None)
-    jobs = (job for transfer in transfers for job in _jobs(transfer))
+    display_name = next(copy.saved.in_file.files.display_name for copy in copies if copy.saved.in_file is not None)
+    jobs = (job for copy in copies for job in _jobs(copy))
     done = 0
 
-    def look() -> None:
+    def check_cancelled() -> None:
         report(done)
 
-    for job, content in staged(jobs, device, limits, look, shown):
+    for job, content in staged(jobs, device, limits, check_cancelled, display_name):
         elements = content.view(job.saved.dtype)
         if job.destination.dtype != elements.dtype:  # converted there: here it would no longer be in pinned memory
             elements = elements.to(device, non_blocking=True)
         job.destination.copy_(elements, non_blocking=True)
         done += len(job)
-        look()
+        check_cancelled()
     return done
 
 
@@ -68,7 +68,7 @@ class _Runs:
         destination: where they go, ``[elements]``.
     """
 
-    saved: TensorInFile
+    saved: FileTensor
     pieces: Sequence[tuple[int, int]]
     destination: torch.Tensor
 
@@ -81,19 +81,19 @@ class _Runs:
             address += length
 
 
-def _jobs(transfer: Transfer) -> Iterator[_Runs]:
-    saved, destination = transfer.saved.in_file, transfer.destination.view(-1)
+def _jobs(copy: TensorCopy) -> Iterator[_Runs]:
+    saved, destination = copy.saved.in_file, copy.destination.view(-1)
     assert saved is not None
     done = 0
-    for pieces in _filling(_pieces(saved, transfer), BUFFER_BYTES):
+    for pieces in _filling(_pieces(saved, copy), BUFFER_BYTES):
         count = sum(length for _, length in pieces) // saved.dtype.itemsize
         yield _Runs(saved, pieces, destination.narrow(0, done, count))
         done += count
 
 
-def _pieces(saved: TensorInFile, transfer: Transfer) -> Iterator[tuple[int, int]]:
+def _pieces(saved: FileTensor, copy: TensorCopy) -> Iterator[tuple[int, int]]:
     """Yield offset in the file and length in bytes of each run of the box."""
-    found, item_bytes = runs(saved.entry.shape, transfer.box), saved.dtype.itemsize
+    found, item_bytes = runs(saved.entry.shape, copy.region), saved.dtype.itemsize
     for start in found.starts:
         yield saved.entry.offset + start * item_bytes, found.length * item_bytes
 

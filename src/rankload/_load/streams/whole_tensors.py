@@ -15,11 +15,11 @@ import torch
 from rankload._load.device.pinned import BUFFER_BYTES, staged
 from rankload._load.device.readers import Limits
 from rankload._load.module.checkpoint_files import CheckpointFiles
-from rankload._load.module.copies import Transfer
-from rankload._load.module.file_tensor import TensorInFile
-from rankload._load.streams.assemble import Sinks, is_dense
+from rankload._load.module.copies import TensorCopy
+from rankload._load.module.file_tensor import FileTensor
+from rankload._load.streams.assemble import TensorAssemblers, is_dense
 from rankload._load.streams.buckets import Bucket, cut, tensor_ranges
-from rankload._load.streams.gather_group import Sharers
+from rankload._load.streams.gather_group import GatherGroup
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -31,23 +31,23 @@ _BUCKET_BYTES = 32 << 20
 _ALIGNMENT_BYTES = 64
 
 
-def is_good_as_it_is(saved: TensorInFile) -> bool:
+def is_good_as_it_is(saved: FileTensor) -> bool:
     """Tell whether a tensor's bytes are, wherever they are, its elements one after the other."""
     return saved.is_here and saved.is_native and is_dense(saved.entry)
 
 
-def is_of_whole(transfer: Transfer) -> bool:
+def is_of_whole(copy: TensorCopy) -> bool:
     """Tell whether a transfer is of a whole tensor whose bytes are good as they are."""
-    saved = transfer.saved.in_file
-    return saved is not None and is_good_as_it_is(saved) and transfer.box.shape == saved.entry.shape
+    saved = copy.saved.in_file
+    return saved is not None and is_good_as_it_is(saved) and copy.region.shape == saved.entry.shape
 
 
 def upload_whole(
-    transfers: Sequence[Transfer],
+    copies: Sequence[TensorCopy],
     device: torch.device,
     limits: Limits,
     report: Callable[[int], None],
-    sharers: Sharers | None = None,
+    sharers: GatherGroup | None = None,
 ) -> int:
     """Read whole tensors into one device; return the bytes that this rank has read. Collective over the sharers.
 
@@ -56,7 +56,7 @@ def upload_whole(
     it cannot: ranks may be out of step.
 
     Args:
-        transfers: such as `is_of_whole` takes, in the same order on all sharers.
+        copies: such as `is_of_whole` takes, in the same order on all sharers.
         device: of all destinations.
         limits: how many threads read, and how long a file may not answer.
         report: called with the bytes that are done; raises what another rank has failed with.
@@ -66,39 +66,39 @@ def upload_whole(
         LoadError: the file ended early.
         CacheError: it cannot be read.
     """
-    sharers = sharers or Sharers()
+    sharers = sharers or GatherGroup()
     share_bytes = min(BUFFER_BYTES, _BUCKET_BYTES // sharers.count) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
-    tensors = [transfer.saved.in_file for transfer in transfers if transfer.saved.in_file is not None]
+    tensors = [copy.saved.in_file for copy in copies if copy.saved.in_file is not None]
     entries = [saved.entry for saved in tensors]
     buckets = cut(tensor_ranges(entries, {}), entries, share_bytes * sharers.count)
-    sinks = Sinks(transfers, buckets)
+    assemblers = TensorAssemblers(copies, buckets)
     shares = [_Share(tensors[0].files, bucket, sharers) for bucket in buckets]
     memory = [torch.empty(share_bytes * sharers.count, dtype=torch.uint8, device=device) for _ in range(2)]
     done = 0
     before: _UnderWay | None = None
 
-    def look() -> None:
+    def check_cancelled() -> None:
         report(done)
 
-    sharers.get_ready(device, look)
-    for share, content in staged(shares, device, limits, look, tensors[0].files.shown):
+    sharers.warm_up(device, check_cancelled)
+    for share, content in staged(shares, device, limits, check_cancelled, tensors[0].files.display_name):
         whole = memory[0].narrow(0, 0, share.size * sharers.count)
         own = whole.narrow(0, share.size * sharers.number, share.size)
         own.narrow(0, 0, len(share)).copy_(content, non_blocking=True)
-        now = _UnderWay(share.bucket, whole, sharers.begin(whole, own, look))
+        now = _UnderWay(share.bucket, whole, sharers.begin(whole, own, check_cancelled))
         if before is not None:
-            before.finish(sharers, sinks, look)
+            before.finish(sharers, assemblers, check_cancelled)
         before = now
         memory.reverse()
         done += len(share)
-        look()
+        check_cancelled()
     if before is not None:
-        before.finish(sharers, sinks, look)
+        before.finish(sharers, assemblers, check_cancelled)
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     for share in shares:
         share.raise_error()
-    sinks.check_empty()
+    assemblers.check_empty()
     return done
 
 
@@ -110,7 +110,7 @@ class _Share:
         size: bytes of each rank's share; the last ones may be cut off by the bucket's end.
     """
 
-    def __init__(self, files: CheckpointFiles, bucket: Bucket, sharers: Sharers) -> None:
+    def __init__(self, files: CheckpointFiles, bucket: Bucket, sharers: GatherGroup) -> None:
         self.bucket = bucket
         self.size = -(-len(bucket) // (sharers.count * _ALIGNMENT_BYTES)) * _ALIGNMENT_BYTES
         self._begin = min(bucket.begin + sharers.number * self.size, bucket.end)
@@ -141,7 +141,7 @@ class _UnderWay:
     content: torch.Tensor
     work: dist.Work | None
 
-    def finish(self, sharers: Sharers, sinks: Sinks, look: Callable[[], None]) -> None:
+    def finish(self, sharers: GatherGroup, assemblers: TensorAssemblers, check_cancelled: Callable[[], None]) -> None:
         """Copy the tensors out of it when it is whole."""
-        sharers.end(self.work, look)
-        sinks.take(self.bucket, self.content)
+        sharers.end(self.work, check_cancelled)
+        assemblers.take(self.bucket, self.content)

@@ -22,10 +22,10 @@ from rankload._load.device.pinned import staged
 from rankload._load.device.readers import Limits, Readers
 from rankload._load.module.checkpoint_files import CheckpointFiles
 from rankload._load.module.content import open_content
-from rankload._load.module.copies import Transfer
-from rankload._load.module.file_tensor import TensorInFile
+from rankload._load.module.copies import TensorCopy
+from rankload._load.module.file_tensor import FileTensor
 from rankload._load.module.module_load import plan_load, prepare_load
-from rankload._load.module.regions import Box, whole
+from rankload._load.module.regions import Region, whole
 from rankload._load.streams import own_parts, whole_tensors
 from rankload._load.streams.own_parts import is_of_long_runs, upload_parts
 from rankload._load.streams.run import read_all
@@ -141,11 +141,11 @@ class Hanging(Numbers):
 
 
 def test_a_file_that_does_not_answer_keeps_nobody_from_hearing_of_a_failure() -> None:
-    def look() -> None:
+    def check_cancelled() -> None:
         raise LoadError("another's")
 
     with pytest.raises(LoadError, match="another's"):
-        list(staged([Hanging(1)], CPU, LIMITS, look, "shown"))
+        list(staged([Hanging(1)], CPU, LIMITS, check_cancelled, "shown"))
     assert not Hanging.ends.is_set()
     Hanging.ends.set()
 
@@ -196,11 +196,11 @@ def test_readers_that_are_left_cancel_what_has_not_begun() -> None:
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def saved_tensors(path: Path, content: dict[str, torch.Tensor], closing: ExitStack) -> dict[str, TensorInFile]:
+def saved_tensors(path: Path, content: dict[str, torch.Tensor], closing: ExitStack) -> dict[str, FileTensor]:
     torch.save(content, path)
     files = CheckpointFiles(path, closing)
     index = read_index(files.source(files.name), files.name, files.source, is_remote=False)
-    return {name: TensorInFile(entry, files, "little", [], str(path)) for name, entry in index.tensors.items()}
+    return {name: FileTensor(entry, files, "little", [], str(path)) for name, entry in index.tensors.items()}
 
 
 @pytest.fixture
@@ -210,27 +210,29 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "box", "dtype"),
+    ("shape", "region", "dtype"),
     [
         ((7,), whole((7,)), torch.float32),
         ((), whole(()), torch.float64),
         ((100, 33), whole((100, 33)), torch.float32),  # several buffers
-        ((100, 33), Box((20, 0), (51, 33)), torch.bfloat16),  # rows
-        ((100, 33), Box((20, 5), (51, 20)), torch.float32),  # many short runs
-        ((3, 40, 9), Box((1, 10, 0), (2, 13, 9)), torch.int64),
+        ((100, 33), Region((20, 0), (51, 33)), torch.bfloat16),  # rows
+        ((100, 33), Region((20, 5), (51, 20)), torch.float32),  # many short runs
+        ((3, 40, 9), Region((1, 10, 0), (2, 13, 9)), torch.int64),
         ((5, 0), whole((5, 0)), torch.float32),
     ],
 )
 @pytest.mark.parametrize("target_dtype", [None, torch.float64])
 @pytest.mark.usefixtures("small_buffers")
-def test_parts_arrive(tmp_path: Path, shape: tuple[int, ...], box: Box, dtype: torch.dtype, target_dtype: Any) -> None:
+def test_parts_arrive(
+    tmp_path: Path, shape: tuple[int, ...], region: Region, dtype: torch.dtype, target_dtype: Any
+) -> None:
     content = torch.randn(shape).mul(100).to(dtype)
     with ExitStack() as closing:
         saved = saved_tensors(tmp_path / "file", {"x": content}, closing)["x"]
-        destinations = [torch.zeros(box.shape, dtype=target_dtype or dtype) for _ in range(3)]
-        transfers = [Transfer(saved, destination, box) for destination in destinations]
-        assert upload_parts(transfers, CPU, LIMITS, lambda done: None) == 3 * box.element_count * dtype.itemsize
-    part = content[tuple(slice(at, at + size) for at, size in zip(box.offset, box.shape, strict=True))]
+        destinations = [torch.zeros(region.shape, dtype=target_dtype or dtype) for _ in range(3)]
+        copies = [TensorCopy(saved, destination, region) for destination in destinations]
+        assert upload_parts(copies, CPU, LIMITS, lambda done: None) == 3 * region.element_count * dtype.itemsize
+    part = content[tuple(slice(at, at + size) for at, size in zip(region.offset, region.shape, strict=True))]
     for destination in destinations:
         assert torch.equal(destination, part.to(destination.dtype))
 
@@ -268,10 +270,10 @@ def test_whole_tensors_arrive(tmp_path: Path) -> None:
     destinations = odd_destinations(content, CPU)
     with ExitStack() as closing:
         saved = saved_tensors(tmp_path / "file", content, closing)
-        transfers = [Transfer(saved[name], into, whole(tuple(into.shape))) for name, into in destinations.items()]
-        assert all(map(is_of_whole, transfers))
+        copies = [TensorCopy(saved[name], into, whole(tuple(into.shape))) for name, into in destinations.items()]
+        assert all(map(is_of_whole, copies))
         reported: list[int] = []
-        read = upload_whole(transfers, CPU, LIMITS, reported.append)
+        read = upload_whole(copies, CPU, LIMITS, reported.append)
     for name, destination in destinations.items():
         assert torch.equal(destination, content[name].to(destination.dtype)), name
     assert reported[-1] == read <= (tmp_path / "file").stat().st_size
@@ -284,7 +286,7 @@ def test_a_file_that_was_cut_off_is_an_error(tmp_path: Path) -> None:
         with (tmp_path / "file").open("r+b") as file:
             file.truncate(20000)
         with pytest.raises(LoadError, match="ended within its tensors"):
-            upload_whole([Transfer(saved, torch.empty(10000), whole((10000,)))], CPU, LIMITS, lambda done: None)
+            upload_whole([TensorCopy(saved, torch.empty(10000), whole((10000,)))], CPU, LIMITS, lambda done: None)
 
 
 def test_which_tensors_go_which_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,15 +300,15 @@ def test_which_tensors_go_which_way(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         fives = torch.empty(5, 9, device=DEVICE)
     with ExitStack() as closing:
         saved = saved_tensors(tmp_path / "file", content, closing)
-        assert is_of_whole(Transfer(saved["x"], target, whole((100, 2000))))
-        assert is_of_whole(Transfer(saved["x"].to(torch.float64), target, whole((100, 2000))))
-        assert is_of_whole(Transfer(saved["transposed"], other, whole((20, 30))))
-        assert not is_of_whole(Transfer(saved["x"], rows, Box((0, 0), (3, 2000))))
-        assert not is_of_whole(Transfer(saved["expanded"], fives, whole((5, 9))))
-        assert is_of_long_runs(Transfer(saved["x"], rows, Box((0, 0), (3, 2000))))
-        assert not is_of_long_runs(Transfer(saved["x"], columns, Box((0, 0), (100, 3))))
-        assert not is_of_long_runs(Transfer(saved["x"], torch.empty(3, 2000), Box((0, 0), (3, 2000))))
-        assert not is_of_long_runs(Transfer(saved["transposed"], rows, Box((0, 0), (3, 30))))
+        assert is_of_whole(TensorCopy(saved["x"], target, whole((100, 2000))))
+        assert is_of_whole(TensorCopy(saved["x"].to(torch.float64), target, whole((100, 2000))))
+        assert is_of_whole(TensorCopy(saved["transposed"], other, whole((20, 30))))
+        assert not is_of_whole(TensorCopy(saved["x"], rows, Region((0, 0), (3, 2000))))
+        assert not is_of_whole(TensorCopy(saved["expanded"], fives, whole((5, 9))))
+        assert is_of_long_runs(TensorCopy(saved["x"], rows, Region((0, 0), (3, 2000))))
+        assert not is_of_long_runs(TensorCopy(saved["x"], columns, Region((0, 0), (100, 3))))
+        assert not is_of_long_runs(TensorCopy(saved["x"], torch.empty(3, 2000), Region((0, 0), (3, 2000))))
+        assert not is_of_long_runs(TensorCopy(saved["transposed"], rows, Region((0, 0), (3, 30))))
 
 
 def test_nothing_is_made_on_another_device(tmp_path: Path) -> None:
@@ -321,11 +323,11 @@ def test_nothing_is_made_on_another_device(tmp_path: Path) -> None:
         content = open_content(
             files, adapt.compose(), module, with_optimizer=False, assign=None, weights_only=True, mmap=None
         )
-        load = plan_load(module, content, strict=True, assign=None, shown="file")
+        load = plan_load(module, content, strict=True, assign=None, display_name="file")
         with FakeTensorMode(allow_non_fake_inputs=True):
             prepared = prepare_load(load, lambda: DEVICE, may_share=True)
-            assert {transfer.destination.device for transfer in prepared.transfers} == {DEVICE}
-            assert len(prepared.transfers) == len(names) and prepared.bytes_mapped == 0
+            assert {copy.destination.device for copy in prepared.copies} == {DEVICE}
+            assert len(prepared.copies) == len(names) and prepared.bytes_mapped == 0
             prepared.finish()
     assert {tensor.device for tensor in module.state_dict().values()} == {DEVICE}
 
@@ -364,7 +366,7 @@ def test_odd_tensors_on_a_real_accelerator(tmp_path: Path) -> None:
     with ExitStack() as closing:
         saved = saved_tensors(tmp_path / "file", content, closing)
         read_all(
-            [Transfer(saved[name], into, whole(tuple(into.shape))) for name, into in destinations.items()],
+            [TensorCopy(saved[name], into, whole(tuple(into.shape))) for name, into in destinations.items()],
             lambda done: None,
             LIMITS,
         )
@@ -377,13 +379,15 @@ def test_odd_tensors_on_a_real_accelerator(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_own_rows_and_columns_on_a_real_accelerator(tmp_path: Path, dtype: torch.dtype) -> None:
     content = torch.randn(4000, 6000).to(torch.bfloat16)
-    boxes = [Box((1000, 0), (1000, 6000)), Box((0, 1500), (4000, 3000)), Box((3, 5), (11, 13))]
-    destinations = [torch.zeros(box.shape, dtype=dtype, device=accelerator()) for box in boxes]
+    regions = [Region((1000, 0), (1000, 6000)), Region((0, 1500), (4000, 3000)), Region((3, 5), (11, 13))]
+    destinations = [torch.zeros(region.shape, dtype=dtype, device=accelerator()) for region in regions]
     with ExitStack() as closing:
         saved = saved_tensors(tmp_path / "file", {"x": content}, closing)["x"]
-        read_all([Transfer(saved, *pair) for pair in zip(destinations, boxes, strict=True)], lambda done: None, LIMITS)
-    for box, destination in zip(boxes, destinations, strict=True):
-        rows, columns = (slice(at, at + size) for at, size in zip(box.offset, box.shape, strict=True))
+        read_all(
+            [TensorCopy(saved, *pair) for pair in zip(destinations, regions, strict=True)], lambda done: None, LIMITS
+        )
+    for region, destination in zip(regions, destinations, strict=True):
+        rows, columns = (slice(at, at + size) for at, size in zip(region.offset, region.shape, strict=True))
         assert torch.equal(destination.cpu(), content[rows, columns].to(dtype))
 
 

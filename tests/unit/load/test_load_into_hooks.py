@@ -89,13 +89,13 @@ def test_what_a_hook_changes_in_place_is_what_is_loaded(tmp_path: Path, hook: An
 def test_what_a_hook_asks_for(tmp_path: Path) -> None:
     seen: dict[str, Any] = {}
 
-    def look(module: Any, content: Any) -> None:
+    def check_cancelled(module: Any, content: Any) -> None:
         bias = content["bias"]
         seen.update(ndim=bias.ndim, size=bias.size(0), device=bias.device, dim=bias.dim(), numel=bias.numel())
         seen.update(int=int(bias[0]), float=float(bias[1]), has=1.0 in bias, array=bias.__array__().tolist())
         seen.update(mod=(bias % 2).tolist(), power=(2**bias).tolist(), floor=(bias // 2).tolist(), text=f"{bias[0]}")
 
-    dist_load_into(WithPreHook(look), saved(tmp_path, ONES))
+    dist_load_into(WithPreHook(check_cancelled), saved(tmp_path, ONES))
     assert seen == {
         "ndim": 1, "size": 2, "device": torch.device("cpu"), "dim": 1, "numel": 2, "int": 1, "float": 1.0, "has": True,
         "array": [1.0, 1.0], "mod": [1.0, 1.0], "power": [2.0, 2.0], "floor": [0.0, 0.0], "text": "1.0",

@@ -8,7 +8,7 @@ import threading
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankload._platform.byte_ranges import Spans
+from rankload._platform.byte_ranges import ByteRanges
 
 OFFSETS = st.integers(0, 40)
 OPERATIONS = st.lists(st.tuples(st.sampled_from(["add", "remove"]), OFFSETS, OFFSETS), max_size=30)
@@ -16,7 +16,7 @@ OPERATIONS = st.lists(st.tuples(st.sampled_from(["add", "remove"]), OFFSETS, OFF
 
 def model_of(operations):
     """The spans after these operations, and the same as a set of offsets."""
-    spans, model = Spans(), set()
+    spans, model = ByteRanges(), set()
     for operation, begin, end in operations:
         getattr(spans, operation)(begin, end)
         if operation == "add":
@@ -35,7 +35,7 @@ def test_ranges_are_those_of_the_set(operations):
     assert spans.total_bytes == len(model)
     assert all(begin < end for begin, end in ranges)
     assert all(end < begin for (_, end), (begin, _) in itertools.pairwise(ranges)), "some touch"
-    assert list(Spans(reversed(ranges))) == ranges
+    assert list(ByteRanges(reversed(ranges))) == ranges
 
 
 @settings(max_examples=500)
@@ -73,16 +73,16 @@ def test_all_gaps_are_found_one_after_the_other(operations):
 
 
 def test_iterating_is_over_a_copy():
-    spans = Spans([(0, 1), (3, 4)])
+    spans = ByteRanges([(0, 1), (3, 4)])
     for begin, end in spans:
         spans.remove(begin, end)
     assert list(spans) == [] and spans.total_bytes == 0
-    assert repr(Spans([(1, 2)])) == "Spans([(1, 2)])"
+    assert repr(ByteRanges([(1, 2)])) == "Spans([(1, 2)])"
 
 
 def test_the_total_never_falls_while_ranges_are_added():
     """Another thread looks at it all the time: a number that falls for a moment would look like a rate."""
-    spans, has_ended, falls = Spans(), threading.Event(), []
+    spans, has_ended, falls = ByteRanges(), threading.Event(), []
 
     def watch():
         seen = 0

@@ -19,7 +19,7 @@ from scripted import (
     threads_named,
 )
 
-from rankload._fetch.transfer.hasher import Front
+from rankload._fetch.transfer.hasher import OrderedHasher
 from rankload.errors import FetchError
 
 
@@ -30,21 +30,21 @@ def partial(tmp_path):
 
 
 @pytest.fixture
-def front(partial):
-    one = Front(partial.descriptor)
+def hasher(partial):
+    one = OrderedHasher(partial.descriptor)
     one.start()
     yield one
     one.abort()
 
 
-def test_all_bytes_come(partial, front):
+def test_all_bytes_come(partial, hasher):
     content = content_of(100_000)
-    run(new_work(ScriptedOrigin(content), partial, front))
+    run(new_work(ScriptedOrigin(content), partial, hasher))
     assert content_in(partial) == content
     assert threads_named("rankload-stream") == []
 
 
-def test_a_stream_that_was_turned_away_asks_for_nothing_more(partial, front):
+def test_a_stream_that_was_turned_away_asks_for_nothing_more(partial, hasher):
     """It left its place to the others; going on, it would knock at the origin's door without a pause."""
     content = content_of(4000 * 16)
     release = threading.Event()
@@ -65,12 +65,12 @@ def test_a_stream_that_was_turned_away_asks_for_nothing_more(partial, front):
         if refused and (not any(thread.is_alive() for thread in refused) or len(refused) > 3):
             release.set()
 
-    run(new_work(ScriptedOrigin(content, before_read, answer), partial, front), report, streams=4)
+    run(new_work(ScriptedOrigin(content, before_read, answer), partial, hasher), report, streams=4)
     assert content_in(partial) == content
     assert len(refused) == len(set(refused)) <= 3
 
 
-def test_a_failure_of_all_streams_at_once_is_one_failure(partial, front):
+def test_a_failure_of_all_streams_at_once_is_one_failure(partial, hasher):
     """A switch is restarted, a server too: every connection breaks in the same moment, and none has moved since."""
     content = content_of(4000 * 40)
     has_broken = threading.Event()
@@ -82,8 +82,8 @@ def test_a_failure_of_all_streams_at_once_is_one_failure(partial, front):
             raise broken()
 
     settings = type(SETTINGS)(chunk_bytes=4000, streams=8, retries=3, backoff_seconds=0.001)
-    work = new_work(ScriptedOrigin(content, before_read), partial, front, settings)
-    run(work, streams=8)
+    state = new_work(ScriptedOrigin(content, before_read), partial, hasher, settings)
+    run(state, streams=8)
     assert has_broken.is_set()
     assert content_in(partial) == content
 
@@ -102,26 +102,26 @@ def test_what_a_stream_left_behind_brings_is_not_written_any_more(partial):
         if is_reading.is_set():
             raise FetchError("another rank's")
 
-    front = Front(partial.descriptor)
-    front.start()
+    hasher = OrderedHasher(partial.descriptor)
+    hasher.start()
     with suppress(FetchError):
-        run(new_work(ScriptedOrigin(old, before_read), partial, front), report)
-    front.abort()
+        run(new_work(ScriptedOrigin(old, before_read), partial, hasher), report)
+    hasher.abort()
     [left_behind] = threads_named("rankload-stream")
 
     partial.clear()
-    front = Front(partial.descriptor)
-    front.start()
-    run(new_work(ScriptedOrigin(new, etag='"2"'), partial, front))
+    hasher = OrderedHasher(partial.descriptor)
+    hasher.start()
+    run(new_work(ScriptedOrigin(new, etag='"2"'), partial, hasher))
     spans = list(partial.spans)
     goes_on.set()
     left_behind.join(30)
-    front.abort()
+    hasher.abort()
     assert content_in(partial) == new
     assert list(partial.spans) == spans
 
 
-def test_an_interrupt_while_a_stream_starts_is_what_is_raised(partial, front, monkeypatch):
+def test_an_interrupt_while_a_stream_starts_is_what_is_raised(partial, hasher, monkeypatch):
     class Interrupted(BaseException):
         pass
 
@@ -130,10 +130,10 @@ def test_an_interrupt_while_a_stream_starts_is_what_is_raised(partial, front, mo
 
     monkeypatch.setattr("rankload._fetch.transfer.stream.Stream.start", start)
     with pytest.raises(Interrupted):
-        run(new_work(ScriptedOrigin(content_of(9000)), partial, front))
+        run(new_work(ScriptedOrigin(content_of(9000)), partial, hasher))
 
 
-def test_threads_that_cannot_be_started_are_done_without(partial, front, monkeypatch):
+def test_threads_that_cannot_be_started_are_done_without(partial, hasher, monkeypatch):
     """A limit on processes, as clusters set it: one stream is slow, but it gets there."""
     content, started = content_of(4000 * 30), []
     start = threading.Thread.start
@@ -145,17 +145,17 @@ def test_threads_that_cannot_be_started_are_done_without(partial, front, monkeyp
         start(self)
 
     monkeypatch.setattr(threading.Thread, "start", start_one)
-    work = new_work(ScriptedOrigin(content), partial, front)
-    run(work, streams=4)
+    state = new_work(ScriptedOrigin(content), partial, hasher)
+    run(state, streams=4)
     assert content_in(partial) == content
 
 
-def test_a_small_file_waits_for_no_tick(partial, front):
+def test_a_small_file_waits_for_no_tick(partial, hasher):
     fastest = 9.0
     for _ in range(5):
         began_at = time.monotonic()
         partial.clear()
-        one = Front(partial.descriptor)
+        one = OrderedHasher(partial.descriptor)
         one.start()
         run(new_work(ScriptedOrigin(content_of(3000)), partial, one))
         one.finish(lambda done: None, 30)

@@ -46,7 +46,7 @@ def test_all_ranks_get_the_session_whoever_comes_first(store: RankStore, meet: C
         wait_until(lambda: store.peek("rankload/group/hellos") is not None, 10, "a hello")
         first = meet(0)
         assert {early.result().prefix, meet(1).prefix} == {first.prefix}
-    wait_until(first.has_left_meeting_point, 10, "the end of the greeter")
+    wait_until(first.has_left_rendezvous, 10, "the end of the greeter")
 
 
 def test_the_welcome_of_a_former_job_is_not_believed(store: RankStore, meet: Callable[..., Session]) -> None:

@@ -9,7 +9,6 @@ import time
 import pytest
 from requests.structures import CaseInsensitiveDict
 
-from rankload._fetch.origins.base import Claim, Version
 from rankload._fetch.origins.http_headers import (
     claim_of,
     content_length_of,
@@ -17,6 +16,7 @@ from rankload._fetch.origins.http_headers import (
     retry_after_of,
     version_of,
 )
+from rankload._fetch.origins.origin import Claim, Version
 
 SHA256 = "ab" * 32
 BASE64 = base64.b64encode(bytes.fromhex(SHA256)).decode()

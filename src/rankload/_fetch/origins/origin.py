@@ -94,12 +94,12 @@ class Origin(Protocol):
 
     Attributes:
         url: as the user gave it.
-        shown: the same for messages, without secrets.
+        display_name: the same for messages, without secrets.
         may_answer_once: a request may use the URL up, so the first one should ask for everything.
     """
 
     url: str
-    shown: str
+    display_name: str
     may_answer_once: bool
 
     def open(

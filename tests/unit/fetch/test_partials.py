@@ -8,10 +8,10 @@ import time
 import pytest
 
 from harness.fetch_calls import files_in
-from rankload._cache.entry import Entry
+from rankload._cache.layout import Entry
 from rankload._fetch.partials import journal
 from rankload._fetch.partials import resume as adoption
-from rankload._fetch.partials.journal import Content, Journal, journal_path
+from rankload._fetch.partials.journal import Journal, PartialContent, journal_path
 from rankload._fetch.partials.owner import abandoned_path
 from rankload._fetch.partials.partial import Partial
 from rankload._fetch.partials.resume import adopt_into, progress_of_partials, remove_dead_partials
@@ -35,7 +35,7 @@ def leave(path, spans, *, content=OURS, synced=None, seconds_ago=0.0, **facts):
     """A partial file and its journal, as a process leaves them."""
     fields = {"url_key": "key", "size_bytes": SIZE, "etag": '"e"', "last_modified": None, "sha256": None} | facts
     path.write_bytes(content)
-    noted = Journal(path, Content(**fields), spans)
+    noted = Journal(path, PartialContent(**fields), spans)
     if synced is not None:
         noted.synced(synced)
     noted.close()
@@ -169,7 +169,7 @@ def test_journal_of_a_living_owner_is_kept(entry):
     path = leave(foreign_path(entry), [(0, 300)], seconds_ago=19)
     path.unlink()
     with Partial(entry, SETTINGS) as partial:
-        Journal(partial.path, Content("key", SIZE, None, None, None)).close()
+        Journal(partial.path, PartialContent("key", SIZE, None, None, None)).close()
         partial.path.rename(entry.path.with_name("moved"))
         remove_dead_partials(entry, SETTINGS, time.time())
         assert journal_path(partial.path).exists() and journal_path(path).exists()

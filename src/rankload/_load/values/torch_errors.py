@@ -14,7 +14,7 @@ import torch
 from rankload._formats.broken import BrokenFileError
 from rankload._formats.sniff import describe
 from rankload.errors import (
-    LONGEST_SHOWN_NAME,
+    MAX_SHOWN_NAME_LENGTH,
     DeviceError,
     LoadError,
     MissingFileError,
@@ -27,20 +27,20 @@ _ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _ABSENT_DEVICE = re.compile(r"Attempting to deserialize object on [^.]*(?:\.[^. ][^.]*)*\.")
 _REFUSED_FORMAT = "Cannot use ``weights_only=True``"
-_MOST_SHOWN_NAMES = 20
+_MAX_SHOWN_NAMES = 20
 _INDENT = "    "
 _TRUST = "Pass weights_only=False only if you trust where the file comes from: it can then run any code."
 
 
 @contextlib.contextmanager
-def translated(path: Path, shown: str | None = None, opened: IO[bytes] | None = None) -> Iterator[None]:
+def wrap_load_errors(path: Path, display_name: str | None = None, opened: IO[bytes] | None = None) -> Iterator[None]:
     """Raise what goes wrong inside as LoadError or UnsafePickleError, with torch's own text as the cause.
 
     Where there is no file, it is MissingFileError.
 
     Args:
         path: of the file.
-        shown: what messages call it; default: its path.
+        display_name: what messages call it; default: its path.
         opened: the file itself, where it has no path.
     """
     position = _position(opened)
@@ -59,7 +59,7 @@ def translated(path: Path, shown: str | None = None, opened: IO[bytes] | None = 
         if opened is not None and position is not None:
             opened.seek(position)
             file = opened
-        raise _translate(error, path, printable(shown or str(path)), file) from error
+        raise _translate(error, path, printable(display_name or str(path)), file) from error
 
 
 def _position(opened: IO[bytes] | None) -> int | None:
@@ -69,33 +69,35 @@ def _position(opened: IO[bytes] | None) -> int | None:
         return None
 
 
-def _translate(error: Exception, path: Path, shown: str, file: Path | IO[bytes]) -> RankloadError:
+def _translate(error: Exception, path: Path, display_name: str, file: Path | IO[bytes]) -> RankloadError:
     text = str(error) or type(error).__name__
-    facts = {"path": shown, "size_bytes": _size_bytes(path)}
+    facts = {"path": display_name, "size_bytes": _size_bytes(path)}
     if isinstance(error, BrokenFileError):
-        return LoadError(f"{shown}: {text}", **facts)
+        return LoadError(f"{display_name}: {text}", **facts)
     if refused := _REFUSED_GLOBAL.search(text):
         names = ", ".join(_refused_names(file, refused[1]))
         return UnsafePickleError(
-            f"{shown}: weights_only=True refused the file, which wants to use {names}. If that is harmless, allow it "
-            f"with torch.serialization.add_safe_globals([{names}]). {_TRUST}",
+            f"{display_name}: weights_only=True refused the file, which wants to use {names}. If that is harmless, "
+            f"allow it with torch.serialization.add_safe_globals([{names}]). {_TRUST}",
             **facts,
             refused=names,
         )
     if absent := _ABSENT_DEVICE.search(text):
         return DeviceError(
-            f"{shown}: its tensors should go to a device that this process does not have: {absent[0]} "
+            f"{display_name}: its tensors should go to a device that this process does not have: {absent[0]} "
             'Pass another map_location, such as "cpu" or "{device}"',
             **facts,
         )
     if _REFUSED_FORMAT in text:
-        return UnsafePickleError(f"{shown}: weights_only=True cannot load {_describe(path)}. {_TRUST}", **facts)
+        return UnsafePickleError(f"{display_name}: weights_only=True cannot load {_describe(path)}. {_TRUST}", **facts)
     if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in text:
-        return UnsafePickleError(f"{shown}: weights_only=True refused the file: {_core(text)}. {_TRUST}", **facts)
+        return UnsafePickleError(
+            f"{display_name}: weights_only=True refused the file: {_core(text)}. {_TRUST}", **facts
+        )
     if isinstance(error, MemoryError):
-        return LoadError(f"{shown}: not enough memory to load {facts['size_bytes']} bytes ({text})", **facts)
+        return LoadError(f"{display_name}: not enough memory to load {facts['size_bytes']} bytes ({text})", **facts)
     what = _describe(path) + ("" if facts["size_bytes"] is None else f" of {facts['size_bytes']} bytes")
-    return LoadError(f"{shown}: torch could not load {what}: {type(error).__name__}: {text}", **facts)
+    return LoadError(f"{display_name}: torch could not load {what}: {type(error).__name__}: {text}", **facts)
 
 
 def _refused_names(file: Path | IO[bytes], first: str) -> list[str]:
@@ -104,9 +106,9 @@ def _refused_names(file: Path | IO[bytes], first: str) -> list[str]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # it knows one format, and only files that it can open
         names = []
-    names = [printable(name) for name in sorted({first, *names}) if len(name) <= LONGEST_SHOWN_NAME]
-    more = len(names) - _MOST_SHOWN_NAMES
-    return names if more <= 0 else [*names[:_MOST_SHOWN_NAMES], f"and {more} more"]
+    names = [printable(name) for name in sorted({first, *names}) if len(name) <= MAX_SHOWN_NAME_LENGTH]
+    more = len(names) - _MAX_SHOWN_NAMES
+    return names if more <= 0 else [*names[:_MAX_SHOWN_NAMES], f"and {more} more"]
 
 
 def _plain(argument: object) -> object:

@@ -11,7 +11,7 @@ import pytest
 from torch.distributed import HashStore
 
 from harness.ranks import wait_until
-from rankload._coordination.heartbeat import Pulse, Status, Watch
+from rankload._coordination.heartbeat import Heartbeat, PeerMonitor, Status
 from rankload._coordination.store import RankStore
 from rankload._settings import Settings
 from rankload._types import Identity, Progress
@@ -26,11 +26,11 @@ def store() -> RankStore:
     return RankStore(HashStore(), "a store", dies_with_rank_0=False, patience_seconds=5)
 
 
-def watch_over(store: RankStore, settings: Settings = SETTINGS, *, have_all_come: bool = False) -> Watch:
-    return Watch(store, "status", 3, settings, lambda rank: have_all_come)
+def watch_over(store: RankStore, settings: Settings = SETTINGS, *, have_all_come: bool = False) -> PeerMonitor:
+    return PeerMonitor(store, "status", 3, settings, lambda rank: have_all_come)
 
 
-def beat(store: RankStore, watch: Watch, status: Status, seconds: float) -> None:
+def beat(store: RankStore, watch: PeerMonitor, status: Status, seconds: float) -> None:
     """The rank beats once a second, and goes no further."""
     for second in range(1, round(seconds) + 1):
         store.set("status", replace(status, beat=status.beat + second).to_json())
@@ -116,14 +116,14 @@ def test_a_rank_that_has_published_nothing_is_absent_or_lost(store: RankStore, h
 
 
 @pytest.fixture
-def pulse(store: RankStore) -> Iterator[Callable[[float, Callable[[], None]], list[RankloadError]]]:
+def heartbeat(store: RankStore) -> Iterator[Callable[[float, Callable[[], None]], list[RankloadError]]]:
     """Starts a pulse; gives the list of what it notes."""
     with ExitStack() as stopping:
 
         def start(interval_seconds: float, look_around: Callable[[], None]) -> list[RankloadError]:
             noted: list[RankloadError] = []
             identity = Identity(3, 4, None, None, None, "here", "test")
-            beating = Pulse(store, "status", identity, interval_seconds, look_around, noted.append)
+            beating = Heartbeat(store, "status", identity, interval_seconds, look_around, noted.append)
             stopping.callback(beating.stop)
             beating.start()
             return noted
@@ -132,20 +132,20 @@ def pulse(store: RankStore) -> Iterator[Callable[[float, Callable[[], None]], li
 
 
 def test_whatever_ends_the_pulse_is_noted(
-    pulse: Callable[[float, Callable[[], None]], list[RankloadError]],
+    heartbeat: Callable[[float, Callable[[], None]], list[RankloadError]],
 ) -> None:
     def look_around() -> None:
         raise ValueError("no such verdict")
 
-    noted = pulse(0.1, look_around)
+    noted = heartbeat(0.1, look_around)
     wait_until(lambda: noted, 10, "a note")
     assert isinstance(noted[0], RankFailedError) and "ValueError: no such verdict" in str(noted[0])
 
 
 def test_a_tiny_timeout_does_not_make_the_pulse_race(
-    pulse: Callable[[float, Callable[[], None]], list[RankloadError]],
+    heartbeat: Callable[[float, Callable[[], None]], list[RankloadError]],
 ) -> None:
     looks: list[float] = []
-    pulse(1e-6, lambda: looks.append(time.monotonic()))
+    heartbeat(1e-6, lambda: looks.append(time.monotonic()))
     wait_until(lambda: len(looks) > 3, 10, "four looks")
     assert looks[3] - looks[0] >= 3 * 0.05

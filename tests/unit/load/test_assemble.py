@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankload._formats.entry import StorageEntry, TensorEntry
-from rankload._load.module.copies import Transfer
-from rankload._load.module.file_tensor import TensorInFile
-from rankload._load.module.regions import Box
-from rankload._load.streams.assemble import Sinks
+from rankload._load.module.copies import TensorCopy
+from rankload._load.module.file_tensor import FileTensor
+from rankload._load.module.regions import Region
+from rankload._load.streams.assemble import TensorAssemblers
 from rankload._load.streams.buckets import Bucket
 
 
@@ -24,7 +24,7 @@ class NoFiles:
 
 
 @st.composite
-def loads(draw: st.DrawFn) -> tuple[torch.Tensor, int, Box, torch.dtype, list[int], str]:
+def loads(draw: st.DrawFn) -> tuple[torch.Tensor, int, Region, torch.dtype, list[int], str]:
     shape = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
     tensor = torch.arange(torch.Size(shape).numel()).reshape(shape)
     saved = tensor.to(draw(st.sampled_from([torch.uint8, torch.int16, torch.float32, torch.complex64])))
@@ -37,7 +37,7 @@ def loads(draw: st.DrawFn) -> tuple[torch.Tensor, int, Box, torch.dtype, list[in
     return (
         saved,
         draw(st.sampled_from([0, 1, 8, 64])),
-        Box(offset, sizes),
+        Region(offset, sizes),
         draw(st.sampled_from([saved.dtype, torch.complex128])),
         sorted(cuts),
         draw(st.sampled_from(["little", "big"])),
@@ -45,8 +45,8 @@ def loads(draw: st.DrawFn) -> tuple[torch.Tensor, int, Box, torch.dtype, list[in
 
 
 @given(loads())
-def test_pieces_make_the_part(load: tuple[torch.Tensor, int, Box, torch.dtype, list[int], str]) -> None:
-    saved, begin, box, dtype, cuts, byte_order = load
+def test_pieces_make_the_part(load: tuple[torch.Tensor, int, Region, torch.dtype, list[int], str]) -> None:
+    saved, begin, region, dtype, cuts, byte_order = load
     size = saved.untyped_storage().nbytes()
     storage = StorageEntry("0", "file", begin, size, str(saved.dtype).removeprefix("torch."))
     entry = TensorEntry("name", storage.dtype, tuple(saved.shape), saved.stride(), storage)
@@ -57,12 +57,14 @@ def test_pieces_make_the_part(load: tuple[torch.Tensor, int, Box, torch.dtype, l
 
     edges = [0, *(cut for cut in cuts if cut < size), size]
     buckets = [Bucket("file", begin + first, begin + last) for first, last in pairwise(edges)]
-    destination = torch.zeros(box.shape, dtype=dtype)
-    sinks = Sinks([Transfer(TensorInFile(entry, NoFiles(), byte_order, [], "shown"), destination, box)], buckets)  # type: ignore[arg-type]
+    destination = torch.zeros(region.shape, dtype=dtype)
+    assemblers = TensorAssemblers(
+        [TensorCopy(FileTensor(entry, NoFiles(), byte_order, [], "shown"), destination, region)], buckets
+    )  # type: ignore[arg-type]
     for bucket in buckets:
         piece = content.narrow(0, bucket.begin - begin, len(bucket)).clone()
-        sinks.take(bucket, piece)
+        assemblers.take(bucket, piece)
         piece.fill_(255)  # the next bucket takes its place
-    sinks.check_empty()
-    expected = saved[tuple(slice(at, at + count) for at, count in zip(box.offset, box.shape, strict=True))]
+    assemblers.check_empty()
+    expected = saved[tuple(slice(at, at + count) for at, count in zip(region.offset, region.shape, strict=True))]
     assert torch.equal(destination, expected.to(dtype))

@@ -55,14 +55,14 @@ def without_ties(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Takes the CPU for an accelerator; counts how many storages came late."""
     filled: list[int] = []
-    fill = late_storages.LateStorages.fill
+    fill = late_storages.DeferredStorages.fill
 
     def fill_and_count(self: Any, *arguments: Any) -> None:
         filled.append(sum(map(len, self._pairs.values())))
         fill(self, *arguments)
 
     monkeypatch.setattr(late_storages, "is_staged", lambda device: True)
-    monkeypatch.setattr(late_storages.LateStorages, "fill", fill_and_count)
+    monkeypatch.setattr(late_storages.DeferredStorages, "fill", fill_and_count)
     for module in (pinned, late_storages):
         monkeypatch.setattr(module, "BUFFER_BYTES", 1000)
     return filled

@@ -12,13 +12,13 @@ import torch
 from rankload._formats.entry import TensorEntry
 from rankload._formats.index import Index
 from rankload._load.module.checkpoint_files import CheckpointFiles
-from rankload._load.module.copies import Transfer
-from rankload._load.module.lazy_tensor import Assignment, SavedTensor
+from rankload._load.module.copies import TensorCopy
+from rankload._load.module.lazy_tensor import Assignment, LazyTensor
 from rankload._load.streams.run import ReportBytes
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """What a rank wants of a checkpoint.
 
     Attributes:
@@ -30,7 +30,7 @@ class Plan:
 
     index: Index | None
     steps: Sequence[Assignment]
-    others: Sequence[SavedTensor]
+    others: Sequence[LazyTensor]
     device: Callable[[], torch.device]
 
     @property
@@ -40,7 +40,7 @@ class Plan:
         return [saved.in_file.entry for saved in wanted if saved.in_file is not None]
 
 
-class Carrier(ABC):
+class DeliveryStrategy(ABC):
     """One load, seen from one rank: first the files, then the plan, then the bytes.
 
     Attributes:
@@ -58,12 +58,12 @@ class Carrier(ABC):
     reason = "it was asked for"
 
     @abstractmethod
-    def planned(self, plan: Plan) -> bool:
+    def prepare(self, plan: LoadPlan) -> bool:
         """Take note of what this rank wants, before the ranks meet; return whether it would gather."""
 
-    def met(self, all_would_gather: bool) -> None:  # noqa: B027 - most carriers have nothing to decide
+    def on_agreement(self, all_would_gather: bool) -> None:  # noqa: B027 - most carriers have nothing to decide
         """Take note of what the others have returned."""
 
     @abstractmethod
-    def move(self, transfers: Sequence[Transfer], report: ReportBytes) -> int:
+    def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:
         """Move the bytes, after the ranks have met; return how many this rank has read, or taken out of a stream."""

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from rankload._cache.directory import make_directory
-from rankload._cache.files import reading
+from rankload._cache.files import wrap_read_errors
 from rankload._fetch.cache_domain import Domain, find_domain
 from rankload._fetch.index_files import files_of
 from rankload._fetch.leader import fetch
@@ -92,7 +92,7 @@ def _identified(file: FetchedFile) -> FetchedFile:
     """Return the file with its identity, by which it is found again when it is loaded."""
     if file.identity is not None:
         return file
-    with reading(file.path):
+    with wrap_read_errors(file.path):
         return replace(file, identity=FileIdentity.of(file.path.stat()))
 
 

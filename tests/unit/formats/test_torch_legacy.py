@@ -123,7 +123,7 @@ def test_a_length_beyond_the_file_allocates_nothing(tmp_path, opcode):
 def test_a_whole_file_with_more_besides_its_tensors_than_is_read_passes(tmp_path, monkeypatch):
     """One that is cut off in its tensors is still found out."""
     monkeypatch.setattr(legacy, "_FIRST_BYTES", 1024)
-    monkeypatch.setattr(legacy, "_MOST_BYTES", 16 << 10)
+    monkeypatch.setattr(legacy, "_MAX_BYTES", 16 << 10)
     path = tmp_path / "model.pth"
     torch.save({"note": "x" * 100_000, "w": torch.ones(5)}, path, _use_new_zipfile_serialization=False)
     assert check(path) == "legacy"

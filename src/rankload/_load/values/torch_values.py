@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rankload._formats.entry import MOST_DIMENSIONS, StorageEntry, TensorEntry
+from rankload._formats.entry import MAX_DIMENSIONS, StorageEntry, TensorEntry
 from rankload._formats.pickle_values import GlobalName, Unbuilt
 
 
@@ -16,7 +16,7 @@ def built(value: Any) -> Any:
     """Return one of torch's own values for a note of it in an index; anything else as it is."""
     with suppress(TypeError, ValueError, RuntimeError):
         match value:
-            case Unbuilt(GlobalName("torch", "Size"), (sizes,), None, []) if len(sizes) <= MOST_DIMENSIONS:
+            case Unbuilt(GlobalName("torch", "Size"), (sizes,), None, []) if len(sizes) <= MAX_DIMENSIONS:
                 return torch.Size(sizes)
             case Unbuilt(GlobalName("torch", "device"), arguments, None, []):
                 return torch.device(*arguments)

@@ -14,20 +14,22 @@ from rankload._formats.source import LocalSource, Source
 from rankload.errors import LoadError
 
 
-def read_tensor(source: Source, entry: TensorEntry, byte_order: ByteOrder, shown: str) -> torch.Tensor:
+def read_tensor(source: Source, entry: TensorEntry, byte_order: ByteOrder, display_name: str) -> torch.Tensor:
     """Read a tensor's bytes, and no others, into a new tensor on the CPU, with its saved shape and strides.
 
     Raises:
         LoadError: this torch does not have its dtype, there is too little memory for it, or the file ended early.
     """
-    dtype = torch_dtype(entry, shown)
+    dtype = torch_dtype(entry, display_name)
     try:
         storage = torch.empty(entry.length, dtype=torch.uint8, device="cpu").untyped_storage()
     except RuntimeError as error:
-        text = f"{shown}: not enough memory for tensor {entry.name!r} of {entry.length} bytes"
+        text = f"{display_name}: not enough memory for tensor {entry.name!r} of {entry.length} bytes"
         raise LoadError(text, tensor=entry.name, size_bytes=entry.length) from error
     if fill(storage, source, entry.offset) != entry.length:
-        raise LoadError(f"{shown}: the file ended within tensor {entry.name!r}: was it cut off since it was opened?")
+        raise LoadError(
+            f"{display_name}: the file ended within tensor {entry.name!r}: was it cut off since it was opened?"
+        )
     if byte_order != sys.byteorder:
         storage.byteswap(dtype)  # type: ignore[no-untyped-call]
     return tensor_on(storage, entry, dtype, 0)
@@ -43,7 +45,7 @@ def tensor_on(storage: torch.UntypedStorage, entry: TensorEntry, dtype: torch.dt
     return tensor.requires_grad_() if requires_grad else tensor
 
 
-def torch_dtype(entry: TensorEntry, shown: str) -> torch.dtype:
+def torch_dtype(entry: TensorEntry, display_name: str) -> torch.dtype:
     """Return a tensor's dtype.
 
     Raises:
@@ -53,7 +55,7 @@ def torch_dtype(entry: TensorEntry, shown: str) -> torch.dtype:
     dtype = vars(torch).get(entry.dtype) if entry.dtype in ITEM_BYTES else None
     if not isinstance(dtype, torch.dtype):
         what = f"tensor {entry.name!r} has the dtype {entry.dtype!r}"
-        text = f"{shown}: {what}, which torch {torch.__version__} does not have"
+        text = f"{display_name}: {what}, which torch {torch.__version__} does not have"
         raise LoadError(text, tensor=entry.name, dtype=entry.dtype)
     return dtype
 

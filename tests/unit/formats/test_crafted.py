@@ -27,7 +27,7 @@ from rankload._formats.sniff import sniff
 from rankload._formats.source import LocalSource
 from rankload._formats.torch_objects import BUILDERS
 from rankload._formats.torch_tar import is_legacy_tar
-from rankload._load.tensors.torch_values import built
+from rankload._load.values.torch_values import built
 
 
 @pytest.fixture(autouse=True)

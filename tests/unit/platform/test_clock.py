@@ -15,7 +15,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_an_hour_of_suspension_is_no_hour(now: list[float]) -> None:
-    waited = awake.AwakeTime(longest_seconds=6)
+    waited = awake.SuspendAwareTimer(longest_seconds=6)
     now[0] += 2
     assert (waited.uncounted_seconds, waited.seconds) == (2, 0)
     assert (waited.count(), waited.seconds, waited.uncounted_seconds) == (2, 2, 0)

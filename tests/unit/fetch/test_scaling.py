@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rankload._fetch.transfer.scaling import Pace
+from rankload._fetch.transfer.scaling import StreamScaler
 
 TICK = 0.1
 MB = 1_000_000
@@ -23,23 +23,23 @@ def simulate(
     link: Link,
     seconds: float,
     limit: int = 16,
-    pace: Pace | None = None,
+    scaler: StreamScaler | None = None,
     begin: float = 0.0,
     hash_rate: float = float("inf"),
 ) -> list[int]:
     """The target after every tick. Streams come at once, and leave half a second after they are not wanted."""
-    pace = pace or Pace(limit)
+    scaler = scaler or StreamScaler(limit)
     now, done, active, surplus_since = begin, 0.0, 0, None
     targets = []
     while now < begin + seconds:
-        pace.observe(now, int(done), active, hash_rate)
-        targets.append(pace.target)
-        if active > pace.target:
+        scaler.observe(now, int(done), active, hash_rate)
+        targets.append(scaler.target)
+        if active > scaler.target:
             surplus_since = surplus_since if surplus_since is not None else now
             if now - surplus_since >= 0.5:
-                active, surplus_since = pace.target, None
+                active, surplus_since = scaler.target, None
         else:
-            active, surplus_since = pace.target, None
+            active, surplus_since = scaler.target, None
         now += TICK
         done += link(now, active) * TICK
     assert all(1 <= target <= limit for target in targets)
@@ -115,35 +115,35 @@ def test_noise_of_a_tenth_neither_hides_the_gain_nor_feigns_one(seed):
 
 
 def test_nothing_is_measured_before_the_first_byte_or_while_streams_come_and_go():
-    pace = Pace(16)
+    scaler = StreamScaler(16)
     for tick in range(100):
-        pace.observe(tick * TICK, 0, 1)
-    assert pace.target == 1
+        scaler.observe(tick * TICK, 0, 1)
+    assert scaler.target == 1
     for tick in range(100, 200):
-        pace.observe(tick * TICK, tick * MB, 2)  # one is still on its way out
-    assert pace.target == 1
+        scaler.observe(tick * TICK, tick * MB, 2)  # one is still on its way out
+    assert scaler.target == 1
 
 
 def test_a_standstill_is_no_measurement():
-    pace = Pace(16)
-    simulate(capped(20 * MB, 400 * MB), 10, pace=pace)
+    scaler = StreamScaler(16)
+    simulate(capped(20 * MB, 400 * MB), 10, scaler=scaler)
     for tick in range(1000):
-        pace.observe(100 + tick * TICK, 50_000 * MB, 16)
-    assert pace.target == 16
+        scaler.observe(100 + tick * TICK, 50_000 * MB, 16)
+    assert scaler.target == 16
 
 
 def test_an_origin_that_turns_streams_away_gets_fewer_for_a_while():
-    pace = Pace(16)
-    simulate(capped(20 * MB, 400 * MB), 10, pace=pace)
-    assert pace.target == 16
-    pace.back_off(10, 6)  # six were at work when the last one was refused
-    assert pace.target == 5
-    assert set(simulate(capped(20 * MB, 400 * MB), 19, pace=pace, begin=10)) == {5}
-    assert 8 in simulate(capped(20 * MB, 400 * MB), 5, pace=pace, begin=29)
+    scaler = StreamScaler(16)
+    simulate(capped(20 * MB, 400 * MB), 10, scaler=scaler)
+    assert scaler.target == 16
+    scaler.back_off(10, 6)  # six were at work when the last one was refused
+    assert scaler.target == 5
+    assert set(simulate(capped(20 * MB, 400 * MB), 19, scaler=scaler, begin=10)) == {5}
+    assert 8 in simulate(capped(20 * MB, 400 * MB), 5, scaler=scaler, begin=29)
 
 
 def test_it_backs_off_down_to_one():
-    pace = Pace(16)
+    scaler = StreamScaler(16)
     for now in range(5):
-        pace.back_off(now, 1)
-        assert pace.target == 1
+        scaler.back_off(now, 1)
+        assert scaler.target == 1
