@@ -132,9 +132,9 @@ class Job:
 
     def field(self, name: str) -> str:
         """One field of `scontrol show job`, such as JobState or Restarts."""
-        display_name = self.slurm.run("scontrol", "show", "job", self.id)
-        match = re.search(rf"\b{name}=(\S*)", display_name)
-        assert match, f"no {name} in {display_name}"
+        shown = self.slurm.run("scontrol", "show", "job", self.id)
+        match = re.search(rf"\b{name}=(\S*)", shown)
+        assert match, f"no {name} in {shown}"
         return match[1]
 
     def output(self) -> str:

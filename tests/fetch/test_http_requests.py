@@ -122,9 +122,9 @@ def test_query_is_never_shown_when_it_fails(origin, cache, checkpoint, caplog, f
     url = origin.add("model.pth", checkpoint.path, **FAILURES[failure])
     with whole_log(caplog), pytest.raises(rankload.FetchError) as caught:
         rankload.dist_fetch(url + QUERY, cache, timeout=0.3)
-    display_name = "".join(traceback.format_exception(caught.value)) + repr(caught.value.fields) + caplog.text
-    assert url in display_name
-    assert "SECRET" not in display_name
+    shown = "".join(traceback.format_exception(caught.value)) + repr(caught.value.fields) + caplog.text
+    assert url in shown
+    assert "SECRET" not in shown
 
 
 def test_query_is_never_shown_when_nobody_listens(cache):

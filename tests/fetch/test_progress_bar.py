@@ -62,9 +62,9 @@ def fetching(url, cache, **arguments) -> str:
 
 
 def test_bar_on_a_terminal(origin, cache, big_content):
-    stdout, display_name = on_a_terminal(fetching(origin.add("file.bin", big_content), cache))
+    stdout, shown = on_a_terminal(fetching(origin.add("file.bin", big_content), cache))
     assert stdout == ""
-    assert "file.bin: 100%" in display_name and "8.00M/8.00M" in display_name
+    assert "file.bin: 100%" in shown and "8.00M/8.00M" in shown
 
 
 def test_no_bar_with_progress_false(origin, cache, big_content):
@@ -111,8 +111,8 @@ def test_log_lines_do_not_break_the_bar(origin, cache, big_content, monkeypatch)
     """The origin ends every connection once: warnings come while the bar is there."""
     monkeypatch.setenv("RANKLOAD_STREAMS", "1")
     url = origin.add("file.bin", big_content, *[Reply(truncate_at=100_000)] * 2, Reply())
-    _, display_name = on_a_terminal(fetching(url, cache))
-    lines = [as_on_screen(line) for line in display_name.split("\n")]
+    _, shown = on_a_terminal(fetching(url, cache))
+    lines = [as_on_screen(line) for line in shown.split("\n")]
     [*warnings, bar] = [line for line in lines if line]
     assert warnings and all(line.startswith("http://") for line in warnings), lines
     assert "trying again" in "".join(warnings)

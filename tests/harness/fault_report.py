@@ -96,10 +96,10 @@ def table(tests: Iterable[Shown]) -> list[tuple[str, bool]]:
     slugs = {number: CASES[number].slug if number in CASES else "unknown" for number in by_number}
     width = max(map(len, slugs.values()), default=0)
     lines = [(f"  #  {'case':{width}}  tests  seconds  outcome", False)]
-    for number, display_name in sorted(by_number.items()):
-        outcome = _outcome(display_name)
-        seconds = sum(test.seconds for test in display_name)
-        line = f"{number:3}  {slugs[number]:{width}}  {len(display_name):5}  {seconds:7.1f}  {outcome}"
+    for number, shown in sorted(by_number.items()):
+        outcome = _outcome(shown)
+        seconds = sum(test.seconds for test in shown)
+        line = f"{number:3}  {slugs[number]:{width}}  {len(shown):5}  {seconds:7.1f}  {outcome}"
         lines.append((line, outcome.startswith("FAILED")))
     return lines
 

@@ -61,7 +61,7 @@ def test_another_jobs_store_is_at_the_port(origin: Origin, checkpoint: Checkpoin
 
 
 def _load_and_tell_port(rank: int, url: str, model_dir: str) -> str:
-    with at_store_operation("add", "/hellos", lambda: mark("hosts", os.environ["MASTER_PORT"])):
+    with at_store_operation("add", "/join_requests", lambda: mark("hosts", os.environ["MASTER_PORT"])):
         return load(rank, url, model_dir)
 
 
@@ -117,7 +117,7 @@ def _fork_while_meeting(rank: int, url: str, model_dir: str) -> str:
             os._exit(0)
 
     if rank == 0:
-        with at_store_operation("add", "/hellos", fork):
+        with at_store_operation("add", "/join_requests", fork):
             digest = load(rank, url, model_dir)
     else:
         digest = load(rank, url, model_dir)

@@ -187,9 +187,9 @@ def _interrupted_while_waiting_for_rank_0(rank: int, url: str, model_dir: str) -
         raise KeyboardInterrupt
 
     if rank != 1:
-        with at_store_operation("peek", "/welcome", _once(lambda: mark("waits"))):
+        with at_store_operation("peek", "/admission", _once(lambda: mark("waits"))):
             return try_to_load(rank, url, model_dir)
-    with at_store_operation("peek", "/welcome", interrupt), pytest.raises(KeyboardInterrupt):
+    with at_store_operation("peek", "/admission", interrupt), pytest.raises(KeyboardInterrupt):
         load(rank, url, model_dir)
     return Outcome(0, 0, None, "KeyboardInterrupt")
 

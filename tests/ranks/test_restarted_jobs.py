@@ -37,7 +37,7 @@ def test_after_a_job_that_went_well_with_unequal_restart_counts(
 
 
 def _hello(rank: int, url: str, model_dir: str) -> None:
-    with at_store_operation("peek", "/welcome", marking("hello")):
+    with at_store_operation("peek", "/admission", marking("hello")):
         load(rank, url, model_dir)
 
 
@@ -91,7 +91,7 @@ def _namesakes(rank: int, url: str, model_dir: str) -> str:
     if rank == 0:
         wait_for_gate("call")
         return load(rank, url, model_dir)
-    with at_store_operation("peek", "/welcome", marking("hello")):
+    with at_store_operation("peek", "/admission", marking("hello")):
         return load(rank, url, model_dir)
 
 

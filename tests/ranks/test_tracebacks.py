@@ -68,24 +68,24 @@ def test_a_failure_of_all_ranks_is_printed_once_and_told_in_a_few_lines(
         "refused": lambda: origin.add("refused.pth", _saved({"arguments": argparse.Namespace(x=1)})),
         "timeout": lambda: origin.add(checkpoint.name, checkpoint.path, hold_at=0),
     }.get(failing, lambda: origin.add(checkpoint.name, checkpoint.path))()
-    display_name = _tracebacks(failing, url, cache_dir)
-    others = [text for text in display_name if _ELSEWHERE in text]
-    assert (len(display_name), len(others)) == (4, 3), display_name
-    assert sum(len(text.splitlines()) for text in display_name) <= 40, "\n".join(display_name)
-    for text in display_name:
-        assert f"\nrankload.{name}: " in text and "_errors" not in text  # the name that people import
+    shown = _tracebacks(failing, url, cache_dir)
+    others = [text for text in shown if _ELSEWHERE in text]
+    assert (len(shown), len(others)) == (4, 3), shown
+    assert sum(len(text.splitlines()) for text in shown) <= 40, "\n".join(shown)
+    for text in shown:
+        assert f"\nrankload.{name}: " in text and "rankload.errors" not in text  # the name that people import
         assert "in _load\n" in text
     for text in others:
         assert text.count("Traceback") == 1  # no chain: what this rank found by itself is the same
-        assert re.findall(r"/rankload/(\w+\.py)", text) == ["_tracebacks.py"]
+        assert re.findall(r"/rankload/((?:\w+/)*\w+\.py)", text) == ["_api/tracebacks.py"]
         assert len([line for line in text.splitlines() if not line.startswith(" ")]) == 2  # the header, the error
 
 
 def test_the_users_own_frames_remain_on_the_rank_where_they_failed(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str
 ) -> None:
-    display_name = _tracebacks("adapt", origin.add(checkpoint.name, checkpoint.path), cache_dir)
-    [text] = [text for text in display_name if _ELSEWHERE not in text]
+    shown = _tracebacks("adapt", origin.add(checkpoint.name, checkpoint.path), cache_dir)
+    [text] = [text for text in shown if _ELSEWHERE not in text]
     assert "in _users_own\n" in text and "\nKeyError: 'no such key'\n" in text
 
 

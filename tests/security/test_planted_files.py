@@ -834,7 +834,7 @@ def test_file_that_is_swapped_after_the_look_is_not_loaded(origin, good_url, how
 
 def error_with_pipe(rank: int, url: str, cache: str) -> str:
     """Bob's pipe takes the file's place between the fetch and the look."""
-    from rankload._fetch import fetch as once
+    from rankload._fetch import fetch_once as once
 
     def fetch_then_swap(*args, **kwargs):
         file = fetched(*args, **kwargs)

@@ -267,7 +267,7 @@ def test_file_that_is_not_the_verified_one_any_more(origin: Origin, tmp_path: Pa
 _ANNOUNCED = {"index.json": 100, "part/a.bin": 5000}
 _TRUE: dict[str, Any] = {
     "name": "index.json",
-    "shown": "/there/index.json",
+    "display_name": "/there/index.json",
     "sizes": dict(_ANNOUNCED),
     "is_whole": False,
     "kept": {"index.json": [[0, 100]], "part/a.bin": [[0, 10], [4990, 5000]]},
@@ -286,7 +286,7 @@ def test_true_description_is_read() -> None:
     [
         {"name": "other"},
         {"name": ["index.json"]},
-        {"shown": 1},
+        {"display_name": 1},
         {"sizes": []},
         {"sizes": {"index.json": -1}},
         {"sizes": {"index.json": True}},

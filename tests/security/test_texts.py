@@ -148,8 +148,8 @@ def test_tracebacks_show_the_causes_escaped_too(tmp_path, write, call):
         call(path)
     error: BaseException | None = caught.value
     while error is not None:
-        display_name = "".join(traceback.format_exception_only(type(error), error)).rstrip("\n")
-        assert_harmless(display_name)
+        shown = "".join(traceback.format_exception_only(type(error), error)).rstrip("\n")
+        assert_harmless(shown)
         error = error.__cause__
 
 
@@ -196,12 +196,12 @@ def test_names_of_any_length_are_cut(tmp_path, is_strict):
     if is_strict:
         with pytest.raises(rankload.LoadError) as caught:
             rankload.dist_load_into(module, tmp_path / "long.pth", progress=False)
-        display_name = str(caught.value)
+        shown = str(caught.value)
     else:
         report = rankload.dist_load_into(module, tmp_path / "long.pth", progress=False, strict=False)
         assert report.unexpected_keys == [LONG]
-        display_name = repr(report)
-    assert "xxx" in display_name and len(display_name) < 2000
+        shown = repr(report)
+    assert "xxx" in shown and len(shown) < 2000
 
 
 @pytest.mark.parametrize("name, dtype", [(LONG, "F32"), ("weight", LONG)], ids=["name", "dtype"])

@@ -155,8 +155,8 @@ def test_signed_url_is_the_same_file_the_next_day(signed):
     ],
 )
 def test_redacted_url_is_printable_and_has_no_secret(url):
-    display_name = redact(url)
-    assert display_name.isprintable() and "SECRET" not in display_name and "RET@" not in display_name
+    shown = redact(url)
+    assert shown.isprintable() and "SECRET" not in shown and "RET@" not in shown
 
 
 @pytest.mark.parametrize("call", [rankload.dist_fetch, rankload.load, rankload.open_checkpoint])

@@ -64,19 +64,19 @@ def _unpacked(wheel: Path, directory: Path) -> list[Path]:
         return [Path(archive.extract(member, directory / wheel.stem)) for member in members]
 
 
-def _compare(path: Path, display_name: Path) -> bool | None:
+def _compare(path: Path, shown: Path) -> bool | None:
     """Tell whether all ways to it give the same; None where it is no state dict (TorchScript)."""
     try:
         loaded = rankload.dist_load_state_dict_from_url(path)
     except rankload.RankloadError as error:
-        print(f"{display_name}: refused: {str(error)[:200]}")
+        print(f"{shown}: refused: {str(error)[:200]}")
         return None
     expected = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     tensors, others = _by_name(expected)
     with rankload.open_checkpoint(path) as checkpoint:
         indexed, remainder = dict(checkpoint), dict(checkpoint.remainder)
     is_equal = _are_equal(loaded, expected) and _are_equal(indexed, tensors) and _are_equal(remainder, others)
-    print(f"{display_name}: {len(tensors)} tensors, {len(others)} other values {'equal' if is_equal else 'DIFFER'}")
+    print(f"{shown}: {len(tensors)} tensors, {len(others)} other values {'equal' if is_equal else 'DIFFER'}")
     return is_equal
 
 

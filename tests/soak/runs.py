@@ -35,8 +35,8 @@ def main(name: str, run: Run, words: Sequence[str] | None = None) -> int:
         violations += outcome == "VIOLATION"
         outcomes[outcome] += 1
     seconds = time.monotonic() - began_at
-    display_name = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
-    print(f"{name}: {outcomes.total()} runs from seed {options.seed} in {seconds:.0f} s: {display_name}", flush=True)
+    shown = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    print(f"{name}: {outcomes.total()} runs from seed {options.seed} in {seconds:.0f} s: {shown}", flush=True)
     return 1 if violations else 0
 
 

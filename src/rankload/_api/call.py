@@ -1,4 +1,4 @@
-"""What collective calls begin with: their settings, the channel that ends in one outcome on all ranks, agreement."""
+"""Open a collective call: settings, the channel to the other ranks, agreement on the arguments."""
 
 from __future__ import annotations
 

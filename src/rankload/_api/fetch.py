@@ -1,4 +1,4 @@
-"""`dist_fetch`: a file, verified, on every node; and how the other calls fetch theirs."""
+"""`dist_fetch`, and the fetch step of the other calls."""
 
 from __future__ import annotations
 

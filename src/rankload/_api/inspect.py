@@ -1,4 +1,4 @@
-"""`open_checkpoint`: look into a checkpoint without loading it, and without downloading it."""
+"""`open_checkpoint`: read a checkpoint's index without loading or downloading the file."""
 
 from __future__ import annotations
 

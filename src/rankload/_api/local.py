@@ -1,4 +1,4 @@
-"""`load`: torch.load for one rank's own use, with a map_location that is right for the rank."""
+"""`load`: torch.load in one process, with a map_location that is right for the rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dist_load_into`: a checkpoint from a URL into the parameters and buffers of a module, on every rank."""
+"""`dist_load_into`: a checkpoint from a URL into a module and its optimizer, on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dist_load_state_dict_from_url`: a whole checkpoint in every rank."""
+"""`dist_load_state_dict_from_url`: a whole state dict on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tracebacks of public calls: what helps the caller, once for a failure that many ranks share."""
+"""Shorten tracebacks: print a failure that all ranks share once, without rankload's own frames."""
 
 from __future__ import annotations
 

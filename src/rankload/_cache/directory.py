@@ -1,4 +1,4 @@
-"""Making cache directories."""
+"""Create cache directories."""
 
 from __future__ import annotations
 

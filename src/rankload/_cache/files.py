@@ -1,4 +1,4 @@
-"""The boundary at which an OSError on a cache path becomes a CacheError that says what to do."""
+"""Translate OSErrors on cache paths into CacheErrors that say what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where things lie: torch.hub's directory and file names, and our own files beside them.
+"""Paths in the cache directory: torch.hub's file names, and rankload's own files beside them.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Where a file goes that is not what it should be: aside, with the reason, so that it can be looked at."""
+"""Move a rejected file aside and record why."""
 
 from __future__ import annotations
 

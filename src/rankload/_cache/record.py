@@ -1,4 +1,4 @@
-"""The record of a cached file: what was verified when it was published, so that nobody has to hash it again."""
+"""The record of a cached file: what was verified when it was published."""
 
 from __future__ import annotations
 

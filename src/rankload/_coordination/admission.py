@@ -1,10 +1,10 @@
-"""How ranks find one another: hellos, welcomes, and word of those that have failed before they met anybody.
+"""Admit ranks to a session, and report failures to ranks that have not been admitted yet.
 
 Restart counters cannot be trusted: TORCHELASTIC_RESTART_COUNT differs between nodes after a restart, torchrun keeps a
-store's keys across restarts, SLURM keeps the job id across a requeue. So every rank says hello by adding to a counter
-that only grows, and rank 0 welcomes all whom it has counted, with the session's random id: a welcome that counts a
-rank's own hello was given after it. The same holds of a failure: it counts for those whose hello came before it. What
-was there before is never believed.
+store's keys across restarts, SLURM keeps the job id across a requeue. So every rank requests to join by adding to a
+counter that only grows. Rank 0 admits all requests that it has counted, and gives the session's random id: an admission
+that counts a rank's own request was made after it. The same holds for a failure. What was there before is never
+believed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from rankload._settings import Settings
 from rankload._types import Identity
 from rankload.errors import RankloadError, StoreLostError, from_wire, to_wire
 
-#: More hellos than there are ever going to be.
-_EVERY_HELLO = 1 << 62
+#: More requests than there are ever going to be.
+_EVERY_REQUEST = 1 << 62
 
-#: How often a rank that waits for its welcome looks whether another has failed.
+#: How often a rank that waits for its admission looks whether another has failed.
 _LOOK_SECONDS = 0.5
 
 
@@ -42,20 +42,20 @@ class Rendezvous:
         self.store, self.root = store, root
 
     def request_to_join(self) -> int:
-        """Announce this rank; return the number of its hello."""
-        return self.store.add(f"{self.root}/hellos")
+        """Request to join; return the number of the request."""
+        return self.store.add(f"{self.root}/join_requests")
 
     def count_requests(self) -> int:
-        """Return how many hellos there have been."""
-        return self.store.add(f"{self.root}/hellos", 0)
+        """Return the number of requests so far."""
+        return self.store.add(f"{self.root}/join_requests", 0)
 
     def await_admission(
         self, number: int, call: int, identity: Identity, settings: Settings, former: str | None
     ) -> tuple[str, str]:
-        """Wait for rank 0's welcome; return the session's id, and the port of its own store.
+        """Wait until rank 0 admits this rank; return the session's id, and the port of its own store.
 
         Args:
-            number: of this rank's hello.
+            number: of this rank's request.
             call: the one that this rank joins for, by its number.
             identity: who this rank is.
             settings: gives the deadline.
@@ -67,8 +67,8 @@ class Rendezvous:
         """
         looked_at = time.monotonic()
         for _ in until_rank_0_comes(identity, settings):
-            if admit := self.store.peek(f"{self.root}/welcome"):
-                count, session_id, port = admit.split()
+            if admission := self.store.peek(f"{self.root}/admission"):
+                count, session_id, port = admission.split()
                 if int(count) >= number and session_id != former:
                     return session_id, port
             if time.monotonic() - looked_at >= _LOOK_SECONDS:
@@ -79,22 +79,22 @@ class Rendezvous:
         raise AssertionError("until_rank_0_comes() ends by raising")
 
     def admit(self, count: int, session: str) -> None:
-        """Welcome everybody who has said hello up to now."""
-        self.store.set(f"{self.root}/welcome", f"{count} {session}")
+        """Admit all requests up to now."""
+        self.store.set(f"{self.root}/admission", f"{count} {session}")
 
     def has_admitted(self, count: int, session: str) -> bool:
-        """Tell whether the last welcome is this one."""
-        return self.store.peek(f"{self.root}/welcome") == f"{count} {session}"
+        """Return whether the last admission is this one."""
+        return self.store.peek(f"{self.root}/admission") == f"{count} {session}"
 
     def tell_failure(self, error: RankloadError, call: int, *, to_all: bool = False) -> None:
-        """Tell the ranks that have said hello why this one does not join for a call; or all that ever will."""
-        count = _EVERY_HELLO if to_all else self.count_requests()
-        self.store.set(f"{self.root}/failure", json.dumps({"hellos": count, "call": call, "error": to_wire(error)}))
+        """Tell the ranks that have requested to join why this one does not, or all that ever will."""
+        count = _EVERY_REQUEST if to_all else self.count_requests()
+        self.store.set(f"{self.root}/failure", json.dumps({"requests": count, "call": call, "error": to_wire(error)}))
 
     def await_readers(self, limit_seconds: float) -> None:
-        """Wait until all who have said hello, except this rank, have read of its failure.
+        """Wait until all that have requested to join, except this rank, have read of its failure.
 
-        The store must be a new one: an older one has counted others' hellos.
+        The store must be a new one: an older one has counted others' requests.
         """
         waited = SuspendAwareTimer(limit_seconds)
         for _ in backoff(1):
@@ -104,10 +104,10 @@ class Rendezvous:
                 return
 
     def failure_of(self, call: int, number: int) -> RankloadError | None:
-        """Return why a rank has failed to join for a call, since the hello of that number."""
+        """Return why a rank has failed to join for a call, since the request of that number."""
         text = self.store.peek(f"{self.root}/failure")
         failure = {} if text is None else json.loads(text)
-        if failure.get("call") != call or failure["hellos"] < number:
+        if failure.get("call") != call or failure["requests"] < number:
             return None
         error = from_wire(failure["error"])
         error.is_from_another_rank = True
@@ -115,15 +115,15 @@ class Rendezvous:
 
 
 class RendezvousHost:
-    """Rank 0's thread that welcomes ranks until every one of them has joined.
+    """Rank 0's thread that admits ranks until every one of them has joined.
 
     A look costs three operations, however many ranks there are.
 
     Args:
-        rendezvous: where ranks say hello.
-        number: of rank 0's own hello.
-        session: what a welcome gives: the session's id, and the port of its own store.
-        is_current: tells whether the ranks that say hello may be meant for this session.
+        rendezvous: where ranks request to join.
+        number: of rank 0's own request.
+        session: what an admission gives: the session's id, and the port of its own store.
+        is_current: tells whether new requests may be meant for this session.
         has_everybody: tells whether all of them have joined.
         drain_seconds: how long this process waits at its end for ranks that have not joined. When rank 0 fails at
             once, they must still learn why.
@@ -146,7 +146,7 @@ class RendezvousHost:
         self._rendezvous, self._number, self._session = rendezvous, number, session
         self._is_current, self._has_everybody = is_current, has_everybody
         self._stop_requested = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="rankload-greeter", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="rankload-rendezvous", daemon=True)
         self._thread.start()
         atexit.register(self._drain)
 
@@ -171,14 +171,14 @@ class RendezvousHost:
         self.stop()
 
     def _run(self) -> None:
-        welcomed = 0
+        admitted = 0
         with suppress(StoreLostError):  # the rank's own calls report it
             for _ in backoff(1, sleep=self._stop_requested.wait):
                 count = self._rendezvous.count_requests()
-                if not self._is_current():  # asked after the look: who says hello to a namesake does so later
+                if not self._is_current():  # asked after the count: a request to a namesake comes later
                     break
-                if count > welcomed:
-                    welcomed = count
+                if count > admitted:
+                    admitted = count
                     self._rendezvous.admit(count, self._session)
                 elif self._has_everybody():
                     break

@@ -1,4 +1,4 @@
-"""Agreement on the way into a call: who has come, and whether all of them came with the same arguments."""
+"""Agree on the way into a call: who has come, and whether all made the same call."""
 
 from __future__ import annotations
 

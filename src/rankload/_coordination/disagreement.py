@@ -1,4 +1,4 @@
-"""Tell users in what the arguments of two ranks differ, and what to call instead. Pure."""
+"""Describe how the arguments of two ranks differ, and what to call instead. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Word from a rank 0 that cannot host the job's store where the others look for it, for those that get there."""
+"""Tell late ranks why rank 0 cannot host the store, and keep the store until they know."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store of a job without a process group: at the address that the environment names, hosted by rank 0.
+"""The store of a job without a process group: at the environment's address, hosted by rank 0.
 
 Any listener there will not do: MASTER_PORT may be another job's. Rank 0 proves itself with a key in its store.
 """

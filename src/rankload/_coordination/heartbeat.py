@@ -1,4 +1,4 @@
-"""Signs of life: what a rank publishes about itself during a long call, and how others judge it."""
+"""Heartbeats: what a rank publishes about itself during a long call, and how others judge it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Heartbeat:
         self._progress = Progress("looking")
         self._beats = 0
         self._publishing = threading.Lock()  # or an older status could overwrite a newer one
-        self._thread = threading.Thread(target=self._run, name="rankload-pulse", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="rankload-heartbeat", daemon=True)
         self._stop_requested = threading.Event()
         self._ticked_at, self._longest_still_seconds = time.monotonic(), 0.0
 
@@ -265,5 +265,5 @@ def _position(status: Status) -> tuple[object, ...]:
 
 def _effort() -> int:
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    # 50 ms of CPU time count as work: the pulse itself needs far less between two beats
+    # 50 ms of CPU time count as work: the heartbeat itself needs far less between two beats
     return usage.ru_majflt + usage.ru_inblock + int((usage.ru_utime + usage.ru_stime) / 0.05)

@@ -1,4 +1,4 @@
-"""Who this process is, as its launcher tells in environment variables. Nothing here imports torch."""
+"""Read this process's identity from its launcher's environment variables. Does not import torch."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class RankChannel:
             self._note_failure,
         )
         # whoever downloads waits for nobody, and would learn last that others are gone
-        self._vigil_meanwhile = self._watchdog_over(self._watched, while_working=True)
+        self._watchdog_meanwhile = self._watchdog_over(self._watched, while_working=True)
 
     def agree(self, arguments: dict[str, Any]) -> None:
         """Say that this rank has come, and check that every rank passed the same arguments (see `Agreement`).
@@ -259,19 +259,19 @@ class RankChannel:
                 raise first from error
 
     def _look_around(self) -> None:
-        """Look for the verdict and at those whom this rank watches; the pulse does it."""
+        """Look for the verdict and at those whom this rank watches; the heartbeat thread does it."""
         self._agreement.support()
         self._verdict.look()
         self._session.raise_joining_failure()
-        if self._vigil_meanwhile.is_due():
-            self._vigil_meanwhile.look()
+        if self._watchdog_meanwhile.is_due():
+            self._watchdog_meanwhile.look()
 
     def _note_failure(self, error: RankloadError) -> None:
         self._failure = error
 
     def _raise_failure(self) -> None:
         self._termination.check()
-        # once there is a verdict, what the pulse has noted counts no more: others may have gone on, and left
+        # once there is a verdict, what the heartbeat thread has noted counts no more: others may have gone on, and left
         if failure := self._verdict.failure if self._verdict.is_known else self._failure:
             raise failure
 

@@ -1,4 +1,4 @@
-"""Sessions: the same ranks, told apart from whoever used the store before (see `rankload._coordination.admission`)."""
+"""Sessions: the same ranks, told apart from whoever used the store before (see `admission`)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Session:
         identity: who this rank is among them.
         prefix: start of every key of this session.
         calls: those that this rank has made, also before this session.
-        rendezvous_host: on rank 0, while it answers hellos.
+        rendezvous_host: on rank 0, while it admits ranks.
         pid: the process that joined; a forked child must not use its parent's connection.
         remembered: facts that stay true for the session (which directories are shared).
         is_over: the next call needs another session.
@@ -189,7 +189,7 @@ def join(
         group_name: the same on all of them.
         settings: gives the deadline.
         calls: what this rank has made of calls.
-        is_current: tells whether the ranks that say hello may mean this session. The group may have a namesake over
+        is_current: tells whether new requests may mean this session. The group may have a namesake over
             the same store, whose ranks must not get it.
         former: the session that these ranks had before, if any.
 

@@ -1,4 +1,4 @@
-"""SIGTERM during a call: leave cleanly, tell the other ranks, then die of the signal as before."""
+"""SIGTERM during a call: clean up, tell the other ranks, then die of the signal as before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The channel of a process that acts without others."""
+"""The channel of a single process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stores that rank 0 hosts in its own process."""
+"""Host a store in rank 0's process."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _SUCCESS = "{}"
 
 
 class Verdict:
-    """One call's verdict as this rank knows it. The pulse may look for it while the rank's own thread works.
+    """One call's verdict as this rank knows it. The heartbeat thread may look for it while the rank's own thread works.
 
     Attributes:
         is_known: whether this rank has read it.

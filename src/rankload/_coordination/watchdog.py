@@ -1,4 +1,4 @@
-"""One long wait: who is watched over, how often, and what is logged about it."""
+"""Watch over one long wait: which ranks, how often, and what is logged."""
 
 from __future__ import annotations
 

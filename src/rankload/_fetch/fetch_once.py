@@ -1,4 +1,4 @@
-"""Who fetches, who waits: one fetch for every domain, and its result or its error on every rank."""
+"""Fetch once per domain, and give every rank the file or the error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a file that is not in the cache needs: its digest from beside it, its lease, its download."""
+"""What a cache miss needs: the digest in a sidecar, the lease, the download."""
 
 from __future__ import annotations
 

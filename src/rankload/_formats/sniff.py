@@ -1,4 +1,4 @@
-"""Tell what a file is, and whether it is whole, from its first and last bytes and its headers.
+"""Tell a file's format, and whether it is whole, from its first and last bytes and its headers.
 
 Never by its name: a safetensors file may be called ``model.pth``, and a web page very often is.
 """

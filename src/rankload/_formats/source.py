@@ -1,4 +1,4 @@
-"""Where the bytes of a checkpoint are: a local file, or, on a floor above, ranges at an origin."""
+"""Sources of a checkpoint's bytes: a local file, or ranges at an origin."""
 
 from __future__ import annotations
 

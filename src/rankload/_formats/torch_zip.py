@@ -1,4 +1,4 @@
-"""The index of a checkpoint of torch's zip format: its pickle, and where each storage's record lies."""
+"""Read the index of torch's zip format: its pickle, and where each storage's record lies."""
 
 from __future__ import annotations
 

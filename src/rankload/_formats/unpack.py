@@ -1,4 +1,4 @@
-"""Opening local files; of torch.hub's legacy zip, an archive of one checkpoint, what is in it."""
+"""Open local files; unpack torch.hub's legacy zip, an archive of one checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much an archive may become."""
+"""The limit on the size of an unpacked archive."""
 
 from __future__ import annotations
 

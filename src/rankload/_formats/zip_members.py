@@ -1,4 +1,4 @@
-"""Members of an archive of which torch's reader would make something else than it should, or far too much.
+"""Refuse archive members that torch's reader would misread, or unpack to far too much.
 
 For a member that it takes for a folder, of which nothing is packed, or that cannot be inflated, torch's reader (miniz,
 through caffe2/serialize/inline_container.cc) reports success and leaves the memory as it was: what this process had

@@ -1,4 +1,4 @@
-"""A checkpoint that was opened, not loaded: its index, and its tensors one by one."""
+"""An opened checkpoint: its index, and its tensors one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a load into a module reports."""
+"""The report of a load into a module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time that counts towards a deadline: time for which this process was awake.
+"""Time during which this process was awake: a suspended process must not run into its deadlines.
 
 A job that a scheduler suspends for an hour, and then lets go on, has not waited for an hour.
 """

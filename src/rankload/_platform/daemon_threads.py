@@ -1,4 +1,4 @@
-"""Blocking calls with a deadline: they run on a thread of their own.
+"""Blocking calls with a deadline, each on a daemon thread of its own.
 
 A TCPStore client waits for its server's answer in recv(2), without a timeout and deaf to Python's signal handlers
 (the store's own timeout bounds only how long the server waits for a key). Where the server's process is frozen, or

@@ -1,4 +1,4 @@
-"""What tells machines, and process spaces on one machine, apart."""
+"""Identify this machine, and the process namespace on it."""
 
 from __future__ import annotations
 

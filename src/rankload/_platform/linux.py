@@ -1,4 +1,4 @@
-"""Calls of Linux that Python does not have. Elsewhere, and on filesystems without them, they do nothing."""
+"""Linux system calls that Python lacks; no-ops elsewhere and on filesystems without them."""
 
 from __future__ import annotations
 

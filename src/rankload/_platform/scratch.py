@@ -1,4 +1,4 @@
-"""Temporary files, and paths to open files, also on systems that lack what is usually there."""
+"""Temporary files and paths to open files, also where TMPDIR is full or /dev/fd is missing."""
 
 from __future__ import annotations
 

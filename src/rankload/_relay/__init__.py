@@ -1,1 +1,1 @@
-"""Bytes from rank to rank over TCP."""
+"""A chain of TCP connections that carries bytes from one node to all others."""

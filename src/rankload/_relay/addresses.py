@@ -1,4 +1,4 @@
-"""At which addresses other ranks may reach this one."""
+"""The addresses at which other ranks may reach this one."""
 
 from __future__ import annotations
 

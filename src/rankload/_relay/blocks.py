@@ -1,4 +1,4 @@
-"""What the source sends: bytes in memory, or of a file."""
+"""Blocks to send: bytes in memory, or a range of a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who passes the bytes on to whom. Pure."""
+"""The order of the chain: who forwards to whom. Pure."""
 
 from __future__ import annotations
 

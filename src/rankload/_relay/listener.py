@@ -1,4 +1,4 @@
-"""Where the upstream rank connects, on a network that others can connect from as well.
+"""Listen for the upstream rank on a network where strangers can connect too.
 
 A stranger learns nothing here: the listener reads a whole hello before it compares it, and closes the connection after
 any wrong one, without an answer. A stranger takes little: few connections may be pending, and one that has not shown

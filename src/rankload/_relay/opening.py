@@ -1,4 +1,4 @@
-"""From the ranks of a call to the chain over those of them that take part."""
+"""Open the chain over the ranks of a call that take part."""
 
 from __future__ import annotations
 

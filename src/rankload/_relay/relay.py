@@ -1,4 +1,4 @@
-"""Passing bytes on as they come: a byte is on its way to the next rank before the next one has arrived.
+"""Forward bytes as they arrive: a byte goes on before the next one has come.
 
 After each piece of a block comes the source's tag (see `seal`). A rank passes a tag on only if it fits, so the first
 rank after a fault is the one that reports it; and it returns no block of which a piece has not been verified.

@@ -1,4 +1,4 @@
-"""SHA-256 of a block while its bytes are on their way."""
+"""Hash a block with SHA-256 while its bytes are in flight."""
 
 from __future__ import annotations
 

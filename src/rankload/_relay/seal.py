@@ -1,4 +1,4 @@
-"""Authentication of what goes through the chain. Pure.
+"""Authenticate what goes through the chain. Pure.
 
 The source tags each piece of a block with an HMAC. Its key reaches the ranks through the job's store, so whoever sits
 between two nodes can read the bytes, but cannot change, drop, repeat or reorder pieces unnoticed. A tag covers the

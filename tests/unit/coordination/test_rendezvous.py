@@ -16,7 +16,7 @@ from rankload._settings import Settings
 from rankload._types import Identity
 from rankload.errors import ArrivalTimeoutError
 
-WELCOME = "rankload/group/welcome"
+WELCOME = "rankload/group/admission"
 
 
 @pytest.fixture
@@ -36,14 +36,14 @@ def meet(store: RankStore) -> Iterator[Callable[..., Session]]:
 
     yield as_rank
     for session in sessions:
-        if session.greeter is not None:
-            session.greeter.stop()
+        if session.rendezvous_host is not None:
+            session.rendezvous_host.stop()
 
 
 def test_all_ranks_get_the_session_whoever_comes_first(store: RankStore, meet: Callable[..., Session]) -> None:
     with ThreadPoolExecutor() as pool:
         early = pool.submit(meet, 2)
-        wait_until(lambda: store.peek("rankload/group/hellos") is not None, 10, "a hello")
+        wait_until(lambda: store.peek("rankload/group/join_requests") is not None, 10, "a hello")
         first = meet(0)
         assert {early.result().prefix, meet(1).prefix} == {first.prefix}
     wait_until(first.has_left_rendezvous, 10, "the end of the greeter")
@@ -51,7 +51,7 @@ def test_all_ranks_get_the_session_whoever_comes_first(store: RankStore, meet: C
 
 def test_the_welcome_of_a_former_job_is_not_believed(store: RankStore, meet: Callable[..., Session]) -> None:
     for _ in range(5):
-        store.add("rankload/group/hellos")
+        store.add("rankload/group/join_requests")
     store.set(WELCOME, "5 former -")
     with pytest.raises(ArrivalTimeoutError):
         meet(1, arrival_seconds=0.5)

@@ -570,10 +570,9 @@ def test_a_default_device_changes_nothing(tmp_path, write):
 
 def test_checkpoint_that_contains_itself(tmp_path: Path) -> None:
     state_dict = nn.Linear(2, 3).state_dict()
-    content: dict[str, Any] = {"model": state_dict, "list": [1], "tuple": ([],)}
+    content: dict[str, Any] = {"model": state_dict, "list": [1]}
     content["self"] = content
     content["list"].append(content["list"])
-    content["tuple"][0].append(content["tuple"])
     torch.save(content, tmp_path / "file.pth")
     dist_load_into(module := nn.Linear(2, 3), tmp_path / "file.pth", adapt=adapt.unwrap("model"))
     assert torch.equal(module.weight, state_dict["weight"])

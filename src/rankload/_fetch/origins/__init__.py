@@ -1,1 +1,1 @@
-"""Where bytes come from: one module a kind of origin, and the protocol that they share."""
+"""Origins: one module a protocol, and the interface that they share."""

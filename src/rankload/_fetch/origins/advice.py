@@ -1,4 +1,4 @@
-"""What a user can do about an HTTP error status. Pure."""
+"""Advice on HTTP error statuses. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTTP connections that another thread can end, whatever the thread that uses them is waiting for."""
+"""HTTP connections that another thread can close while the thread that uses them waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which headers go to which host: a token is for the host that it was made for, and for no other."""
+"""Which headers go to which host: a token goes to the host that it was made for, and to no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one place where the exceptions of requests, urllib3 and sockets become ours."""
+"""Translate the exceptions of requests, urllib3 and sockets into FetchErrors."""
 
 from __future__ import annotations
 

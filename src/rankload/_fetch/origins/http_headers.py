@@ -1,4 +1,4 @@
-"""What HTTP response headers say. Pure."""
+"""Parse HTTP response headers. Pure."""
 
 from __future__ import annotations
 

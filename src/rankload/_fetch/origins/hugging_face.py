@@ -1,4 +1,4 @@
-"""A file on the Hugging Face Hub: its client says where, the bytes come over HTTP like any others.
+"""Files on the Hugging Face Hub: huggingface_hub resolves them, the bytes come over HTTP.
 
 The client's own filesystem reads ranges, too, but asks the Hub anew for each; here redirects are remembered, validators
 checked, and the digest that the Hub gives is used.

@@ -1,4 +1,4 @@
-"""Keeps secrets out of the log of the HTTP library below, which shows the full URL of every request."""
+"""Keep secrets out of urllib3's log, which shows the full URL of every request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a transfer asks of an origin, whatever its protocol."""
+"""The interface of an origin, whatever its protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which kind of origin a URL means."""
+"""Choose the origin class for a URL."""
 
 from __future__ import annotations
 

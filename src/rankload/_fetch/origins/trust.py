@@ -1,4 +1,4 @@
-"""Which certificates of servers are believed."""
+"""Which server certificates are trusted."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Partial files: their owner, their journal, and how a dead one is adopted."""
+"""Partial files: owner, journal, and resuming those of dead processes."""

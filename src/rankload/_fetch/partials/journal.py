@@ -1,4 +1,4 @@
-"""The journal beside a partial file: what it is the beginning of, and which ranges of it are there.
+"""The journal beside a partial file: which version it belongs to, and which ranges are there.
 
 One line of JSON that describes the content, then one line per event, each appended with a single write:
 

@@ -1,4 +1,4 @@
-"""A file that several threads write and sync, without losing a failure that the kernel tells only one of them."""
+"""A file that several threads write and sync, without losing an error that only one of them sees."""
 
 from __future__ import annotations
 

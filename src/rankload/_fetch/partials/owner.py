@@ -1,4 +1,4 @@
-"""Who owns a partial file, by its name, and whether that process is dead."""
+"""The owner of a partial file, read from its name, and whether that process is dead."""
 
 from __future__ import annotations
 

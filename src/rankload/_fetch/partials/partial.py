@@ -1,4 +1,4 @@
-"""Partial files: each download has its own; published by an atomic rename, or left for the next to go on with."""
+"""Partial files: one a download; published by an atomic rename, or left to be resumed."""
 
 from __future__ import annotations
 

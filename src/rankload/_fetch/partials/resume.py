@@ -1,4 +1,4 @@
-"""Going on with the partial file of a download that has died, and clearing away what nobody can go on with."""
+"""Resume the partial file of a dead download, and remove those that nobody can resume."""
 
 from __future__ import annotations
 

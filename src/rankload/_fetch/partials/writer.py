@@ -1,4 +1,4 @@
-"""One thread's way into a partial file, which can be taken back."""
+"""One thread's revocable access to a partial file."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Moving bytes: streams over the missing ranges of one file, their pace, their retries, the hash behind them."""
+"""Transfer the missing ranges of one file: streams, retries, scaling, and the hash."""

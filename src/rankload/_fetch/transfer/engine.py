@@ -1,4 +1,4 @@
-"""One go at the missing bytes of a file: the leader's thread, which starts streams, watches over them and reports."""
+"""Run a transfer: start streams, watch them and report progress, on the leader's thread."""
 
 from __future__ import annotations
 

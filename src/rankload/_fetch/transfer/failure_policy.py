@@ -1,4 +1,4 @@
-"""What has gone wrong in a transfer so far, and how long to wait after it."""
+"""Decide how a transfer goes on after a failure, and how long it waits."""
 
 from __future__ import annotations
 

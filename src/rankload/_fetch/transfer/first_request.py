@@ -1,4 +1,4 @@
-"""The first request of a transfer: it asks for all that is missing, so that a URL may answer only once.
+"""The first request of a transfer asks for all that is missing, so that a URL may answer only once.
 
 Other streams share the rest once the origin has answered one of them: until then nothing that is on its way is given
 up.

@@ -1,4 +1,4 @@
-"""SHA-256 of a file whose ranges arrive in any order: in a thread of its own, behind the contiguous front."""
+"""Hash out-of-order byte ranges in file order on a background thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which failures are worth another try, and after how long."""
+"""Which failures are retried, and after how long."""
 
 from __future__ import annotations
 

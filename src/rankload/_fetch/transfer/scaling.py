@@ -1,4 +1,4 @@
-"""How many streams to use: as few as do nearly as well as more would. Pure: time and bytes are told to it."""
+"""Choose the number of streams: as few as do nearly as well as more would. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The caller's limit on what a call may download: ``max_bytes``. Pure."""
+"""The caller's ``max_bytes``. Pure."""
 
 from __future__ import annotations
 

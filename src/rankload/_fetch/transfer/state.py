@@ -1,4 +1,4 @@
-"""What the streams of one transfer share: which bytes are missing, who fetches them, and what has gone wrong."""
+"""The state that the streams of a transfer share: missing bytes, owners of ranges, failures."""
 
 from __future__ import annotations
 

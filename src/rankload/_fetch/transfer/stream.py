@@ -1,4 +1,4 @@
-"""One stream of a transfer: a thread that fetches range after range over a connection of its own."""
+"""One stream of a transfer: a thread that fetches range after range over one connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the bytes of a transfer go: what it asks of a file."""
+"""The interface of the file that a transfer writes to."""
 
 from __future__ import annotations
 

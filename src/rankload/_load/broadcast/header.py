@@ -1,4 +1,4 @@
-"""The source's description of what it is going to send, and the checks before a receiver acts on it. Pure."""
+"""The header of a broadcast, and the checks before a receiver acts on it. Pure."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def read_header(text: bytes, announced: Mapping[str, int]) -> BroadcastHeader:
         raise BadHeaderError("it is no JSON") from None
     if not isinstance(value, dict) or {*value} != {*BroadcastHeader.__dataclass_fields__}:
         raise BadHeaderError("it has other fields")
-    if not isinstance(value["shown"], str) or type(value["is_whole"]) is not bool:
+    if not isinstance(value["display_name"], str) or type(value["is_whole"]) is not bool:
         raise BadHeaderError("its fields are of other types")
     sizes = _checked_sizes(value["sizes"], announced, is_whole=value["is_whole"])
     if not isinstance(value["name"], str) or value["name"] not in sizes:
         raise BadHeaderError("the checkpoint is none of its files")
     kept, ranges = (_checked_ranges(value[field], sizes) for field in ("kept", "ranges"))
-    return BroadcastHeader(value["name"], value["shown"], sizes, value["is_whole"], kept, ranges)
+    return BroadcastHeader(value["name"], value["display_name"], sizes, value["is_whole"], kept, ranges)
 
 
 def check_names(names: Any) -> None:

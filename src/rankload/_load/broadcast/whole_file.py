@@ -1,4 +1,4 @@
-"""A whole checkpoint from one rank's disk into the memory of every node: torch.load then reads it as a file.
+"""Broadcast a whole checkpoint file into the memory of every node; torch.load then reads it as a file.
 
 So every format, ties, nesting and whatever else torch.load knows come out as they do at the source; and on the CPU the
 ranks of a node share one copy, as they would share the pages of a file.

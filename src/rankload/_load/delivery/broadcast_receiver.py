@@ -1,4 +1,4 @@
-"""The receivers' side of a broadcast into modules (see `sending`)."""
+"""`delivery="broadcast"` into modules: the receiving ranks (see `broadcast_sender`)."""
 
 from __future__ import annotations
 

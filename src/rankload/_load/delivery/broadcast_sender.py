@@ -1,4 +1,4 @@
-"""The source's side of a broadcast into modules: headers first, then, when all fits, data.
+"""`delivery="broadcast"` into modules: the source sends headers first, then, when all fits, data.
 
 The headers are all that the index is read from, so every rank finds out for itself what goes where, as if it had the
 file. Then the data comes by, in buckets that are pieces of the file, and each rank takes out what is its own.

@@ -1,4 +1,4 @@
-"""`delivery="gather"`: ranks share out the reading of what all of them want."""
+"""`delivery="gather"`: ranks share the reading of what all of them want."""
 
 from __future__ import annotations
 

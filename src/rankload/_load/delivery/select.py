@@ -1,4 +1,4 @@
-"""Which carrier a call gets."""
+"""Choose the delivery strategy of a call."""
 
 from __future__ import annotations
 

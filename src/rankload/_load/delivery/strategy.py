@@ -1,4 +1,4 @@
-"""What brings the bytes of a checkpoint to this rank's tensors."""
+"""The interface of a delivery strategy: how checkpoint bytes reach this rank's tensors."""
 
 from __future__ import annotations
 

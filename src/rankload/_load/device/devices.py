@@ -1,4 +1,4 @@
-"""Which device a rank's tensors belong on, and what torch.load has to be told for it.
+"""Which device a rank's tensors belong on, and the map_location that says so to torch.load.
 
 Nothing here creates a context on an accelerator: devices are counted and named, not used.
 """

@@ -1,4 +1,4 @@
-"""What a ``map_location`` means, for storages that torch.load does not read."""
+"""What each form of ``map_location`` means for a storage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pinned memory on the way from a file to an accelerator: threads fill some buffers while others are copied.
+"""Stage bytes through pinned memory: threads fill some buffers while others are copied to the device.
 
 A copy out of pageable memory, which is what a mapped file is, goes at the speed of one core: 7 GB/s where pinned memory
 gives 46 (H100, PCIe 5).

@@ -1,4 +1,4 @@
-"""Threads that read files. Daemons, joined by nobody: a file server that hangs must not keep a rank from failing."""
+"""Daemon threads that read files: a file server that hangs must not keep a rank from failing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a checkpoint on this node, opened once each, and mapped where that is asked for."""
+"""The files of a checkpoint on this node, opened once each and mapped on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The content of a checkpoint as load_state_dict gets it.
+"""The content of a checkpoint, as load_state_dict gets it.
 
 For torch's own modules stand-ins take the place of tensors, so that nothing is read before it is known to fit. Code of
 the user's finds what torch.load returns, and nothing else.

@@ -1,4 +1,4 @@
-"""What has to be moved: parts of saved tensors, and where to."""
+"""The copies that a load consists of: which region of which saved tensor goes where."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether content is what torch.load returns."""
+"""Decide whether nested content is exactly what torch.load would return."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tensor that is still in its file, for load_state_dict to say where it belongs (see `saved`)."""
+"""A lazy tensor whose elements are in a file (see `lazy_tensor`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lazy modules: torch gives their parameters a shape as soon as load_state_dict looks at them."""
+"""Uninitialised lazy modules: undo the shapes that load_state_dict gives them if the load fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that are not read yet, for load_state_dict to say where they belong.
+"""Stand-ins for tensors that are not read yet; load_state_dict says where they belong.
 
 A `LazyTensor` stands in a state dict where a tensor would be. nn.Module.load_state_dict compares its shape, and copies
 it into the parameter; `NotedCopies` only notes that copy, as an `Assignment`.

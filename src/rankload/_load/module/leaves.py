@@ -1,4 +1,4 @@
-"""Nested content with other leaves: what torch.save nests, without a walk into objects."""
+"""Replace the leaves of nested content, without a walk into objects."""
 
 from __future__ import annotations
 

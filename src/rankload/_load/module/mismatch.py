@@ -1,4 +1,4 @@
-"""Tell a reader what does not fit between a checkpoint and a module, and what would help. Pure."""
+"""Describe what does not fit between a checkpoint and a module, and what would help. Pure."""
 
 from __future__ import annotations
 

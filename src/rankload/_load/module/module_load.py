@@ -1,4 +1,4 @@
-"""From an opened checkpoint into a module: decide what goes where, then move the bytes."""
+"""Plan and carry out a load from an opened checkpoint into a module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Note what load_state_dict copies into a module, instead of copying it.
+"""Record what load_state_dict copies into a module, instead of copying it.
 
 load_state_dict knows names, hooks, module versions and extra state, and writes at once. Here it only says what goes
 where; the bytes are moved afterwards, when all ranks have found that everything fits.

@@ -1,4 +1,4 @@
-"""An optimizer's state out of a training checkpoint, each rank its own part."""
+"""Plan and carry out the load of an optimizer's state, each rank its own part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a module has code of its own that may look at the state dict while it is loaded."""
+"""Detect modules with code of their own that looks at the state dict during a load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What modules have registered to run behind load_state_dict: it runs when the bytes are there.
+"""Run load_state_dict post hooks after the bytes have arrived.
 
 Hooks of torch's own (FSDP's) only take notice of new parameters: they may run at any time, and again.
 """

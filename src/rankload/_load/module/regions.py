@@ -1,4 +1,4 @@
-"""The part of a tensor that is a rank's own, and where its elements lie in a contiguous tensor. Pure."""
+"""Rectangular regions of a tensor, and where their elements lie in memory. Pure."""
 
 from __future__ import annotations
 

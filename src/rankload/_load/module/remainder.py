@@ -1,4 +1,4 @@
-"""What a training checkpoint holds besides a module's and an optimizer's state: epochs, schedulers, random states."""
+"""What a training checkpoint holds besides module and optimizer: epoch, schedulers, random states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put other tensors in the places of a module's: for what is on the meta device, and for ``assign=True``."""
+"""Replace a module's tensors: those on the meta device, and all with ``assign=True``."""
 
 from __future__ import annotations
 

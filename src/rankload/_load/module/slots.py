@@ -1,4 +1,4 @@
-"""Where the tensors of a module are, which part of each is this rank's, and how another takes its place."""
+"""The named tensor slots of a module, and which region of each tensor is this rank's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory this process may still take without anything being evicted or killed."""
+"""How much memory this process may still take before the kernel evicts or kills."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint's files, opened: what was verified is what is loaded, whoever renames another file to their names."""
+"""A checkpoint's files, held open: what was verified is what is loaded, whatever is renamed meanwhile."""
 
 from __future__ import annotations
 

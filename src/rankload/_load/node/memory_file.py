@@ -1,4 +1,4 @@
-"""Files without a name, in memory: what is received looks to torch.load, and to our index, like a file on disk."""
+"""Anonymous files in memory, which torch.load and the index readers open like files on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that may change under a mapping: copied into memory that the ranks of a node share, and mapped there.
+"""Copy files that may change under a mapping into memory that the ranks of a node share.
 
 Pages of a mapped file are the file's until this process writes to them. Whoever cuts the file off kills the process
 (SIGBUS), whoever rewrites it in place changes its weights, and a file server that fails does the former. So only files

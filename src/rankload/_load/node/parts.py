@@ -1,4 +1,4 @@
-"""Checkpoints in several files: which they are."""
+"""List the files of a checkpoint."""
 
 from __future__ import annotations
 

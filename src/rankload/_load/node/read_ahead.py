@@ -1,4 +1,4 @@
-"""Files on network filesystems: one rank of a node reads them into the page cache before all map them.
+"""Read files on network filesystems into the page cache, once a node, before all ranks map them.
 
 Page faults of several ranks ask a file server for small pieces in no order; large blocks in order, several at a time,
 are what it is fast at.

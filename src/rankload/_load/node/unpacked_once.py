@@ -1,4 +1,4 @@
-"""An archive of one checkpoint, unpacked once a node: its ranks share the memory."""
+"""Unpack an archive of one checkpoint once a node, into shared memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Storages on accelerators that get their content late: all at once, from threads, when the tensors are made.
+"""Fill storages on accelerators after torch.load has made the tensors, from many threads.
 
 torch.load copies each out of the mapped file, which is pageable memory, at the speed of one core.
 """

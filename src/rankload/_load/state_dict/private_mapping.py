@@ -1,4 +1,4 @@
-"""Make torch.load map files MAP_PRIVATE, whatever the user set as its default.
+"""Make torch.load map files MAP_PRIVATE, whatever default the user has set.
 
 With ``torch.serialization.set_default_mmap_options(MAP_SHARED)`` every in-place update of a loaded tensor would be
 written into the cached file, for all ranks and all later runs.

@@ -1,4 +1,4 @@
-"""Read a local checkpoint into this process, as `torch.load` would, whatever its format and name.
+"""Read a local checkpoint into this process as `torch.load` would, whatever its format and name.
 
 On the CPU the tensors are views of the mapped file, so that the ranks of one host share its pages; writing to one
 copies the page first (MAP_PRIVATE) and never reaches the file.
@@ -112,7 +112,7 @@ def _read(path: Path, map_location: Any, options: _Options) -> Any:
         logger.log(level, "%s is read, not mapped: %s", options.display_name, reason)
     late = _deferred_storages(checked, options) if is_mapped else None
     where: Any = late or checked.map_location
-    with _unsuffixed(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
+    with _name_for_torch(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
         loaded = torch.load(
             name,
             where,
@@ -162,9 +162,12 @@ def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, A
 
 
 @contextlib.contextmanager
-def _unsuffixed(path: Path) -> Iterator[str]:
-    """Give a name that torch.load judges by content: from 2.13 on it hands ``*.safetensors`` to another reader."""
-    if path.suffix != ".safetensors":
+def _name_for_torch(path: Path) -> Iterator[str]:
+    """Yield a name that torch.load can open, and judges by content.
+
+    From 2.13 on it hands ``*.safetensors`` to another reader; a name that is not UTF-8 it cannot open.
+    """
+    if path.suffix != ".safetensors" and printable(str(path)) == str(path):
         yield str(path)
         return
     with path.open("rb") as file:

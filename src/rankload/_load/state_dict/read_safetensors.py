@@ -1,4 +1,4 @@
-"""Materialise a safetensors file: tensors are views of one private mapping of it, placed as by torch.load."""
+"""Read a safetensors file: tensors are views of one private mapping, placed as by torch.load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether torch.load may read a file, and map it: only where it cannot take bytes for weights that are not theirs."""
+"""Check what torch.load does not, so that no bytes are taken for weights that are not theirs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the bytes of a tensor go, while they arrive piece by piece."""
+"""Assemble tensors from the pieces of a byte stream."""
 
 from __future__ import annotations
 

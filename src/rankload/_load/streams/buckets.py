@@ -1,4 +1,4 @@
-"""Which bytes of a checkpoint travel, and in what pieces. Pure: all ranks come to the same from the same index."""
+"""Cut the bytes that travel into buckets. Pure: all ranks cut the same index the same way."""
 
 from __future__ import annotations
 

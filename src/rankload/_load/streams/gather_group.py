@@ -1,4 +1,4 @@
-"""The ranks that share out the reading of a file, and get one another's shares."""
+"""The ranks that share the reading of a file and exchange what they read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank's own parts of tensors into its accelerator: the runs of each, one behind the other, as they lie there."""
+"""Upload a rank's own regions of tensors to its accelerator."""
 
 from __future__ import annotations
 

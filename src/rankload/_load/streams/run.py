@@ -1,4 +1,4 @@
-"""Carrying out transfers from files of this node."""
+"""Run the copies of a load from files of this node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole tensors into accelerators, bucket by bucket: a piece of the file, from which each tensor is copied there.
+"""Upload whole tensors to accelerators, bucket by bucket.
 
 Where all ranks of a process group want the same, each reads and uploads its share of every bucket and gets the rest of
 it from the others (all-gather, in place): so each byte crosses PCIe once for all of them, and the file is read once.

@@ -1,1 +1,1 @@
-"""What torch is told and asked, in one place."""
+"""Single tensors and values, and the translation of torch's errors."""

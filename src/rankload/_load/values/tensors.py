@@ -1,4 +1,4 @@
-"""One tensor out of a file: from its entry to its elements."""
+"""Read one tensor out of a file: from its entry to its elements."""
 
 from __future__ import annotations
 

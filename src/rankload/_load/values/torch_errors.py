@@ -1,4 +1,4 @@
-"""The boundary at which torch's errors become ours."""
+"""Translate torch's errors into LoadErrors."""
 
 from __future__ import annotations
 

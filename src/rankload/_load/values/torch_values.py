@@ -1,4 +1,4 @@
-"""Values of an index as torch.load returns them: what can be built here, and whether there is anything else."""
+"""Build torch's own plain values (Size, device, dtype) from an index."""
 
 from __future__ import annotations
 
