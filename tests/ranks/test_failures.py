@@ -78,7 +78,7 @@ def _load_without_threads(rank: int, url: str, model_dir: str) -> tuple[Outcome,
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
-        if thread.name == "rankload-pulse":
+        if thread.name == "rankload-heartbeat":
             raise RuntimeError("can't start new thread")
         start(thread)
 

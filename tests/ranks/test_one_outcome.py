@@ -259,9 +259,9 @@ def _fail_to_join_and_try_again(rank: int, url: str, model_dir: str, failing: in
 @pytest.mark.parametrize(
     ("launcher", "failing", "how"),
     [
-        ("torchrun", 0, "rankload-greeter"),
-        ("env", 0, "rankload-greeter"),
-        ("torchrun", 1, "rankload-pulse"),
+        ("torchrun", 0, "rankload-rendezvous"),
+        ("env", 0, "rankload-rendezvous"),
+        ("torchrun", 1, "rankload-heartbeat"),
         ("env", 1, "descriptors"),
     ],
 )
