@@ -135,7 +135,10 @@ def test_the_full_traceback_is_logged_at_debug(tmp_path: Path, caplog: pytest.Lo
     (tmp_path / "model.pth").write_bytes(_saved({"arguments": argparse.Namespace(x=1)}))
     with caplog.at_level(logging.DEBUG, logger="rankload"), pytest.raises(rankload.UnsafePickleError):
         rankload.load(tmp_path / "model.pth")
-    assert "_deliver/read.py" in caplog.text and "UnpicklingError: Weights only load failed" in caplog.text
+    assert (
+        "_load/state_dict/read_checkpoint.py" in caplog.text
+        and "UnpicklingError: Weights only load failed" in caplog.text
+    )
 
 
 def _saved(content: Any) -> bytes:

@@ -25,12 +25,9 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_safetensors
 
-from harness.checkpoints import assert_same
 from rankload._formats.broken import BrokenFileError
 from rankload._formats.pickle_values import NotUnderstoodError
 from rankload._formats.read_index import read_index
-from rankload._load.state_dict.read_checkpoint import read_checkpoint
-from rankload.errors import RankloadError
 from soak.runs import start
 
 FILES_PER_RUN = 1000
@@ -76,11 +73,8 @@ def run(source: random.Random, directory: Path) -> tuple[str, str]:
     outcomes: Counter[str] = Counter()
     with _limited_memory():
         for _ in range(FILES_PER_RUN):
-            maker = source.choice(_MAKERS)
-            name, content = maker(source)
+            name, content = source.choice(_MAKERS)(source)
             outcomes[_parse(name, content, directory)] += 1
-            if maker is _mapped_zip_with_another_pickle:
-                outcomes[_load(content, directory)] += 1
     return ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())), "fine"
 
 
@@ -109,22 +103,6 @@ def _parse(name: str, content: bytes, directory: Path) -> str:
         _seen.clear()
         raise AssertionError(f"{seconds:.0f} s, and {events}")
     return outcome
-
-
-def _load(content: bytes, directory: Path) -> str:
-    path = directory / "loaded.pth"
-    path.write_bytes(content)
-    try:
-        found = read_checkpoint(path, lambda storage, tag: storage)
-    except RankloadError:
-        return "refused"
-    try:
-        expected = torch.load(path, lambda storage, tag: storage, mmap=True, weights_only=True)
-    except Exception:  # it knows fewer pickle protocols, and counts arguments
-        return "refused by torch alone"
-    assert_same([found], [expected])
-    path.unlink()
-    return "the same as torch's"
 
 
 def _no_parts(name: str) -> Any:
