@@ -111,7 +111,7 @@ def _no_parts(name: str) -> Any:
 
 def _watch() -> None:
     if not _HOOKED:
-        for codec in ("cp437", "raw-unicode-escape", "latin1"):  # imported when they are first used
+        for codec in ("cp437", "raw-unicode-escape", "unicode-escape", "latin1"):  # imported when they are first used
             codecs.lookup(codec)
         sys.addaudithook(lambda event, _: _seen.append(event) if _is_watching and event in _EVENTS else None)
         _HOOKED.append(True)
