@@ -154,7 +154,7 @@ class FileIdentity:
         return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
     def is_same(self, other: FileIdentity, *, is_exact: bool) -> bool:
-        """Tell whether both are of one file that nobody has written to.
+        """Return whether both are of one file that nobody has written to.
 
         Args:
             other: as seen at another time, or by another node.
@@ -224,7 +224,7 @@ class Channel(Protocol):
         """Return a rank's answer to a question. It has said `answer` before; raises like `wait_for`."""
 
     def has(self, key: str) -> bool:
-        """Tell whether a value was posted, without waiting."""
+        """Return whether a value was posted, without waiting."""
 
     def claim(self, key: str) -> int:
         """Return the rank that claimed the key first (this one, if nobody did)."""

@@ -1,6 +1,6 @@
 """URLs: parsed in one place, so that all of rankload agrees on what a URL means.
 
-Whatever two parsers could read differently is refused before anything is asked (`checked_url`). The rest is read with
+Whatever two parsers could read differently is refused before anything is asked (`why_refused`). The rest is read with
 the standard library's parser, which also tells the HTTP library where to connect; `origins.http` checks that the two
 agree before it sends anything that belongs to a server.
 """

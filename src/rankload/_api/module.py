@@ -74,7 +74,7 @@ def dist_load_into(
     `dist_load_state_dict_from_url` is. Nothing is written before all ranks have found that everything fits: if one
     finds that it does not, all raise. (Extra state and what a module's own hooks compute is set while that is found.
     Where a module has post-hooks of its own, which may have a say in missing and unexpected names, these are judged
-    behind them, when the tensors are written, as ``load_state_dict`` does.)
+    after them, when the tensors are written, as ``load_state_dict`` does.)
 
     The module may be plain, wrapped in DistributedDataParallel or by torch.compile (the names are then those of the
     module within), sharded by ``fully_shard`` (FSDP2), or tensor-parallel, on any mesh. Its hooks, ``_version`` and
@@ -103,10 +103,10 @@ def dist_load_into(
             ``load_state_dict(assign=True)`` does: on the CPU without a copy. Make the optimizer afterwards.
             None replaces only what is on the meta device; and, as in torch, everything where the state dict had been
             loaded with ``assign=True`` before it was saved.
-        delivery, src: see there. With ``"gather"`` the ranks share out the reading of what all of them want: each reads
-            and uploads its share and gets the others' by all-gathers of the process group, which must have a backend
-            for the module's device; a device holds two buckets beyond its own tensors, 64 MiB at the most. Sharded
-            tensors are read by their owners.
+        delivery, src: as in `dist_load_state_dict_from_url`, and ``"gather"``: the ranks share the reading of what all
+            of them want. Each reads and uploads its share and gets the others' by all-gathers of the process group,
+            which must have a backend for the module's device; a device holds two buckets beyond its own tensors, 64 MiB
+            at the most. Sharded tensors are read by their owners.
             ``"auto"`` is ``"read"``: gathering has yet to be seen on several accelerators.
             With ``"broadcast"`` each rank takes its own bytes out of what comes by, and holds 8 MiB beyond its own
             tensors, and up to 64 MiB of ones that are too small to be sent one by one. Where the source itself has to

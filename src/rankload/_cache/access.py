@@ -72,7 +72,7 @@ def may_rename(path: Path, owner_uid: int) -> bool:
 
 
 def is_group_shared(directory: Path) -> bool:
-    """Tell whether a directory is set up for a group."""
+    """Return whether a directory is set up for a group."""
     try:
         mode = directory.stat().st_mode
     except OSError:

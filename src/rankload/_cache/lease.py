@@ -47,7 +47,7 @@ def hold_lease(
     try:
         yield lease is not None and _acquire(lease, path, settings, progress_mark, on_wait)
     finally:
-        # also when a signal came in the middle of acquiring it: its heartbeat would keep everybody away for ever
+        # also when a signal came in the middle of acquiring it: its heartbeat would keep everybody away forever
         if lease is not None:
             with suppress(OSError):
                 lease.release(force=True)

@@ -66,7 +66,7 @@ class Record:
     replaces_birth_ns: int | None = None
 
     def vouches_for(self, status: os.stat_result) -> bool:
-        """Tell whether the file is still the one that was published, as far as stat can tell."""
+        """Return whether the file is still the one that was published, as far as stat can tell."""
         return (self.size_bytes, self.mtime_ns, self.inode) == (
             status.st_size,
             status.st_mtime_ns,

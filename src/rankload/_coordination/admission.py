@@ -183,7 +183,7 @@ class RendezvousHost:
                 elif self._has_everybody():
                     break
                 elif not self._rendezvous.has_admitted(count, self._session):
-                    # one that was on its way from a former session has come behind ours
+                    # one that was on its way from a former session has come after ours
                     self._rendezvous.admit(count, self._session)
                 if self._stop_requested.is_set():
                     break

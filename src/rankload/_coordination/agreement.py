@@ -78,7 +78,7 @@ class Agreement:
                 self._to_publish = None
 
     def look(self) -> bool:
-        """Tell whether all ranks have come, as of a moment ago."""
+        """Return whether all ranks have come, as of a moment ago."""
         if not self.have_all_come and time.monotonic() - self._looked_at >= _LOOK_SECONDS:
             self._looked_at = time.monotonic()
             self.have_all_come = self._count(self._store.add(self._key(_KEY), 0)) == self._identity.world_size

@@ -234,7 +234,7 @@ class RollCall:
         self._before = {key: store.peek(key) for key in keys}
 
     def is_complete(self) -> bool:
-        """Tell whether all of them have given one."""
+        """Return whether all of them have given one."""
         self._before = {key: text for key, text in self._before.items() if self._store.peek(key) == text}
         return not self._before
 

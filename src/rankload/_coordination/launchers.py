@@ -50,7 +50,7 @@ _SRUN_MARKS = {
 
 
 def _not_by_srun(launcher: Launcher, environ: Mapping[str, str]) -> bool:
-    """Tell whether MPI variables are an MPI launcher's, not those of ``srun --mpi=pmix``, ``pmi2``, ``cray_shasta``.
+    """Return whether MPI variables are an MPI launcher's, not those of ``srun --mpi=pmix``, ``pmi2``, ``cray_shasta``.
 
     srun's are incomplete (Cray's and PMIx's have no size) and leak into chained batch scripts. The SLURM variables
     beside them tell more, or tell that this is no step.

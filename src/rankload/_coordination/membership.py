@@ -193,7 +193,7 @@ def _place(identity: Identity) -> str:
 
 
 def _has_namesake(name: str, group: ProcessGroup | None) -> bool:
-    """Tell whether another group of that name exists: requests to join from now on mean that one."""
+    """Return whether another group of that name exists: requests to join from now on mean that one."""
     from torch.distributed import distributed_c10d
 
     for other in list(distributed_c10d._world.pg_map):

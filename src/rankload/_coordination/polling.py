@@ -21,7 +21,7 @@ _MAX_ROUND_SECONDS = 6.0
 
 
 def backoff(world_size: int, sleep: Callable[[float], object] = time.sleep) -> Iterator[float]:
-    """Yield for ever, sleeping between two rounds; yields the sleep.
+    """Yield forever, sleeping between two rounds; yields the sleep.
 
     The sleep grows from 1 ms by a third, so that the time lost by it stays below a third of the time waited; to 10 ms
     in the first second, which is as long as most waits between ranks are, and to 100 ms then. In large jobs it grows on

@@ -145,7 +145,7 @@ class RankChannel:
         return self._store.host
 
     def has(self, key: str) -> bool:
-        """Tell whether a value was posted, without waiting."""
+        """Return whether a value was posted, without waiting."""
         return self._store.peek(self._key(key)) is not None
 
     def claim(self, key: str) -> int:

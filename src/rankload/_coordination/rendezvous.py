@@ -112,11 +112,11 @@ class Session:
         self.store.add(f"{self.prefix}/joined")
 
     def has_everybody(self) -> bool:
-        """Tell whether every rank has joined."""
+        """Return whether every rank has joined."""
         return self.store.add(f"{self.prefix}/joined", 0) >= self.identity.world_size
 
     def has_begun(self, rank: int) -> bool:
-        """Tell whether a rank is known to have begun the present call: whether it has joined for that."""
+        """Return whether a rank is known to have begun the present call: whether it has joined for that."""
         if rank not in self._joined:
             if (text := self.store.peek(self._joined_key(rank))) is None:
                 return False
@@ -143,7 +143,7 @@ class Session:
         return self.rendezvous_host is None or not self.rendezvous_host.is_at_temporary_store
 
     def is_ended_by(self, failure: RankloadError | None) -> bool:
-        """Tell whether the ranks have to meet anew after a call that failed so: they may have lost each other.
+        """Return whether the ranks have to meet anew after a call that failed so: they may have lost each other.
 
         All have read the same verdict, except those that have lost the store: rank 0, frozen for a while, has
         seen nothing of that. A rank that never came has lost nothing, unless rank 0's store was lost to it; nor have

@@ -21,7 +21,7 @@ STEP_PORTS = range(10_000, 10_000 + 16_381)
 
 
 def in_slurm_step(environ: Mapping[str, str]) -> bool:
-    """Tell whether srun started this process, or an ancestor of it, as a task of this very job.
+    """Return whether srun started this process, or an ancestor of it, as a task of this very job.
 
     SLURM_PROCID alone proves nothing: batch scripts have it too, and the shells of ``salloc``. And sbatch exports
     the variables of the shell it is called in, so a batch script that a task submitted (chained jobs do that) begins

@@ -233,7 +233,7 @@ def _check_listener(host: str, port: int) -> None:
 
 
 def is_agent_endpoint(host: str, port: int, environ: Mapping[str, str]) -> bool:
-    """Tell whether torchrun's agent hosts the store there."""
+    """Return whether torchrun's agent hosts the store there."""
     return uses_agent_store(environ) and endpoint_of(environ) == (host, port)
 
 
@@ -244,5 +244,5 @@ def endpoint_of(environ: Mapping[str, str]) -> tuple[str, int] | None:
 
 
 def uses_agent_store(environ: Mapping[str, str]) -> bool:
-    """Tell whether torchrun's agent hosts the store."""
+    """Return whether torchrun's agent hosts the store."""
     return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -28,7 +28,7 @@ _pipe: _Pipe | None = None
 
 
 def is_at_default(signum: signal.Signals) -> bool:
-    """Tell whether nobody handles a signal: no Python code, and no library that asked the kernel itself."""
+    """Return whether nobody handles a signal: no Python code, and no library that asked the kernel itself."""
     if signal.getsignal(signum) is not signal.SIG_DFL:
         return False
     with suppress(OSError, ValueError):  # no /proc
@@ -62,7 +62,7 @@ def call_on_sigterm(token: int, on_signal: Callable[[], None]) -> bool:
 
 
 def stop_waiting(token: int) -> bool:
-    """Forget a function; the last one takes the handler away. Tell whether no call waits for the signal any more."""
+    """Forget a function; the last one takes the handler away. Return whether no call waits for the signal any more."""
     global _pipe  # noqa: PLW0603
     _block_in_call.leave()
     with _lock:

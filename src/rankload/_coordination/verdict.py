@@ -37,7 +37,7 @@ class Verdict:
         self.failure: RankloadError | None = None
 
     def look(self) -> bool:
-        """Tell whether there is a verdict; reads and acknowledges it the first time."""
+        """Return whether there is a verdict; reads and acknowledges it the first time."""
         with self._looking:
             if not self.is_known and (text := self._store.peek(self._key(_KEY))) is not None:
                 self._take(text)
@@ -48,7 +48,7 @@ class Verdict:
         self._store.add(self._key("through"))
 
     def are_all_through(self) -> bool:
-        """Tell whether every rank is through with its part."""
+        """Return whether every rank is through with its part."""
         return self._store.add(self._key("through"), 0) >= self._identity.world_size
 
     def succeed(self) -> None:

@@ -49,7 +49,7 @@ class Watchdog:
         self._bytes_reported = 0
 
     def is_due(self) -> bool:
-        """Tell whether it is time for the next look."""
+        """Return whether it is time for the next look."""
         return self._watched.uncounted_seconds >= self._interval_seconds
 
     def look(self) -> None:

@@ -39,6 +39,6 @@ def check_digest(sha256: str, claims: tuple[Claim, ...], origin: str) -> str | N
 
 
 def satisfies(sha256: str | None, request: FetchRequest) -> bool:
-    """Tell whether a known digest is what the request expects; an unknown one satisfies no expectation."""
+    """Return whether a known digest is what the request expects; an unknown one satisfies no expectation."""
     claims = claims_of(request)
     return not claims or (sha256 is not None and all(sha256.startswith(claim.sha256) for claim in claims))

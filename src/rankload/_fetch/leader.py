@@ -46,7 +46,9 @@ def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedF
     Not collective: the leader calls it.
 
     Raises:
-        FetchError, VerificationError, CacheError: see there.
+        FetchError: no URL gave the file.
+        VerificationError: the bytes are not what they should be.
+        CacheError: the directory cannot be used.
         RankloadError: what another rank failed with meanwhile, through ``report``.
     """
 

@@ -210,7 +210,7 @@ def make_directories(entry: Entry) -> None:
 
 def _in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFile:
     status = path.stat()
-    if not S_ISREG(status.st_mode):  # opening a pipe would wait for its writer, for ever
+    if not S_ISREG(status.st_mode):  # opening a pipe would wait for its writer, forever
         raise CacheError(f"cannot read {path}: it is no regular file{hint_on_directory(path)}", path=str(path))
     check_structure(path, must_be_checkpoint=request.must_be_checkpoint, origin=str(path))
     sha256, claims = None, claims_of(request)

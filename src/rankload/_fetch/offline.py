@@ -18,7 +18,7 @@ _HUGGING_FACE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def is_switched_off(url: str, environ: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether the variables of a URL's own family forbid to fetch it."""
+    """Return whether the variables of a URL's own family forbid to fetch it."""
     if urlsplit(url).scheme != "hf":
         return False
     return any(environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _HUGGING_FACE_VARIABLES)

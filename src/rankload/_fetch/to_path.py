@@ -31,7 +31,9 @@ def download_to(url: str, destination: Path, hash_prefix: str | None, *, progres
     """Download a URL to a path, or copy a ``file://`` URL there, verified and atomically.
 
     Raises:
-        FetchError, VerificationError, CacheError: see there. What was at the path stays.
+        FetchError: no URL gave the file.
+        VerificationError: the bytes are not what they should be.
+        CacheError: the file cannot be written. Whatever the error, what was at the path stays.
         OfflineError: RANKLOAD_OFFLINE is set, and it is no ``file://`` URL.
     """
     path = expanded(destination).absolute()

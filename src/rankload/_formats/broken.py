@@ -16,4 +16,4 @@ class BrokenFileError(ValueError):
 
 
 class CutOffError(BrokenFileError):
-    """What was to be read goes on behind the last byte that was given."""
+    """What was to be read continues past the last byte that was given."""

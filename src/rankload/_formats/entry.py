@@ -143,7 +143,7 @@ def span_bytes(shape: Sequence[int], stride: Sequence[int], item_bytes: int) -> 
 
 
 def are_sizes(*numbers: int) -> bool:
-    """Tell whether torch could count so: it does in 64 bits, with a sign."""
+    """Return whether torch could count so: it does in 64 bits, with a sign."""
     return not numbers or (min(numbers) >= 0 and max(numbers) <= _MAX_SIZE)
 
 

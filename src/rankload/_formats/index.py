@@ -67,7 +67,7 @@ def flatten(index: FileIndex, file: str) -> Index:
     """Name the tensors of nested content by their keys, joined with dots.
 
     Raises:
-        NotUnderstoodError: it is nested too deeply, or for ever, or long keys are repeated in too many names.
+        NotUnderstoodError: it is nested too deeply, or forever, or long keys are repeated in too many names.
     """
     tensors: dict[str, TensorEntry] = {}
     remainder: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 
 Nothing is imported, and nothing called but what the caller lists. There is nothing that a file could execute, and
 nothing grows beyond the file: the standard unpickler with harmless stubs would not do, a crafted file makes it allocate
-(``LONG_BINPUT`` sizes its memo), recurse, and hash nested tuples for ever.
+(``LONG_BINPUT`` sizes its memo), recurse, and hash nested tuples forever.
 """
 
 from __future__ import annotations

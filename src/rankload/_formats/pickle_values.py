@@ -13,7 +13,7 @@ from rankload.errors import cut, printable
 _MAX_KEY_LENGTH = 16
 _MAX_PART_LENGTH = 64
 
-#: Integers hash to themselves up to there (sys.hash_info.modulus on 64-bit machines), and begin again behind it.
+#: Integers hash to themselves up to there (sys.hash_info.modulus on 64-bit machines), and begin again after it.
 _MAX_KEY = (1 << 61) - 1
 
 #: Behind so many keys only texts, whose hashes nobody foresees, and numbers that leave few out, as of parameters.
@@ -61,12 +61,12 @@ class Unbuilt:
 
 
 def display_name(value: Any) -> str:
-    """Return a name as text, and of anything else its type: tuples of tuples may hold each of their items for ever."""
+    """Return a name as text, and of anything else its type: tuples of tuples may hold each of their items forever."""
     return str(value) if isinstance(value, GlobalName) else type(value).__name__
 
 
 def holds_unbuilt(value: Any) -> bool:
-    """Tell whether there is such an object, the bare name of one, or a bare storage, anywhere in nested content."""
+    """Return whether there is such an object, the bare name of one, or a bare storage, anywhere in nested content."""
     rest, seen = [value], set[int]()
     while rest:
         value = rest.pop()

@@ -47,7 +47,7 @@ class PickleMachine:
         Raises:
             CutOffError: the content ends before the pickle does.
             BrokenFileError: there is something in it, anywhere, that no writer makes.
-            NotUnderstoodError: see there.
+            NotUnderstoodError: only torch.load can read it.
         """
         self._stack.clear()
         try:
@@ -79,7 +79,7 @@ class PickleMachine:
             if meaning is None:
                 self.position, self._operations_left = position, self._operations_left - count - 1
                 return
-            if position >= size_bytes:  # not even the last operation of the pickle is behind it
+            if position >= size_bytes:  # not even the last operation of the pickle comes after it
                 raise CutOffError(_CUT_OFF)
             meaning(stack, start, position)
         raise NotUnderstoodError("a pickle of too many operations")

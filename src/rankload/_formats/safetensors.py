@@ -73,7 +73,7 @@ class SafetensorsEntry:
         dtype: the format's word for it, such as ``"BF16"``.
         shape: its sizes, in elements (two to a byte for ``"F4"``).
         begin: offset in the file, in bytes, of its first byte.
-        end: offset of the byte behind its last.
+        end: offset one past its last byte.
     """
 
     name: str
@@ -184,7 +184,7 @@ def _fits(shape: list[int], bits: int, length: int) -> bool:
         return length == 0
     for size in shape:
         bits *= size
-        # A product of huge sizes would take for ever.
+        # A product of huge sizes would take forever.
         if bits > 8 * length:
             return False
     return bits == 8 * length

@@ -41,7 +41,7 @@ def claims_to_be_legacy(head: bytes) -> bool:
 def check_length(source: Source) -> None:
     """Hold the file's size against what its pickles promise. A file that is not understood is left to torch.
 
-    Bytes behind the end are allowed: torch.save can write several objects into one file, of which torch.load
+    Bytes after the end are allowed: torch.save can write several objects into one file, of which torch.load
     reads the first.
 
     Raises:
@@ -55,7 +55,8 @@ def read_legacy_index(source: Source, file: str) -> FileIndex:
     """Read the index.
 
     Raises:
-        BrokenFileError, NotUnderstoodError: see there.
+        BrokenFileError: the file contradicts its format.
+        NotUnderstoodError: only torch.load can read it.
     """
     length = _FIRST_BYTES
     while True:
@@ -95,7 +96,7 @@ def _check_counts(source: Source, head: bytes, storages: tuple[StorageEntry, ...
 
 
 class _Pickles:
-    """The pickles in the first bytes of a file. They are read twice: where storages lie stands behind the tensors."""
+    """The pickles in the first bytes of a file. They are read twice: where storages lie comes after the tensors."""
 
     def __init__(self, head: bytes, size_bytes: int, file: str) -> None:
         self._head, self._size_bytes, self._file = head, size_bytes, file

@@ -33,7 +33,8 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool) -> FileIndex:
             and the last are looked up.
 
     Raises:
-        BrokenFileError, NotUnderstoodError: see there.
+        BrokenFileError: the file contradicts its format.
+        NotUnderstoodError: only torch.load can read it.
     """
     directory = torch_zip.read_directory(source)
     if directory.kind != "torch_zip":
@@ -53,7 +54,7 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool) -> FileIndex:
 def check_script(source: Source) -> set[str]:
     """Compare every storage that the pickles of a TorchScript archive mention with its record; return their tags.
 
-    torch.jit.load compares nothing: it takes what lies behind a record in memory for weights.
+    torch.jit.load compares nothing: it takes what lies after a record in memory for weights.
 
     Raises:
         BrokenFileError: a storage is longer than its record, or a tensor than its storage.
@@ -89,7 +90,7 @@ def _members_as_torch_sees_them(directory: torch_zip.Directory) -> dict[bytes, t
 
 
 def _has_known_version(source: Source, directory: torch_zip.Directory, members: dict[bytes, torch_zip.Member]) -> bool:
-    """Tell whether torch's reader would take the archive (caffe2/serialize/versions.h)."""
+    """Return whether torch's reader would take the archive (caffe2/serialize/versions.h)."""
     member = members.get(directory.raw_root + b"/version") or members.get(directory.raw_root + b"/.data/version")
     text = b"" if member is None else torch_zip.member_content(source, directory, member).strip()
     return text.isdigit() and len(text) < 3 and 1 <= int(text) <= _LATEST_VERSION

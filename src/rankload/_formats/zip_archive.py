@@ -1,7 +1,7 @@
 """Zip archives: torch's format since 1.6, TorchScript, and what else comes as a zip.
 
 Stricter than `zipfile` where it matters for checkpoints. `zipfile` takes an end record anywhere in the last
-64 KiB and shifts all offsets to fit, so a file cut off right behind an archive *inside* it would pass; here the
+64 KiB and shifts all offsets to fit, so a file cut off right after an archive *inside* it would pass; here the
 end record has to end the file, and every offset has to be true as written. Only the directory and the local
 headers (30 bytes and the name) are read.
 
@@ -66,7 +66,7 @@ class Member(NamedTuple):
         stored_bytes: its length in the archive.
         size_bytes: its length unpacked.
         method: how it is compressed.
-        has_descriptor: its lengths stand behind its bytes once more.
+        has_descriptor: its lengths follow its bytes once more.
         is_folder: torch's reader takes it for a folder, and reads nothing of it.
         is_encrypted: its bytes are not what was saved, but what takes a key or another file to become that.
     """
@@ -182,7 +182,7 @@ def likely_offsets(directory: Directory) -> dict[str, int]:
         if least + member.stored_bytes > end:
             raise BrokenFileError(f"damaged zip archive ({member.name!r} overlaps what is next to it)")
         descriptors = _DESCRIPTOR_BYTES if member.has_descriptor else (0,)
-        begins = [end - bytes_behind - member.stored_bytes for bytes_behind in descriptors]
+        begins = [end - bytes_after - member.stored_bytes for bytes_after in descriptors]
         fitting = [begin for begin in begins if begin % _ALIGNMENT == 0 and 0 <= begin - least <= _MAX_EXTRA_LENGTH]
         if len(fitting) == 1:
             offsets[member.name] = fitting[0]

@@ -2,7 +2,7 @@
 
 A TCPStore client waits for its server's answer in recv(2), without a timeout and deaf to Python's signal handlers
 (the store's own timeout bounds only how long the server waits for a key). Where the server's process is frozen, or
-its node has lost power, that is for ever.
+its node has lost power, that is forever.
 """
 
 from __future__ import annotations

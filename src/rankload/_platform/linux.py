@@ -70,7 +70,7 @@ def start_writeback(descriptor: int, offset: int, length: int) -> None:
 
 
 def is_on_local_disk(descriptor: int) -> bool:
-    """Tell whether a file is in a filesystem that is known to keep it on this machine."""
+    """Return whether a file is in a filesystem that is known to keep it on this machine."""
     status = (ctypes.c_long * 32)()  # struct statfs has 120 bytes, of which f_type is the first long
     return _fstatfs is not None and _fstatfs(descriptor, status) == 0 and status[0] in _LOCAL
 

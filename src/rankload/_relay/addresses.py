@@ -12,7 +12,7 @@ from contextlib import suppress
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 #: ioctl(2) that gives an interface's IPv4 address (linux/sockios.h); struct ifreq has the name in 16 bytes, and the
-#: address behind family and port.
+#: address after family and port.
 _SIOCGIFADDR = 0x8915
 _IFREQ_BYTES = 40
 _ADDRESS_IN_IFREQ = slice(20, 24)

@@ -44,12 +44,12 @@ class Version:
         return bool(self.etag or self.last_modified or self.claim)
 
     def can_be_told_from(self, earlier: Version) -> bool:
-        """Tell whether it shows, now or by a digest in the end, if this is another content than an earlier answer's."""
+        """Return whether other content than an earlier answer's would show, now or by a digest in the end."""
         has_common = (self.etag and earlier.etag) or (self.last_modified and earlier.last_modified)
         return bool(earlier.claim or has_common)
 
     def is_same_as(self, other: Version) -> bool:
-        """Tell whether two answers speak of the same content, as far as both tell."""
+        """Return whether two answers speak of the same content, as far as both tell."""
         pairs = (
             (self.size_bytes, other.size_bytes),
             (_opaque(self.etag), _opaque(other.etag)),
@@ -69,7 +69,7 @@ class Body(Protocol):
     Attributes:
         version: what the answer says of the whole content.
         begin: offset of its first byte in the file.
-        end: offset behind its last byte; None where only its end will tell.
+        end: offset one past its last byte; None where only its end will tell.
         is_whole: the origin sends everything, whatever was asked for.
     """
 

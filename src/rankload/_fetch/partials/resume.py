@@ -143,7 +143,7 @@ def _silence_seconds(settings: Settings) -> float:
 
 
 def _fell_silent_early(path: Path, now: float, settings: Settings) -> bool:
-    """Tell whether its owner was killed before its journal was complete: a living one would beat in it by now.
+    """Return whether its owner was killed before its journal was complete: a living one would beat in it by now.
 
     Or before it had begun one, with its file still empty. Should that owner live, it loses its file and starts again.
     """

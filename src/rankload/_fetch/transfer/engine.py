@@ -42,7 +42,7 @@ class TransferRunner:
         """Run to the end. The thread never blocks on the network, so signals and other ranks' failures are heard.
 
         Raises:
-            Restart: see there.
+            Restart: what has come cannot be continued; start over.
             FetchError: the origin does not give the bytes.
             CacheError: they cannot be written.
             RankloadError: whatever ``report`` raises.

@@ -29,7 +29,7 @@ _MAX_DOUBLINGS = 64
 
 
 def is_temporary(error: FetchError) -> bool:
-    """Tell whether the same request may succeed later."""
+    """Return whether the same request may succeed later."""
     if isinstance(error, HTTPStatusError):
         return error.code in _TEMPORARY_CODES or (error.code >= 500 and error.code not in _PERMANENT_CODES)
     if isinstance(error, (NetworkError, FetchTimeoutError, TruncatedError)):

@@ -85,5 +85,5 @@ class StreamScaler:
             del self._rates[enough]  # measured before: once more, it may have been a burst
 
     def _is_untried_above(self) -> bool:
-        """Tell whether the next step up is still untried."""
+        """Return whether the next step up is still untried."""
         return not any(step > self.target for step in self._rates)

@@ -45,5 +45,5 @@ class SizeLimit:
 
 
 def exceeds_limit(error: FetchError) -> bool:
-    """Tell whether an error is `SizeLimit`'s."""
+    """Return whether an error is `SizeLimit`'s."""
     return "max_bytes" in error.fields

@@ -95,7 +95,7 @@ class TransferState:
         return len(self._active)
 
     def is_complete(self) -> bool:
-        """Tell whether everything has come."""
+        """Return whether everything has come."""
         if self.version is None:
             return False
         return self._has_ended or (not self.is_whole and self._hasher.done_bytes == self.version.size_bytes)

@@ -61,7 +61,7 @@ class DeliveryStrategy(ABC):
     def prepare(self, plan: LoadPlan) -> bool:
         """Take note of what this rank wants, before the ranks meet; return whether it would gather."""
 
-    def on_agreement(self, all_would_gather: bool) -> None:  # noqa: B027 - most carriers have nothing to decide
+    def on_agreement(self, all_would_gather: bool) -> None:  # noqa: B027 - most strategies have nothing to decide
         """Take note of what the others have returned."""
 
     @abstractmethod

@@ -18,7 +18,7 @@ _where_it_was: Restore = default_restore_location
 
 
 def goes_by_tags(map_location: Any) -> bool:
-    """Tell whether no storage's content, and no caller's own function, has a say in where a storage goes."""
+    """Return whether no storage's content, and no caller's own function, has a say in where a storage goes."""
     return map_location is None or isinstance(map_location, (str, torch.device, dict))
 
 

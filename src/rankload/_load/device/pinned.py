@@ -40,7 +40,7 @@ JobType = TypeVar("JobType", bound=Job)
 
 
 def is_staged(device: torch.device) -> bool:
-    """Tell whether a device is there, and filled in this way: an accelerator with streams and pinned memory.
+    """Return whether a device is there, and filled in this way: an accelerator with streams and pinned memory.
 
     Not Apple's: its memory is the CPU's, and what torch pins for it is no memory of the CPU's.
     """

@@ -131,7 +131,7 @@ class CheckpointFiles:
         self._is_closed = True
 
     def has(self, entry: TensorEntry) -> bool:
-        """Tell whether a tensor's bytes are here."""
+        """Return whether a tensor's bytes are here."""
         return True
 
     def note_use(self, entry: TensorEntry) -> None:

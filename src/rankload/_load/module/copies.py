@@ -32,7 +32,7 @@ class Prepared:
 
     Attributes:
         copies: what has to be moved.
-        bytes_mapped: of tensors that need no transfer, for they are views of the mapped file.
+        bytes_mapped: of tensors that need no copy, for they are views of the mapped file.
         finish: to be called when all is moved.
     """
 

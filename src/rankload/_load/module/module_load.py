@@ -158,7 +158,7 @@ def _transfer_in_place(step: Assignment) -> TensorCopy:
 
 
 def run_post_hooks(load: ModuleLoad) -> None:
-    """Run what the module has registered to run behind load_state_dict: the last step.
+    """Run what the module has registered to run after load_state_dict: the last step.
 
     Raises:
         LoadError: keys are missing or unexpected, and the hooks have left them so.
@@ -253,7 +253,7 @@ def _problem_of_classes(target: torch.Tensor, saved: LazyTensor) -> str:
 
 
 def _can_convert(saved: torch.dtype, own: torch.dtype) -> bool:
-    """Tell whether torch converts so without a loss of kind; masks were bytes once."""
+    """Return whether torch converts so without a loss of kind; masks were bytes once."""
     is_mask = own == torch.bool and not (saved.is_floating_point or saved.is_complex)
     return is_mask or torch.can_cast(saved, own)
 

@@ -29,13 +29,13 @@ class Region:
 
 
 def whole(shape: tuple[int, ...]) -> Region:
-    """Return the box that is all of a tensor."""
+    """Return the region that is all of a tensor."""
     return Region((0,) * len(shape), shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """A box as runs of equal length, in the order of the box's own elements.
+    """A region as runs of equal length, in the order of the region's own elements.
 
     Attributes:
         length: elements of each, one after the other in the whole tensor.
@@ -47,7 +47,7 @@ class Runs:
 
 
 def runs(shape: tuple[int, ...], region: Region) -> Runs:
-    """Cut a box of a contiguous tensor of this shape into the longest runs that there are."""
+    """Cut a region of a contiguous tensor of this shape into the longest runs that there are."""
     if region.element_count == 0:
         return Runs(0, iter(()))
     first = len(shape)  # of the dimensions that are in the run
@@ -61,7 +61,7 @@ def runs(shape: tuple[int, ...], region: Region) -> Runs:
 
 
 def intersection(region: Region, other: Region) -> Region | None:
-    """Return what two boxes of one tensor have in common, None for nothing."""
+    """Return what two regions of one tensor have in common, None for nothing."""
     starts = tuple(map(max, region.offset, other.offset))
     ends = tuple(
         min(start + size, other_start + other_size)
@@ -74,10 +74,10 @@ def intersection(region: Region, other: Region) -> Region | None:
 
 
 def regions_of_range(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[Region, int]]:
-    """Cut a range of a contiguous tensor's elements into boxes, at most two for each dimension.
+    """Cut a range of a contiguous tensor's elements into regions, at most two for each dimension.
 
     Yields:
-        Each box, whose elements lie one after the other, and the index of its first element.
+        Each region, whose elements lie one after the other, and the index of its first element.
     """
     if begin >= end:
         return

@@ -37,7 +37,7 @@ class TensorSlot:
 
 
 def bare(module: nn.Module) -> tuple[nn.Module, str]:
-    """Take the wrappers off a module whose state dict has the wrapped one's names behind a prefix.
+    """Take the wrappers off a module whose state dict has the wrapped one's names under a prefix.
 
     Returns:
         The module within DistributedDataParallel, DataParallel or torch.compile, and the prefix.
@@ -124,13 +124,13 @@ def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:
 
 
 def holds_plain_elements(tensor: torch.Tensor) -> bool:
-    """Tell whether the elements lie in memory one after the other, as they are: may be written past torch."""
+    """Return whether the elements lie in memory one after the other, as they are: may be written past torch."""
     is_plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
     return is_plain and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
 
 
 def _is_one_region(placements: Sequence[Any]) -> bool:
-    """Tell whether a rank's part is one box: strided shards must be cut once more, as those of FSDP and TP are."""
+    """Return whether a rank's part is one region: strided shards must be cut once more, as those of FSDP and TP are."""
     kinds = [(type(placement).__name__, getattr(placement, "dim", None)) for placement in placements]
     return all(("Shard", dim) in kinds[slot + 1 :] for slot, (kind, dim) in enumerate(kinds) if kind == "_StridedShard")
 

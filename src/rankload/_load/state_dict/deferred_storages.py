@@ -84,7 +84,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Pieces:
-    """As many as go into a buffer, one behind the other."""
+    """As many as go into a buffer, one after the other."""
 
     pieces: Sequence[_Piece]
 

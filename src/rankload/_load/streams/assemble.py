@@ -22,7 +22,7 @@ class TensorAssembler(ABC):
 
     Attributes:
         begin: of the tensor in its file, in bytes.
-        end: behind its last byte.
+        end: one past its last byte.
     """
 
     begin: int
@@ -37,7 +37,7 @@ class TensorAssembler(ABC):
 
 
 def make_assembler(copy: TensorCopy, cuts: Sequence[int]) -> TensorAssembler:
-    """Return the sink for a transfer out of a file.
+    """Return the assembler for a copy out of a file.
 
     Args:
         copy: of a tensor in a file.
@@ -105,7 +105,7 @@ class _Whole(TensorAssembler):
 
 
 class TensorAssemblers:
-    """The sinks of all transfers, for buckets in the order of `buckets.cut`."""
+    """The assemblers of all copies, for buckets in the order of `buckets.cut`."""
 
     def __init__(self, copies: Sequence[TensorCopy], buckets: Sequence[Bucket]) -> None:
         self._rest: dict[str, list[TensorAssembler]] = {}
@@ -122,7 +122,7 @@ class TensorAssemblers:
         self._open: list[TensorAssembler] = []
 
     def take(self, bucket: Bucket, content: torch.Tensor) -> None:
-        """Give a bucket's bytes (``uint8[n]``) to the sinks that want some."""
+        """Give a bucket's bytes (``uint8[n]``) to the assemblers that want some."""
         rest = self._rest.get(bucket.file, [])
         while rest and rest[-1].begin < bucket.end:
             self._open.append(rest.pop())
@@ -147,14 +147,14 @@ class TensorAssemblers:
 
 
 def _narrowed(tensor: torch.Tensor, its_region: Region, region: Region) -> torch.Tensor:
-    """Return the part that is a box, of a tensor that is another one."""
+    """Return the part that is a region, of a tensor that is another one."""
     for dimension, (start, origin, size) in enumerate(zip(region.offset, its_region.offset, region.shape, strict=True)):
         tensor = tensor.narrow(dimension, start - origin, size)
     return tensor
 
 
 def is_dense(entry: TensorEntry) -> bool:
-    """Tell whether a tensor's elements lie one after the other, in whatever order of its dimensions."""
+    """Return whether a tensor's elements lie one after the other, in whatever order of its dimensions."""
     return _order(entry.shape, entry.stride) is not None
 
 

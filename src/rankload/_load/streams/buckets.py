@@ -33,7 +33,7 @@ class Bucket:
     Attributes:
         file: its name.
         begin: its first byte.
-        end: behind its last byte.
+        end: one past its last byte.
     """
 
     file: str
@@ -70,13 +70,13 @@ def tensor_ranges(tensors: Iterable[TensorEntry], kept: Mapping[str, Sequence[Ra
 
 
 def covers(ranges: Sequence[Range], begin: int, end: int) -> bool:
-    """Tell whether one of the ranges, which are sorted and apart, has all the bytes from begin to end."""
+    """Return whether one of the ranges, which are sorted and apart, has all the bytes from begin to end."""
     number = bisect_right(ranges, begin, key=lambda piece: piece[0])  # of those that begin at or before it
     return number > 0 and end <= ranges[number - 1][1]
 
 
 def is_kept(entry: TensorEntry, ranges: Mapping[str, Sequence[Range]]) -> bool:
-    """Tell whether ranges, by file, have all the bytes of a tensor."""
+    """Return whether ranges, by file, have all the bytes of a tensor."""
     return covers(ranges.get(entry.file, ()), entry.offset, entry.offset + entry.length)
 
 

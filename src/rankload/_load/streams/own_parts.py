@@ -18,7 +18,7 @@ _MIN_RUN_BYTES = 4096
 
 
 def is_of_long_runs(copy: TensorCopy) -> bool:
-    """Tell whether a transfer is one of those that this makes faster: of long runs, into memory in their order."""
+    """Return whether a copy is one of those that this makes faster: of long runs, into memory in their order."""
     saved, destination = copy.saved.in_file, copy.destination
     if saved is None or not is_staged(destination.device) or copy.saved.dtype != saved.dtype:
         return False
@@ -92,7 +92,7 @@ def _jobs(copy: TensorCopy) -> Iterator[_Runs]:
 
 
 def _pieces(saved: FileTensor, copy: TensorCopy) -> Iterator[tuple[int, int]]:
-    """Yield offset in the file and length in bytes of each run of the box."""
+    """Yield offset in the file and length in bytes of each run of the region."""
     found, item_bytes = runs(saved.entry.shape, copy.region), saved.dtype.itemsize
     for start in found.starts:
         yield saved.entry.offset + start * item_bytes, found.length * item_bytes

@@ -32,12 +32,12 @@ _ALIGNMENT_BYTES = 64
 
 
 def is_good_as_it_is(saved: FileTensor) -> bool:
-    """Tell whether a tensor's bytes are, wherever they are, its elements one after the other."""
+    """Return whether a tensor's bytes are, wherever they are, its elements one after the other."""
     return saved.is_here and saved.is_native and is_dense(saved.entry)
 
 
 def is_of_whole(copy: TensorCopy) -> bool:
-    """Tell whether a transfer is of a whole tensor whose bytes are good as they are."""
+    """Return whether a copy is of a whole tensor whose bytes are good as they are."""
     saved = copy.saved.in_file
     return saved is not None and is_good_as_it_is(saved) and copy.region.shape == saved.entry.shape
 
