@@ -21,7 +21,7 @@ from rankload.errors import ArgumentError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("rankload")
 
 
 @contextmanager

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
 
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("rankload")
 
 
 @short_tracebacks

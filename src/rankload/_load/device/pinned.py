@@ -19,7 +19,7 @@ import torch
 from rankload._load.device.devices import visible_accelerator
 from rankload._load.device.readers import Limits, Readers, await_reader
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("rankload")
 
 #: Of each buffer. 1.19 GB into a module on an H100 took 0.11 s the first time and 0.06 s from then on; with 4 MiB 0.15
 #: and 0.11, with 16 MiB 0.12 and 0.05. (Pinning costs half a millisecond a MiB; torch keeps what is pinned.)

@@ -35,7 +35,7 @@ from rankload._load.values.torch_values import built
 from rankload.adapt import Adapter, is_lazy
 from rankload.errors import LoadError, shown_key
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("rankload")
 
 #: The last part of names of extra state in state dicts (torch/nn/modules/module.py, _EXTRA_STATE_KEY_SUFFIX).
 _EXTRA_STATE = "_extra_state"

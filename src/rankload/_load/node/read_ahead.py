@@ -20,7 +20,7 @@ from rankload._platform.linux import is_on_local_disk, resident_pages
 from rankload._types import Channel, Progress
 from rankload.errors import printable
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("rankload")
 
 #: What is asked for at a time, and by how many threads.
 _BLOCK_BYTES = 8 << 20

@@ -34,7 +34,7 @@ from rankload._platform.scratch import descriptor_path
 from rankload._settings import Settings
 from rankload.errors import printable
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger("rankload")
 
 
 def read_checkpoint(
@@ -109,7 +109,7 @@ def _read(path: Path, map_location: Any, options: _Options) -> Any:
         is_mapped = not (reason := why_not_mapped(source, file_format, checked.doubt)) and options.mmap is not False
     if reason and options.mmap is not False:
         level = logging.INFO if options.mmap else logging.DEBUG
-        logger.log(level, "%s is read, not mapped: %s", options.display_name, reason)
+        _logger.log(level, "%s is read, not mapped: %s", options.display_name, reason)
     late = _deferred_storages(checked, options) if is_mapped else None
     where: Any = late or checked.map_location
     with _name_for_torch(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
