@@ -58,7 +58,8 @@ class RankloadError(Exception):
 
     Attributes:
         message: what happened, where, and what to do.
-        fields: the facts in the message, by name (``url``, ``path``, ``expected``, ``got``, ``code``, …).
+        fields: the facts in the message, by name. Each is an attribute, too, of the class that declares it; one that
+            the message does not mention is None.
         rank: the rank where it happened, None while a single process is concerned.
         host: that rank's host name.
         is_from_another_rank: whether this process only heard of it. Does not survive pickling.
@@ -73,6 +74,8 @@ class RankloadError(Exception):
         Exception.__init__(self, message)  # URLError's and OSError's own take other arguments
         self.message = message
         self.fields = {name: _printable_field(value) for name, value in fields.items()}
+        for name, value in self.fields.items():
+            setattr(self, name, value)
         self.rank: int | None = None
         self.host: str | None = None
         self.is_from_another_rank = False
@@ -89,28 +92,53 @@ class RankloadError(Exception):
             return f"{self.message} [{where}]"
         return f"{_on_one_line(self.message)} [{where}; its traceback is there]"
 
-    def __getattr__(self, name: str) -> Any:
-        """Give the fields as attributes (``error.url``)."""
-        try:
-            return self.__dict__["fields"][name]
-        except KeyError:
-            raise AttributeError(f"{type(self).__name__} has no field {name!r}") from None
-
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by content: keyword fields do not survive Exception's own way."""
         return from_wire, (to_wire(self),)
 
 
 class ArgumentError(RankloadError, ValueError):
-    """An argument is wrong; nothing was done."""
+    """An argument is wrong; nothing was done.
+
+    Attributes:
+        url: the URL, without secrets.
+        variable: the environment variable.
+        value: what it holds.
+        launcher: the launcher that set it.
+    """
+
+    url: str | None = None
+    variable: str | None = None
+    value: str | None = None
+    launcher: str | None = None
 
 
 class ArgumentMismatchError(RankloadError, ValueError):
-    """Ranks passed different arguments to the same collective call."""
+    """Ranks passed different arguments to the same collective call.
+
+    Attributes:
+        first_rank: the rank whose arguments came first.
+        other_rank: the rank whose arguments differ.
+    """
+
+    first_rank: int | None = None
+    other_rank: int | None = None
 
 
 class FetchError(RankloadError, URLError):
-    """The bytes could not be had from the origin."""
+    """The bytes could not be had from the origin.
+
+    Attributes:
+        url: the URL, without secrets.
+        size_bytes: what the origin announces.
+        max_bytes: the caller's limit.
+        is_permanent: another try would not help.
+    """
+
+    is_permanent: bool | None = None
+    url: str | None = None
+    size_bytes: int | None = None
+    max_bytes: int | None = None
 
     @property
     def reason(self) -> str:  # type: ignore[override]  # URLError sets it; here it is the message
@@ -119,7 +147,16 @@ class FetchError(RankloadError, URLError):
 
 
 class HTTPStatusError(FetchError, HTTPError):
-    """The origin answered with an error status; ``code`` holds it."""
+    """The origin answered with an error status.
+
+    Attributes:
+        code: the status.
+        retry_after_seconds: how long the origin asks to wait.
+    """
+
+    url: Any = None
+    code: int = 0
+    retry_after_seconds: float | None = None
 
     hdrs: Any = None  # an answer's headers and body may be secret, and do not travel between ranks
     fp: Any = None
@@ -128,6 +165,10 @@ class HTTPStatusError(FetchError, HTTPError):
     def msg(self) -> str:  # type: ignore[override]
         """HTTPError's attribute, for code that reads it."""
         return self.message
+
+    def __getattr__(self, name: str) -> Any:
+        """HTTPError's own asks a file, which is not there."""
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def read(self, *_: Any) -> bytes:
         """As HTTPError's; nothing of the body is kept but what the message shows."""
@@ -142,35 +183,99 @@ class NetworkError(FetchError, ConnectionError):
 
 
 class FetchTimeoutError(FetchError, TimeoutError):
-    """No connection, or no byte, within the deadline."""
+    """No connection, or no byte, within the deadline.
+
+    Attributes:
+        is_too_slow: bytes came, but fewer than ``minimum_bytes_per_second``.
+    """
+
+    is_too_slow: bool | None = None
 
 
 class TruncatedError(FetchError):
-    """The body's length is not what the origin promised."""
+    """The body's length is not what the origin promised.
+
+    Attributes:
+        expected: bytes promised.
+        got: bytes that came.
+    """
+
+    expected: int | None = None
+    got: int | None = None
 
 
 class ContentChangedError(FetchError):
-    """The file at the origin has changed while it was fetched."""
+    """The file at the origin has changed while it was fetched.
+
+    Attributes:
+        path: the file in the cache.
+    """
+
+    path: str | None = None
 
 
 class OfflineError(FetchError):
-    """The file is not in the cache and offline mode was asked for."""
+    """The file is not in the cache and offline mode was asked for.
+
+    Attributes:
+        path: where it would be.
+    """
+
+    path: str | None = None
 
 
 class VerificationError(RankloadError, RuntimeError):
-    """The bytes came, but they are not what they should be."""
+    """The bytes came, but they are not what they should be.
+
+    Attributes:
+        path: the file.
+        url: where it came from, without secrets.
+    """
+
+    path: str | None = None
+    url: str | None = None
 
 
 class DigestMismatchError(VerificationError):
-    """The SHA-256 (or its prefix) is not the expected one."""
+    """The SHA-256 (or its prefix) is not the expected one.
+
+    Attributes:
+        expected: hex digits.
+        got: hex digits.
+        source: who vouched for what was expected.
+    """
+
+    expected: str | None = None
+    got: str | None = None
+    source: str | None = None
 
 
 class NotACheckpointError(VerificationError):
-    """The file is no checkpoint: a web page, a truncated archive, something else."""
+    """The file is no checkpoint: a web page, a truncated archive, something else.
+
+    Attributes:
+        got: what it is.
+        origin: where it came from, without secrets.
+        size_bytes: its size.
+    """
+
+    got: str | None = None
+    origin: str | None = None
+    size_bytes: int | None = None
 
 
 class CacheError(RankloadError, OSError):
-    """The cache directory, or a file in it, cannot be used; ``errno`` says why."""
+    """The cache directory, or a file in it, cannot be used; ``errno`` says why.
+
+    Attributes:
+        path: the file or directory.
+        needed_bytes: room that is needed.
+        free_bytes: room that there is.
+    """
+
+    path: str | None = None
+    needed_bytes: int | None = None
+    free_bytes: int | None = None
 
     def __new__(cls, message: str, **fields: Any) -> CacheError:
         """Make a MissingFileError where that is what ``errno`` says, as OSError does."""
@@ -187,35 +292,123 @@ class MissingFileError(CacheError, FileNotFoundError):
 
 
 class LoadError(RankloadError, RuntimeError):
-    """A verified file could not be turned into tensors."""
+    """A verified file could not be turned into tensors.
+
+    Attributes:
+        path: the file.
+        tensor: the tensor's name.
+        dtype: its dtype.
+        size_bytes: its size, or the file's.
+        missing_count: names that the module has and the file lacks.
+        unexpected_count: names that the file has and the module lacks.
+        unfit_count: tensors of another shape or dtype.
+        source_rank: the rank that broadcasts.
+    """
+
+    path: str | None = None
+    tensor: str | None = None
+    dtype: str | None = None
+    size_bytes: int | None = None
+    missing_count: int | None = None
+    unexpected_count: int | None = None
+    unfit_count: int | None = None
+    source_rank: int | None = None
 
 
 class UnsafePickleError(LoadError, pickle.UnpicklingError):
-    """``weights_only=True`` refused what the file wants to import."""
+    """``weights_only=True`` refused what the file wants to import.
+
+    Attributes:
+        refused: the names.
+    """
+
+    refused: str | None = None
 
 
 class DeviceError(RankloadError, RuntimeError):
-    """No device of this process fits."""
+    """No device of this process fits.
+
+    Attributes:
+        device: the device.
+        device_type: its type.
+        count: devices of that type that this process has.
+        local_rank: of this rank.
+        map_location: what was asked for.
+    """
+
+    device: str | None = None
+    device_type: str | None = None
+    count: int | None = None
+    local_rank: int | None = None
+    map_location: str | None = None
 
 
 class CoordinationError(RankloadError, RuntimeError):
-    """The ranks could not act together."""
+    """The ranks could not act together.
+
+    Attributes:
+        place: where the store is.
+        port: the port that something else holds.
+        unreachable_rank: a rank that others cannot connect to.
+        upstream_rank: the rank before it in the relay.
+        upstream_host: its host.
+    """
+
+    place: str | None = None
+    port: int | None = None
+    unreachable_rank: int | None = None
+    upstream_rank: int | None = None
+    upstream_host: str | None = None
 
 
 class ArrivalTimeoutError(CoordinationError, TimeoutError):
-    """Some rank did not make the call in time."""
+    """Some rank did not make the call in time.
+
+    Attributes:
+        missing: the ranks, such as ``1-3, 7``.
+    """
+
+    missing: str | None = None
 
 
 class ProgressTimeoutError(CoordinationError, TimeoutError):
-    """A rank is alive but makes no progress."""
+    """A rank is alive but makes no progress.
+
+    Attributes:
+        stuck_rank: the rank.
+        stuck_host: its host.
+        phase: what it was doing.
+        path: the file that does not answer.
+    """
+
+    stuck_rank: int | None = None
+    stuck_host: str | None = None
+    phase: str | None = None
+    path: str | None = None
 
 
 class RankLostError(CoordinationError, ConnectionError):
-    """A rank was killed or is frozen."""
+    """A rank was killed or is frozen.
+
+    Attributes:
+        lost_rank: the rank.
+        lost_host: its host.
+        phase: what it was doing.
+    """
+
+    lost_rank: int | None = None
+    lost_host: str | None = None
+    phase: str | None = None
 
 
 class StoreLostError(CoordinationError, ConnectionError):
-    """The store through which the ranks talk is gone."""
+    """The store through which the ranks talk is gone.
+
+    Attributes:
+        cause: what its client said.
+    """
+
+    cause: str | None = None
 
 
 class CallCancelledError(CoordinationError):
@@ -223,7 +416,13 @@ class CallCancelledError(CoordinationError):
 
 
 class RankFailedError(CoordinationError):
-    """A rank raised an error that is not rankload's own."""
+    """A rank raised an error that is not rankload's own.
+
+    Attributes:
+        cause_type: the class of that error.
+    """
+
+    cause_type: str | None = None
 
 
 def to_wire(error: RankloadError) -> dict[str, Any]:

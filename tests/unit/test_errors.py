@@ -1,15 +1,18 @@
 """The error tree: each error is the builtin that people catch already, and crosses process boundaries."""
 
+import ast
 import copy
 import json
 import pickle
 import re
 import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import rankload
-from rankload import errors as _errors
+from rankload import errors
 from rankload.errors import MAX_MESSAGE_CHARACTERS, RankloadError, cut, from_wire, printable, to_wire
 
 ALL = [getattr(rankload, name) for name in rankload.__all__ if name.endswith("Error")]
@@ -94,9 +97,24 @@ def test_a_missing_file_is_one_by_its_error_number():
     assert type(make(rankload.CacheError)) is rankload.CacheError
 
 
-def test_unknown_field():
-    with pytest.raises(AttributeError, match="CacheError has no field 'colour'"):
-        make(rankload.CacheError).colour  # noqa: B018
+def test_what_a_message_does_not_mention_is_none_and_nothing_else_is_an_attribute():
+    error = rankload.CacheError("it failed", path="/x")
+    assert (error.path, error.free_bytes) == ("/x", None)
+    assert not hasattr(error, "colour")
+
+
+def raised_fields() -> Iterator[tuple[str, str]]:
+    """Yield each class of errors and each field that the package raises it with."""
+    for path in Path(rankload.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in vars(errors):
+                yield from ((node.func.id, keyword.arg) for keyword in node.keywords if keyword.arg)
+
+
+@pytest.mark.parametrize(("name", "field"), sorted({*raised_fields()}))
+def test_every_field_is_declared_by_its_class(name, field):
+    declared = {field for kind in getattr(errors, name).__mro__ for field in vars(kind).get("__annotations__", {})}
+    assert field in declared | {"errno"}
 
 
 def test_error_of_another_version():
@@ -116,10 +134,10 @@ def test_long_texts_are_cut_in_the_middle():
 
 def test_tree_is_drawn_completely():
     """The drawing at the top of the module is documentation: every error stands there with its bases."""
-    drawn = dict(re.findall(r"[├└]── (\w+)(?: \(([^)]*)\))?", _errors.__doc__))
+    drawn = dict(re.findall(r"[├└]── (\w+)(?: \(([^)]*)\))?", errors.__doc__))
     assert drawn.keys() == {kind.__name__ for kind in ALL if kind is not RankloadError}
     for name, bases in drawn.items():
-        mro = [base.__name__ for base in getattr(_errors, name).__mro__]
+        mro = [base.__name__ for base in getattr(errors, name).__mro__]
         for base in re.findall(r"\w+Error", bases):
             assert base in mro, f"{name} is no {base}"
 
