@@ -30,7 +30,6 @@ class VerifyChoice(str, Enum):
     ONCE = "once"
     ALWAYS = "always"
     NEVER = "never"
-    SIDECAR = "sidecar"
 
 
 @app.command()
@@ -51,6 +50,9 @@ def prefetch(
     sha256: Annotated[str | None, typer.Option(help="Expected digest, 64 hex digits; with one URL.")] = None,
     check_hash: Annotated[bool, typer.Option("--check-hash", help="Compare with the prefix in the file name.")] = False,
     verify: Annotated[VerifyChoice, typer.Option(help="When to hash a cached file again.")] = VerifyChoice.ONCE,
+    sidecar: Annotated[
+        bool, typer.Option("--sidecar", help="The file URL.sha256 at the origin must vouch for the file.")
+    ] = False,
     header: Annotated[
         list[str] | None,
         typer.Option(help="Extra request header, for one server: 'Name: value', or '@FILE' for those in a file."),
@@ -86,6 +88,7 @@ def prefetch(
                 sha256=sha256,
                 check_hash=check_hash,
                 verify=verify.value,
+                sidecar=sidecar,
                 headers=headers,
                 must_be_checkpoint=not any_file,
                 max_bytes=max_bytes,

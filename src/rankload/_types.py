@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 Scope = Literal["auto", "job", "node", "process"]
 Delivery = Literal["auto", "read", "broadcast", "gather"]
-Verify = Literal["once", "always", "never", "sidecar"]
+Verify = Literal["once", "always", "never"]
 Provenance = Literal["cache", "adopted", "download", "local"]
 
 #: A rank's activity within a call. ``waiting`` and ``backoff`` are declared waits: the rank lives, the bytes do not
@@ -107,6 +107,7 @@ class FetchRequest:
         must_be_checkpoint: refuse files that are no checkpoint (a web page, a tar of JPEGs).
         headers: extra request headers for the first URL's host; never logged, never recorded.
         verify: when to hash a cached file again.
+        sidecar: the file ``<url>.sha256`` at the origin must vouch for it.
         scope: who shares one download.
         progress: show a progress bar on the downloading rank.
         offline: never open a socket.
@@ -127,6 +128,7 @@ class FetchRequest:
     is_renewal: bool = False
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     verify: Verify = "once"
+    sidecar: bool = False
     scope: Scope = "auto"
     progress: bool = True
     offline: bool = False

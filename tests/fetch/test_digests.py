@@ -165,7 +165,7 @@ def test_sidecar_vouches(origin, cache, caplog, kind):
     url = origin.add("file.bin", CONTENT)
     origin.add("file.bin.sha256", SIDECARS[kind].encode())
     with whole_log(caplog):
-        assert rankload.dist_fetch(url, cache, verify="sidecar").read_bytes() == CONTENT
+        assert rankload.dist_fetch(url, cache, sidecar=True).read_bytes() == CONTENT
     assert record_in(cache)["vouched_by"] == "sidecar"
     assert f"SHA-256 {SHA256} (sidecar)" in caplog.text
 
@@ -174,7 +174,7 @@ def test_sidecar_is_asked_for_once(origin, cache):
     url = origin.add("file.bin", CONTENT)
     origin.add("file.bin.sha256", SHA256.encode())
     for _ in range(2):
-        results = run_ranks(fetch, 2, args=(url, cache), kwargs={"verify": "sidecar"})
+        results = run_ranks(fetch, 2, args=(url, cache), kwargs={"sidecar": True})
         assert {result.value for result in results} == {str(cache / "file.bin")}
     assert [request.path for request in origin.requests()] == ["/file.bin.sha256", "/file.bin"]
 
@@ -183,7 +183,7 @@ def test_sidecar_is_asked_for_once(origin, cache):
 def test_wrong_sidecar(origin, cache):
     url = origin.add("file.bin", CONTENT)
     origin.add("file.bin.sha256", WRONG.encode())
-    expect(errors_of(fetch, url, cache, verify="sidecar"), rankload.DigestMismatchError, url, "(sidecar)")
+    expect(errors_of(fetch, url, cache, sidecar=True), rankload.DigestMismatchError, url, "(sidecar)")
     assert files_in(cache) == QUARANTINED
 
 
@@ -199,14 +199,14 @@ def test_wrong_sidecar(origin, cache):
 def test_sidecar_without_a_digest(origin, cache, content, text):
     url = origin.add("file.bin", CONTENT)
     sidecar = origin.add("file.bin.sha256", content)
-    expect(errors_of(fetch, url, cache, verify="sidecar"), rankload.FetchError, sidecar, "verify='sidecar'", text)
+    expect(errors_of(fetch, url, cache, sidecar=True), rankload.FetchError, sidecar, "sidecar=True", text)
     assert origin.request_count("file.bin") == 0
     assert files_in(cache) == []
 
 
 def test_missing_sidecar(origin, cache):
     url = origin.add("file.bin", CONTENT)
-    errors = errors_of(fetch, url + "?sig=SECRET", cache, verify="sidecar")
+    errors = errors_of(fetch, url + "?sig=SECRET", cache, sidecar=True)
     expect(errors, rankload.HTTPStatusError, f"{url}.sha256", "404")
     assert "SECRET" not in str(errors)
     assert origin.request_count() == 1
@@ -215,7 +215,7 @@ def test_missing_sidecar(origin, cache):
 def test_sidecar_that_is_unavailable_once(origin, cache):
     url = origin.add("file.bin", CONTENT)
     origin.add("file.bin.sha256", SHA256.encode(), Reply(status=503), Reply())
-    assert rankload.dist_fetch(url, cache, verify="sidecar").read_bytes() == CONTENT
+    assert rankload.dist_fetch(url, cache, sidecar=True).read_bytes() == CONTENT
 
 
 def test_busy_sidecar_is_given_up_when_another_rank_fails(origin):
@@ -237,7 +237,7 @@ def test_busy_sidecar_is_given_up_when_another_rank_fails(origin):
 def test_sidecar_of_a_mirror(origin, cache):
     first, second = origin.add("file.bin", CONTENT), origin.add("mirror/file.bin", CONTENT)
     origin.add("mirror/file.bin.sha256", SHA256.encode())
-    rankload.dist_fetch([first, second], cache, verify="sidecar")
+    rankload.dist_fetch([first, second], cache, sidecar=True)
     assert origin.request_count("mirror/file.bin") == 0
     assert record_in(cache)["vouched_by"] == "sidecar"
 
@@ -248,7 +248,7 @@ def test_file_that_was_cached_without_its_sidecar_is_compared_once(origin, cache
     rankload.dist_fetch(url, cache)
     assert record_in(cache)["vouched_by"] is None
     for _ in range(2):
-        rankload.dist_fetch(url, cache, verify="sidecar")
+        rankload.dist_fetch(url, cache, sidecar=True)
     assert record_in(cache)["vouched_by"] == "sidecar"
     assert (origin.request_count("file.bin"), origin.request_count("file.bin.sha256")) == (1, 1)
 
@@ -259,10 +259,10 @@ def test_cached_file_that_its_sidecar_contradicts_is_fetched_again(origin, cache
     rankload.dist_fetch(url, cache)
     origin.add("file.bin", CONTENT)
     origin.add("file.bin.sha256", SHA256.encode())
-    assert rankload.dist_fetch(url, cache, verify="sidecar").read_bytes() == CONTENT
+    assert rankload.dist_fetch(url, cache, sidecar=True).read_bytes() == CONTENT
 
 
 def test_sidecar_is_not_asked_for_when_the_digest_is_given(origin, cache):
     url = origin.add("file.bin", CONTENT)
-    rankload.dist_fetch(url, cache, verify="sidecar", sha256=SHA256)
+    rankload.dist_fetch(url, cache, sidecar=True, sha256=SHA256)
     assert origin.request_count("file.bin.sha256") == 0

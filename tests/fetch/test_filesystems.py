@@ -117,7 +117,7 @@ def test_mirror_on_another_filesystem(memory, origin, cache, checkpoint):
 def test_sidecar_on_another_filesystem(memory, cache, checkpoint):
     memory.pipe("/models/model.pth", checkpoint.path.read_bytes())
     memory.pipe("/models/model.pth.sha256", f"{checkpoint.sha256}  model.pth\n".encode())
-    path = rankload.dist_fetch("memory://models/model.pth", cache, verify="sidecar")
+    path = rankload.dist_fetch("memory://models/model.pth", cache, sidecar=True)
     assert json.loads((cache / ".rankload/model.pth.json").read_text())["vouched_by"] == "sidecar"
     assert path.read_bytes() == checkpoint.path.read_bytes()
 

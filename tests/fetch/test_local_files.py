@@ -182,9 +182,9 @@ def test_sidecar_vouches(tmp_path, as_url):
     path.write_bytes(b"content")
     location = path.as_uri() if as_url else path
     with pytest.raises(rankload.MissingFileError, match=str(sidecar)):
-        rankload.dist_fetch(location, verify="sidecar")
+        rankload.dist_fetch(location, sidecar=True)
     sidecar.write_text(f"{'0' * 64}  file.bin\n")
     with pytest.raises(rankload.DigestMismatchError, match=r"\(sidecar\)"):
-        rankload.dist_fetch(location, verify="sidecar")
+        rankload.dist_fetch(location, sidecar=True)
     sidecar.write_text(f"{hashlib.sha256(b'content').hexdigest()}  file.bin\n")
-    assert rankload.dist_fetch(location, verify="sidecar") == path
+    assert rankload.dist_fetch(location, sidecar=True) == path

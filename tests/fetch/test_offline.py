@@ -96,7 +96,7 @@ def test_damaged_file_is_not_served(origin, cache):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"), [({"sha256": "0" * 64}, "another one is expected"), ({"verify": "sidecar"}, "its sidecar")]
+    ("arguments", "reason"), [({"sha256": "0" * 64}, "another one is expected"), ({"sidecar": True}, "its sidecar")]
 )
 def test_why_a_cached_file_does_not_do(origin, cache, arguments, reason):
     url = origin.add("file.bin", b"content")

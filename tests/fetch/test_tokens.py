@@ -159,7 +159,7 @@ def test_headers_and_tokens_for_the_sidecar(origin, cache):
     wanted = {"required_headers": {"X-Api-Key": "SECRET"}}
     url = origin.add("file.bin", CONTENT, **wanted)
     origin.add("file.bin.sha256", hashlib.sha256(CONTENT).hexdigest().encode(), **wanted)
-    rankload.dist_fetch(url + "?sig=SECRET", cache, verify="sidecar", headers={"X-Api-Key": "SECRET"})
+    rankload.dist_fetch(url + "?sig=SECRET", cache, sidecar=True, headers={"X-Api-Key": "SECRET"})
     assert [request.query for request in origin.requests()] == ["sig=SECRET"] * 2
 
 

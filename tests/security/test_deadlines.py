@@ -124,7 +124,7 @@ def test_transfer_leaves_no_connection_in_the_header_phase(reply, cache):
 def test_sidecar_is_the_same_error_on_all_ranks(reply, cache):
     with RawOrigin(reply) as origin:
         url = origin.url("file.bin")
-        errors = errors_of(fetch_in_time, url, cache, verify="sidecar", timeout=1)
+        errors = errors_of(fetch_in_time, url, cache, sidecar=True, timeout=1)
         expect(errors, rankload.FetchTimeoutError, f"{url}.sha256", "[rank 0 on ")
         origin.wait_until_idle()
     assert files_in(cache) == []
@@ -136,7 +136,7 @@ def test_reader_of_a_sidecar_hears_of_other_ranks(cache, monkeypatch):
     with (
         RawOrigin(endless_interim_responses) as origin,
         start_ranks(
-            fetch_and_mark, 2, args=(origin.url("file.bin"), cache), kwargs={"verify": "sidecar", "timeout": 300}
+            fetch_and_mark, 2, args=(origin.url("file.bin"), cache), kwargs={"sidecar": True, "timeout": 300}
         ) as group,
     ):
         origin.wait_for_connections(1)
@@ -178,7 +178,7 @@ def test_endless_sidecar_is_read_no_further_than_its_limit(length, cache):
 
     with RawOrigin(endless) as origin:
         with pytest.raises(rankload.FetchError, match="holds no SHA-256"):
-            rankload.dist_fetch(origin.url("file.bin"), cache, verify="sidecar", progress=False)
+            rankload.dist_fetch(origin.url("file.bin"), cache, sidecar=True, progress=False)
         origin.wait_until_idle()
         assert len(origin.connections) == 1
         assert origin.sent_bytes < 32 * MIB  # what fits into the buffers of the connection
@@ -252,7 +252,7 @@ def load_beside_a_pipe(rank: int, call: str, folder: str) -> str:
     try:
         match call:
             case "sidecar":
-                rankload.dist_fetch(path, verify="sidecar", timeout=5)
+                rankload.dist_fetch(path, sidecar=True, timeout=5)
             case "part":
                 rankload.open_checkpoint(Path(folder, "model.safetensors.index.json"))
             case "open_checkpoint":

@@ -63,7 +63,7 @@ def test_senseless_answer_is_an_error_of_ours(cache, answer, call):
             if call == "open":
                 rankload.open_checkpoint(url)
             else:
-                rankload.dist_fetch(url, cache, verify="sidecar" if call == "sidecar" else "once", progress=False)
+                rankload.dist_fetch(url, cache, sidecar=call == "sidecar", progress=False)
     assert files_in(cache) == []
 
 
@@ -71,7 +71,7 @@ def test_senseless_answer_is_an_error_of_ours(cache, answer, call):
 def test_senseless_answer_for_a_sidecar_is_the_same_error_on_all_ranks(cache, answer):
     with RawOrigin(answering(ANSWERS[answer])) as origin:
         url = origin.url("file.bin")
-        expect(errors_of(fetch, url, cache, verify="sidecar"), rankload.FetchError, f"{url}.sha256", "[rank 0 on ")
+        expect(errors_of(fetch, url, cache, sidecar=True), rankload.FetchError, f"{url}.sha256", "[rank 0 on ")
 
 
 @pytest.mark.parametrize("cookie", ["a{number}={long}", "a=b; Path=/x{number}{long}", "a=b; Path=/{number}; x={long}"])

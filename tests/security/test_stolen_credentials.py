@@ -193,7 +193,7 @@ def test_no_error_leads_to_the_full_url(origin, cache, how, monkeypatch):
     secret_url = url.replace("//", "//user:SECRET@") + "?sig=SECRET"
     for call in (
         lambda url: rankload.dist_fetch(url, cache, progress=False),
-        lambda url: rankload.dist_fetch(url, cache, verify="sidecar", progress=False),
+        lambda url: rankload.dist_fetch(url, cache, sidecar=True, progress=False),
         rankload.open_checkpoint,
     ):
         with pytest.raises(rankload.RankloadError) as caught:

@@ -62,6 +62,7 @@ def dist_load_into(
     src: int | None = None,
     group: ProcessGroup | None = None,
     offline: bool | None = None,
+    sidecar: bool = False,
     verify: Verify = "once",
     mmap: bool | None = None,
     adapt: Adapter | Sequence[Adapter] | None = None,
@@ -94,8 +95,8 @@ def dist_load_into(
             ``torch.distributed.checkpoint.state_dict`` gives it, by names; of sharded parameters each rank reads its
             part of the state.
         source: as ``url`` of `dist_load_state_dict_from_url`.
-        model_dir, progress, check_hash, file_name, sha256, headers, timeout, scope, group, offline, verify: see
-            there.
+        model_dir, progress, check_hash, file_name, sha256, headers, timeout, scope, group, offline, sidecar, verify: as
+            in `dist_load_state_dict_from_url`.
         weights_only: for what torch.load builds: files that have no index, and objects that the module, the optimizer
             or ``report.remainder`` wants. Nothing else is built, and cannot run code.
         strict: raise if names are missing or unexpected. Shapes must fit in any case.
@@ -140,6 +141,7 @@ def dist_load_into(
             sha256=sha256,
             headers=headers,
             scope=scope,
+            sidecar=sidecar,
             verify=verify,
             offline=offline,
             must_be_checkpoint=True,

@@ -51,6 +51,7 @@ def dist_load_state_dict_from_url(
     src: int | None = None,
     group: ProcessGroup | None = None,
     offline: bool | None = None,
+    sidecar: bool = False,
     verify: Verify = "once",
     mmap: bool | None = None,
     adapt: Adapter | Sequence[Adapter] | None = None,
@@ -97,8 +98,8 @@ def dist_load_state_dict_from_url(
         group: the process group whose ranks make this call.
         offline: never open a socket to an origin; what is not cached is an error. Default: ``RANKLOAD_OFFLINE``; for
             hf URLs ``HF_HUB_OFFLINE`` and ``TRANSFORMERS_OFFLINE``, too.
-        verify: hash a cached file ``"once"`` (again only when it was touched), ``"always"``, or ``"never"``;
-            ``"sidecar"``: as once, and the file ``<url>.sha256`` at the origin must vouch for it.
+        sidecar: the file ``<url>.sha256`` at the origin must vouch for the file.
+        verify: when to hash a cached file: ``"once"`` (again only when it was touched), ``"always"``, or ``"never"``.
         mmap: map the file, so that the ranks of a host share one copy; default: wherever the format allows. False
             gives each rank a private copy.
         adapt: applied to what was loaded: a function, or several in order, such as those of `rankload.adapt`:
@@ -130,6 +131,7 @@ def dist_load_state_dict_from_url(
             sha256=sha256,
             headers=headers,
             scope=scope,
+            sidecar=sidecar,
             verify=verify,
             offline=offline,
             must_be_checkpoint=True,

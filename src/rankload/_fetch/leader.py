@@ -112,7 +112,7 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
         report(Progress("connecting"))
         from rankload._fetch import miss
 
-        if request.verify == "sidecar" and request.sha256 is None:
+        if request.sidecar and request.sha256 is None:
             request = miss.with_sidecar(request, report, settings)
         else:
             try:
@@ -167,7 +167,7 @@ def _tidy_up(entry: Entry, settings: Settings) -> None:
 
 
 def _with_sidecar_of(path: Path, request: FetchRequest) -> FetchRequest:
-    if request.verify != "sidecar" or request.sha256 is not None:
+    if not request.sidecar or request.sha256 is not None:
         return request
     from rankload._fetch.sidecar import read_sidecar
 

@@ -37,8 +37,8 @@ def offline_error(entry: Entry, request: FetchRequest, damage: str) -> OfflineEr
         words += ["--check-hash"]
     if not request.must_be_checkpoint:
         words += ["--any-file"]
-    if request.verify == "sidecar":
-        words += ["--verify", "sidecar"]
+    if request.sidecar:
+        words += ["--sidecar"]
     secrets = [what for what, is_used in (("query", url != request.urls[0]), ("headers", request.headers)) if is_used]
     advice = f" (with the {' and '.join(secrets)} of this call)" if secrets else ""
     why = f"{entry.path} cannot be used ({damage})" if damage else f"{entry.path} is not in the cache"

@@ -56,5 +56,5 @@ def _parsed(content: bytes, file_name: str, display_name: str) -> Claim:
     digests = {match[0].decode().lower() for line in named or lines if (match := _DIGEST.search(line))}
     if len(digests) != 1:
         what = "holds no SHA-256" if not digests else f"holds several digests, and none for {file_name}"
-        raise FetchError(f"{display_name}: verify='sidecar', but it {what}", url=display_name)
+        raise FetchError(f"{display_name}: sidecar=True, but it {what}", url=display_name)
     return Claim(digests.pop(), "sidecar")
