@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rankload._load.delivery.strategy import DeliveryStrategy
 from rankload._load.module.remainder import Remainder
 from rankload.errors import MAX_SHOWN_NAME_LENGTH, ArgumentError, cut
 
 
-class _Keys(NamedTuple):
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-class LoadReport(_Keys):
+@dataclass(frozen=True, repr=False)
+class LoadReport:
     """The result of `dist_load_into`: what ``load_state_dict`` returns, and what the load took on this rank.
 
     It unpacks into ``missing_keys, unexpected_keys``.
@@ -34,6 +31,8 @@ class LoadReport(_Keys):
             script has to compute them.
     """
 
+    missing_keys: list[str]
+    unexpected_keys: list[str]
     path: Path | None
     bytes_read: int
     phases: Mapping[str, float]
@@ -53,13 +52,20 @@ class LoadReport(_Keys):
         remainder: Remainder | None,
     ) -> LoadReport:
         """Put a report together."""
-        report = cls(list(keys[0]), list(keys[1]))
-        report.path, report.bytes_read = strategy.path, bytes_read
-        report.delivery, report.reason = strategy.delivery, strategy.reason
-        report.phases = dict(phases)
-        report.left_on_meta = tuple(left_on_meta)
-        report._remainder = remainder
-        return report
+        return cls(
+            list(keys[0]),
+            list(keys[1]),
+            strategy.path,
+            bytes_read,
+            dict(phases),
+            strategy.delivery,
+            strategy.reason,
+            tuple(left_on_meta),
+            remainder,
+        )
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return iter((self.missing_keys, self.unexpected_keys))
 
     @property
     def remainder(self) -> Any:
