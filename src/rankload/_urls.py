@@ -323,8 +323,8 @@ def query_digests(url: str) -> list[list[str]]:
     digests = []
     for piece in filter(None, _without_signature(query).split("&")):
         name, _, value = piece.partition("=")
-        display_name = printable(unquote_plus(name)) if value.strip("=") and len(name) <= _MAX_PARAMETER_LENGTH else ""
-        digests.append([display_name, hashlib.sha256(piece.encode(errors="surrogateescape")).hexdigest()[:16]])
+        shown_name = printable(unquote_plus(name)) if value.strip("=") and len(name) <= _MAX_PARAMETER_LENGTH else ""
+        digests.append([shown_name, hashlib.sha256(piece.encode(errors="surrogateescape")).hexdigest()[:16]])
     return digests
 
 

@@ -75,7 +75,9 @@ class RankloadError(Exception):
         self.message = message
         self.fields = {name: _printable_field(value) for name, value in fields.items()}
         for name, value in self.fields.items():
-            setattr(self, name, value)
+            # another version's may be called as something that an exception has
+            if name in _declared(type(self)) or not hasattr(type(self), name):
+                setattr(self, name, value)
         self.rank: int | None = None
         self.host: str | None = None
         self.is_from_another_rank = False
@@ -303,6 +305,7 @@ class LoadError(RankloadError, RuntimeError):
         unexpected_count: names that the file has and the module lacks.
         unfit_count: tensors of another shape or dtype.
         source_rank: the rank that broadcasts.
+        errno: why the system refused.
     """
 
     path: str | None = None
@@ -313,6 +316,7 @@ class LoadError(RankloadError, RuntimeError):
     unexpected_count: int | None = None
     unfit_count: int | None = None
     source_rank: int | None = None
+    errno: int | None = None
 
 
 class UnsafePickleError(LoadError, pickle.UnpicklingError):
@@ -466,6 +470,11 @@ def printable(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+def _declared(error_type: type[RankloadError]) -> frozenset[str]:
+    """Return the names of the attributes that a class and its bases declare."""
+    return frozenset(name for kind in error_type.__mro__ for name in getattr(kind, "__annotations__", {}))
 
 
 def _on_one_line(message: str) -> str:

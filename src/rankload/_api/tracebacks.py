@@ -43,14 +43,14 @@ def _shown_cause(error: RankloadError) -> BaseException | None:
 
     What is hidden remains in ``__context__``, for debuggers.
     """
-    display_name: BaseException = error
-    while (chained := _chained(display_name)) is not None:
-        if _says_nothing_new(display_name, chained):
-            display_name.__cause__ = None  # this also sets __suppress_context__
+    printed: BaseException = error
+    while (chained := _chained(printed)) is not None:
+        if _says_nothing_new(printed, chained):
+            printed.__cause__ = None  # this also sets __suppress_context__
             break
         further = _chained(chained)
         chained.__traceback__ = _outside_frames(chained.__traceback__, keeps_last=further is None)
-        display_name = chained
+        printed = chained
     return _chained(error)
 
 

@@ -186,15 +186,15 @@ def checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
         # Neither the HTTP library nor this may show a value in a complaint: it is a secret. It may stand in the name.
         match = _TOKEN.match(name) if isinstance(name, str) else None
         is_name = match is not None and match[0] == name
-        display_name = name if is_name else f"{match[0]}…" if match else str(name)[:1]
+        shown_name = name if is_name else f"{match[0]}…" if match else str(name)[:1]
         if not all(isinstance(text, str) and text.isascii() and text.isprintable() for text in (name, value)):
             raise ArgumentError(
-                f"headers[{display_name!r}]: expected printable ASCII text; a token that was read from a file ends in "
+                f"headers[{shown_name!r}]: expected printable ASCII text; a token that was read from a file ends in "
                 "a line break: strip() it"
             )
         if not is_name:
             raise ArgumentError(
-                f"headers[{display_name!r}]: expected a header's name, without blanks, colons or a value in it"
+                f"headers[{shown_name!r}]: expected a header's name, without blanks, colons or a value in it"
             )
         if value != value.strip():
             raise ArgumentError(f"headers[{name!r}]: expected a value without blanks around it")

@@ -91,10 +91,10 @@ class LoadReport:
         return sum(self.phases.values())
 
     def __repr__(self) -> str:
-        fit = f"missing_keys={_display_name(self.missing_keys)}, unexpected_keys={_display_name(self.unexpected_keys)}"
+        fit = f"missing_keys={_cut_names(self.missing_keys)}, unexpected_keys={_cut_names(self.unexpected_keys)}"
         keys = fit if self.missing_keys or self.unexpected_keys else "all keys matched"
         return f"<LoadReport {keys}, {self.bytes_read} bytes in {self.seconds:.3f} s>"
 
 
-def _display_name(names: Sequence[str]) -> list[str]:
+def _cut_names(names: Sequence[str]) -> list[str]:
     return [cut(name, MAX_SHOWN_NAME_LENGTH) for name in names]

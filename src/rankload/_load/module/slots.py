@@ -132,7 +132,7 @@ def holds_plain_elements(tensor: torch.Tensor) -> bool:
 def _is_one_region(placements: Sequence[Any]) -> bool:
     """Return whether a rank's part is one region: strided shards must be cut once more, as those of FSDP and TP are."""
     kinds = [(type(placement).__name__, getattr(placement, "dim", None)) for placement in placements]
-    return all(("Shard", dim) in kinds[slot + 1 :] for slot, (kind, dim) in enumerate(kinds) if kind == "_StridedShard")
+    return all(("Shard", dim) in kinds[at + 1 :] for at, (kind, dim) in enumerate(kinds) if kind == "_StridedShard")
 
 
 def empty_copy(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
