@@ -187,6 +187,25 @@ def _no_bytes(arguments: tuple[Any, ...]) -> Any:
     return Unbuilt(GlobalName("builtins", "bytes"), arguments) if arguments else b""
 
 
+def _new_ordered_dict(arguments: tuple[Any, ...]) -> Any:
+    return Unbuilt(GlobalName("collections", "OrderedDict"), arguments) if arguments else OrderedDict()
+
+
+def _plain_parameter(arguments: tuple[Any, ...]) -> Any:
+    has_hooks = any(arguments[2:])
+    return Unbuilt(GlobalName("torch._utils", "_rebuild_parameter"), arguments) if has_hooks else _parameter(arguments)
+
+
+#: What may be called, and what is done instead: nothing that torch.load would do is left out of these.
+EXACT_BUILDERS: Mapping[GlobalName, Builder] = MappingProxyType(
+    {
+        GlobalName("torch._utils", "_rebuild_tensor_v2"): _tensor,
+        GlobalName("torch._utils", "_rebuild_tensor_v3"): _tensor_of_dtype,
+        GlobalName("torch._utils", "_rebuild_parameter"): _plain_parameter,
+        GlobalName("collections", "OrderedDict"): _new_ordered_dict,
+    }
+)
+
 _SUBCLASS = GlobalName("torch._tensor", "_rebuild_from_type_v2")
 
 _TENSOR_KINDS = ("", *(name.removesuffix("Storage") for name in STORAGE_DTYPES if name != "UntypedStorage"))
@@ -195,11 +214,10 @@ _CONSTRUCTORS = (
     *(GlobalName(module, name) for module in sorted(_STORAGE_MODULES) for name in (*STORAGE_DTYPES, "TypedStorage")),
 )
 
-#: What may be called, and what is done instead; tensors of other classes become entries that are not plain.
+#: The same, and more; tensors of other classes become entries that are not plain.
 BUILDERS: Mapping[GlobalName, Builder] = MappingProxyType(
     {
-        GlobalName("torch._utils", "_rebuild_tensor_v2"): _tensor,
-        GlobalName("torch._utils", "_rebuild_tensor_v3"): _tensor_of_dtype,
+        **EXACT_BUILDERS,
         **{name: _without_content(name) for name in _CONSTRUCTORS},
         GlobalName("torch._utils", "_rebuild_tensor"): _tensor,
         GlobalName("torch._utils", "_rebuild_parameter"): _parameter_with_more,

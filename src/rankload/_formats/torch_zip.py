@@ -12,7 +12,7 @@ from rankload._formats.index import ByteOrder, FileIndex
 from rankload._formats.pickle_values import NotUnderstoodError
 from rankload._formats.pickle_vm import PickleMachine
 from rankload._formats.source import Source
-from rankload._formats.torch_objects import BUILDERS, storage_type_of
+from rankload._formats.torch_objects import BUILDERS, EXACT_BUILDERS, storage_type_of
 from rankload._formats.zip_members import check_listing
 
 #: torch.save writes 3; later ones, up to this, are TorchScript's.
@@ -23,7 +23,7 @@ _KEY = re.compile(r"[0-9A-Za-z_.-]+", re.ASCII)
 _MAX_KEY_LENGTH = 1000
 
 
-def read_zip_index(source: Source, file: str, *, is_remote: bool) -> FileIndex:
+def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool = False) -> FileIndex:
     """Read the index.
 
     Args:
@@ -31,6 +31,7 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool) -> FileIndex:
         file: its name, for the entries.
         is_remote: a read costs a round trip: where payloads begin is inferred from the directory, and only the first
             and the last are looked up.
+        exactly: every tensor in the index is what torch.load would return; all others stay `Unbuilt`.
 
     Raises:
         BrokenFileError: the file contradicts its format.
@@ -43,7 +44,7 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool) -> FileIndex:
     members = _members_as_torch_sees_them(directory)
     records = _Records(source, directory, members, file, is_remote=is_remote)
     pickled = torch_zip.member_content(source, directory, members[directory.raw_root + b"/data.pkl"])
-    machine = PickleMachine(pickled, BUILDERS, records.storage)
+    machine = PickleMachine(pickled, EXACT_BUILDERS if exactly else BUILDERS, records.storage)
     content = machine.next_pickle()
     member = members.get(directory.raw_root + b"/byteorder")  # since torch 2.1
     order = None if member is None else _byte_order(torch_zip.member_content(source, directory, member))

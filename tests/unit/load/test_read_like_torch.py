@@ -24,11 +24,29 @@ from rankload import LoadError, open_checkpoint
 from rankload._load.state_dict.read_checkpoint import read_checkpoint
 
 
+@pytest.fixture
+def torch_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes each call of torch.load."""
+    calls: list[str] = []
+    load = torch.load
+
+    def noting(f: Any, *arguments: Any, **keywords: Any) -> Any:
+        calls.append(str(f))
+        return load(f, *arguments, **keywords)
+
+    monkeypatch.setattr(torch, "load", noting)
+    return calls
+
+
+@pytest.mark.parametrize("weights_only", [True, False, None])
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("kind", PLAIN)
-def test_plain_content(tmp_path: Path, kind: str, protocol: int) -> None:
+def test_plain_content(
+    tmp_path: Path, torch_loads: list[str], kind: str, protocol: int, weights_only: bool | None
+) -> None:
     torch.save(PLAIN[kind](), tmp_path / "file.pth", pickle_protocol=protocol)
-    found = read_checkpoint(tmp_path / "file.pth", weights_only=protocol < 4)  # torch knows no more for True
+    found = read_checkpoint(tmp_path / "file.pth", weights_only=weights_only)
+    assert not torch_loads, "it is built from the index"
     assert_alike(found, torch.load(tmp_path / "file.pth", weights_only=False))
 
 
@@ -46,10 +64,11 @@ def test_what_is_one_object_stays_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", OTHER)
-def test_other_content(tmp_path: Path, kind: str) -> None:
+def test_other_content(tmp_path: Path, torch_loads: list[str], kind: str) -> None:
     torch.save(OTHER[kind](), tmp_path / "file.pth")
     with torch.serialization.safe_globals([Odd]):
         found = read_checkpoint(tmp_path / "file.pth")
+        assert len(torch_loads) == 1
         expected = torch.load(tmp_path / "file.pth", weights_only=True)
     assert repr(found) == repr(expected) and type(found) is type(expected)
     assert getattr(found, "__dict__", None) == getattr(expected, "__dict__", None)
@@ -96,6 +115,15 @@ def test_a_hostile_name_imports_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(LoadError):
         read_checkpoint(path)
     assert "_export" not in asked
+
+
+@pytest.mark.parametrize("options", [{"mmap": False}, {"weights_only": False, "encoding": "utf-8"}])
+def test_what_is_asked_for_specially_is_left_to_torch(
+    tmp_path: Path, torch_loads: list[str], options: dict[str, Any]
+) -> None:
+    torch.save({"weight": torch.ones(3)}, tmp_path / "file.pth")
+    read_checkpoint(tmp_path / "file.pth", **options)
+    assert len(torch_loads) == 1
 
 
 def test_a_mode_that_makes_fake_tensors_has_its_say(tmp_path: Path) -> None:

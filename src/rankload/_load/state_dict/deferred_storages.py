@@ -42,10 +42,6 @@ class DeferredStorages:
         self._pairs[empty.device].append((empty, storage))
         return empty
 
-    def takes(self, tag: str) -> bool:
-        """Return whether storages tagged so come late."""
-        return self._late_device(tag) is not None
-
     def fill(self, limits: Limits, check_cancelled: Callable[[], None], display_name: str) -> None:
         """Copy what belongs into the storages that were made.
 

@@ -19,16 +19,18 @@ import torch
 from rankload._cache.files import retry_if_stale
 from rankload._coordination.launchers import identity_from_environment
 from rankload._formats.broken import BrokenFileError
+from rankload._formats.pickle_values import NotUnderstoodError
 from rankload._formats.sharded import read_weight_map
 from rankload._formats.sniff import CHECKPOINT_FORMATS, describe, sniff
 from rankload._formats.source import LocalSource
 from rankload._formats.unpack import unpacked
-from rankload._load.device.map_location import goes_by_tags, restore_of
+from rankload._load.device.map_location import Restore, goes_by_tags, restore_of
 from rankload._load.device.readers import Limits
 from rankload._load.state_dict.deferred_storages import DeferredStorages
+from rankload._load.state_dict.plain_checkpoint import PlainCheckpoint
 from rankload._load.state_dict.private_mapping import torch_maps_privately
 from rankload._load.state_dict.read_safetensors import read_safetensors
-from rankload._load.state_dict.torch_load_checks import Checked, checked_for_torch, why_not_mapped
+from rankload._load.state_dict.torch_load_checks import checked_for_torch, why_not_mapped
 from rankload._load.values.torch_errors import wrap_load_errors
 from rankload._platform.scratch import descriptor_path
 from rankload._settings import Settings
@@ -85,6 +87,11 @@ class _Options:
     display_name: str
     torch_load_arguments: dict[str, Any]
 
+    def may_be_built(self, map_location: Any) -> bool:
+        """Tell whether torch.load is asked for nothing special: then a plain checkpoint is the same however made."""
+        # storages on the meta device note where in the file their bytes are
+        return self.mmap is not False and not self.torch_load_arguments and str(map_location) != "meta"
+
 
 def _read(path: Path, map_location: Any, options: _Options) -> Any:
     file_format = sniff(path)
@@ -97,42 +104,43 @@ def _read(path: Path, map_location: Any, options: _Options) -> Any:
     if file_format == "sharded":
         return _read_parts(path, map_location, options)
     if file_format == "safetensors":
-        late = DeferredStorages(map_location) if options.mmap is not False and goes_by_tags(map_location) else None
-        restore = late or restore_of(map_location)
-        found = read_safetensors(path, restore, mmap=options.mmap is not False, display_name=options.display_name)
-        if late is not None:
-            late.fill(options.limits, options.check_cancelled, options.display_name)
-        return found
+        is_mapped = options.mmap is not False
+        with _restore(map_location, options, may_defer=is_mapped) as restore:
+            return read_safetensors(path, restore, mmap=is_mapped, display_name=options.display_name)
     with path.open("rb", buffering=0) as file:
         source = LocalSource(file.fileno())
+        if file_format == "torch_zip" and options.may_be_built(map_location):
+            try:
+                plain = PlainCheckpoint(source, options.display_name)
+            except NotUnderstoodError as error:
+                _logger.debug("%s is not built from its index: %s", options.display_name, error)
+            else:
+                with _restore(map_location, options, may_defer=True) as restore:
+                    return plain.build(restore)
         checked = checked_for_torch(source, file_format, map_location)
         is_mapped = not (reason := why_not_mapped(source, file_format, checked.doubt)) and options.mmap is not False
     if reason and options.mmap is not False:
         level = logging.INFO if options.mmap else logging.DEBUG
         _logger.log(level, "%s is read, not mapped: %s", options.display_name, reason)
-    late = _deferred_storages(checked, options) if is_mapped else None
-    where: Any = late or checked.map_location
     with _name_for_torch(path) as name, torch_maps_privately() if is_mapped else contextlib.nullcontext():
-        loaded = torch.load(
+        return torch.load(
             name,
-            where,
+            checked.map_location,
             weights_only=options.weights_only,
             mmap=is_mapped,
             **options.torch_load_arguments,
         )
-    if late is not None:
-        late.fill(options.limits, options.check_cancelled, options.display_name)
-    return loaded
 
 
-def _deferred_storages(checked: Checked, options: _Options) -> DeferredStorages | None:
-    """Return what puts storages on accelerators, to be filled after the load, if some go there and nothing minds."""
-    if options.torch_load_arguments or torch._C._len_torch_dispatch_stack():  # such as a mode that makes fake tensors
-        return None
-    if not goes_by_tags(checked.map_location):  # a function may look at what it gets and returns
-        return None
-    late = DeferredStorages(checked.map_location)
-    return late if any(map(late.takes, checked.tags)) else None
+@contextlib.contextmanager
+def _restore(map_location: Any, options: _Options, *, may_defer: bool) -> Iterator[Restore]:
+    """Yield what puts storages where they belong; those on accelerators are filled after the block, if they may be."""
+    if not may_defer or not goes_by_tags(map_location):  # a function may look at what it gets and returns
+        yield restore_of(map_location)
+        return
+    deferred = DeferredStorages(map_location)
+    yield deferred
+    deferred.fill(options.limits, options.check_cancelled, options.display_name)
 
 
 def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, Any]:

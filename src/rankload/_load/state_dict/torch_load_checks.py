@@ -16,7 +16,6 @@ from rankload._formats.torch_legacy import read_legacy_index
 from rankload._formats.torch_zip import check_script, read_zip_index
 from rankload._formats.zip_members import check_compressed, check_listing
 from rankload._load.device.map_location import Restore, location_of_script, restore_of
-from rankload._load.values.torch_values import has_plain_tensors_only
 
 #: Tensors are mapped only where each of their elements is aligned, for torch's kernels: the longest are complex128's.
 ALIGNMENT_BYTES = 16
@@ -29,12 +28,10 @@ class Checked:
     Attributes:
         map_location: with which it may.
         doubt: why its storages could not be checked; empty where they were.
-        tags: of its storages, if torch.load looks at no tensor's elements while it makes them; else none.
     """
 
     map_location: Any
     doubt: str = ""
-    tags: frozenset[str] = frozenset()
 
 
 def checked_for_torch(source: Source, file_format: Format, map_location: Any) -> Checked:
@@ -60,10 +57,8 @@ def checked_for_torch(source: Source, file_format: Format, map_location: Any) ->
         if file_format == "torchscript":
             return Checked(location_of_script(map_location, check_script(source)))
         if file_format == "torch_zip":
-            index = read_zip_index(source, "", is_remote=False)
-            is_plain = index.is_exact and has_plain_tensors_only(index.content)
-            return Checked(map_location, tags=frozenset(one.location for one in index.storages if is_plain))
-        if file_format == "legacy":
+            read_zip_index(source, "", is_remote=False)
+        elif file_format == "legacy":
             read_legacy_index(source, "")  # a storage may be nowhere in the file
     except NotUnderstoodError as error:
         doubt = str(error)
