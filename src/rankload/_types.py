@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 Scope = Literal["auto", "job", "node", "process"]
 Delivery = Literal["auto", "read", "broadcast", "gather"]
@@ -192,47 +192,3 @@ class FetchedFile:
     part_sizes: tuple[int, ...] = ()
     parts_sha256: str | None = None
     identity: FileIdentity | None = None
-
-
-class Channel(Protocol):
-    """The ranks of one call, as the fetch sees them. With a single process every method is trivial.
-
-    All ranks enter a call in the same order; within it, `post` and `wait_for` carry one value from the rank that leads
-    a domain to those that wait.
-    """
-
-    identity: Identity
-
-    def report(self, progress: Progress) -> None:
-        """Publish this rank's progress (see `Report`)."""
-
-    def post(self, key: str, value: dict[str, Any]) -> None:
-        """Publish a JSON-able value of at most 64 KiB under a key of this call."""
-
-    def wait_for(self, key: str, from_rank: int) -> dict[str, Any]:
-        """Wait for a posted value, watching over the rank that is to post it.
-
-        Raises:
-            RankLostError: that rank was killed or is frozen.
-            ProgressTimeoutError: it lives but does not move.
-            ArrivalTimeoutError: it never made the call.
-            RankloadError: whatever made another rank fail meanwhile.
-        """
-
-    def answer(self, question: str, respond: Callable[[], dict[str, Any]]) -> None:
-        """Be ready to answer a question of another rank, whenever this one waits for others."""
-
-    def ask(self, question: str, of_rank: int) -> dict[str, Any]:
-        """Return a rank's answer to a question. It has said `answer` before; raises like `wait_for`."""
-
-    def has(self, key: str) -> bool:
-        """Return whether a value was posted, without waiting."""
-
-    def claim(self, key: str) -> int:
-        """Return the rank that claimed the key first (this one, if nobody did)."""
-
-    def on_exit(self, callback: Callable[[], None]) -> None:
-        """Run something when the call ends on this rank, after the verdict; OSErrors are ignored."""
-
-    def remember(self, fact: str, value: str | None = None) -> str | None:
-        """Keep a fact for later calls of the same ranks, or recall it (None when it is not known)."""

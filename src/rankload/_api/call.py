@@ -11,9 +11,8 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from rankload._coordination.channel import Channel
 from rankload._coordination.membership import open_channel
-from rankload._coordination.rank_channel import RankChannel
-from rankload._coordination.single_process import SingleProcessChannel
 from rankload._settings import Settings, misspelt
 from rankload._types import Delivery, Identity
 from rankload.errors import ArgumentError
@@ -25,9 +24,7 @@ _logger = logging.getLogger("rankload")
 
 
 @contextmanager
-def collective_call(
-    group: ProcessGroup | None, timeout: float | None
-) -> Iterator[tuple[SingleProcessChannel | RankChannel, Settings]]:
+def collective_call(group: ProcessGroup | None, timeout: float | None) -> Iterator[tuple[Channel, Settings]]:
     """Open the channel. What is wrong with the settings is raised within, where the other ranks hear of it."""
     problem = None
     try:
@@ -43,7 +40,7 @@ def collective_call(
 
 
 def agree_on_delivery(
-    channel: SingleProcessChannel | RankChannel,
+    channel: Channel,
     arguments: dict[str, Any],
     delivery: Delivery,
     src: int | None,

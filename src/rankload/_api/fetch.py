@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from rankload._api.call import collective_call
 from rankload._api.tracebacks import short_tracebacks
+from rankload._coordination.channel import Channel
 from rankload._coordination.membership import open_single_process_channel
-from rankload._coordination.rank_channel import RankChannel
-from rankload._coordination.single_process import SingleProcessChannel
 from rankload._fetch.fetch_once import fetch_at, fetch_once
 from rankload._fetch.request import Url, agreed_arguments, make_request
 from rankload._settings import Settings
@@ -109,7 +108,7 @@ def fetch_in_this_process(
 def fetch_for(
     delivery: Delivery,
     request: FetchRequest,
-    channel: SingleProcessChannel | RankChannel,
+    channel: Channel,
     settings: Settings,
     source: int,
 ) -> FetchedFile | None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rankload._api.call import agree_on_delivery, collective_call
 from rankload._api.fetch import fetch_for, fetch_in_this_process
 from rankload._api.tracebacks import short_tracebacks
+from rankload._coordination.channel import Channel
 from rankload._coordination.membership import own_identity
-from rankload._coordination.rank_channel import RankChannel
 from rankload._coordination.single_process import SingleProcessChannel
 from rankload._fetch.request import Url, agreed_arguments, make_request
 from rankload._settings import Settings
@@ -178,7 +178,7 @@ def _delivered(
     source: int,
     location: Any,
     mmap: bool | None,
-    channel: SingleProcessChannel | RankChannel,
+    channel: Channel,
     settings: Settings,
     stack: ExitStack,
 ) -> tuple[Path, str]:
@@ -194,7 +194,6 @@ def _delivered(
     if delivery == "broadcast":
         from rankload._load.broadcast.whole_file import broadcast_files
 
-        assert isinstance(channel, RankChannel)
         path, display_name = broadcast_files(path, file, source, channel, settings, stack)
         return with_unpacked(path, channel, stack), display_name
     assert file is not None and path is not None
@@ -203,9 +202,7 @@ def _delivered(
     return with_unpacked(path, channel, stack), str(file.path)
 
 
-def _resolved(
-    map_location: MapLocation, channel: SingleProcessChannel | RankChannel, group: ProcessGroup | None
-) -> Any:
+def _resolved(map_location: MapLocation, channel: Channel, group: ProcessGroup | None) -> Any:
     from rankload._load.device.devices import resolve_map_location  # imports torch
 
     return resolve_map_location(map_location, channel.identity, group)
@@ -215,7 +212,7 @@ def _read(
     path: Path,
     display_name: str,
     location: Any,
-    channel: SingleProcessChannel | RankChannel,
+    channel: Channel,
     settings: Settings,
     weights_only: bool,
     mmap: bool | None,

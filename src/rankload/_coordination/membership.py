@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from rankload._coordination.channel import Channel
 from rankload._coordination.draining import forget_word, leave_word
 from rankload._coordination.environment_store import environment_endpoint, store_from_environment
 from rankload._coordination.launchers import identity_from_environment
@@ -52,7 +53,7 @@ _groups: WeakKeyDictionary[ProcessGroup, _Membership] = WeakKeyDictionary()
 _environments: dict[tuple[Identity, str], _Membership] = {}
 
 
-def open_channel(group: ProcessGroup | None, settings: Settings) -> SingleProcessChannel | RankChannel:
+def open_channel(group: ProcessGroup | None, settings: Settings) -> Channel:
     """Open the channel for one call: of the given group, else of the default group, else of the launcher's job.
 
     Collective over those ranks. Without a store to meet at, or with a single rank, the channel is a lone one; so it is

@@ -15,12 +15,14 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
+from typing_extensions import Self, override
+
 from rankload._coordination.agreement import Agreement
+from rankload._coordination.channel import Channel
 from rankload._coordination.heartbeat import Heartbeat, PeerMonitor, RollCall
 from rankload._coordination.polling import backoff, silence_limit_seconds
 from rankload._coordination.rendezvous import Session
-from rankload._coordination.signals import Terminated, TerminationAsException
-from rankload._coordination.single_process import run_all
+from rankload._coordination.signals import Terminated
 from rankload._coordination.verdict import Verdict, as_shared_error
 from rankload._coordination.watchdog import Watchdog
 from rankload._settings import Settings
@@ -50,19 +52,22 @@ _VOTE = 1 << 32
 _GIVING_UP = (ArrivalTimeoutError, RankLostError)
 
 
-class RankChannel:
-    """The channel of one call in one rank of several. Use as a context manager; leaving it is the verdict."""
+class RankChannel(Channel):
+    """The channel of one call in one rank of several, over the job's store.
+
+    Args:
+        session: of this rank with the others; outlasts the call.
+        settings: deadlines.
+    """
 
     def __init__(self, session: Session, settings: Settings) -> None:
-        self.identity = session.identity
+        super().__init__(session.identity)
         self._session, self._settings = session, settings
         self._store, self._prefix = session.store, session.call_prefix(session.calls.made)
         self._watched = range(1, self.identity.world_size) if self.identity.rank == 0 else [0]
         self._agreement = Agreement(self._store, self._key, self.identity, session.calls.made)
         self._facts: dict[str, str] = {}
-        self._on_exit: list[Callable[[], None]] = []
         self._answers: dict[str, Callable[[], dict[str, Any]]] = {}
-        self._termination = TerminationAsException()
         self._verdict = Verdict(self._store, self._key, self.identity)
         self._failure: RankloadError | None = None
         self._roll_call: RollCall | None = None
@@ -77,46 +82,35 @@ class RankChannel:
         # whoever downloads waits for nobody, and would learn last that others are gone
         self._watchdog_meanwhile = self._watchdog_over(self._watched, while_working=True)
 
+    @override
     def agree(self, arguments: dict[str, Any]) -> None:
-        """Say that this rank has come, and check that every rank passed the same arguments (see `Agreement`).
-
-        Raises:
-            ArgumentMismatchError: they differ; names both ranks and both values.
-        """
         if not self._agreement.enter(arguments):
             self._agreement.compare(self._wait_for("arguments", self._watched))
 
+    @override
     def report(self, progress: Progress) -> None:
-        """Publish this rank's progress; raise what another rank failed with."""
         self._raise_failure()
         self._heartbeat.beat(progress)
 
+    @override
     def post(self, key: str, value: dict[str, Any]) -> None:
-        """Publish a value under a key of this call."""
         self._store.set(self._key(key), json.dumps(value))
 
+    @override
     def wait_for(self, key: str, from_rank: int) -> dict[str, Any]:
-        """Wait for a posted value, watching over the rank that is to post it (see `Channel`)."""
         return self._wait_for(key, [from_rank])
 
+    @override
     def answer(self, question: str, respond: Callable[[], dict[str, Any]]) -> None:
-        """Be ready to answer a question of another rank, whenever this one waits for others."""
         self._answers[question] = respond
 
+    @override
     def ask(self, question: str, of_rank: int) -> dict[str, Any]:
-        """Return a rank's answer to a question (see `Channel`)."""
         self.post(f"asked/{question}", {})
         return self.wait_for(f"answer/{question}", from_rank=of_rank)
 
+    @override
     def meet(self, key: str, *, agrees: bool = False) -> bool:
-        """Wait until every rank has come here: none goes on if one fails before.
-
-        Returns:
-            Whether all of them agree.
-
-        Raises:
-            RankloadError: what another rank has failed with.
-        """
         # one counter counts both: how many have come, and above that how many of them agree
         agreeing, come = divmod(self._store.add(self._key(f"met/{key}"), 1 + _VOTE * agrees), _VOTE)
         if come == self.identity.world_size:
@@ -125,11 +119,8 @@ class RankChannel:
         self._agreement.have_all_come = True
         return agreed
 
+    @override
     def watch_over(self, ranks: Iterable[int]) -> Callable[[Progress], None]:
-        """Return what a wait of another kind calls again and again: it publishes this rank's progress.
-
-        It raises what another rank has failed with, or that one of the given ones is lost.
-        """
         watchdog = self._watchdog_over(ranks)
 
         def watch(progress: Progress) -> None:
@@ -140,33 +131,26 @@ class RankChannel:
         return watch
 
     @property
+    @override
     def store_host(self) -> str | None:
-        """See `RankStore.host`."""
         return self._store.host
 
+    @override
     def has(self, key: str) -> bool:
-        """Return whether a value was posted, without waiting."""
         return self._store.peek(self._key(key)) is not None
 
-    def claim(self, key: str) -> int:
-        """Return the rank that claimed the key first."""
-        return int(self.first(key, str(self.identity.rank)))
-
+    @override
     def first(self, key: str, value: str) -> str:
-        """Return what the first rank has passed for a key."""
         return self._store.set_first(self._key(key), value)
 
-    def on_exit(self, callback: Callable[[], None]) -> None:
-        """Run something when the call ends on this rank, after the verdict."""
-        self._on_exit.append(callback)
-
+    @override
     def remember(self, fact: str, value: str | None = None) -> str | None:
-        """Keep a fact for later calls of the session, or recall it. A call that fails leaves nothing on any rank."""
         if value is not None:
             self._facts[fact] = value
         return self._facts.get(fact) or self._session.remembered.get(fact)
 
-    def __enter__(self) -> RankChannel:
+    @override
+    def __enter__(self) -> Self:
         self._termination.install()
         try:
             self._heartbeat.start()
@@ -175,6 +159,7 @@ class RankChannel:
             raise
         return self
 
+    @override
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
             self._conclude(error)
@@ -182,7 +167,7 @@ class RankChannel:
             try:
                 self._termination.defer()
                 self._heartbeat.stop(_HURRIED_SECONDS if self._termination.has_arrived else _FAREWELL_SECONDS)
-                run_all(self._on_exit)
+                self.close()
             finally:
                 self._termination.restore()
 

@@ -2,82 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
-from rankload._coordination.signals import TerminationAsException
-from rankload._types import Identity, Progress
+from typing_extensions import Self, override
+
+from rankload._coordination.channel import Channel
+from rankload._types import Progress
 
 
-class SingleProcessChannel:
-    """The channel of a single process: nobody to agree with, nobody to wait for."""
+class SingleProcessChannel(Channel):
+    """The channel of a single process: there is nobody to agree with, to tell or to wait for."""
 
-    def __init__(self, identity: Identity) -> None:
-        self.identity = identity
-        self._termination = TerminationAsException()
-        self._on_exit: list[Callable[[], None]] = []
-
+    @override
     def agree(self, arguments: dict[str, Any]) -> None:
-        """Nobody disagrees."""
+        pass
 
+    @override
     def report(self, progress: Progress) -> None:
-        """Nobody listens, but for a signal that has come."""
         self._termination.check()
 
+    @override
     def post(self, key: str, value: dict[str, Any]) -> None:
-        """Nobody reads."""
+        pass
 
+    @override
     def wait_for(self, key: str, from_rank: int) -> dict[str, Any]:
-        """Unreachable: a single process leads every domain."""
         raise AssertionError("a single process waits for nobody")
 
-    def meet(self, key: str, *, agrees: bool = False) -> bool:
-        """Nobody else is to come."""
-        return agrees
-
-    def answer(self, question: str, respond: Callable[[], dict[str, Any]]) -> None:
-        """Nobody asks."""
-
-    def ask(self, question: str, of_rank: int) -> dict[str, Any]:
-        """Unreachable: a single process has only its own file."""
-        raise AssertionError("a single process asks nobody")
-
+    @override
     def has(self, key: str) -> bool:
-        """Nobody posts."""
         return False
 
-    def claim(self, key: str) -> int:
-        """Every claim is this process's."""
-        return self.identity.rank
+    @override
+    def first(self, key: str, value: str) -> str:
+        return value
 
-    def on_exit(self, callback: Callable[[], None]) -> None:
-        """Run something when the call ends."""
-        self._on_exit.append(callback)
+    @override
+    def answer(self, question: str, respond: Callable[[], dict[str, Any]]) -> None:
+        pass
 
-    def remember(self, fact: str, value: str | None = None) -> str | None:
-        """Nothing is worth remembering."""
+    @override
+    def ask(self, question: str, of_rank: int) -> dict[str, Any]:
+        raise AssertionError("a single process asks nobody")
+
+    @override
+    def meet(self, key: str, *, agrees: bool = False) -> bool:
+        return agrees
+
+    @override
+    def watch_over(self, ranks: Iterable[int]) -> Callable[[Progress], None]:
+        return self.report
+
+    @property
+    @override
+    def store_host(self) -> str | None:
         return None
 
-    def close(self) -> None:
-        """Run what was to run when the call ends; for a channel that is not used as a context manager."""
-        run_all(self._on_exit)
+    @override
+    def remember(self, fact: str, value: str | None = None) -> str | None:
+        return None
 
-    def __enter__(self) -> SingleProcessChannel:
+    @override
+    def __enter__(self) -> Self:
         self._termination.install()
         return self
 
+    @override
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
             self._termination.defer()
-            run_all(self._on_exit)
+            self.close()
         finally:
             self._termination.restore()
-
-
-def run_all(callbacks: list[Callable[[], None]]) -> None:
-    """Run each; OSErrors are ignored."""
-    for callback in callbacks:
-        with suppress(OSError):
-            callback()

@@ -15,9 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankload._coordination.channel import Channel
 from rankload._coordination.polling import backoff
 from rankload._platform.host import kernel_id
-from rankload._types import Channel, Identity, Scope
+from rankload._types import Identity, Scope
 
 _logger = logging.getLogger("rankload")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rankload._cache.directory import make_directory
 from rankload._cache.files import wrap_read_errors
+from rankload._coordination.channel import Channel
 from rankload._fetch.cache_domain import Domain, find_domain
 from rankload._fetch.index_files import files_of
 from rankload._fetch.leader import fetch
@@ -20,7 +21,7 @@ from rankload._fetch.replicas import is_known, offer_version, same_version
 from rankload._platform.host import kernel_id
 from rankload._platform.linux import is_on_local_disk
 from rankload._settings import Settings
-from rankload._types import Channel, FetchedFile, FetchRequest, FileIdentity, Progress, Report
+from rankload._types import FetchedFile, FetchRequest, FileIdentity, Progress, Report
 from rankload._urls import local_path_of
 from rankload.errors import CacheError
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from rankload._cache.files import wrap_read_errors
+from rankload._coordination.channel import Channel
 from rankload._fetch.file_digest import sha256_of_file
 from rankload._fetch.index_files import digest_of_parts, files_of
 from rankload._fetch.leader import fetch
 from rankload._settings import Settings
-from rankload._types import Channel, FetchedFile, FetchRequest, Progress, Report
+from rankload._types import FetchedFile, FetchRequest, Progress, Report
 from rankload._urls import redact
 from rankload.errors import ContentChangedError, FetchError, VerificationError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
-from rankload._coordination.rank_channel import RankChannel
+from rankload._coordination.channel import Channel
 from rankload._platform.host import kernel_id
 from rankload._relay.addresses import own_addresses
 from rankload._relay.chain import neighbours
@@ -19,7 +19,7 @@ from rankload._types import Progress
 _KEY = "relay"
 
 
-def open_relay(channel: RankChannel, source: int, settings: Settings, *, takes_part: bool) -> Relay | None:
+def open_relay(channel: Channel, source: int, settings: Settings, *, takes_part: bool) -> Relay | None:
     """Connect the ranks that take part, in a chain that begins at the source. Collective over the channel's ranks.
 
     The connections are closed when the call ends, after its verdict: so nobody takes a rank that fails for one that was
@@ -51,12 +51,12 @@ def open_relay(channel: RankChannel, source: int, settings: Settings, *, takes_p
         return _connected(channel, channel.wait_for(f"{_KEY}/order", from_rank=source), listener, settings)
 
 
-def _member(channel: RankChannel, listener: Listener | None) -> dict[str, Any]:
+def _member(channel: Channel, listener: Listener | None) -> dict[str, Any]:
     host = channel.identity.host
     return {"host": host, "machine": f"{kernel_id()}-{host}", "way": listener.way if listener else None}
 
 
-def _gather(channel: RankChannel) -> list[list[int]]:
+def _gather(channel: Channel) -> list[list[int]]:
     """Return the ranks that take part, by machine, the source's machine first and the source first of it."""
     source = channel.identity.rank
     by_machine = {_member(channel, None)["machine"]: [source]}
@@ -68,7 +68,7 @@ def _gather(channel: RankChannel) -> list[list[int]]:
     return list(by_machine.values())
 
 
-def _connected(channel: RankChannel, order: dict[str, Any], listener: Listener | None, settings: Settings) -> Relay:
+def _connected(channel: Channel, order: dict[str, Any], listener: Listener | None, settings: Settings) -> Relay:
     """Connect to the neighbours, upstream first: so whoever is connected to is there to answer at once."""
     place = neighbours(order["hosts"], channel.identity.rank)
     watch: Watch = channel.watch_over([rank for rank in (place.upstream, *place.downstreams) if rank is not None])
@@ -91,5 +91,5 @@ def _connected(channel: RankChannel, order: dict[str, Any], listener: Listener |
     return Relay(upstream, downstreams, watch, settings.progress_seconds, bytes.fromhex(order["key"]))
 
 
-def _announced(channel: RankChannel, rank: int) -> dict[str, Any]:
+def _announced(channel: Channel, rank: int) -> dict[str, Any]:
     return channel.wait_for(f"{_KEY}/{rank}", from_rank=rank)

@@ -16,7 +16,7 @@ from rankload._cache.access import is_trusted
 from rankload._cache.files import wrap_read_errors
 from rankload._cache.layout import Entry
 from rankload._cache.record import find_record
-from rankload._coordination.rank_channel import RankChannel
+from rankload._coordination.channel import Channel
 from rankload._load.broadcast.header import BadHeaderError, check_names
 from rankload._load.node.held import hold
 from rankload._load.node.memory_file import folder_of, writable
@@ -35,7 +35,7 @@ def broadcast_files(
     path: Path | None,
     file: FetchedFile | None,
     source: int,
-    channel: RankChannel,
+    channel: Channel,
     settings: Settings,
     stack: ExitStack,
 ) -> tuple[Path, str]:
@@ -73,7 +73,7 @@ def broadcast_files(
     return folder_of(memory.descriptors, stack) / next(iter(sizes)), announced["shown"]
 
 
-def announce(path: Path | None, file: FetchedFile | None, source: int, channel: RankChannel) -> dict[str, Any]:
+def announce(path: Path | None, file: FetchedFile | None, source: int, channel: Channel) -> dict[str, Any]:
     """Tell where the source's files are, how large, and with which digests; or hear it.
 
     Returns:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rankload._coordination.rank_channel import RankChannel
+from rankload._coordination.channel import Channel
 from rankload._formats.entry import TensorEntry
 from rankload._formats.index import Index
 from rankload._formats.source import LocalSource
@@ -47,7 +47,7 @@ class BroadcastReceiver(DeliveryStrategy):
         relay: Relay,
         source: int,
         announced: Mapping[str, Any],
-        channel: RankChannel,
+        channel: Channel,
         settings: Settings,
         stack: ExitStack,
     ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rankload._coordination.rank_channel import RankChannel
+from rankload._coordination.channel import Channel
 from rankload._formats.index import Index
 from rankload._load.broadcast.header import MAX_HEADER_BYTES, BroadcastHeader
 from rankload._load.broadcast.whole_file import send_files
@@ -44,7 +44,7 @@ class BroadcastSender(DeliveryStrategy):
         settings: deadlines.
     """
 
-    def __init__(self, files: CheckpointFiles, relay: Relay, channel: RankChannel, settings: Settings) -> None:
+    def __init__(self, files: CheckpointFiles, relay: Relay, channel: Channel, settings: Settings) -> None:
         self.path, self.files, self.may_share, self.delivery = files.path, files, True, "broadcast"
         self._relay, self._channel, self._limits = relay, channel, Limits.of(channel.identity, settings)
         self._index: Index | None = None

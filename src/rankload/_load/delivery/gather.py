@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from rankload._coordination.rank_channel import RankChannel
+from rankload._coordination.channel import Channel
 from rankload._load.delivery.read import ReadDelivery
 from rankload._load.delivery.strategy import LoadPlan
 from rankload._load.module.checkpoint_files import CheckpointFiles
@@ -43,10 +43,10 @@ class GatherDelivery(ReadDelivery):
     """
 
     def __init__(
-        self, files: CheckpointFiles, channel: RankChannel, group: ProcessGroup | None, settings: Settings
+        self, files: CheckpointFiles, channel: Channel, group: ProcessGroup | None, settings: Settings
     ) -> None:
         super().__init__(files, channel, settings)
-        self._channel: RankChannel = channel
+        self._channel: Channel = channel
         self._group, self._settings = group, settings
         self._shared: set[int] = set()
 

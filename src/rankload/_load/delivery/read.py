@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rankload._coordination.channel import Channel
 from rankload._load.delivery.strategy import DeliveryStrategy, LoadPlan
 from rankload._load.device.readers import Limits
 from rankload._load.module.checkpoint_files import CheckpointFiles
@@ -12,7 +13,6 @@ from rankload._load.node.parts import all_files
 from rankload._load.node.read_ahead import read_ahead
 from rankload._load.streams.run import ReportBytes, read_all
 from rankload._settings import Settings
-from rankload._types import Channel
 
 
 class ReadDelivery(DeliveryStrategy):

@@ -6,8 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankload._coordination.rank_channel import RankChannel
-from rankload._coordination.single_process import SingleProcessChannel
+from rankload._coordination.channel import Channel
 from rankload._load.broadcast.whole_file import announce, find
 from rankload._load.delivery.broadcast_receiver import BroadcastReceiver
 from rankload._load.delivery.broadcast_sender import BroadcastSender
@@ -29,7 +28,7 @@ def open_strategy(
     path: Path | None,
     file: FetchedFile | None,
     source: int,
-    channel: SingleProcessChannel | RankChannel,
+    channel: Channel,
     group: ProcessGroup | None,
     settings: Settings,
     stack: ExitStack,
@@ -46,7 +45,7 @@ def open_strategy(
         settings: deadlines.
         stack: closes files.
     """
-    if not isinstance(channel, RankChannel):
+    if channel.identity.world_size == 1:
         assert path is not None
         return ReadDelivery(_files(path, channel, stack), channel, settings, "there is one rank")
     if delivery == "broadcast":
@@ -60,7 +59,7 @@ def open_strategy(
     )
 
 
-def _files(path: Path, channel: SingleProcessChannel | RankChannel, stack: ExitStack) -> CheckpointFiles:
+def _files(path: Path, channel: Channel, stack: ExitStack) -> CheckpointFiles:
     return CheckpointFiles(path, stack, with_unpacked(path, channel, stack))
 
 
@@ -68,7 +67,7 @@ def _open_broadcast(
     path: Path | None,
     file: FetchedFile | None,
     source: int,
-    channel: RankChannel,
+    channel: Channel,
     settings: Settings,
     stack: ExitStack,
 ) -> DeliveryStrategy:

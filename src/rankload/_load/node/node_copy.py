@@ -19,6 +19,7 @@ from typing import Any
 
 from rankload._cache.access import name_of
 from rankload._cache.files import wrap_read_errors
+from rankload._coordination.channel import Channel
 from rankload._coordination.launchers import identity_from_environment
 from rankload._coordination.single_process import SingleProcessChannel
 from rankload._formats.broken import BrokenFileError
@@ -36,7 +37,7 @@ from rankload._load.node.node_memory import NodeMemory
 from rankload._load.node.parts import all_files, parts_of
 from rankload._platform.linux import is_on_local_disk
 from rankload._settings import Settings
-from rankload._types import Channel, FetchedFile, Progress
+from rankload._types import FetchedFile, Progress
 from rankload.errors import DigestMismatchError, LoadError, printable
 
 _logger = logging.getLogger("rankload")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
+from rankload._coordination.channel import Channel
 from rankload._load.node.memory_file import make_memory_file, path_for_others
 from rankload._platform.host import process_space_id
-from rankload._types import Channel
 
 
 @dataclass(frozen=True)

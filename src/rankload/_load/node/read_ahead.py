@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 
 from rankload._cache.files import wrap_read_errors
+from rankload._coordination.channel import Channel
 from rankload._load.device.readers import Readers, await_reader
 from rankload._platform.host import kernel_id
 from rankload._platform.linux import is_on_local_disk, resident_pages
-from rankload._types import Channel, Progress
+from rankload._types import Progress
 from rankload.errors import printable
 
 _logger = logging.getLogger("rankload")

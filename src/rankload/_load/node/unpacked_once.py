@@ -5,12 +5,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from rankload._coordination.channel import Channel
 from rankload._formats.sniff import sniff
 from rankload._formats.unpack import unpack, unpacked_size
 from rankload._load.node.node_memory import NodeMemory
 from rankload._load.values.torch_errors import wrap_load_errors
 from rankload._platform.scratch import descriptor_path
-from rankload._types import Channel, Progress
+from rankload._types import Progress
 
 _NAME = "unpacked"
 
