@@ -12,6 +12,7 @@ import itertools
 import os
 import posixpath
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlparse, urlsplit, urlunsplit
@@ -43,6 +44,48 @@ class Server(NamedTuple):
     scheme: str
     host: str
     port: int
+
+
+@dataclass(frozen=True)
+class Url:
+    """A URL, or a path, parsed once. As a string it is fit for messages.
+
+    Attributes:
+        raw: as the user gave it; may hold secrets.
+        display_name: the same without secrets (`redact`).
+        key: tells it from other origins (`url_key`).
+        scheme: in lower case; None for a path.
+        local_path: what a path or a file URL means; None for a remote file.
+    """
+
+    raw: str = field(repr=False)
+    display_name: str
+    key: str
+    scheme: str | None
+    local_path: Path | None
+
+    @classmethod
+    def parse(cls, raw: str) -> Url:
+        """Parse a URL or a path.
+
+        Raises:
+            ArgumentError: a malformed URL, one that libraries may read differently, or a path that cannot be one.
+        """
+        if (why := _why_malformed(raw)) is not None:
+            raise ArgumentError(f"url={redact(raw)!r}: malformed URL: {why}")
+        return cls(raw, redact(raw), url_key(raw), scheme_of(raw), local_path_of(raw))
+
+    @property
+    def server(self) -> Server | None:
+        """The server of an http or https URL (`server_of`)."""
+        return server_of(self.raw)
+
+    def beside(self, name: str) -> Url:
+        """Return the URL of another file in the same folder (`beside`)."""
+        return Url.parse(beside(self.raw, name))
+
+    def __str__(self) -> str:
+        return self.display_name
 
 
 def scheme_of(url: str) -> str | None:
@@ -83,6 +126,21 @@ def why_refused(url: str) -> str | None:
         slip = " (a Path drops one of two slashes: pass a string)" if re.match("https?:/[^/]", url) else ""
         return f"its host is missing or malformed{slip}"
     return None
+
+
+def _why_malformed(url: str) -> str | None:
+    """Return what is wrong with a URL, in words; None for a well-formed one, and for a path."""
+    scheme = scheme_of(url)
+    if scheme is None:
+        return None
+    if (why := why_refused(url)) is not None or scheme == "file":
+        return why
+    try:
+        parts = urlsplit(url)
+        is_complete = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not match, a port that is no number
+        is_complete = False
+    return None if is_complete else "it has no host, or its port is no number"
 
 
 def has_ambiguous_characters(text: str) -> bool:

@@ -17,7 +17,7 @@ from rankload._cache.layout import Entry
 from rankload._cache.record import find_record
 from rankload._fetch.partials.journal import Journal, PartialContent, journal_path
 from rankload._fetch.partials.owner import abandoned_path
-from rankload._urls import url_key
+from rankload._urls import Url, url_key
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as other users")
 PRECIOUS = b"precious " * 1000
@@ -223,7 +223,7 @@ def test_note_on_what_is_set_aside(origin, cache, checkpoint, own, victim):
 def test_directory_of_a_second_url(origin, cache, checkpoint, other_checkpoint, tmp_path):
     first, second = origin.add("a/model.pth", checkpoint.path), origin.add("b/model.pth", other_checkpoint.path)
     rankload.dist_fetch(first, cache)
-    separate = Entry(cache / "model.pth").separate(second).path.parent
+    separate = Entry(cache / "model.pth").separate(Url.parse(second)).path.parent
     (tmp_path / "elsewhere").mkdir()
     separate.symlink_to(tmp_path / "elsewhere")
     expect(errors_of(load, second, cache), rankload.CacheError, f"{separate} is a symbolic link: refused")

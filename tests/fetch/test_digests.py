@@ -14,6 +14,7 @@ from harness.ranks import run_ranks
 from harness.replies import Reply
 from rankload._fetch.sidecar import fetch_sidecar
 from rankload._settings import Settings
+from rankload._urls import Url
 
 CONTENT = b"content of a file\n" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -229,7 +230,7 @@ def test_busy_sidecar_is_given_up_when_another_rank_fails(origin):
             raise InterruptedError("another rank's")
 
     with pytest.raises(InterruptedError):
-        fetch_sidecar(url, (), report, Settings())
+        fetch_sidecar(Url.parse(url), (), report, Settings())
     assert [progress.phase for progress in reports] == ["connecting", "backoff", "backoff", "backoff"]
     assert origin.request_count() == 1
 

@@ -17,6 +17,7 @@ from harness.fetch_calls import files_in, load, whole_log
 from harness.ranks import run_ranks
 from rankload._cache.layout import Entry
 from rankload._cache.record import find_record
+from rankload._urls import Url
 
 
 def bytes_read() -> int:
@@ -240,7 +241,7 @@ def test_record_with_one_wrong_type(origin, cache, cached):
     found = json.loads((cache / ".rankload" / "file.bin.json").read_text())
     for name in found:
         rewrite_record(path, json.dumps({**found, name: ["?"]}))
-        assert rankload.dist_fetch(url, cache) == Entry(path).separate(url).path
+        assert rankload.dist_fetch(url, cache) == Entry(path).separate(Url.parse(url)).path
 
 
 def test_record_that_cannot_be_read(origin, cache, cached, big_content):

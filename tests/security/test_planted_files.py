@@ -32,7 +32,7 @@ from rankload._fetch import download
 from rankload._fetch import lookup as cached
 from rankload._platform import linux
 from rankload._platform.linux import birth_ns
-from rankload._urls import url_key
+from rankload._urls import Url, url_key
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as other users")
 
@@ -780,7 +780,7 @@ def test_separate_entry_is_made_once(origin, cache, good_url):
     """Warm calls find it, and hash nothing."""
     cache.mkdir()
     (cache / "victim.pth").write_bytes(b"mine")
-    separate = Entry(cache / "victim.pth").separate(good_url).path
+    separate = Entry(cache / "victim.pth").separate(Url.parse(good_url)).path
     for _ in range(3):
         rankload.dist_load_state_dict_from_url(good_url, cache)
     assert separate.exists() and origin.request_count() == 1

@@ -12,9 +12,10 @@ from rankload._api.tracebacks import short_tracebacks
 from rankload._coordination.channel import Channel
 from rankload._coordination.membership import open_single_process_channel
 from rankload._fetch.fetch_once import fetch_at, fetch_once
-from rankload._fetch.request import Url, agreed_arguments, make_request
+from rankload._fetch.models import FetchRequest
+from rankload._fetch.request import UrlArgument, agreed_arguments, make_request
 from rankload._settings import Settings
-from rankload._types import Delivery, FetchedFile, FetchRequest, Progress, Scope, Verify
+from rankload._types import Delivery, FetchedFile, Progress, Scope, Verify
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @short_tracebacks
 def dist_fetch(
-    url: Url,
+    url: UrlArgument,
     model_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     check_hash: bool = False,
@@ -67,7 +68,7 @@ def dist_fetch(
 
 
 def fetch_in_this_process(
-    url: Url,
+    url: UrlArgument,
     model_dir: str | os.PathLike[str] | None,
     *,
     progress: bool,

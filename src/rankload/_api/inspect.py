@@ -22,19 +22,19 @@ from rankload._formats.source import Source
 from rankload._formats.unpack import open_unpacked
 from rankload._load.checkpoint import Checkpoint
 from rankload._settings import Settings
-from rankload._urls import beside, local_path_of, redact
+from rankload._urls import Url
 from rankload.errors import CacheError, LoadError, OfflineError, printable
 
 
 @short_tracebacks
-def open_checkpoint(path_or_url: str | os.PathLike[str], *, headers: Mapping[str, str] | None = None) -> Checkpoint:
+def open_checkpoint(url: str | os.PathLike[str], *, headers: Mapping[str, str] | None = None) -> Checkpoint:
     """Open a checkpoint to see what is in it, and to read single tensors. Not collective.
 
     Of a remote one a few ranges are read, usually less than 1 MB in all, and nothing is cached; the bytes are not
     verified against a digest. Nothing in the file is executed, whatever it holds.
 
     Args:
-        path_or_url: a file, or a URL as for `dist_load_state_dict_from_url`, of torch.save's formats (zip since 1.6,
+        url: a file, or a URL as for `dist_load_state_dict_from_url`, of torch.save's formats (zip since 1.6,
             legacy before; as a file also torch.hub's archive of one checkpoint), safetensors, or Hugging Face's
             ``*.index.json`` of several files of them, which are opened where they lie.
         headers: extra request headers.
@@ -45,18 +45,18 @@ def open_checkpoint(path_or_url: str | os.PathLike[str], *, headers: Mapping[str
         CacheError: the file cannot be read.
         OfflineError: RANKLOAD_OFFLINE is set, and it is no local file.
     """
-    location = os.fspath(path_or_url)
-    path = local_path_of(location)
-    display_name = printable(redact(location) if path is None else str(path))
+    location = Url.parse(os.fspath(url))
+    path = location.local_path
+    display_name = location.display_name if path is None else printable(str(path))
     if path is not None:
-        check_has_scheme(location, path)
+        check_has_scheme(location.raw, path)
     stack = ExitStack()
     with ExitStack() as unless_opened:
         unless_opened.callback(stack.close)
         sources = _Sources(
-            _remote_opener(location, headers or {}) if path is None else _local_opener(path.parent), stack
+            _remote_opener(location.raw, headers or {}) if path is None else _local_opener(path.parent), stack
         )
-        name = urlsplit(location).path.rpartition("/")[2] if path is None else path.name
+        name = urlsplit(location.raw).path.rpartition("/")[2] if path is None else path.name
         try:
             index = read_index(sources(name), name, sources, is_remote=path is None)
         except BrokenFileError as error:
@@ -95,12 +95,12 @@ def _local_opener(directory: Path) -> Callable[[str, ExitStack], Source]:
 
 def _remote_opener(url: str, headers: Mapping[str, str]) -> Callable[[str, ExitStack], Source]:
     settings, checked = Settings.from_environment(), checked_headers(headers)
-    (url,) = checked_urls(url)
-    if settings.offline or is_switched_off(url):
-        raise OfflineError(f"{redact(url)}: offline, and this is no local file; fetch it first, and open the file")
+    (first,) = checked_urls(url)
+    if settings.offline or is_switched_off(first):
+        raise OfflineError(f"{first}: offline, and this is no local file; fetch it first, and open the file")
 
     def open_one(name: str, stack: ExitStack) -> Source:
-        is_first = name == urlsplit(url).path.rpartition("/")[2]
-        return stack.enter_context(RemoteSource(url if is_first else beside(url, name), checked, settings))
+        is_first = name == urlsplit(first.raw).path.rpartition("/")[2]
+        return stack.enter_context(RemoteSource(first if is_first else first.beside(name), checked, settings))
 
     return open_one

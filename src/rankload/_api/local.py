@@ -28,7 +28,7 @@ from rankload._load.values.torch_errors import wrap_load_errors
 from rankload._platform.scratch import descriptor_path, scratch_file
 from rankload._settings import Settings
 from rankload._types import FetchedFile, Identity
-from rankload._urls import local_path_of, redact
+from rankload._urls import Url
 from rankload.errors import ArgumentError, printable
 
 if TYPE_CHECKING:
@@ -75,13 +75,13 @@ def load(
     identity = own_identity()
     target = resolve_map_location(map_location, identity)
     if isinstance(f, (str, os.PathLike)):
-        path = local_path_of(os.fspath(f))
+        location = Url.parse(os.fspath(f))
+        path = location.local_path
         if path is None:
-            display_name = redact(os.fspath(f))
             raise ArgumentError(
-                f"load({display_name!r}): not a local file; dist_load_state_dict_from_url loads from URLs"
+                f"load({location.display_name!r}): not a local file; dist_load_state_dict_from_url loads from URLs"
             )
-        check_has_scheme(os.fspath(f), path)
+        check_has_scheme(location.raw, path)
         return _load_file(path, target, identity, weights_only=weights_only, mmap=mmap, **torch_load_arguments)
     if mmap:
         raise ArgumentError("load(…, mmap=True): an open file cannot be mapped; give its path")

@@ -15,7 +15,7 @@ import torch
 from rankload._api.call import agree_on_delivery, collective_call
 from rankload._api.fetch import fetch_for
 from rankload._api.tracebacks import short_tracebacks
-from rankload._fetch.request import Url, agreed_arguments, make_request
+from rankload._fetch.request import UrlArgument, agreed_arguments, make_request
 from rankload._load.delivery.select import open_strategy
 from rankload._load.delivery.strategy import LoadPlan
 from rankload._load.device.devices import own_device
@@ -45,7 +45,7 @@ _logger = logging.getLogger("rankload")
 @short_tracebacks
 def dist_load_into(
     module: nn.Module | tuple[nn.Module, Optimizer],
-    source: Url,
+    url: UrlArgument,
     model_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     check_hash: bool = False,
@@ -94,9 +94,8 @@ def dist_load_into(
             whichever of the usual names it has them, the optimizer's state by numbers or, as
             ``torch.distributed.checkpoint.state_dict`` gives it, by names; of sharded parameters each rank reads its
             part of the state.
-        source: as ``url`` of `dist_load_state_dict_from_url`.
-        model_dir, progress, check_hash, file_name, sha256, headers, timeout, scope, group, offline, sidecar, verify: as
-            in `dist_load_state_dict_from_url`.
+        url, model_dir, progress, check_hash, file_name, sha256, headers, timeout, scope, group, offline, sidecar,
+        verify: as in `dist_load_state_dict_from_url`.
         weights_only: for what torch.load builds: files that have no index, and objects that the module, the optimizer
             or ``report.remainder`` wants. Nothing else is built, and cannot run code.
         strict: raise if names are missing or unexpected. Shapes must fit in any case.
@@ -133,7 +132,7 @@ def dist_load_into(
         target, optimizer = _checked_targets(module, assign)
         adapter = as_adapter(unwrap() if optimizer is not None and adapt is None else adapt)
         request = make_request(
-            source,
+            url,
             model_dir,
             check_hash=check_hash,
             file_name=file_name,

@@ -16,7 +16,7 @@ from rankload._api.tracebacks import short_tracebacks
 from rankload._coordination.channel import Channel
 from rankload._coordination.membership import own_identity
 from rankload._coordination.single_process import SingleProcessChannel
-from rankload._fetch.request import Url, agreed_arguments, make_request
+from rankload._fetch.request import UrlArgument, agreed_arguments, make_request
 from rankload._settings import Settings
 from rankload._types import Delivery, FetchedFile, Progress, Scope, Verify
 from rankload.adapt import Adapter, as_adapter
@@ -35,7 +35,7 @@ _logger = logging.getLogger("rankload")
 
 @short_tracebacks
 def dist_load_state_dict_from_url(
-    url: Url,
+    url: UrlArgument,
     model_dir: str | os.PathLike[str] | None = None,
     map_location: MapLocation = None,
     progress: bool = True,

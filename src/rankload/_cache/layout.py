@@ -20,7 +20,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from rankload._urls import OWN_DIRECTORY, is_own_name, url_key
+from rankload._urls import OWN_DIRECTORY, Url, is_own_name
 from rankload.errors import ArgumentError, CacheError
 
 #: torch.hub's pattern for the hash prefix in a file name: torch/hub.py HASH_REGEX, first match. It also matches
@@ -73,10 +73,10 @@ class Entry:
         """Start of the name of every partial file of this entry."""
         return fitting(self.path.name, 120)
 
-    def separate(self, url: str) -> Entry:
+    def separate(self, url: Url) -> Entry:
         """Return the entry for a URL whose file name is taken by a file that is not its own."""
         root = self.root or self.path.parent
-        return Entry(self.path.parent / OWN_DIRECTORY / url_key(url)[:16] / self.path.name, root)
+        return Entry(self.path.parent / OWN_DIRECTORY / url.key[:16] / self.path.name, root)
 
 
 def checkpoints_directory(hub_dir: str | os.PathLike[str] | None = None) -> Path:

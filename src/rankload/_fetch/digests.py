@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from rankload._fetch.models import FetchRequest
 from rankload._fetch.origins.origin import Claim
-from rankload._types import FetchRequest
 from rankload.errors import DigestMismatchError
 
 

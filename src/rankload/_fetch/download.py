@@ -20,13 +20,14 @@ from rankload._fetch.file_digest import sha256_of_file
 from rankload._fetch.index_files import check_index
 from rankload._fetch.lookup import may_be_published
 from rankload._fetch.mirrors import Received, Receiver
+from rankload._fetch.models import FetchRequest
 from rankload._fetch.partials.partial import Partial, SupersededError
 from rankload._fetch.partials.resume import adopt_into, remove_dead_partials
 from rankload._formats.sniff import check_structure
 from rankload._platform.linux import birth_ns
 from rankload._settings import Settings
-from rankload._types import FetchedFile, FetchRequest, Progress, Report
-from rankload._urls import redact, url_key
+from rankload._types import FetchedFile, Progress, Report
+from rankload._urls import Url
 from rankload.errors import DigestMismatchError, MissingFileError, VerificationError
 
 _logger = logging.getLogger("rankload")
@@ -44,7 +45,7 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
         CacheError: the directory cannot be written.
         SupersededError: another process took this one for dead, or has published another URL's file of this name.
     """
-    urls, failures = request.urls, Counter[str]()
+    urls, failures = request.urls, Counter[Url]()
     while True:
         with Partial(entry, settings, request.digest) as partial, partial.noticing_its_loss():
             if not failures:
@@ -84,7 +85,7 @@ def verify(received: Received, partial: Partial, request: FetchRequest) -> str |
     Raises:
         VerificationError: it is not what it should be.
     """
-    display_name = redact(received.url)
+    display_name = received.url.display_name
     if request.must_be_checkpoint or received.version.content_type != "text/html":
         with wrap_read_errors(partial.path):
             check_structure(partial.path, must_be_checkpoint=request.must_be_checkpoint, origin=display_name)
@@ -123,7 +124,7 @@ def _write_record(path: Path, record: Record, report: Report, settings: Settings
 
 
 def _adopt(partial: Partial, entry: Entry, request: FetchRequest, report: Report, settings: Settings) -> None:
-    url_keys = frozenset(map(url_key, request.urls))
+    url_keys = frozenset(url.key for url in request.urls)
 
     def on_bytes(count: int) -> None:
         report(Progress("looking", count))
@@ -142,8 +143,8 @@ def _set_aside(partial: Partial, entry: Entry, error: VerificationError) -> None
 
 
 def _next_urls(
-    urls: tuple[str, ...], received: Received, failures: Counter[str], error: VerificationError
-) -> tuple[str, ...]:
+    urls: tuple[Url, ...], received: Received, failures: Counter[Url], error: VerificationError
+) -> tuple[Url, ...]:
     others = tuple(url for url in urls if url != received.url)
     # a page that was sent in full, and says its length, will be the same the next time
     may_be_an_accident = isinstance(error, DigestMismatchError) or received.version.size_bytes is None
@@ -179,8 +180,8 @@ def _record(
     replaced: tuple[int, int | None] | None,
 ) -> Record:
     return Record(
-        url=redact(received.url),
-        url_key=url_key(received.url),
+        url=received.url.display_name,
+        url_key=received.url.key,
         size_bytes=status.st_size,
         mtime_ns=status.st_mtime_ns,
         inode=status.st_ino,

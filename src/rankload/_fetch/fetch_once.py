@@ -17,12 +17,12 @@ from rankload._coordination.channel import Channel
 from rankload._fetch.cache_domain import Domain, find_domain
 from rankload._fetch.index_files import files_of
 from rankload._fetch.leader import fetch
+from rankload._fetch.models import FetchRequest
 from rankload._fetch.replicas import is_known, offer_version, same_version
 from rankload._platform.host import kernel_id
 from rankload._platform.linux import is_on_local_disk
 from rankload._settings import Settings
-from rankload._types import FetchedFile, FetchRequest, FileIdentity, Progress, Report
-from rankload._urls import local_path_of
+from rankload._types import FetchedFile, FileIdentity, Progress, Report
 from rankload.errors import CacheError
 
 _logger = logging.getLogger("rankload")
@@ -74,7 +74,7 @@ def fetch_at(rank: int, request: FetchRequest, channel: Channel, settings: Setti
     if channel.identity.rank != rank:
         channel.wait_for("fetched at the source", from_rank=rank)
         return None
-    if local_path_of(request.urls[0]) is None:
+    if request.url.local_path is None:
         make_directory(request.directory)
     file = fetch(request, channel.report, settings)
     channel.post("fetched at the source", {})
@@ -82,7 +82,7 @@ def fetch_at(rank: int, request: FetchRequest, channel: Channel, settings: Setti
 
 
 def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
-    if local_path_of(request.urls[0]) is not None:
+    if request.url.local_path is not None:
         # a file used in place is rank 0's to check; where another node has none at that path, its ranks say so
         return find_domain(channel, "job", request.directory)
     make_directory(request.directory)

@@ -10,11 +10,12 @@ from pathlib import Path, PurePosixPath
 
 from rankload._cache.files import wrap_read_errors
 from rankload._cache.layout import fitting
+from rankload._fetch.models import FetchRequest
 from rankload._formats.broken import BrokenFileError
 from rankload._formats.sharded import has_weight_map, is_plain_name, part_names
 from rankload._formats.source import LocalSource, open_regular
-from rankload._types import FetchedFile, FetchRequest
-from rankload._urls import beside, local_path_of
+from rankload._types import FetchedFile
+from rankload._urls import Url
 from rankload.errors import CacheError, NotACheckpointError
 
 #: Fetches one file.
@@ -103,7 +104,7 @@ def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -
         CacheError: another file has the name of a part.
         RankloadError: a part cannot be fetched.
     """
-    is_local = local_path_of(request.urls[0]) is not None
+    is_local = request.url.local_path is not None
     if not is_local:
         check_index(index.path, request, str(index.path))
     if not is_local and not request.is_index:
@@ -148,10 +149,10 @@ def _part_names(path: Path) -> list[str] | None:
 
 
 def _request_for(name: str, index: FetchedFile, request: FetchRequest) -> FetchRequest:
-    if local_path_of(request.urls[0]) is not None:
-        urls: tuple[str, ...] = (str(index.path.parent / name),)
+    if request.url.local_path is not None:
+        urls: tuple[Url, ...] = (Url.parse(str(index.path.parent / name)),)
     else:
-        urls = tuple(beside(url, name) for url in request.urls)
+        urls = tuple(url.beside(name) for url in request.urls)
     return replace(
         request,
         urls=urls,

@@ -11,9 +11,9 @@ from rankload._cache.access import check_own_directory, is_trusted, may_rename
 from rankload._cache.files import retry_if_stale, wrap_read_errors
 from rankload._cache.layout import Entry
 from rankload._cache.record import FoundRecord, Record, find_record
+from rankload._fetch.models import FetchRequest
 from rankload._fetch.policy import Cached
 from rankload._platform.linux import birth_ns
-from rankload._types import FetchRequest
 from rankload.errors import CacheError
 
 

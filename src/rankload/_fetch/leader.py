@@ -25,10 +25,10 @@ from rankload._fetch.lookup import (
     reject,
     use_in_place,
 )
+from rankload._fetch.models import FetchRequest
 from rankload._fetch.offline import offline_error
 from rankload._settings import Settings
-from rankload._types import FetchedFile, FetchRequest, Progress, Report
-from rankload._urls import local_path_of, redact
+from rankload._types import FetchedFile, Progress, Report
 from rankload.errors import CacheError
 
 _logger = logging.getLogger("rankload")
@@ -75,7 +75,7 @@ def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedF
 
 def _fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedFile:
     report(Progress("looking"))
-    if (local_path := local_path_of(request.urls[0])) is not None:
+    if (local_path := request.url.local_path) is not None:
         return use_in_place(local_path, _with_sidecar_of(local_path, request), report)
     make_directory(request.directory)
     entry = Entry(request.directory / request.file_name, request.directory)
@@ -104,7 +104,7 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
                 adopt(lookup, request, etag=opinion.etag, sha256=opinion.sha256, vouched_by=opinion.vouched_by)
             else:
                 text = "%s: nobody vouches that this is the file at %s: there is no record, and no digest (%s)"
-                _logger.warning(text, entry.path, redact(request.urls[0]), opinion.reason)
+                _logger.warning(text, entry.path, request.url, opinion.reason)
             return replace(lookup.file, sha256=opinion.sha256)
         if request.offline:
             raise offline_error(entry, request, lookup.reason if lookup.version else "")

@@ -19,13 +19,13 @@ from rankload._fetch.digests import check_digest, claims_of
 from rankload._fetch.file_digest import sha256_of_file
 from rankload._fetch.index_files import check_index
 from rankload._fetch.inspection import believed_digest, inspect, is_published
+from rankload._fetch.models import FetchRequest
 from rankload._fetch.origins.origin import Claim
 from rankload._fetch.policy import Action, Cached, Decision, after_check, decide, known_digest, may_publish
 from rankload._formats.hints import hint_on_directory
 from rankload._formats.sniff import check_structure
 from rankload._platform.linux import birth_ns, rename_if_absent
-from rankload._types import FetchedFile, FetchRequest, Progress, Provenance, Report
-from rankload._urls import redact, url_key
+from rankload._types import FetchedFile, Progress, Provenance, Report
 from rankload.errors import CacheError, DigestMismatchError, RankloadError, VerificationError
 
 _logger = logging.getLogger("rankload")
@@ -101,7 +101,7 @@ def adopt(
         status = lookup.entry.path.stat()
         if _version_of(status) == lookup.version:
             facts = (status.st_size, status.st_mtime_ns, status.st_ino, etag, sha256, vouched_by)
-            record = Record(redact(request.urls[0]), url_key(request.urls[0]), *facts, "adopted")
+            record = Record(request.url.display_name, request.url.key, *facts, "adopted")
             write_record(lookup.entry.record_path, record)
 
 
@@ -120,7 +120,7 @@ def reject(lookup: CacheLookup, reason: str, request: FetchRequest) -> Entry:
 def _unless_anothers(plan: Decision, entry: Entry, cached: Cached, request: FetchRequest) -> Decision:
     """Return the plan to check a file without a record, unless it is certain that it is not this URL's."""
     assert cached.status is not None
-    if os.path.lexists(entry.separate(request.urls[0]).path):
+    if os.path.lexists(entry.separate(request.url).path):
         return Decision(Action.SEPARATE, "nobody vouches for it, and there is a file that rankload has fetched")
     # the origin would only be asked for a piece of it
     if request.sha256 is None and is_on_record(entry.record_path.parent, cached.status):
@@ -134,14 +134,14 @@ def _separate(entry: Entry, reason: str, request: FetchRequest) -> Entry:
     Raises:
         CacheError: it is this one already.
     """
-    display_name = redact(request.urls[0])
+    display_name = request.url.display_name
     if entry.is_separate:
         raise CacheError(
             f"{entry.path} cannot be used for {display_name}: {reason}; remove it, or choose another directory "
             "(model_dir=)",
             path=str(entry.path),
         )
-    separate = entry.separate(request.urls[0])
+    separate = entry.separate(request.url)
     _logger.warning("%s: %s; keeping %s at %s", entry.path, reason, display_name, separate.path)
     make_directories(separate)
     return separate
@@ -154,7 +154,7 @@ def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFi
         VerificationError: it is not what it should be.
         CacheError: it cannot be read.
     """
-    check_has_scheme(request.urls[0], path)
+    check_has_scheme(request.url.raw, path)
     with wrap_read_errors(path):
         return retry_if_stale(lambda: _in_place(path, request, report))
 
@@ -244,8 +244,8 @@ def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) 
         return after_check(cached, is_damaged=False, reason=f"cannot read it: {error.strerror or error}"), None
     if not cached.problem and (record or vouched_by):  # a record that cannot be read is somebody's: it stays
         adopted = Record(
-            url=record.url if record else redact(request.urls[0]),
-            url_key=record.url_key if record else url_key(request.urls[0]),
+            url=record.url if record else request.url.display_name,
+            url_key=record.url_key if record else request.url.key,
             size_bytes=status.st_size,
             mtime_ns=status.st_mtime_ns,
             inode=status.st_ino,

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rankload._fetch.models import FetchRequest
 from rankload._fetch.origins.credentials import headers_of
 from rankload._fetch.origins.origin import Origin, Version
 from rankload._fetch.origins.registry import origin_for
@@ -20,8 +21,8 @@ from rankload._fetch.transfer.retry import Retries, pause
 from rankload._fetch.transfer.size_limit import SizeLimit, exceeds_limit
 from rankload._fetch.transfer.state import TransferState
 from rankload._settings import Settings
-from rankload._types import FetchRequest, Progress, Report
-from rankload._urls import redact, url_key
+from rankload._types import Progress, Report
+from rankload._urls import Url
 from rankload.errors import FetchError, TruncatedError, printable
 
 _logger = logging.getLogger("rankload")
@@ -42,7 +43,7 @@ class Received:
         is_whole: it came in one piece.
     """
 
-    url: str
+    url: Url
     version: Version
     size_bytes: int
     sha256: str
@@ -74,7 +75,7 @@ class Receiver:
         #: how often which length was told of one version, by answers that came to nothing
         self._lengths: dict[tuple[str | None, ...], Counter[int | None]] = defaultdict(Counter)
 
-    def receive(self, urls: tuple[str, ...]) -> Received:
+    def receive(self, urls: tuple[Url, ...]) -> Received:
         """Fetch from the first URL that works; where one breaks off, go on at the next if it has the same file.
 
         Raises:
@@ -83,10 +84,10 @@ class Receiver:
         """
         if self._there is not None and not self._has_digest:  # only where the bytes came from can they be gone on with
             came_from, _ = self._there
-            urls = tuple(sorted(urls, key=lambda url: url_key(url) != came_from))
+            urls = tuple(sorted(urls, key=lambda url: url.key != came_from))
         with open_progress(
             self._file_name,
-            redact(urls[0]),
+            urls[0].display_name,
             self._partial.spans.total_bytes if self._there else 0,
             self._settings.report_seconds,
             is_wanted=self._request.progress,
@@ -103,7 +104,7 @@ class Receiver:
 
     def _receive_from(self, origin: Origin, show: Show) -> Received:
         _logger.info('Downloading: "%s" to %s', origin.display_name, self._partial.path)
-        key = self._partial.url_key = url_key(origin.url)
+        key = self._partial.url_key = origin.url.key
         known, is_whole = self._known_at(key), self._is_whole
         retries, restarts = Retries(self._settings), 0
         while True:

@@ -8,12 +8,13 @@ from dataclasses import replace
 from rankload._cache.lease import hold_lease
 from rankload._fetch.download import download
 from rankload._fetch.lookup import CacheLookup, file_version, set_damaged_file_aside
+from rankload._fetch.models import FetchRequest
 from rankload._fetch.origins.credentials import headers_of
 from rankload._fetch.partials.partial import SupersededError
 from rankload._fetch.partials.resume import progress_of_partials
 from rankload._fetch.sidecar import fetch_sidecar
 from rankload._settings import Settings
-from rankload._types import FetchedFile, FetchRequest, Progress, Report
+from rankload._types import FetchedFile, Progress, Report
 from rankload.errors import FetchError
 
 _logger = logging.getLogger("rankload")

@@ -5,31 +5,30 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
-from urllib.parse import urlsplit
 
 from rankload._cache.layout import Entry
 from rankload._fetch.index_files import name_without_folder
-from rankload._types import FetchRequest
-from rankload._urls import file_name_of, redact
+from rankload._fetch.models import FetchRequest
+from rankload._urls import Url, file_name_of
 from rankload.errors import ArgumentError, OfflineError
 
 #: For hf:// the variables that its users set already (huggingface_hub, transformers: "Offline mode").
 _HUGGING_FACE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
-def is_switched_off(url: str, environ: Mapping[str, str] = os.environ) -> bool:
+def is_switched_off(url: Url, environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether the variables of a URL's own family forbid to fetch it."""
-    if urlsplit(url).scheme != "hf":
+    if url.scheme != "hf":
         return False
     return any(environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _HUGGING_FACE_VARIABLES)
 
 
 def offline_error(entry: Entry, request: FetchRequest, damage: str) -> OfflineError:
     """Return the error, with the command that helps; where there is a file, with what is wrong with it."""
-    url = redact(request.urls[0])
+    url = request.url.display_name
     words = ["rankload", "prefetch", url, "--model-dir", str(request.directory)]
     name = name_without_folder(request.file_name) if request.is_index else request.file_name
-    if name != _usual_name(request.urls[0]):
+    if name != _usual_name(request.url):
         words += ["--file-name", name]
     if request.sha256 and request.sha256_source == "sha256":
         words += ["--sha256", request.sha256]
@@ -39,7 +38,7 @@ def offline_error(entry: Entry, request: FetchRequest, damage: str) -> OfflineEr
         words += ["--any-file"]
     if request.sidecar:
         words += ["--sidecar"]
-    secrets = [what for what, is_used in (("query", url != request.urls[0]), ("headers", request.headers)) if is_used]
+    secrets = [what for what, is_used in (("query", url != request.url.raw), ("headers", request.headers)) if is_used]
     advice = f" (with the {' and '.join(secrets)} of this call)" if secrets else ""
     why = f"{entry.path} cannot be used ({damage})" if damage else f"{entry.path} is not in the cache"
     return OfflineError(
@@ -50,8 +49,8 @@ def offline_error(entry: Entry, request: FetchRequest, damage: str) -> OfflineEr
     )
 
 
-def _usual_name(url: str) -> str | None:
+def _usual_name(url: Url) -> str | None:
     try:
-        return file_name_of(url)
+        return file_name_of(url.raw)
     except ArgumentError:  # it names no file: file_name= was passed
         return None

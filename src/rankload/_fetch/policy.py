@@ -8,8 +8,7 @@ from enum import Enum
 
 from rankload._cache.record import Record
 from rankload._fetch.digests import claims_of, satisfies
-from rankload._types import FetchRequest
-from rankload._urls import url_key
+from rankload._fetch.models import FetchRequest
 from rankload.errors import printable
 
 
@@ -133,4 +132,4 @@ def _instead(cached: Cached, action: Action, reason: str) -> Decision:
 
 def _is_owner(request: FetchRequest, record: Record) -> bool:
     is_same_content = request.sha256 is not None and request.sha256 == record.sha256
-    return is_same_content or record.url_key in map(url_key, request.urls)
+    return is_same_content or record.url_key in (url.key for url in request.urls)

@@ -11,6 +11,7 @@ from rankload._fetch.origins.credentials import Headers
 from rankload._fetch.origins.origin import UnusableRange, Version
 from rankload._fetch.origins.registry import origin_for
 from rankload._settings import Settings
+from rankload._urls import Url
 from rankload.errors import FetchError
 
 #: Small reads get so much, and what is not needed now is kept: the next one is often close by.
@@ -38,7 +39,7 @@ class RemoteSource:
         FetchError: it cannot be asked, or its length is not known.
     """
 
-    def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
+    def __init__(self, url: Url, headers: Headers, settings: Settings) -> None:
         self._settings = settings
         self._new_origin = functools.partial(origin_for, url, headers, settings)
         self._origin = self._new_origin()

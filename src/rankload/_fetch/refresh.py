@@ -6,12 +6,12 @@ from contextlib import closing
 
 from rankload._cache.record import Record
 from rankload._fetch.bounded_read import read_bounded
+from rankload._fetch.models import FetchRequest
 from rankload._fetch.origins.credentials import headers_of
 from rankload._fetch.origins.origin import Claim, NotModified, UnusableRange, Version
 from rankload._fetch.origins.registry import origin_for
 from rankload._settings import Settings
-from rankload._types import FetchRequest, Report
-from rankload._urls import url_key
+from rankload._types import Report
 from rankload.errors import FetchError
 
 
@@ -28,7 +28,7 @@ def is_current(record: Record, request: FetchRequest, report: Report, settings: 
     claim = Claim(record.sha256, "its record") if record.sha256 else None
     known = Version(record.size_bytes, record.etag, record.last_modified, claim)
     failure: FetchError | None = None
-    for url in sorted(request.urls, key=lambda url: url_key(url) != record.url_key):  # mirrors have other validators
+    for url in sorted(request.urls, key=lambda url: url.key != record.url_key):  # mirrors have other validators
         with closing(origin_for(url, headers_of(request, url), settings)) as origin:
             try:
                 answer = read_bounded(origin, 0, 1, None, most_bytes=1, unless=known, settings=settings, report=report)

@@ -17,9 +17,9 @@ from rankload._coordination.channel import Channel
 from rankload._fetch.file_digest import sha256_of_file
 from rankload._fetch.index_files import digest_of_parts, files_of
 from rankload._fetch.leader import fetch
+from rankload._fetch.models import FetchRequest
 from rankload._settings import Settings
-from rankload._types import FetchedFile, FetchRequest, Progress, Report
-from rankload._urls import redact
+from rankload._types import FetchedFile, Progress, Report
 from rankload.errors import ContentChangedError, FetchError, VerificationError
 
 _logger = logging.getLogger("rankload")
@@ -55,7 +55,7 @@ def same_version(
     if all(mine[name] == theirs[name] for name in mine):
         return file
     difference = (
-        f"{redact(request.urls[0])}: rank 0 has one version of the file ({_describe(theirs)}), rank "
+        f"{request.url}: rank 0 has one version of the file ({_describe(theirs)}), rank "
         f"{channel.identity.rank} on {channel.identity.host} another ({_describe(mine)}, {file.path})"
     )
     if mine["parts_sha256"] or theirs["parts_sha256"]:  # the digest of an index does not say which parts are meant

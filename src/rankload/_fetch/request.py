@@ -10,14 +10,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
-from urllib.parse import urlsplit
 
 from rankload._cache.layout import checked_file_name, checkpoints_directory, hash_prefix_of
 from rankload._fetch.index_files import is_index_name, name_in_own_folder
+from rankload._fetch.models import FetchRequest
 from rankload._fetch.offline import is_switched_off
 from rankload._settings import MODEL_DIR_VARIABLE, Settings
-from rankload._types import FetchRequest, Scope, Verify
-from rankload._urls import expanded, file_name_of, local_path_of, query_digests, redact, scheme_of, url_key, why_refused
+from rankload._types import Scope, Verify
+from rankload._urls import Url, expanded, file_name_of, query_digests, redact
 from rankload.errors import ArgumentError
 
 _logger = logging.getLogger("rankload")
@@ -25,11 +25,12 @@ _logger = logging.getLogger("rankload")
 #: A header's name (RFC 9110, 5.6.2).
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
-Url = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+#: A URL or a path, or a URL and its mirrors.
+UrlArgument = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def make_request(
-    url: Url,
+    url: UrlArgument,
     model_dir: str | os.PathLike[str] | None,
     *,
     check_hash: bool,
@@ -52,8 +53,8 @@ def make_request(
         ArgumentError: names the argument, its value, and what was expected.
     """
     urls = checked_urls(url)
-    local_path = local_path_of(urls[0])
-    name = checked_file_name(file_name) if file_name else local_path.name if local_path else file_name_of(urls[0])
+    local_path = urls[0].local_path
+    name = checked_file_name(file_name) if file_name else local_path.name if local_path else file_name_of(urls[0].raw)
     is_index = local_path is None and (is_index_name(PurePosixPath(name).name) or _names_index(urls[0]))
     if model_dir is not None:
         directory = expanded(model_dir).absolute()
@@ -65,7 +66,7 @@ def make_request(
     return FetchRequest(
         urls=urls,
         directory=directory,
-        file_name=name_in_own_folder(name, url_key(urls[0])) if is_index else name,
+        file_name=name_in_own_folder(name, urls[0].key) if is_index else name,
         is_index=is_index,
         sha256=_checked_sha256(sha256),
         hash_prefix=_promised_prefix(local_path.name if local_path else name, settings) if check_hash else None,
@@ -81,10 +82,10 @@ def make_request(
     )
 
 
-def _names_index(url: str) -> bool:
+def _names_index(url: Url) -> bool:
     """Return whether a URL is that of an index, by its name."""
     try:
-        return is_index_name(file_name_of(url))
+        return is_index_name(file_name_of(url.raw))
     except ArgumentError:  # it names no file
         return False
 
@@ -96,9 +97,9 @@ def agreed_arguments(request: FetchRequest, call: str) -> dict[str, Any]:
     """
     return {
         "call": call,
-        "url": [redact(url) for url in request.urls],
-        "origin": [url_key(url)[:16] for url in request.urls],
-        "query": [query_digests(url) for url in request.urls],
+        "url": [url.display_name for url in request.urls],
+        "origin": [url.key[:16] for url in request.urls],
+        "query": [query_digests(url.raw) for url in request.urls],
         "file_name": request.file_name,
         "sha256": request.sha256,
         "check_hash": request.hash_prefix is not None,
@@ -119,7 +120,7 @@ def torch_hub_directory() -> Path:
     return checkpoints_directory(hub.get_dir() if hub is not None else None)
 
 
-def checked_urls(url: Url) -> tuple[str, ...]:
+def checked_urls(url: UrlArgument) -> tuple[Url, ...]:
     """Return the URL and its mirrors, each once, if they are such that can be fetched.
 
     Raises:
@@ -131,16 +132,16 @@ def checked_urls(url: Url) -> tuple[str, ...]:
     urls = tuple(os.fspath(candidate) for candidate in candidates)
     if not urls or not all(urls):
         raise ArgumentError(f"url={[redact(one) for one in urls]}: expected a URL or a sequence of mirrors")
-    for one in urls:
-        scheme = _scheme_of(one)
-        if scheme not in ("http", "https", "file") and scheme not in _filesystem_schemes():
+    parsed = tuple(map(Url.parse, dict.fromkeys(urls)))
+    for one in parsed:
+        if one.scheme not in (None, "http", "https", "file") and one.scheme not in _filesystem_schemes():
             raise ArgumentError(
-                f"{redact(one)}: scheme {scheme!r} is not supported; use http, https, file, a path, or a scheme of "
+                f"{one}: scheme {one.scheme!r} is not supported; use http, https, file, a path, or a scheme of "
                 "fsspec's such as s3, gs or hf"
             )
-    if len(urls) > 1 and any(local_path_of(one) for one in urls):
+    if len(parsed) > 1 and any(one.local_path for one in parsed):
         raise ArgumentError("mirrors must be remote URLs: a local file is used in place, it needs no mirror")
-    return tuple(dict.fromkeys(urls))
+    return parsed
 
 
 @functools.cache
@@ -150,28 +151,6 @@ def _filesystem_schemes() -> frozenset[str]:
     # http and file are our own; the others reach no remote file, or one in a way that has no ranges
     others = {"http", "https", "file", "local", "ftp", "sftp", "ssh", "smb", "data"}
     return frozenset(fsspec.available_protocols()) - others
-
-
-def _scheme_of(url: str) -> str:
-    """Return a URL's scheme, ``file`` for a path.
-
-    Raises:
-        ArgumentError: it is a malformed URL, or one that libraries may read differently.
-    """
-    scheme = scheme_of(url)
-    if scheme is None:
-        return "file"
-    why = why_refused(url)
-    if why is None and scheme != "file":
-        try:
-            parts = urlsplit(url)
-            is_complete = bool(parts.hostname) and parts.port != 0
-        except ValueError:  # brackets that do not match, a port that is no number
-            is_complete = False
-        why = None if is_complete else "it has no host, or its port is no number"
-    if why is not None:
-        raise ArgumentError(f"url={redact(url)!r}: malformed URL: {why}")
-    return scheme
 
 
 def checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

@@ -16,13 +16,14 @@ from rankload._fetch.origins.registry import origin_for
 from rankload._formats.source import open_regular
 from rankload._settings import Settings
 from rankload._types import Report
+from rankload._urls import Url
 from rankload.errors import FetchError
 
 _MAX_BYTES = 64 << 10
 _DIGEST = re.compile(rb"(?<![0-9a-fA-F])[0-9a-fA-F]{64}(?![0-9a-fA-F])")
 
 
-def fetch_sidecar(url: str, headers: Headers, report: Report, settings: Settings) -> Claim:
+def fetch_sidecar(url: Url, headers: Headers, report: Report, settings: Settings) -> Claim:
     """Fetch and read the sidecar of a URL.
 
     Raises:
@@ -30,8 +31,8 @@ def fetch_sidecar(url: str, headers: Headers, report: Report, settings: Settings
             did not come in time (see `read_bounded`).
         RankloadError: whatever ``report`` raises.
     """
-    parts = urlsplit(url)
-    sidecar_url = urlunsplit(parts._replace(path=parts.path + ".sha256"))
+    parts = urlsplit(url.raw)
+    sidecar_url = Url.parse(urlunsplit(parts._replace(path=parts.path + ".sha256")))
     with closing(origin_for(sidecar_url, headers, settings)) as origin:
         answer = read_bounded(origin, 0, None, None, most_bytes=_MAX_BYTES, settings=settings, report=report)
         return _parsed(answer.content, parts.path.rpartition("/")[2], origin.display_name)

@@ -14,14 +14,15 @@ from rankload._coordination.signals import TerminationAsException
 from rankload._fetch.digests import check_digest, claims_of
 from rankload._fetch.download import verify
 from rankload._fetch.mirrors import Receiver
+from rankload._fetch.models import FetchRequest
 from rankload._fetch.offline import is_switched_off
 from rankload._fetch.partials.partial import Partial
 from rankload._fetch.partials.resume import remove_dead_partials
 from rankload._fetch.request import checked_urls, warn_of_short_prefix
 from rankload._formats.source import open_regular
 from rankload._settings import Settings
-from rankload._types import FetchRequest, Progress
-from rankload._urls import expanded, is_own_name, local_path_of, redact
+from rankload._types import Progress
+from rankload._urls import expanded, is_own_name
 from rankload.errors import CacheError, OfflineError
 
 _READ_BYTES = 1 << 20
@@ -55,9 +56,10 @@ def download_to(url: str, destination: Path, hash_prefix: str | None, *, progres
     )
     if hash_prefix:
         warn_of_short_prefix(hash_prefix)
-    entry, source = Entry(path), local_path_of(url)
-    if source is None and (settings.offline or is_switched_off(url)):
-        raise OfflineError(f"{redact(url)}: offline mode forbids fetching it", url=redact(url))
+    entry, source = Entry(path), request.url.local_path
+    if source is None and (settings.offline or is_switched_off(request.url)):
+        display_name = request.url.display_name
+        raise OfflineError(f"{display_name}: offline mode forbids fetching it", url=display_name)
     with _cleaning_up_on_sigterm():
         remove_dead_partials(entry, settings, now=0.0)
         with Partial(entry, settings, request.digest, may_be_left=False) as partial:

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from rankload._cache.files import wrap_read_errors
 from rankload._fetch.bounded_read import Answer, read_bounded
 from rankload._fetch.file_digest import sha256_of_file
+from rankload._fetch.models import FetchRequest
 from rankload._fetch.origins.credentials import headers_of
 from rankload._fetch.origins.origin import UnusableRange
 from rankload._fetch.origins.registry import origin_for
 from rankload._formats.source import open_regular
 from rankload._settings import Settings
-from rankload._types import FetchedFile, FetchRequest, Progress, Report
+from rankload._types import FetchedFile, Progress, Report
 from rankload.errors import ContentChangedError, FetchError
 
 _logger = logging.getLogger("rankload")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rankload._cache.layout import Entry, checked_file_name, checkpoints_directory, hash_prefix_of
-from rankload._urls import beside, file_name_of, local_path_of, redact, url_key
+from rankload._urls import Url, beside, file_name_of, local_path_of, redact, url_key
 from rankload.errors import ArgumentError
 
 
@@ -143,7 +143,7 @@ def test_what_belongs_to_an_entry():
     entry = Entry(Path("/cache/m.pth"))
     assert entry.record_path == Path("/cache/.rankload/m.pth.json")
     assert entry.lease_path == Path("/cache/.rankload/m.pth.lease")
-    separate = entry.separate("http://host/m.pth")
+    separate = entry.separate(Url.parse("http://host/m.pth"))
     assert separate.path == Path("/cache/.rankload", url_key("http://host/m.pth")[:16], "m.pth")
     assert separate.record_path.parent.parent == separate.path.parent
 

@@ -21,9 +21,12 @@ from rankload._fetch.transfer.retry import Retries
 from rankload._fetch.transfer.scaling import StreamScaler
 from rankload._fetch.transfer.state import TransferState
 from rankload._settings import Settings
+from rankload._urls import Url
 from rankload.errors import NetworkError
 
 PIECE_BYTES = 1000
+
+URL = Url.parse("http://origin.example/file")
 
 SETTINGS = Settings(chunk_bytes=4000, streams=4, retries=3, backoff_seconds=0.001)
 
@@ -62,8 +65,8 @@ class ScriptedOrigin:
     content: bytes
     before_read: Callable[[int], None] = lambda offset: None
     answer: Callable[[int, int | None], Exception | None] = lambda begin, end: None
-    url: str = "http://origin.example/file"
-    display_name: str = "http://origin.example/file"
+    url: Url = URL
+    display_name: str = URL.display_name
     etag: str = '"1"'
     may_answer_once: bool = True
     requests: list[tuple[int, int | None]] = field(default_factory=list)

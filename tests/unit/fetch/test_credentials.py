@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rankload._fetch.models import FetchRequest
 from rankload._fetch.origins.credentials import Credentials, headers_of
-from rankload._types import FetchRequest
-from rankload._urls import server_of
+from rankload._urls import Url, server_of
 
 GIVEN = (("X-Api-Key", "secret"),)
 GITHUB = {"GH_TOKEN": "gh"}
@@ -165,5 +165,7 @@ def test_stored_login_in_the_home_of_nobody():
     ],
 )
 def test_headers_and_mirrors(mirror, is_for):
-    request = FetchRequest(("https://host.example/a", mirror), Path("/nowhere"), "a", headers=GIVEN)
-    assert headers_of(request, mirror) == (GIVEN if is_for else ())
+    request = FetchRequest(
+        (Url.parse("https://host.example/a"), Url.parse(mirror)), Path("/nowhere"), "a", headers=GIVEN
+    )
+    assert headers_of(request, Url.parse(mirror)) == (GIVEN if is_for else ())

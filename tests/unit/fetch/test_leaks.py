@@ -17,6 +17,7 @@ from harness.waiting import wait_until
 from rankload import dist_fetch
 from rankload._fetch.origins.http import HttpOrigin
 from rankload._settings import Settings
+from rankload._urls import Url
 from rankload.errors import RankloadError
 
 RUNS = 40
@@ -70,7 +71,7 @@ def test_nothing_is_left_open(origin, tmp_path, many_streams, replies):
 
 def test_threads_that_come_and_go_share_connections(origin):
     url = origin.add("file.bin", content_of(50_000))
-    http = HttpOrigin(url, (), Settings())
+    http = HttpOrigin(Url.parse(url), (), Settings())
 
     def fetch():
         with http.open(1000, 2000, None) as body:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from rankload._cache.record import Record
+from rankload._fetch.models import FetchRequest
 from rankload._fetch.policy import Action, Cached, after_check, decide, known_digest, may_publish
-from rankload._types import FetchRequest
-from rankload._urls import url_key
+from rankload._urls import Url, url_key
 
 URL, MIRROR, STRANGER = "http://a.example/m.pth", "http://b.example/m.pth", "http://c.example/m.pth"
 SHA, OTHER = "ab" * 32, "cd" * 32
@@ -25,7 +25,7 @@ def record(url=URL, sha256=SHA, size_bytes=100, mtime_ns=5, inode=7, vouched_by=
 
 
 def request(**arguments):
-    return FetchRequest((URL, MIRROR), Path("/cache"), "m.pth", **arguments)
+    return FetchRequest((Url.parse(URL), Url.parse(MIRROR)), Path("/cache"), "m.pth", **arguments)
 
 
 USE, CHECK, DOWNLOAD, REPLACE = Action.USE, Action.CHECK, Action.DOWNLOAD, Action.REPLACE

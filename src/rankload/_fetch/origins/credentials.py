@@ -10,8 +10,8 @@ from pathlib import Path
 
 from requests.utils import get_netrc_auth
 
-from rankload._types import FetchRequest
-from rankload._urls import Server, server_of, user_of
+from rankload._fetch.models import FetchRequest
+from rankload._urls import Server, Url, server_of, user_of
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -78,17 +78,16 @@ class Credentials:
         return sent
 
 
-def headers_of(request: FetchRequest, url: str) -> Headers:
+def headers_of(request: FetchRequest, url: Url) -> Headers:
     """Return the caller's headers for one of a request's URLs: all but the User-Agent are for the first one's server.
 
     A token for one origin is no mirror's business. Nor is it the same host's over another scheme: what goes over https
     is not to be sent in the clear.
     """
-    first = request.urls[0]
-    if url == first:
+    if url == request.url:
         return request.headers
-    server = server_of(url)
-    is_first = server is not None and server == server_of(first)
+    server = url.server
+    is_first = server is not None and server == request.url.server
     return request.headers if is_first else _without_credentials(request.headers)
 
 

@@ -12,7 +12,7 @@ import fsspec
 
 from rankload._fetch.origins.http_errors import raise_alone
 from rankload._fetch.origins.origin import NotModified, Version
-from rankload._urls import redact, redact_text
+from rankload._urls import Url, redact_text
 from rankload.errors import ContentChangedError, FetchError, NetworkError
 
 #: One read. Every one is a request of its own, so it should not be small.
@@ -28,8 +28,8 @@ _WITHOUT_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError
 class FilesystemOrigin:
     """A file at an fsspec URL. Credentials and endpoints are for fsspec to find, as it always does."""
 
-    def __init__(self, url: str) -> None:
-        self.url, self.display_name, self.may_answer_once = url, redact(url), False
+    def __init__(self, url: Url) -> None:
+        self.url, self.display_name, self.may_answer_once = url, url.display_name, False
 
     def close(self) -> None:
         """See `Origin`. fsspec keeps its filesystems for the life of the process."""
@@ -45,7 +45,7 @@ class FilesystemOrigin:
         filesystem, path = self._found
         size_bytes = found.size_bytes
         if end is None or size_bytes is None or begin >= size_bytes:
-            with wrap_any_errors(self.url, self.display_name), filesystem.open(path, "rb") as file:
+            with wrap_any_errors(self.url.raw, self.display_name), filesystem.open(path, "rb") as file:
                 yield FilesystemBody(found, 0, size_bytes, True, self, lambda _, count: file.read(count))
         else:
             read = functools.partial(_read_range, filesystem, path)
@@ -58,7 +58,7 @@ class FilesystemOrigin:
             ContentChangedError: it is another than expected.
             FetchError: there was no answer, or an error.
         """
-        with wrap_any_errors(self.url, self.display_name):
+        with wrap_any_errors(self.url.raw, self.display_name):
             found = _version_of(*self._found)
         if expected is not None and not expected.is_same_as(found):
             raise ContentChangedError(
@@ -68,7 +68,7 @@ class FilesystemOrigin:
 
     @functools.cached_property
     def _found(self) -> tuple[Any, str]:
-        return filesystem_of(self.url)
+        return filesystem_of(self.url.raw)
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
@@ -124,7 +124,7 @@ class FilesystemBody:
     def read(self) -> bytes:
         """See `Body`."""
         count = _READ_BYTES if self.end is None else min(_READ_BYTES, self.end - self._position)
-        with wrap_any_errors(self._origin.url, self._origin.display_name):
+        with wrap_any_errors(self._origin.url.raw, self._origin.display_name):
             piece = self._read(self._position, count) if count > 0 else b""
         self._position += len(piece)
         is_at_end = self._position == self.end

@@ -32,6 +32,7 @@ from rankload._fetch.origins.trust import Trust
 from rankload._settings import Settings
 from rankload._urls import (
     Server,
+    Url,
     has_ambiguous_characters,
     redact,
     server_of,
@@ -88,13 +89,13 @@ class HttpOrigin:
         settings: deadlines.
     """
 
-    def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
-        self.url, self.display_name, self.may_answer_once = url, redact(url), True
+    def __init__(self, url: Url, headers: Headers, settings: Settings) -> None:
+        self.url, self.display_name, self.may_answer_once = url, url.display_name, True
         self._sessions: list[requests.Session] = []
         self._idle_sessions: list[requests.Session] = []
-        self._first_url = without_user(url)
+        self._first_url = without_user(url.raw)
         self._target = _Target(self._first_url)
-        self._credentials = Credentials(url, headers, server=_server_as_asked(self._first_url))
+        self._credentials = Credentials(url.raw, headers, server=_server_as_asked(self._first_url))
         self._settings = settings
         self._refused_ranges = 0
         self._has_answered = self._has_served_ranges = self._is_sending_whole = False
@@ -313,7 +314,7 @@ class HttpOrigin:
         advice = advice_for(code, is_client_named=self._is_client_named)
         if self._has_answered and code in _EXPIRED:
             advice = ANSWERED_BEFORE
-        asked = redact(response.request.url or self.url)
+        asked = redact(response.request.url or self.url.raw)
         where = self.display_name if asked == self.display_name else f"{self.display_name} (redirected to {asked})"
         return HTTPStatusError(
             f"HTTP Error {code}: {printable(str(response.reason)[:200])}: {where}{advice}",

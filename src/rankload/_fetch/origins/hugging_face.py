@@ -16,15 +16,15 @@ from rankload._fetch.origins.http import HttpOrigin
 from rankload._fetch.origins.http_body import HttpBody
 from rankload._fetch.origins.origin import Version
 from rankload._settings import Settings
-from rankload._urls import redact, server_of
+from rankload._urls import Url, server_of
 from rankload.errors import ArgumentError
 
 
 class HuggingFaceOrigin:
     """A file at ``hf://[datasets/|spaces/]owner/name[@revision]/path``."""
 
-    def __init__(self, url: str, headers: Headers, settings: Settings) -> None:
-        self.url, self.display_name, self.may_answer_once = url, redact(url), False
+    def __init__(self, url: Url, headers: Headers, settings: Settings) -> None:
+        self.url, self.display_name, self.may_answer_once = url, url.display_name, False
         self._headers, self._settings = headers, settings
 
     def open(
@@ -43,6 +43,6 @@ class HuggingFaceOrigin:
         if (endpoint := os.environ.get("HF_ENDPOINT")) and server_of(endpoint) is None:
             # its client fails over it when it is imported, and would be taken for missing
             raise ArgumentError("HF_ENDPOINT is not an http or https URL with a host: correct it, or unset it")
-        with wrap_any_errors(self.url, self.display_name):
-            filesystem, path = filesystem_of(self.url)
-            return HttpOrigin(filesystem.url(path), self._headers, self._settings)
+        with wrap_any_errors(self.url.raw, self.display_name):
+            filesystem, path = filesystem_of(self.url.raw)
+            return HttpOrigin(Url.parse(filesystem.url(path)), self._headers, self._settings)

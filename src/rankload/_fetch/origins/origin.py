@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from rankload._urls import Url
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -93,12 +95,12 @@ class Origin(Protocol):
     """A place that serves one file.
 
     Attributes:
-        url: as the user gave it.
+        url: of the file.
         display_name: the same for messages, without secrets.
         may_answer_once: a request may use the URL up, so the first one should ask for everything.
     """
 
-    url: str
+    url: Url
     display_name: str
     may_answer_once: bool
 

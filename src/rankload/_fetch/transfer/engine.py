@@ -34,7 +34,7 @@ class TransferRunner:
         self, state: TransferState, report: Report, show: Callable[[int, int | None], None], attempt: int
     ) -> None:
         self._state, self._report, self._show, self._attempt = state, report, show, attempt
-        self._scaler = StreamScaler(stream_limits.limit_for(state.origin.url, state.settings.streams))
+        self._scaler = StreamScaler(stream_limits.limit_for(state.origin.url.server, state.settings.streams))
         self._streams: list[Stream] = []
         self._bytes_before, self._refusals = state.done_bytes, 0
 

@@ -224,7 +224,7 @@ class TransferState:
                 self.refusals += 1
                 self._active.discard(stream)
                 if isinstance(error, FetchTimeoutError):  # they were served, and it was kept waiting
-                    stream_limits.lower_limit(self.origin.url, len(self._active))
+                    stream_limits.lower_limit(self.origin.url.server, len(self._active))
                 return None
             pause = self._failures.pause_after(error, self.done_bytes, asked_at=asked_at, is_resumed=not self.is_whole)
             if self.is_whole:
