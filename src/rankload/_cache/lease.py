@@ -19,6 +19,7 @@ from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from rankload._cache.access import make_own_directory
 from rankload._cache.silent_lease import SilentMarker
+from rankload._platform.clock import NoProgressTimer
 from rankload._settings import Settings
 from rankload.errors import RankloadError
 
@@ -106,8 +107,8 @@ class _Patience:
 
     def __init__(self, progress_mark: Callable[[], object], limit_seconds: float) -> None:
         self._progress_mark, self._limit_seconds = progress_mark, limit_seconds
-        self._mark = progress_mark()
-        self._moved_at = self._looked_at = time.monotonic()
+        self._no_progress = NoProgressTimer(progress_mark(), limit_seconds / 5)
+        self._looked_at = time.monotonic()
 
     def is_over(self) -> bool:
         now = time.monotonic()
@@ -115,9 +116,7 @@ class _Patience:
         if now - self._looked_at < self._limit_seconds / 20:
             return False
         self._looked_at = now
-        if (mark := self._progress_mark()) != self._mark:
-            self._mark, self._moved_at = mark, now
-        return now - self._moved_at > self._limit_seconds
+        return self._no_progress.seconds_without_progress(self._progress_mark()) > self._limit_seconds
 
 
 def _is_foreign(path: Path) -> bool:

@@ -40,3 +40,27 @@ class SuspendAwareTimer:
         passed = min(self.uncounted_seconds, self._longest_seconds)
         self.seconds, self._counted_at = self.seconds + passed, time.monotonic()
         return passed
+
+
+class NoProgressTimer:
+    """Measures for how long a mark has stayed the same, in time for which this process was awake.
+
+    Args:
+        mark: what changes with every step forward, such as a number of bytes.
+        longest_seconds: as for `SuspendAwareTimer`.
+    """
+
+    def __init__(self, mark: object, longest_seconds: float) -> None:
+        self._mark, self._timer = mark, SuspendAwareTimer(longest_seconds)
+
+    def restart(self) -> None:
+        """Begin at 0 again: what has passed was a pause that counts for nothing."""
+        self._timer.restart()
+
+    def seconds_without_progress(self, mark: object) -> float:
+        """Return for how long the mark has been what it is now."""
+        self._timer.count()
+        if mark != self._mark:
+            self._mark = mark
+            self._timer.restart()
+        return self._timer.seconds

@@ -9,11 +9,15 @@ from rankload._fetch.transfer import stream_limits
 from rankload._fetch.transfer.scaling import StreamScaler
 from rankload._fetch.transfer.state import TransferState
 from rankload._fetch.transfer.stream import Stream
+from rankload._platform.clock import NoProgressTimer
 from rankload._types import Phase, Progress, Report
 from rankload.errors import FetchTimeoutError
 
 #: How often the other ranks are told, the pace is judged, and deadlines are looked at.
 _TICK_SECONDS = 0.1
+
+#: A longer time between two ticks is one for which this process was stopped.
+_MAX_TICK_SECONDS = 6.0
 
 #: How long streams are waited for that were told to end. One that is deep in a connection attempt is left behind: it
 #: writes nothing any more.
@@ -48,11 +52,14 @@ class TransferRunner:
             RankloadError: whatever ``report`` raises.
         """
         state = self._state
-        silence = _Silence(state)
+        no_progress = NoProgressTimer(state.done_bytes, _MAX_TICK_SECONDS)
         try:
             while not state.is_complete() and state.failure is None:
                 is_waiting = self._is_waiting()
-                silence.check(is_waiting)
+                if is_waiting:  # a declared pause
+                    no_progress.restart()
+                elif no_progress.seconds_without_progress(state.done_bytes) > state.settings.progress_seconds:
+                    raise self._timed_out()
                 self._report(self._progress(is_waiting))
                 self._adjust()
                 self._show(state.done_bytes, state.version.size_bytes if state.version else None)
@@ -85,6 +92,13 @@ class TransferRunner:
                     raise
                 break
 
+    def _timed_out(self) -> FetchTimeoutError:
+        display_name, limit = self._state.origin.display_name, self._state.settings.progress_seconds
+        return FetchTimeoutError(
+            f"{display_name}: not a byte came within the deadline of {limit:g} s; raise timeout= or pass a mirror",
+            url=display_name,
+        )
+
     def _is_waiting(self) -> bool:
         waits = [stream.is_waiting for stream in self._streams if stream.is_alive()]
         return bool(waits) and all(waits)
@@ -102,23 +116,3 @@ class TransferRunner:
         deadline = time.monotonic() + _JOIN_SECONDS
         for stream in streams:
             stream.join(max(0.0, deadline - time.monotonic()))
-
-
-class _Silence:
-    """The deadline on no progress: no byte on any stream, pauses that were declared not counted."""
-
-    def __init__(self, state: TransferState) -> None:
-        self._state = state
-        self._moved_at, self._bytes = time.monotonic(), state.done_bytes
-
-    def check(self, is_waiting: bool) -> None:
-        """Raise if it has passed."""
-        now, limit = time.monotonic(), self._state.settings.progress_seconds
-        if is_waiting or self._state.done_bytes != self._bytes:
-            self._moved_at, self._bytes = now, self._state.done_bytes
-        elif now - self._moved_at > limit:
-            display_name = self._state.origin.display_name
-            raise FetchTimeoutError(
-                f"{display_name}: not a byte came within the deadline of {limit:g} s; raise timeout= or pass a mirror",
-                url=display_name,
-            )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from rankload._platform.byte_ranges import ByteRanges
+from rankload._platform.clock import NoProgressTimer
 from rankload.errors import CacheError
 
 #: Pieces that may wait in memory for the front to reach them. What is beyond it is read back later, from the page
@@ -19,6 +20,9 @@ _MEMORY_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
 
 _REPORT_SECONDS = 0.1
+
+#: A longer time between two reports is one for which this process was stopped.
+_MAX_WAIT_SECONDS = 6.0
 
 _ABORT_SECONDS = 0.3
 
@@ -89,12 +93,10 @@ class OrderedHasher:
             self._is_complete = True
             self._changed.notify()
         self._thread.join(_REPORT_SECONDS)
-        moved_at, position = time.monotonic(), self._position
+        no_progress = NoProgressTimer(self._position, _MAX_WAIT_SECONDS)
         while self._thread.is_alive():
             on_bytes(self._position)
-            if self._position != position:
-                moved_at, position = time.monotonic(), self._position
-            elif time.monotonic() - moved_at > timeout_seconds:
+            if no_progress.seconds_without_progress(self._position) > timeout_seconds:
                 raise CacheError(
                     f"what was downloaded cannot be read back: the disk has not answered for {timeout_seconds:g} s"
                 )
