@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rankload._version import __version__
 
 if TYPE_CHECKING:
-    from rankload import adapt, hub, model_zoo
+    from rankload import adapt, errors, hub, model_zoo
     from rankload._api.fetch import dist_fetch
     from rankload._api.inspect import open_checkpoint
     from rankload._api.local import load
@@ -28,66 +28,31 @@ if TYPE_CHECKING:
     from rankload._load.report import LoadReport
     from rankload.errors import (
         ArgumentError,
-        ArgumentMismatchError,
-        ArrivalTimeoutError,
         CacheError,
-        CallCancelledError,
-        ContentChangedError,
         CoordinationError,
-        DeviceError,
-        DigestMismatchError,
         FetchError,
-        FetchTimeoutError,
-        HTTPStatusError,
         LoadError,
-        MissingFileError,
-        NetworkError,
-        NotACheckpointError,
-        OfflineError,
-        ProgressTimeoutError,
-        RankFailedError,
         RankloadError,
-        RankLostError,
-        StoreLostError,
-        TruncatedError,
-        UnsafePickleError,
         VerificationError,
     )
 
 __all__ = [
     "ArgumentError",
-    "ArgumentMismatchError",
-    "ArrivalTimeoutError",
     "CacheError",
-    "CallCancelledError",
     "Checkpoint",
-    "ContentChangedError",
     "CoordinationError",
-    "DeviceError",
-    "DigestMismatchError",
     "FetchError",
-    "FetchTimeoutError",
-    "HTTPStatusError",
     "LoadError",
     "LoadReport",
-    "MissingFileError",
-    "NetworkError",
-    "NotACheckpointError",
-    "OfflineError",
-    "ProgressTimeoutError",
-    "RankFailedError",
-    "RankLostError",
     "RankloadError",
-    "StoreLostError",
     "TensorEntry",
-    "TruncatedError",
-    "UnsafePickleError",
     "VerificationError",
     "__version__",
     "adapt",
     "dist_fetch",
     "dist_load_into",
     "dist_load_state_dict_from_url",
+    "errors",
     "hub",
     "load",
     "model_zoo",
@@ -104,7 +69,7 @@ _HOMES = {
     "LoadReport": "_load.report",
     "TensorEntry": "_formats.entry",
 }
-_MODULES = frozenset({"adapt", "hub", "model_zoo"})
+_MODULES = frozenset({"adapt", "errors", "hub", "model_zoo"})
 
 
 def __getattr__(name: str) -> Any:

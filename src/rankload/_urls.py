@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlparse, urlsplit, urlunsplit
 
-from rankload.errors import ArgumentError, printable
+from rankload._text import printable
+from rankload.errors import ArgumentError
 
 WEB_SCHEMES = ("http", "https")
 

@@ -19,7 +19,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rankload.errors import ArgumentError, LoadError, shown_key
+from rankload._text import shown_key
+from rankload.errors import ArgumentError, LoadError
 
 Adapter = Callable[[Any], Any]
 

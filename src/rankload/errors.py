@@ -39,18 +39,10 @@ import pickle
 from typing import Any
 from urllib.error import HTTPError, URLError
 
-#: Longest error text that travels between ranks. A store value of more than 8 MiB resets the connection, and
-#: nobody reads that much (a compiler log in an exception text has been seen).
-MAX_MESSAGE_CHARACTERS = 4000
+from rankload._text import cut, on_one_line, printable, printable_lines
 
 #: Longest text in an error of this process: names in files may have gigabytes.
 _MAX_CHARACTERS_HERE = 1 << 16
-
-#: Longest line that a message of several lines is joined to, where another rank prints all of it.
-_MAX_JOINED_LENGTH = 500
-
-#: Longer names from files are cut in messages.
-MAX_SHOWN_NAME_LENGTH = 200
 
 
 class RankloadError(Exception):
@@ -70,7 +62,7 @@ class RankloadError(Exception):
     """
 
     def __init__(self, message: str, **fields: Any) -> None:
-        message = _printable_lines(cut(message, _MAX_CHARACTERS_HERE))
+        message = printable_lines(cut(message, _MAX_CHARACTERS_HERE))
         Exception.__init__(self, message)  # URLError's and OSError's own take other arguments
         self.message = message
         self.fields = {name: _printable_field(value) for name, value in fields.items()}
@@ -92,7 +84,7 @@ class RankloadError(Exception):
         where = f"rank {self.rank} on {printable(str(self.host))}"
         if not self.is_from_another_rank:
             return f"{self.message} [{where}]"
-        return f"{_on_one_line(self.message)} [{where}; its traceback is there]"
+        return f"{on_one_line(self.message)} [{where}; its traceback is there]"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by content: keyword fields do not survive Exception's own way."""
@@ -448,61 +440,17 @@ def from_wire(wire: dict[str, Any]) -> RankloadError:
     return error
 
 
-def cut(text: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
-    """Shorten a text, keeping its beginning (what) and its end (the innermost cause)."""
-    if len(text) <= limit:
-        return text
-    half = limit // 2
-    return f"{text[:half]} … ({len(text) - 2 * half} characters left out) … {text[-half:]}"
-
-
-def printable(text: str) -> str:
-    r"""Return a text from a file or a server as it may stand in a message or a log.
-
-    Characters that are not printable (`str.isprintable`) are escaped as in a Python literal: ``\x1b``, ``\n``,
-    ``\u202e``. That covers control characters, line separators, bidirectional overrides, invisible characters and lone
-    surrogates, so that no name can forge a log line, move the cursor or show as another one. Ordinary texts come back
-    unchanged, and what this function returned always does.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
-
-
 def _declared(error_type: type[RankloadError]) -> frozenset[str]:
     """Return the names of the attributes that a class and its bases declare."""
     return frozenset(name for kind in error_type.__mro__ for name in getattr(kind, "__annotations__", {}))
 
 
-def _on_one_line(message: str) -> str:
-    """Join the lines of a message, and cut what becomes long; a message of one line comes back unchanged."""
-    first, *others = map(str.strip, message.split("\n"))
-    if not others:
-        return message
-    joined = first
-    for line in others:
-        joined += f"{'' if joined.endswith(':') else ';'} {line}"
-    return joined if len(joined) <= _MAX_JOINED_LENGTH else f"{joined[:_MAX_JOINED_LENGTH]}…"
-
-
-def _printable_lines(text: str) -> str:
-    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
-
-
 def _printable_field(value: Any) -> Any:
     if isinstance(value, str):
-        return _printable_lines(cut(value, _MAX_CHARACTERS_HERE))
+        return printable_lines(cut(value, _MAX_CHARACTERS_HERE))
     if type(value) in (list, tuple):
         return type(value)(map(_printable_field, value))
     return value
-
-
-def shown_key(key: object) -> str:
-    """Show a dict's key in a message; of what is neither text nor number, and may be endless, its type."""
-    return cut(repr(key), 200) if isinstance(key, (str, int, float, bool)) else type(key).__name__
 
 
 def _plain(value: Any) -> Any:
@@ -518,5 +466,14 @@ def _subclasses(base: type[RankloadError]) -> dict[str, type[RankloadError]]:
     return found
 
 
-for _error_type in _subclasses(RankloadError).values():
-    _error_type.__module__ = "rankload"  # tracebacks show the name that callers import
+#: Those that ``rankload`` itself has, too: tracebacks show the shortest name.
+for _error_type in (
+    RankloadError,
+    ArgumentError,
+    FetchError,
+    VerificationError,
+    CacheError,
+    LoadError,
+    CoordinationError,
+):
+    _error_type.__module__ = "rankload"

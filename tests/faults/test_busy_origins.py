@@ -78,7 +78,7 @@ def test_signed_url_that_has_expired_for_good(origin, cache, big_content, one_st
     origin.add("signed", big_content, Reply(), Reply(), Reply(status=403))
     url = origin.add("file.bin", b"", redirect_to="/signed?sig=SECRET")
     errors = errors_of(fetch, url, cache)
-    expect(errors, rankload.HTTPStatusError, url, "HTTP Error 403", f"redirected to {origin.url('signed')}")
+    expect(errors, rankload.errors.HTTPStatusError, url, "HTTP Error 403", f"redirected to {origin.url('signed')}")
     assert {error.code for error in errors} == {403}
     assert "SECRET" not in str(errors)
     assert (origin.request_count("file.bin"), origin.request_count("signed")) == (2, 4)
@@ -155,7 +155,7 @@ def test_too_many_requests_for_good(origin, cache, monkeypatch):
     monkeypatch.setenv("RANKLOAD_RETRIES", "2")
     monkeypatch.setenv("RANKLOAD_RETRY_AFTER_SECONDS", "0.1")
     url = origin.add("file.bin", b"", Reply.busy(3600))
-    expect(errors_of(fetch, url, cache), rankload.HTTPStatusError, url, "HTTP Error 429", "too many requests")
+    expect(errors_of(fetch, url, cache), rankload.errors.HTTPStatusError, url, "HTTP Error 429", "too many requests")
     assert origin.request_count() == 3
     assert files_in(cache) == []
 
@@ -253,4 +253,4 @@ def test_origin_that_is_always_below_the_minimum_rate(origin, cache, big_content
     monkeypatch.setenv("RANKLOAD_RETRIES", "2")
     url = origin.add("file.bin", big_content, bytes_per_second=50_000)
     errors = errors_of(fetch, url, cache)
-    expect(errors, rankload.FetchTimeoutError, url, "bytes/s", "less than minimum_bytes_per_second=1000000")
+    expect(errors, rankload.errors.FetchTimeoutError, url, "bytes/s", "less than minimum_bytes_per_second=1000000")

@@ -63,7 +63,7 @@ def test_url_that_answers_once_and_a_connection_that_breaks(origin, cache, big_c
     monkeypatch.setenv("RANKLOAD_STREAMS", "1")
     url = origin.add("file.bin", big_content, Reply(truncate_at=5 * MIB), Reply(status=status))
     errors = errors_of(fetch, url + "?X-Amz-Signature=SECRET&X-Amz-Date=1", cache)
-    expect(errors, rankload.HTTPStatusError, url, f"HTTP Error {status}", "one download only", "get a new one")
+    expect(errors, rankload.errors.HTTPStatusError, url, f"HTTP Error {status}", "one download only", "get a new one")
     assert {error.code for error in errors} == {status} and "SECRET" not in str(errors)
     assert not (cache / "file.bin").exists()
     origin.add("file.bin", big_content, Reply(), Reply(status=status))

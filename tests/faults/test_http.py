@@ -27,7 +27,7 @@ from harness.replies import Reply
 def test_error_status_that_no_second_try_mends(origin, cache, status, advice):
     url = origin.add("model.pth", b"", Reply(status=status))
     errors = errors_of(load, url + "?sig=SECRET", cache)
-    expect(errors, rankload.HTTPStatusError, url, f"HTTP Error {status}", advice)
+    expect(errors, rankload.errors.HTTPStatusError, url, f"HTTP Error {status}", advice)
     assert {(error.code, error.rank) for error in errors} == {(status, 0)}
     assert all(isinstance(error, urllib.error.URLError) and "SECRET" not in str(error) for error in errors)
     assert origin.request_count() == 1
@@ -50,7 +50,7 @@ def test_error_status_that_stays(origin, cache, monkeypatch, status, advice):
     monkeypatch.setenv("RANKLOAD_RETRIES", "2")
     url = origin.add("model.pth", b"", Reply(status=status, ranges="ignored"))
     errors = errors_of(load, url + "?sig=SECRET", cache)
-    expect(errors, rankload.HTTPStatusError, url, f"HTTP Error {status}", advice)
+    expect(errors, rankload.errors.HTTPStatusError, url, f"HTTP Error {status}", advice)
     assert {(error.code, error.rank) for error in errors} == {(status, 0)}
     assert "SECRET" not in str(errors)
     assert origin.request_count() == 3
@@ -59,7 +59,7 @@ def test_error_status_that_stays(origin, cache, monkeypatch, status, advice):
 
 def test_host_unknown(cache):
     url = "http://no-such-host.invalid/model.pth"
-    expect(errors_of(load, url, cache), rankload.NetworkError, url, "host name not found", "online?")
+    expect(errors_of(load, url, cache), rankload.errors.NetworkError, url, "host name not found", "online?")
     assert files_in(cache) == []
 
 
@@ -67,14 +67,14 @@ def test_connection_refused(cache):
     with reserved_port() as port:
         url = f"http://127.0.0.1:{port}/model.pth"
         errors = errors_of(load, url + "?token=SECRET", cache)
-    expect(errors, rankload.NetworkError, url, "connection refused")
+    expect(errors, rankload.errors.NetworkError, url, "connection refused")
     assert "SECRET" not in str(errors)
     assert files_in(cache) == []
 
 
 def test_connection_closed_without_an_answer(origin, cache, checkpoint):
     url = origin.add("model.pth", checkpoint.path, close_before_reply=True)
-    expect(errors_of(load, url, cache), rankload.NetworkError, url)
+    expect(errors_of(load, url, cache), rankload.errors.NetworkError, url)
     assert files_in(cache) == []
 
 
@@ -85,7 +85,7 @@ def test_connection_reset_in_the_body(origin, cache, big_content, monkeypatch):
     url = origin.add("file.bin", big_content, Reply(reset_at=3 << 20), Reply(reset_at=0))
     errors = errors_of(fetch, url, cache)
     expect(errors, rankload.FetchError, url)
-    assert isinstance(errors[0], rankload.NetworkError | rankload.TruncatedError)
+    assert isinstance(errors[0], rankload.errors.NetworkError | rankload.errors.TruncatedError)
     assert not (cache / "file.bin").exists()
 
 
@@ -94,7 +94,7 @@ def test_body_shorter_than_content_length(origin, cache, checkpoint, monkeypatch
     """An origin that never sends the last byte: asked for it again and again, and then the call fails."""
     monkeypatch.setenv("RANKLOAD_RETRIES", "2")
     url = origin.add("model.pth", checkpoint.path, Reply(truncate_at=checkpoint.size - 1), Reply(truncate_at=0))
-    expect(errors_of(load, url, cache), rankload.TruncatedError, url, "has 0 bytes", "1 were promised")
+    expect(errors_of(load, url, cache), rankload.errors.TruncatedError, url, "has 0 bytes", "1 were promised")
     last_byte = f"bytes={checkpoint.size - 1}-{checkpoint.size - 1}"
     assert ranges_asked(origin) == [None, last_byte, last_byte]
     assert files_in(cache) == []
@@ -106,7 +106,7 @@ def test_chunked_body_cut_short(origin, cache, checkpoint, monkeypatch):
     monkeypatch.setenv("RANKLOAD_RETRIES", "2")
     behaviour = {"is_chunked": True, "ranges": "ignored", "truncate_at": checkpoint.size // 2}
     url = origin.add("model.pth", checkpoint.path, **behaviour)
-    expect(errors_of(load, url, cache), rankload.TruncatedError, url, "in the middle of a chunk")
+    expect(errors_of(load, url, cache), rankload.errors.TruncatedError, url, "in the middle of a chunk")
     assert origin.request_count() == 3
     assert files_in(cache) == []
 
@@ -123,7 +123,7 @@ def test_body_without_length_cut_short(origin, cache, checkpoint):
     """Nothing on the wire tells: the archive's own structure does. It may have been an accident: once more."""
     behaviour = {"content_length": False, "ranges": "ignored", "truncate_at": checkpoint.size - 100}
     url = origin.add("model.pth", checkpoint.path, **behaviour)
-    expect(errors_of(load, url, cache), rankload.NotACheckpointError, url, "expected a checkpoint")
+    expect(errors_of(load, url, cache), rankload.errors.NotACheckpointError, url, "expected a checkpoint")
     assert origin.request_count() == 2
     assert files_in(cache) == []
 
@@ -151,7 +151,7 @@ def test_stalled_origin(origin, cache, checkpoint, behaviour, timeout):
     """The rank that downloads says what is wrong before the others find that it does not move."""
     url = origin.add("model.pth", checkpoint.path, **behaviour)
     errors = errors_of(load, url, cache, timeout=timeout)
-    expect(errors, rankload.FetchTimeoutError, url, "within the deadline", "timeout=")
+    expect(errors, rankload.errors.FetchTimeoutError, url, "within the deadline", "timeout=")
     assert isinstance(errors[0], TimeoutError)
     assert files_in(cache) == []
 
@@ -169,7 +169,7 @@ def test_trickling_origin_succeeds(origin, cache, checkpoint):
 def test_html_page_instead_of_the_file(origin, cache):
     url = origin.add("model.pth", b"", Reply.html_page())
     texts = (url, "expected a checkpoint", "<!DOCTYPE html>", "Sign in")
-    expect(errors_of(load, url, cache), rankload.NotACheckpointError, *texts)
+    expect(errors_of(load, url, cache), rankload.errors.NotACheckpointError, *texts)
     assert files_in(cache) == []
 
 
@@ -177,7 +177,7 @@ def test_html_page_instead_of_the_file(origin, cache):
 def test_answer_that_has_no_file(origin, cache, status):
     """A redirect that does not say where, for one: its body is a web page at best."""
     url = origin.add("file.bin", b"", Reply(status=status, body=b"not the file"))
-    expect(errors_of(fetch, url, cache), rankload.HTTPStatusError, url, f"HTTP Error {status}")
+    expect(errors_of(fetch, url, cache), rankload.errors.HTTPStatusError, url, f"HTTP Error {status}")
     assert origin.request_count() == 1
     assert files_in(cache) == []
 
@@ -219,9 +219,9 @@ def test_nginx_wants_a_password(tmp_path, cache, monkeypatch):
     (tmp_path / "root/file.bin").write_bytes(b"content")
     with nginx(tmp_path / "root", password("user", "SECRET")) as server:
         url = server.url("file.bin")
-        expect(errors_of(fetch, url, cache), rankload.HTTPStatusError, url, "HTTP Error 401", "~/.netrc")
+        expect(errors_of(fetch, url, cache), rankload.errors.HTTPStatusError, url, "HTTP Error 401", "~/.netrc")
         errors = errors_of(fetch, url.replace("//", "//user:SECRET-AND-WRONG@"), cache)
-        expect(errors, rankload.HTTPStatusError, url, "HTTP Error 401")
+        expect(errors, rankload.errors.HTTPStatusError, url, "HTTP Error 401")
         assert "SECRET" not in str(errors)
         assert len(server.wait_for_accesses(2)) == 2  # not tried again
         assert rankload.dist_fetch(url.replace("//", "//user:SECRET@"), cache).read_bytes() == b"content"
@@ -308,5 +308,5 @@ def test_error_after_a_redirect_names_where_it_led(origin, cache):
     origin.add("gone.pth", b"", status=404)
     url = origin.add("model.pth", b"", redirect_to="/gone.pth?token=SECRET")
     errors = errors_of(load, url, cache)
-    expect(errors, rankload.HTTPStatusError, url, origin.url("gone.pth"))
+    expect(errors, rankload.errors.HTTPStatusError, url, origin.url("gone.pth"))
     assert "SECRET" not in str(errors)

@@ -93,7 +93,7 @@ def test_origin_that_always_stalls(origin, cache, big_content, one_stream, monke
     monkeypatch.setenv("RANKLOAD_RETRIES", "2")
     url = origin.add("file.bin", big_content, Reply(), Reply(hold_at=0))
     errors = errors_of(fetch, url, cache)
-    expect(errors, rankload.FetchTimeoutError, url, "not a byte came within the deadline", "pass a mirror")
+    expect(errors, rankload.errors.FetchTimeoutError, url, "not a byte came within the deadline", "pass a mirror")
     assert origin.request_count() == 1 + 3
 
 
@@ -185,7 +185,7 @@ def test_certificate_of_an_authority_in_the_environment(root, cache, authority, 
 def test_certificate_of_an_unknown_authority(root, cache, authority):
     with nginx(root, tls=authority.certificate("127.0.0.1")) as server:
         errors = errors_of(fetch, server.url("file.bin"), cache)
-        expect(errors, rankload.NetworkError, "certificate verify failed", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+        expect(errors, rankload.errors.NetworkError, "certificate verify failed", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
 
 @pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"])
@@ -226,7 +226,7 @@ def test_bad_certificate_is_refused_and_not_tried_again(root, cache, tmp_path, a
     with nginx(root, tls=certificate) as server, chaos(server.port) as link:
         url = link.through(server.url("file.bin"))
         errors = errors_of(fetch, url + "?sig=SECRET", cache)
-        expect(errors, rankload.NetworkError, url, "certificate verify failed")
+        expect(errors, rankload.errors.NetworkError, url, "certificate verify failed")
         assert "SECRET" not in str(errors)
         assert len(link.connections) == 1
     assert files_in(cache) == []
@@ -240,7 +240,7 @@ def test_dead_proxy(cache, monkeypatch, scheme):
         monkeypatch.setenv(f"{scheme}_proxy", f"http://user:SECRET@127.0.0.1:{port}")
         url = f"{scheme}://origin.invalid/file.bin"
         errors = errors_of(fetch, url + "?sig=SECRET", cache)
-    expect(errors, rankload.NetworkError, url, "the proxy that the environment names: connection refused")
+    expect(errors, rankload.errors.NetworkError, url, "the proxy that the environment names: connection refused")
     assert "SECRET" not in str(errors)
     assert files_in(cache) == []
 

@@ -204,7 +204,7 @@ def test_quarantine(origin, cache, checkpoint, own, tmp_path):
     elsewhere.mkdir()
     (own / "quarantine").symlink_to(elsewhere)
     url = origin.add(checkpoint.name, checkpoint.path)
-    expect(errors_of(fetch, url, cache, sha256="a" * 64), rankload.DigestMismatchError, url)
+    expect(errors_of(fetch, url, cache, sha256="a" * 64), rankload.errors.DigestMismatchError, url)
     assert list(elsewhere.iterdir()) == []
     assert files_in(cache) == [] or files_in(cache) == [".rankload/quarantine"]
 
@@ -215,7 +215,7 @@ def test_note_on_what_is_set_aside(origin, cache, checkpoint, own, victim):
     note = own / "quarantine" / f"{checkpoint.name}.json"
     note.symlink_to(victim)
     url = origin.add(checkpoint.name, checkpoint.path)
-    expect(errors_of(fetch, url, cache, sha256="a" * 64), rankload.DigestMismatchError, "kept at")
+    expect(errors_of(fetch, url, cache, sha256="a" * 64), rankload.errors.DigestMismatchError, "kept at")
     assert not note.is_symlink() and "aaaa" in json.loads(note.read_text())["reason"]
 
 

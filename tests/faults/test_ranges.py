@@ -84,7 +84,7 @@ def test_origin_that_cuts_every_answer_is_borne_with(origin, cache, big_content,
 def test_cut_for_good_fails_everywhere_and_the_next_call_goes_on(origin, cache, big_content, monkeypatch):
     monkeypatch.setenv("RANKLOAD_RETRIES", "1")
     url = origin.add("file.bin", big_content, Reply(), Reply(truncate_at=CHUNK // 2), Reply(truncate_at=0))
-    expect(errors_of(fetch, url, cache), rankload.TruncatedError, url, "has 0 bytes", "were promised")
+    expect(errors_of(fetch, url, cache), rankload.errors.TruncatedError, url, "has 0 bytes", "were promised")
     assert not (cache / "file.bin").exists()
     before = origin.bytes_sent()
     assert before == CHUNK + CHUNK // 2
@@ -134,7 +134,7 @@ def test_range_that_is_ignored_later_makes_it_start_from_the_first_byte(origin, 
 def test_range_that_is_ignored_by_the_next_run(origin, cache, big_content, monkeypatch):
     monkeypatch.setenv("RANKLOAD_RETRIES", "0")
     url = origin.add("file.bin", big_content, Reply(), Reply(status=503))
-    with pytest.raises(rankload.HTTPStatusError):
+    with pytest.raises(rankload.errors.HTTPStatusError):
         rankload.dist_fetch(url, cache)
     origin.add("file.bin", big_content, ranges="ignored")
     assert rankload.dist_fetch(url, cache).read_bytes() == big_content
@@ -194,7 +194,7 @@ def test_wrong_ranges_and_no_whole_file_either(origin, cache, big_content, range
     damaged = Reply(ranges=ranges, flip_byte_at=5 << 20)
     url = origin.add("file.bin", big_content, damaged)
     sha256 = hashlib.sha256(big_content).hexdigest()
-    expect(errors_of(fetch, url, cache, sha256=sha256), rankload.DigestMismatchError, url, "invalid hash value")
+    expect(errors_of(fetch, url, cache, sha256=sha256), rankload.errors.DigestMismatchError, url, "invalid hash value")
     assert files_in(cache) == [".rankload/quarantine/file.bin", ".rankload/quarantine/file.bin.json"]
 
 
@@ -218,7 +218,7 @@ def test_file_that_changes_between_two_ranges(origin, cache, big_content, other_
 def test_file_that_changes_between_two_runs(origin, cache, big_content, other_content, ranges, monkeypatch):
     monkeypatch.setenv("RANKLOAD_RETRIES", "0")
     url = origin.add("file.bin", big_content, Reply(), Reply(), Reply(status=503))
-    expect(errors_of(fetch, url, cache), rankload.HTTPStatusError, "503")
+    expect(errors_of(fetch, url, cache), rankload.errors.HTTPStatusError, "503")
     origin.add("file.bin", other_content, ranges=ranges)
     assert rankload.dist_fetch(url, cache).read_bytes() == other_content
     assert origin.requests()[3].headers["if-range"] == etag_of(big_content)
@@ -312,7 +312,7 @@ def test_416_because_the_file_has_become_shorter(origin, cache, big_content):
 def test_empty_file_has_no_first_byte(origin, cache):
     """416 to the first range, 200 without; no checkpoint and no file, the error says."""
     url = origin.add("file.bin", b"")
-    with pytest.raises(rankload.NotACheckpointError, match="an empty file"):
+    with pytest.raises(rankload.errors.NotACheckpointError, match="an empty file"):
         rankload.dist_fetch(url, cache)
     assert ranges_asked(origin) == [f"bytes=0-{CHUNK - 1}", None]
 

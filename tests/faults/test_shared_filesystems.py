@@ -210,7 +210,7 @@ def test_file_deleted_and_changed_at_the_origin_is_not_mixed_up(
     rankload.dist_fetch(url, cache)
     origin.add("model.pth", other_checkpoint.path)
     results = run_ranks(load_after_removal, 2, args=(url, cache, 1))
-    expect([error_in(result) for result in results], rankload.DigestMismatchError, checkpoint.sha256, "rank 1")
+    expect([error_in(result) for result in results], rankload.errors.DigestMismatchError, checkpoint.sha256, "rank 1")
 
 
 @pytest.mark.fault(47)
@@ -220,7 +220,7 @@ def test_file_deleted_and_gone_from_the_origin(origin, cache, checkpoint, monkey
     rankload.dist_fetch(url, cache)
     origin.add("model.pth", status=404)
     results = run_ranks(load_after_removal, 2, args=(url, cache, 1))
-    expect([error_in(result) for result in results], rankload.HTTPStatusError, url, "404", "rank 1")
+    expect([error_in(result) for result in results], rankload.errors.HTTPStatusError, url, "404", "rank 1")
 
 
 @pytest.mark.fault(47)

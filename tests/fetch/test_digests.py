@@ -66,7 +66,7 @@ def test_nobody_vouches(origin, cache, caplog):
 def test_wrong_digest_in_a_header(origin, cache, name):
     url = origin.add("file.bin", CONTENT, headers=header(name, WRONG))
     errors = errors_of(fetch, url, cache)
-    expect(errors, rankload.DigestMismatchError, f'expected "{WRONG}", got "{SHA256}"', url, f"({name.lower()})")
+    expect(errors, rankload.errors.DigestMismatchError, f'expected "{WRONG}", got "{SHA256}"', url, f"({name.lower()})")
     assert files_in(cache) == QUARANTINED
     assert origin.request_count() == 2
 
@@ -132,7 +132,7 @@ def test_digest_on_a_redirect(origin, cache, sha256):
         assert rankload.dist_fetch(url, cache).read_bytes() == CONTENT
         assert record_in(cache)["vouched_by"] == "x-linked-etag"
     else:
-        expect(errors_of(fetch, url, cache), rankload.DigestMismatchError, url, "(x-linked-etag)")
+        expect(errors_of(fetch, url, cache), rankload.errors.DigestMismatchError, url, "(x-linked-etag)")
         assert files_in(cache) == QUARANTINED
 
 
@@ -147,7 +147,7 @@ def test_right_digest_of_the_caller_and_a_wrong_one_of_the_origin(origin, cache)
     """They contradict each other: that is for the user to look at."""
     url = origin.add("file.bin", CONTENT, headers=header("Repr-Digest", WRONG))
     errors = errors_of(fetch, url, cache, sha256=SHA256)
-    expect(errors, rankload.DigestMismatchError, "(repr-digest)")
+    expect(errors, rankload.errors.DigestMismatchError, "(repr-digest)")
 
 
 SIDECARS = {
@@ -184,7 +184,7 @@ def test_sidecar_is_asked_for_once(origin, cache):
 def test_wrong_sidecar(origin, cache):
     url = origin.add("file.bin", CONTENT)
     origin.add("file.bin.sha256", WRONG.encode())
-    expect(errors_of(fetch, url, cache, sidecar=True), rankload.DigestMismatchError, url, "(sidecar)")
+    expect(errors_of(fetch, url, cache, sidecar=True), rankload.errors.DigestMismatchError, url, "(sidecar)")
     assert files_in(cache) == QUARANTINED
 
 
@@ -208,7 +208,7 @@ def test_sidecar_without_a_digest(origin, cache, content, text):
 def test_missing_sidecar(origin, cache):
     url = origin.add("file.bin", CONTENT)
     errors = errors_of(fetch, url + "?sig=SECRET", cache, sidecar=True)
-    expect(errors, rankload.HTTPStatusError, f"{url}.sha256", "404")
+    expect(errors, rankload.errors.HTTPStatusError, f"{url}.sha256", "404")
     assert "SECRET" not in str(errors)
     assert origin.request_count() == 1
 

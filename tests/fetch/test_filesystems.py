@@ -163,7 +163,7 @@ except rankload.FetchError as error:
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
 def test_offline_variables_of_hugging_face(cache, monkeypatch, variable):
     monkeypatch.setenv(variable, "1")
-    with pytest.raises(rankload.OfflineError, match=r"rankload prefetch hf://org/repo/model\.safetensors"):
+    with pytest.raises(rankload.errors.OfflineError, match=r"rankload prefetch hf://org/repo/model\.safetensors"):
         rankload.dist_fetch("hf://org/repo/model.safetensors", cache)
 
 

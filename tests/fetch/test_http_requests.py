@@ -45,9 +45,9 @@ def test_user_agent_of_the_callers_replaces_ours_everywhere(origin, cache):
 
 def test_refusal_says_how_to_send_another_user_agent(origin, cache):
     url = origin.add("file.bin", b"content", status=403)
-    with pytest.raises(rankload.HTTPStatusError, match=r'headers=\{"User-Agent": "Mozilla/5.0"\}'):
+    with pytest.raises(rankload.errors.HTTPStatusError, match=r'headers=\{"User-Agent": "Mozilla/5.0"\}'):
         rankload.dist_fetch(url, cache)
-    with pytest.raises(rankload.HTTPStatusError) as caught:
+    with pytest.raises(rankload.errors.HTTPStatusError) as caught:
         rankload.dist_fetch(url, cache, headers={"User-Agent": "Mozilla/5.0"})
     assert "unknown clients" not in str(caught.value)
 
@@ -128,7 +128,7 @@ def test_query_is_never_shown_when_it_fails(origin, cache, checkpoint, caplog, f
 
 
 def test_query_is_never_shown_when_nobody_listens(cache):
-    with reserved_port() as port, pytest.raises(rankload.NetworkError, match="connection refused") as caught:
+    with reserved_port() as port, pytest.raises(rankload.errors.NetworkError, match="connection refused") as caught:
         rankload.dist_fetch(f"http://127.0.0.1:{port}/model.pth{QUERY}", cache)
     assert "SECRET" not in "".join(traceback.format_exception(caught.value))
 
@@ -169,7 +169,7 @@ def test_first_mirror_has_another_file(origin, cache, checkpoint, other_checkpoi
 
 def test_all_mirrors_fail(origin, cache):
     urls = [origin.add("a.pth", b"", status=404), origin.add("b.pth", b"", status=500)]
-    expect(errors_of(load, urls, cache), rankload.HTTPStatusError, urls[1], "500")
+    expect(errors_of(load, urls, cache), rankload.errors.HTTPStatusError, urls[1], "500")
     assert files_in(cache) == []
 
 

@@ -66,7 +66,7 @@ def test_the_hubs_own_page_url(cache, repository, big_content):
 
 
 def fetch_error(rank, url, cache):
-    with pytest.raises(rankload.DigestMismatchError) as caught:
+    with pytest.raises(rankload.errors.DigestMismatchError) as caught:
         rankload.dist_fetch(url, cache)
     return caught.value.source
 

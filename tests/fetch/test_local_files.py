@@ -57,18 +57,18 @@ def test_percent_in_a_plain_path_is_a_percent(tmp_path, cache):
 
 def test_wrong_sha256(local, cache):
     errors = errors_of(load, str(local), cache, sha256="0" * 64)
-    expect(errors, rankload.DigestMismatchError, str(local), "invalid hash value")
+    expect(errors, rankload.errors.DigestMismatchError, str(local), "invalid hash value")
     assert local.exists()
 
 
 def test_wrong_hash_prefix(local, cache):
     renamed = local.rename(local.with_name("model-0badc0de.pth"))
-    expect(errors_of(load, str(renamed), cache, check_hash=True), rankload.DigestMismatchError, "0badc0de")
+    expect(errors_of(load, str(renamed), cache, check_hash=True), rankload.errors.DigestMismatchError, "0badc0de")
 
 
 def test_truncated(local, cache):
     os.truncate(local, local.stat().st_size - 10)
-    expect(errors_of(load, str(local), cache), rankload.NotACheckpointError, str(local))
+    expect(errors_of(load, str(local), cache), rankload.errors.NotACheckpointError, str(local))
 
 
 def test_missing(tmp_path, cache):
@@ -98,12 +98,12 @@ def test_directories_have_hints(tmp_path, cache):
 @pytest.mark.parametrize("location", ["example.invalid/models/model.pth", "localhost:8000/model.pth"])
 def test_url_without_a_scheme(cache, location):
     for call in (lambda path: rankload.dist_fetch(path, cache), rankload.load, rankload.open_checkpoint):
-        with pytest.raises(rankload.MissingFileError, match="if a URL is meant, write https://") as caught:
+        with pytest.raises(rankload.errors.MissingFileError, match="if a URL is meant, write https://") as caught:
             call(f"{location}?sig=SECRET")
         assert "SECRET" not in f"{caught.value} {caught.value.__cause__!r} {caught.value.__context__!r}"
     error = errors_of(fetch, f"{location}?sig=SECRET", cache)[0]
     assert "SECRET" not in f"{error} {error.fields} {error.__cause__!r} {error.__context__!r}"
-    with pytest.raises(rankload.MissingFileError) as caught:
+    with pytest.raises(rankload.errors.MissingFileError) as caught:
         rankload.dist_fetch(f"/nowhere/{location}", cache)
     assert "URL" not in str(caught.value)
 
@@ -181,10 +181,10 @@ def test_sidecar_vouches(tmp_path, as_url):
     path, sidecar = tmp_path / "file.bin", tmp_path / "file.bin.sha256"
     path.write_bytes(b"content")
     location = path.as_uri() if as_url else path
-    with pytest.raises(rankload.MissingFileError, match=str(sidecar)):
+    with pytest.raises(rankload.errors.MissingFileError, match=str(sidecar)):
         rankload.dist_fetch(location, sidecar=True)
     sidecar.write_text(f"{'0' * 64}  file.bin\n")
-    with pytest.raises(rankload.DigestMismatchError, match=r"\(sidecar\)"):
+    with pytest.raises(rankload.errors.DigestMismatchError, match=r"\(sidecar\)"):
         rankload.dist_fetch(location, sidecar=True)
     sidecar.write_text(f"{hashlib.sha256(b'content').hexdigest()}  file.bin\n")
     assert rankload.dist_fetch(location, sidecar=True) == path

@@ -43,7 +43,7 @@ def test_hit(origin, cache, checkpoint):
 def test_miss_names_the_command_that_helps(origin, cache, checkpoint, file_name):
     url = origin.add("model.pth", checkpoint.path)
     errors = errors_of(load, url, cache, offline=True, file_name=file_name)
-    expect(errors, rankload.OfflineError, url, str(cache), "not in the cache", "run: rankload prefetch")
+    expect(errors, rankload.errors.OfflineError, url, str(cache), "not in the cache", "run: rankload prefetch")
     assert origin.request_count() == 0
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as with the environment activated
     command = printed_command(str(errors[0]))
@@ -55,7 +55,7 @@ def test_miss_names_the_command_that_helps(origin, cache, checkpoint, file_name)
 
 def test_miss_of_a_signed_url_says_that_the_command_needs_the_query(origin, cache):
     url = origin.add("model.pth", b"")
-    with pytest.raises(rankload.OfflineError, match="with the query and headers of this call") as caught:
+    with pytest.raises(rankload.errors.OfflineError, match="with the query and headers of this call") as caught:
         rankload.dist_fetch(url + "?sig=SECRET", cache, offline=True, headers={"Authorization": "SECRET"})
     assert "SECRET" not in str(caught.value)
 
@@ -63,7 +63,7 @@ def test_miss_of_a_signed_url_says_that_the_command_needs_the_query(origin, cach
 def test_environment_variable(origin, cache, monkeypatch):
     url = origin.add("file.bin", b"content")
     monkeypatch.setenv("RANKLOAD_OFFLINE", "1")
-    with pytest.raises(rankload.OfflineError):
+    with pytest.raises(rankload.errors.OfflineError):
         rankload.dist_fetch(url, cache)
     assert rankload.dist_fetch(url, cache, offline=False).read_bytes() == b"content"  # the argument wins
     assert rankload.dist_fetch(url, cache).read_bytes() == b"content"
@@ -77,7 +77,7 @@ import rankload
 print(rankload.dist_fetch({url!r}, {str(cache)!r}, offline=True).read_bytes())
 try:
     rankload.dist_fetch({url + "x"!r}, {str(cache)!r}, offline=True)
-except rankload.OfflineError:
+except rankload.errors.OfflineError:
     print("offline")
 try:
     rankload.dist_fetch({url + "x"!r}, {str(cache)!r})
@@ -91,7 +91,7 @@ def test_damaged_file_is_not_served(origin, cache):
     url = origin.add("file.bin", b"content")
     path = rankload.dist_fetch(url, cache)
     path.write_bytes(b"cont")
-    with pytest.raises(rankload.OfflineError):
+    with pytest.raises(rankload.errors.OfflineError):
         rankload.dist_fetch(url, cache, offline=True)
 
 
@@ -101,13 +101,13 @@ def test_damaged_file_is_not_served(origin, cache):
 def test_why_a_cached_file_does_not_do(origin, cache, arguments, reason):
     url = origin.add("file.bin", b"content")
     path = rankload.dist_fetch(url, cache)
-    with pytest.raises(rankload.OfflineError, match=reason) as caught:
+    with pytest.raises(rankload.errors.OfflineError, match=reason) as caught:
         rankload.dist_fetch(url, cache, offline=True, **arguments)
     assert f"{path} cannot be used" in str(caught.value)
 
 
 def test_url_without_a_file_name(origin, cache):
-    with pytest.raises(rankload.OfflineError, match=r"--file-name model\.pth"):
+    with pytest.raises(rankload.errors.OfflineError, match=r"--file-name model\.pth"):
         rankload.dist_fetch(f"{origin.base_url}/", cache, file_name="model.pth", offline=True)
 
 
@@ -115,7 +115,7 @@ def test_plain_download(origin, tmp_path, monkeypatch):
     monkeypatch.setenv("RANKLOAD_OFFLINE", "1")
     local = tmp_path / "local.bin"
     local.write_bytes(b"content")
-    with pytest.raises(rankload.OfflineError, match="offline"):
+    with pytest.raises(rankload.errors.OfflineError, match="offline"):
         hub.download_url_to_file(origin.add("file.bin", b"content"), str(tmp_path / "file.bin"))
     hub.download_url_to_file(local.as_uri(), str(tmp_path / "copy.bin"))
     assert (origin.request_count(), (tmp_path / "copy.bin").read_bytes()) == (0, b"content")

@@ -98,7 +98,7 @@ def test_headers_are_sent_and_queries_never_shown(origin, path, caplog):
         rankload.open_checkpoint(url + "?sig=SECRET", headers={"Authorization": "Bearer SECRET"}) as one,
     ):
         assert "SECRET" not in repr(one)
-    with whole_log(caplog), pytest.raises(rankload.HTTPStatusError) as caught:
+    with whole_log(caplog), pytest.raises(rankload.errors.HTTPStatusError) as caught:
         rankload.open_checkpoint(url + "?sig=SECRET")
     assert "SECRET" not in caplog.text + str(caught.value)
 
@@ -113,7 +113,7 @@ def test_busy_origin_is_asked_again(origin, path, monkeypatch):
 def test_file_that_is_replaced_meanwhile(origin, path):
     with rankload.open_checkpoint(origin.add("model.pth", path)) as checkpoint:
         origin.add("model.pth", b"another" * 100_000)
-        with pytest.raises(rankload.ContentChangedError):
+        with pytest.raises(rankload.errors.ContentChangedError):
             checkpoint["layer.20.weight"]
 
 
@@ -126,7 +126,7 @@ def test_origin_without_ranges(origin, path):
 
 def test_offline(origin, path, monkeypatch):
     monkeypatch.setenv("RANKLOAD_OFFLINE", "1")
-    with pytest.raises(rankload.OfflineError):
+    with pytest.raises(rankload.errors.OfflineError):
         rankload.open_checkpoint(origin.add("model.pth", path))
     assert origin.request_count() == 0
     assert {*rankload.open_checkpoint(path)} == {*CONTENT}

@@ -242,7 +242,7 @@ def test_interpreter_leaves_while_nothing_hangs(origin, cache):
 import threading, rankload
 try:
     rankload.dist_fetch({url!r}, {str(cache)!r})
-except rankload.TruncatedError:
+except rankload.errors.TruncatedError:
     print([thread.name for thread in threading.enumerate()])
 """
     assert run_script(code).check().stdout.strip() == "['MainThread']"

@@ -121,7 +121,7 @@ def test_origin_that_cannot_be_asked_is_an_error(origin, cache, monkeypatch):
     url = origin.add("last.pth", OLD)
     rankload.dist_fetch(url, cache)
     origin.add("last.pth", b"", status=503)
-    with pytest.raises(rankload.HTTPStatusError, match="503"):
+    with pytest.raises(rankload.errors.HTTPStatusError, match="503"):
         rankload.dist_fetch(url, cache, refresh=True)
     with pytest.raises(rankload.ArgumentError, match="offline"):
         rankload.dist_fetch(url, cache, refresh=True, offline=True)
@@ -214,7 +214,7 @@ def test_parts_of_two_versions_are_not_loaded_together(origin, cache, half_renew
 @pytest.mark.fault(74)
 def test_parts_of_two_versions_are_no_use_offline(origin, cache, half_renewed, monkeypatch):
     monkeypatch.setenv("RANKLOAD_OFFLINE", "1")
-    with pytest.raises(rankload.OfflineError, match="only some files of this checkpoint have been renewed"):
+    with pytest.raises(rankload.errors.OfflineError, match="only some files of this checkpoint have been renewed"):
         values_of(half_renewed, cache)
 
 

@@ -39,7 +39,7 @@ def break_off(origin, cache, content, monkeypatch, **arguments):
         patch.setenv("RANKLOAD_STREAMS", "1")
         patch.setenv("RANKLOAD_RETRIES", "0")
         url = origin.add("file.bin", content, *[Reply()] * 4, Reply(status=503))
-        with pytest.raises(rankload.HTTPStatusError):
+        with pytest.raises(rankload.errors.HTTPStatusError):
             rankload.dist_fetch(url, cache, **arguments)
     origin.add("file.bin", content)
     assert left_bytes(cache) > 3 * CHUNK
@@ -312,7 +312,7 @@ def test_bytes_of_two_mirrors_are_not_left_without_their_digest(origin, cache, b
     told = Reply(headers=digest_header)
     first = origin.add("file.bin", big_content, told, told, Reply(status=404))
     second = origin.add("mirror/file.bin", big_content[::-1], Reply(), Reply(), Reply(status=404))
-    with pytest.raises(rankload.HTTPStatusError):
+    with pytest.raises(rankload.errors.HTTPStatusError):
         rankload.dist_fetch([first, second], cache)
     assert origin.request_count("mirror/file.bin") == 3
     assert files_in(cache) == []

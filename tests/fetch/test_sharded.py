@@ -122,7 +122,7 @@ def test_part_that_is_damaged_or_gone_is_fetched_again(
 
 def test_part_that_the_origin_does_not_have(origin: Origin, url: str, tmp_path: Path) -> None:
     origin.add(f"repo/{PARTS[1]}", b"", Reply(status=404))
-    with pytest.raises(rankload.HTTPStatusError, match=PARTS[1]):
+    with pytest.raises(rankload.errors.HTTPStatusError, match=PARTS[1]):
         rankload.dist_load_state_dict_from_url(url, tmp_path / "cache")
 
 

@@ -39,7 +39,7 @@ def test_wrong_sha256_by_argument(origin, cache, checkpoint):
     url = origin.add("model.pth", checkpoint.path)
     errors = errors_of(load, url, cache, ranks=3, sha256=WRONG)
     text = f'invalid hash value (expected "{WRONG}", got "{checkpoint.sha256}")'
-    expect(errors, rankload.DigestMismatchError, text, url, "(sha256) is another file's digest", "kept at")
+    expect(errors, rankload.errors.DigestMismatchError, text, url, "(sha256) is another file's digest", "kept at")
     assert isinstance(errors[0], RuntimeError)
     assert (errors[0].expected, errors[0].got) == (WRONG, checkpoint.sha256)
     assert files_in(cache) == quarantined("model.pth")
@@ -51,13 +51,13 @@ def test_wrong_hash_prefix_in_the_file_name(origin, cache, checkpoint):
     url = origin.add("model-0badc0de.pth", checkpoint.path)
     errors = errors_of(load, url, cache, check_hash=True)
     text = f'invalid hash value (expected "0badc0de", got "{checkpoint.sha256}")'
-    expect(errors, rankload.DigestMismatchError, text, url)
+    expect(errors, rankload.errors.DigestMismatchError, text, url)
     assert files_in(cache) == quarantined("model-0badc0de.pth")
 
 
 def test_flipped_byte_on_the_way(origin, cache, checkpoint):
     url = origin.add(checkpoint.name, checkpoint.path, flip_byte_at=checkpoint.size // 2)
-    expect(errors_of(load, url, cache, check_hash=True), rankload.DigestMismatchError, "invalid hash value")
+    expect(errors_of(load, url, cache, check_hash=True), rankload.errors.DigestMismatchError, "invalid hash value")
     assert files_in(cache) == quarantined(checkpoint.name)
 
 
@@ -149,13 +149,13 @@ NOT_CHECKPOINTS = {
 def test_not_a_checkpoint(origin, cache, kind):
     content, text = NOT_CHECKPOINTS[kind]
     url = origin.add("model.pth", content)
-    expect(errors_of(load, url, cache), rankload.NotACheckpointError, url, "expected a checkpoint", text)
+    expect(errors_of(load, url, cache), rankload.errors.NotACheckpointError, url, "expected a checkpoint", text)
     assert files_in(cache) == []
 
 
 def test_empty_body_is_no_file_either(origin, cache):
     url = origin.add("file.bin", b"")
-    expect(errors_of(fetch, url, cache), rankload.NotACheckpointError, url, "an empty file")
+    expect(errors_of(fetch, url, cache), rankload.errors.NotACheckpointError, url, "an empty file")
     assert files_in(cache) == []
 
 
@@ -163,7 +163,7 @@ def test_unpicklable_class_under_weights_only(origin, cache, tmp_path):
     file = checkpoints.write_zip(tmp_path, {"extra": Harmless()})
     url = origin.add("model.pth", file.path)
     errors = errors_of(load, url, cache)
-    expect(errors, rankload.UnsafePickleError, "Harmless", "weights_only=False")
+    expect(errors, rankload.errors.UnsafePickleError, "Harmless", "weights_only=False")
     assert isinstance(errors[0], pickle.UnpicklingError) and isinstance(errors[0], RuntimeError)
 
 

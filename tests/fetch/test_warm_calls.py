@@ -192,7 +192,7 @@ def test_file_that_is_not_what_sha256_says_is_fetched_again(origin, cache, check
 
 def test_wrong_sha256_leaves_the_cached_file_alone(origin, cache, cached, big_content):
     url, path = cached
-    with pytest.raises(rankload.DigestMismatchError):
+    with pytest.raises(rankload.errors.DigestMismatchError):
         rankload.dist_fetch(url, cache, sha256="0" * 64)
     assert path.read_bytes() == big_content
     rankload.dist_fetch(url, cache)

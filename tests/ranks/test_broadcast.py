@@ -366,7 +366,8 @@ def test_one_rank_whose_module_differs_keeps_all_from_writing(tmp_path: Path) ->
 
 
 def _refuse_on_a_receiver(rank: int, path: Path, directory: Path, is_module: bool) -> tuple[str, str]:
-    from rankload import UnsafePickleError, dist_load_into, dist_load_state_dict_from_url
+    from rankload import dist_load_into, dist_load_state_dict_from_url
+    from rankload.errors import UnsafePickleError
 
     become_node(rank, directory)
     options = {"delivery": "broadcast", "weights_only": rank == 1, "adapt": dict}

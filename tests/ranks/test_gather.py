@@ -234,8 +234,9 @@ def test_a_disk_that_fails_fails_all_and_leaves_the_process_group_whole(linear_f
 
 def _load_where_memory_is_short(rank: int, path: Path) -> tuple[str, str, float]:
     """Rank 1 fails for want of memory before the first collective; afterwards the process group still works."""
-    from rankload import RankFailedError, dist_load_into
+    from rankload import dist_load_into
     from rankload._load.streams import whole_tensors
+    from rankload.errors import RankFailedError
 
     dist.init_process_group("gloo")
 

@@ -94,7 +94,8 @@ def test_every_rank_has_it(tmp_path: Path, delivery: str, content: str) -> None:
 
 
 def _load_what_is_refused(rank: int, path: Path, weights_only: bool) -> Any:
-    from rankload import UnsafePickleError, dist_load_into
+    from rankload import dist_load_into
+    from rankload.errors import UnsafePickleError
 
     dist.init_process_group("gloo")
     module = nn.Linear(30, 20)

@@ -133,7 +133,7 @@ def test_one_process_shows_where_it_happened(tmp_path: Path, call: Any) -> None:
 
 def test_the_full_traceback_is_logged_at_debug(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "model.pth").write_bytes(_saved({"arguments": argparse.Namespace(x=1)}))
-    with caplog.at_level(logging.DEBUG, logger="rankload"), pytest.raises(rankload.UnsafePickleError):
+    with caplog.at_level(logging.DEBUG, logger="rankload"), pytest.raises(rankload.errors.UnsafePickleError):
         rankload.load(tmp_path / "model.pth")
     assert (
         "_load/state_dict/read_checkpoint.py" in caplog.text

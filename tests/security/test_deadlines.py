@@ -103,7 +103,9 @@ def test_opened_checkpoint(reply):
     scheme = "https" if reply is endless_handshake else "http"
     with RawOrigin(reply) as origin:
         began_at = time.monotonic()
-        with pytest.raises(rankload.FetchTimeoutError, match=f"{scheme}://127.0.0.1.*(not a byte came|too slow)"):
+        with pytest.raises(
+            rankload.errors.FetchTimeoutError, match=f"{scheme}://127.0.0.1.*(not a byte came|too slow)"
+        ):
             rankload.open_checkpoint(origin.url("model.safetensors", scheme))
         assert time.monotonic() - began_at < IN_ALL_SECONDS
         expect_nothing_left(origin)
@@ -113,7 +115,7 @@ def test_opened_checkpoint(reply):
 def test_transfer_leaves_no_connection_in_the_header_phase(reply, cache):
     scheme = "https" if reply is endless_handshake else "http"
     with RawOrigin(reply) as origin:
-        with pytest.raises(rankload.FetchTimeoutError):
+        with pytest.raises(rankload.errors.FetchTimeoutError):
             rankload.dist_fetch(origin.url("file.bin", scheme), cache, progress=False)
         expect_nothing_left(origin)
     assert files_in(cache) == []
@@ -125,7 +127,7 @@ def test_sidecar_is_the_same_error_on_all_ranks(reply, cache):
     with RawOrigin(reply) as origin:
         url = origin.url("file.bin")
         errors = errors_of(fetch_in_time, url, cache, sidecar=True, timeout=1)
-        expect(errors, rankload.FetchTimeoutError, f"{url}.sha256", "[rank 0 on ")
+        expect(errors, rankload.errors.FetchTimeoutError, f"{url}.sha256", "[rank 0 on ")
         origin.wait_until_idle()
     assert files_in(cache) == []
 
@@ -152,7 +154,7 @@ def test_failure_of_one_read_leaves_the_checkpoint_usable(monkeypatch):
     with Origin() as origin:
         url = origin.add("model.safetensors", content, Reply(), Reply(hold_at=10), Reply())
         with rankload.open_checkpoint(url) as checkpoint:
-            with pytest.raises(rankload.FetchTimeoutError):
+            with pytest.raises(rankload.errors.FetchTimeoutError):
                 checkpoint["b"]
             assert torch.equal(checkpoint["b"], torch.zeros(100_000))
 
@@ -242,7 +244,7 @@ def test_long_body_that_stalls_is_a_timeout(origin, cache, monkeypatch):
     monkeypatch.setenv("RANKLOAD_STREAMS", "1")
     monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(64 * MIB))
     url = origin.add("file.bin", bytes(64 * MIB), hold_at=40 * MIB)
-    with pytest.raises(rankload.FetchTimeoutError, match="not a byte came within the deadline"):
+    with pytest.raises(rankload.errors.FetchTimeoutError, match="not a byte came within the deadline"):
         rankload.dist_fetch(url, cache, progress=False)
 
 

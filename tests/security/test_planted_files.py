@@ -126,12 +126,12 @@ def test_index_under_another_name_is_an_ordinary_file_or_refused(evil, cache):
     other = evil.add("other/w.bin", checkpoint_of({"w": GOOD}))
     rankload.dist_fetch(other, cache)
     url = planting_index(evil, {"w.bin": checkpoint_of({"w": EVIL})}, "foo.pth")
-    with pytest.raises(rankload.NotACheckpointError, match=r"pass file_name='….index.json'"):
+    with pytest.raises(rankload.errors.NotACheckpointError, match=r"pass file_name='….index.json'"):
         rankload.dist_load_state_dict_from_url(url, cache)
     assert "foo.pth" not in files_in(cache)
     path = rankload.dist_fetch(url, cache)  # somebody's JSON
     assert path == cache / "foo.pth" and json.loads(path.read_text())["weight_map"] == {"0": "w.bin"}
-    with pytest.raises(rankload.NotACheckpointError):  # and is no checkpoint for being cached
+    with pytest.raises(rankload.errors.NotACheckpointError):  # and is no checkpoint for being cached
         rankload.dist_load_state_dict_from_url(url, cache)
     assert evil.request_count("any/w.bin") == 0
 
@@ -139,7 +139,7 @@ def test_index_under_another_name_is_an_ordinary_file_or_refused(evil, cache):
 def test_part_that_is_an_index_is_refused(evil, cache):
     inner = json.dumps({"weight_map": {"w": "victim.pth"}}).encode()
     url = planting_index(evil, {"part.safetensors": inner}, INDEX)
-    with pytest.raises(rankload.NotACheckpointError, match=r"part\.safetensors"):
+    with pytest.raises(rankload.errors.NotACheckpointError, match=r"part\.safetensors"):
         rankload.dist_load_state_dict_from_url(url, cache)
 
 
@@ -159,7 +159,7 @@ def test_users_file_is_never_moved_or_replaced(origin, good_url, tmp_path, conte
         try:
             loaded = rankload.dist_load_state_dict_from_url(good_url, project, **kwargs)
             assert torch.equal(loaded["w"], GOOD)
-        except rankload.DigestMismatchError:
+        except rankload.errors.DigestMismatchError:
             assert "sha256" in kwargs
     after = mine.stat()
     assert mine.read_bytes() == content
@@ -177,7 +177,7 @@ def test_users_file_that_has_taken_a_cached_ones_place_stays(origin, cache, good
         try:
             loaded = rankload.dist_load_state_dict_from_url(good_url, cache, **kwargs)
             assert torch.equal(loaded["w"], GOOD)
-        except rankload.DigestMismatchError:
+        except rankload.errors.DigestMismatchError:
             assert "sha256" in kwargs
         assert path.read_bytes() == b"my own, renamed into place"
 
@@ -484,7 +484,7 @@ def test_parts_that_are_one_file_where_case_does_not_count_are_refused(evil, cac
     """One would take the other's place, or the index'."""
     planting_index(evil, dict.fromkeys(names, checkpoint_of({"w": GOOD})), "other")
     url = evil.add(f"any/{INDEX}", json.dumps({"weight_map": dict(enumerate(names))}).encode())
-    with pytest.raises(rankload.NotACheckpointError, match="upper and lower case"):
+    with pytest.raises(rankload.errors.NotACheckpointError, match="upper and lower case"):
         rankload.dist_load_state_dict_from_url(url, cache)
     assert evil.request_count() == 1
 
@@ -769,7 +769,7 @@ def test_hash_prefix_does_not_pass_on_what_another_url_has_left(origin, evil, ca
     bad = next(one for one in candidates if hashlib.sha256(one).hexdigest().startswith(prefix))
     name = f"model-{prefix}.bin"
     evil_url = evil.add(name, bad, Reply(), Reply(status=403))
-    with pytest.raises(rankload.HTTPStatusError):
+    with pytest.raises(rankload.errors.HTTPStatusError):
         rankload.dist_fetch(evil_url, cache, check_hash=True)
     assert any(found.endswith(".partial") for found in files_in(cache))
     found = rankload.dist_fetch(origin.add(name, good), cache, check_hash=True).read_bytes()

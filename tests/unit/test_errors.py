@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import importlib
 import json
 import pickle
 import re
@@ -13,9 +14,10 @@ import pytest
 
 import rankload
 from rankload import errors
-from rankload.errors import MAX_MESSAGE_CHARACTERS, RankloadError, cut, from_wire, printable, to_wire
+from rankload._text import MAX_MESSAGE_CHARACTERS, cut, printable
+from rankload.errors import RankloadError, from_wire, to_wire
 
-ALL = [getattr(rankload, name) for name in rankload.__all__ if name.endswith("Error")]
+ALL = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RankloadError)]
 
 BUILTINS = {
     "ArgumentError": ValueError,
@@ -85,7 +87,7 @@ def test_error_number_and_reason_are_where_code_looks_for_them():
 
 
 def test_an_http_error_is_what_urllibs_callers_expect():
-    error = make(rankload.HTTPStatusError)
+    error = make(rankload.errors.HTTPStatusError)
     assert (error.code, error.status, error.msg, error.reason) == (404, 404, "it failed", "it failed")
     assert (error.headers, error.read(), error.url) == (None, b"", "http://host/x.pth")
     error.close()
@@ -93,7 +95,7 @@ def test_an_http_error_is_what_urllibs_callers_expect():
 
 def test_a_missing_file_is_one_by_its_error_number():
     error = rankload.CacheError("no such file", path="/x", errno=2)
-    assert type(error) is rankload.MissingFileError and isinstance(error, FileNotFoundError)
+    assert type(error) is rankload.errors.MissingFileError and isinstance(error, FileNotFoundError)
     assert type(make(rankload.CacheError)) is rankload.CacheError
 
 
@@ -119,24 +121,31 @@ def test_every_field_is_declared_by_its_class(name, field):
 
 def test_error_of_another_version():
     wire = {**to_wire(make(rankload.CacheError)), "type": "ErrorOfTomorrow"}
-    assert type(from_wire(wire)) is rankload.RankFailedError
+    assert type(from_wire(wire)) is rankload.errors.RankFailedError
     assert "it failed" in str(from_wire(wire))
 
 
 def test_fields_of_another_version_are_no_attributes():
     fields = {"reason": "x", "__class__": "x", "with_traceback": "x", "path": "/x"}
-    error = from_wire({**to_wire(make(rankload.OfflineError)), "fields": fields})
-    assert type(error) is rankload.OfflineError and error.fields == fields
+    error = from_wire({**to_wire(make(rankload.errors.OfflineError)), "fields": fields})
+    assert type(error) is rankload.errors.OfflineError and error.fields == fields
     assert error.path == "/x" and error.reason == error.message and callable(error.with_traceback)
 
 
 def test_long_texts_are_cut_in_the_middle():
     text = "what happened" + "x" * 100_000 + "the cause"
-    arrived = from_wire(json.loads(json.dumps(to_wire(rankload.RankFailedError(text, trace=text)))))
+    arrived = from_wire(json.loads(json.dumps(to_wire(rankload.errors.RankFailedError(text, trace=text)))))
     for cut_text in (arrived.message, arrived.trace):
         assert cut_text.startswith("what happened") and cut_text.endswith("the cause")
         assert len(cut_text) < MAX_MESSAGE_CHARACTERS + 100
     assert cut("short") == "short"
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+def test_tracebacks_show_the_shortest_name_to_import_it_by(kind):
+    home = "rankload" if kind.__name__ in rankload.__all__ else "rankload.errors"
+    assert kind.__module__ == home
+    assert getattr(importlib.import_module(home), kind.__name__) is kind
 
 
 def test_tree_is_drawn_completely():

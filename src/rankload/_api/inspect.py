@@ -22,8 +22,9 @@ from rankload._formats.source import Source
 from rankload._formats.unpack import open_unpacked
 from rankload._load.checkpoint import Checkpoint
 from rankload._settings import Settings
+from rankload._text import printable
 from rankload._urls import Url
-from rankload.errors import CacheError, LoadError, OfflineError, printable
+from rankload.errors import CacheError, LoadError, OfflineError
 
 
 @short_tracebacks

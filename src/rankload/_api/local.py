@@ -27,9 +27,10 @@ from rankload._load.state_dict.torch_load_checks import checked_for_torch
 from rankload._load.values.torch_errors import wrap_load_errors
 from rankload._platform.scratch import descriptor_path, scratch_file
 from rankload._settings import Settings
+from rankload._text import printable
 from rankload._types import FetchedFile, Identity
 from rankload._urls import Url
-from rankload.errors import ArgumentError, printable
+from rankload.errors import ArgumentError
 
 if TYPE_CHECKING:
     from rankload._api.state_dict import MapLocation

@@ -29,9 +29,10 @@ from rankload._load.module.slots import bare, device_of, is_distributed, tensor_
 from rankload._load.node.held import hold
 from rankload._load.node.node_copy import may_change, settled
 from rankload._load.report import LoadReport
+from rankload._text import printable
 from rankload._types import Delivery, Progress, Scope, Verify
 from rankload.adapt import Adapter, as_adapter, is_lazy, unwrap
-from rankload.errors import ArgumentError, printable
+from rankload.errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch import nn

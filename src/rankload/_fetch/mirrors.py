@@ -21,9 +21,10 @@ from rankload._fetch.transfer.retry import Retries, pause
 from rankload._fetch.transfer.size_limit import SizeLimit, exceeds_limit
 from rankload._fetch.transfer.state import TransferState
 from rankload._settings import Settings
+from rankload._text import printable
 from rankload._types import Progress, Report
 from rankload._urls import Url
-from rankload.errors import FetchError, TruncatedError, printable
+from rankload.errors import FetchError, TruncatedError
 
 _logger = logging.getLogger("rankload")
 

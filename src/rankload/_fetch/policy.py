@@ -9,7 +9,7 @@ from enum import Enum
 from rankload._cache.record import Record
 from rankload._fetch.digests import claims_of, satisfies
 from rankload._fetch.models import FetchRequest
-from rankload.errors import printable
+from rankload._text import printable
 
 
 class Action(Enum):

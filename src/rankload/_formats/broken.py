@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankload.errors import cut, printable
+from rankload._text import cut, printable
 
 
 class BrokenFileError(ValueError):

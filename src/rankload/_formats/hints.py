@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from rankload.errors import printable
+from rankload._text import printable
 
 #: The name of what torch.distributed.checkpoint writes last (torch/distributed/checkpoint/filesystem.py).
 _DCP_METADATA = ".metadata"

@@ -17,7 +17,7 @@ from rankload._formats.entry import StorageEntry, TensorEntry
 from rankload._formats.pickle_memo import PickleMemo
 from rankload._formats.pickle_text import float_of_bytes, number_of_line, value_of_line
 from rankload._formats.pickle_values import SCALARS, Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key
-from rankload.errors import MAX_SHOWN_NAME_LENGTH, cut
+from rankload._text import MAX_SHOWN_NAME_LENGTH, cut
 
 #: Longer texts (a weight saved as text, a dataset) become `Unbuilt`.
 _MAX_TEXT_BYTES = 1 << 24

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rankload._formats.entry import StorageEntry
-from rankload.errors import cut, printable
+from rankload._text import cut, printable
 
 #: How many values a tuple that is a key has, and how long a text is in it, or bytes.
 _MAX_KEY_LENGTH = 16

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rankload._formats.entry import TensorEntry
 from rankload._formats.index import Index
 from rankload._formats.source import Source
-from rankload.errors import printable
+from rankload._text import printable
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,8 @@ from typing import Any
 
 from rankload._load.delivery.strategy import DeliveryStrategy
 from rankload._load.module.remainder import Remainder
-from rankload.errors import MAX_SHOWN_NAME_LENGTH, ArgumentError, cut
+from rankload._text import MAX_SHOWN_NAME_LENGTH, cut
+from rankload.errors import ArgumentError
 
 
 @dataclass(frozen=True, repr=False)

@@ -96,7 +96,7 @@ def test_needs_no_other_rank(tmp_path):
         ("https://host/file?sig=SECRET", {}, rankload.ArgumentError, "dist_load_state_dict_from_url"),
         (io.BytesIO(b"x"), {"mmap": True}, rankload.ArgumentError, "cannot be mapped"),
         (io.BytesIO(b"x"), {}, rankload.LoadError, "an open file"),
-        ("/nowhere/file", {}, rankload.MissingFileError, "/nowhere/file"),
+        ("/nowhere/file", {}, rankload.errors.MissingFileError, "/nowhere/file"),
     ],
 )
 def test_what_cannot_be_loaded(f, options, error, text):

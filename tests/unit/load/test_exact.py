@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from harness.alike import assert_alike
-from rankload import UnsafePickleError, adapt, dist_load_into, open_checkpoint
+from rankload import adapt, dist_load_into, open_checkpoint
+from rankload.errors import UnsafePickleError
 
 Pair = namedtuple("Pair", ["first", "second"])
 

@@ -298,7 +298,7 @@ WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this proces
 @pytest.mark.parametrize("way", [rankload.load, rankload.dist_load_state_dict_from_url])
 def test_an_absent_device_is_not_the_files_fault(tmp_path: Path, way: Any, place: Any) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "x.pth")
-    with pytest.raises(rankload.DeviceError, match=r"(?i)cuda device.*cpu") as caught:
+    with pytest.raises(rankload.errors.DeviceError, match=r"(?i)cuda device.*cpu") as caught:
         way(str(tmp_path / "x.pth"), map_location=place)
     assert isinstance(caught.value, RuntimeError) and "could not load" not in str(caught.value)
 

@@ -38,22 +38,22 @@ def as_open_file(path: Path) -> Any:
 @pytest.mark.parametrize("given", [as_path, as_open_file])
 def test_all_are_listed(tmp_path: Path, given: Any) -> None:
     torch.save(content(), tmp_path / "file.pth")
-    with pytest.raises(rankload.UnsafePickleError, match=re.escape(f"add_safe_globals([{', '.join(NAMES)}])")):
+    with pytest.raises(rankload.errors.UnsafePickleError, match=re.escape(f"add_safe_globals([{', '.join(NAMES)}])")):
         rankload.load(given(tmp_path / "file.pth"))
-    with pytest.raises(rankload.UnsafePickleError, match=re.escape(f"add_safe_globals([{', '.join(NAMES)}])")):
+    with pytest.raises(rankload.errors.UnsafePickleError, match=re.escape(f"add_safe_globals([{', '.join(NAMES)}])")):
         rankload.dist_load_state_dict_from_url(str(tmp_path / "file.pth"))
 
 
 def test_the_advice_helps(tmp_path: Path) -> None:
     torch.save(content(), tmp_path / "file.pth")
-    refused = pytest.raises(rankload.UnsafePickleError, match=r"add_safe_globals\(\[pathlib.PurePosixPath\]\)")
+    refused = pytest.raises(rankload.errors.UnsafePickleError, match=r"add_safe_globals\(\[pathlib.PurePosixPath\]\)")
     with torch.serialization.safe_globals([argparse.Namespace, collections.deque]), refused:
         rankload.load(tmp_path / "file.pth")
 
 
 def test_legacy_files_name_the_first(tmp_path: Path) -> None:
     torch.save(content(), tmp_path / "file.pth", _use_new_zipfile_serialization=False)
-    with pytest.raises(rankload.UnsafePickleError, match=r"add_safe_globals\(\[argparse.Namespace\]\)"):
+    with pytest.raises(rankload.errors.UnsafePickleError, match=r"add_safe_globals\(\[argparse.Namespace\]\)"):
         rankload.load(tmp_path / "file.pth")
 
 
@@ -61,6 +61,6 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
     classes = [type(f"Kind{number:02}", (), {"__module__": __name__}) for number in range(30)]
     globals().update({kind.__name__: kind for kind in classes})
     torch.save({"weight": torch.ones(1), "rest": [kind() for kind in classes]}, tmp_path / "file.pth")
-    with pytest.raises(rankload.UnsafePickleError, match="Kind19, and 10 more") as caught:
+    with pytest.raises(rankload.errors.UnsafePickleError, match="Kind19, and 10 more") as caught:
         rankload.load(tmp_path / "file.pth")
     assert "Kind20" not in str(caught.value)

@@ -30,6 +30,7 @@ from rankload._fetch.origins.logs import without_queries
 from rankload._fetch.origins.origin import Claim, NotModified, UnusableRange, Version
 from rankload._fetch.origins.trust import Trust
 from rankload._settings import Settings
+from rankload._text import printable
 from rankload._urls import (
     Server,
     Url,
@@ -41,7 +42,7 @@ from rankload._urls import (
     without_user,
 )
 from rankload._version import __version__
-from rankload.errors import ContentChangedError, FetchError, FetchTimeoutError, HTTPStatusError, printable
+from rankload.errors import ContentChangedError, FetchError, FetchTimeoutError, HTTPStatusError
 
 _MAX_REDIRECTS = 10
 

@@ -16,7 +16,8 @@ from rankload._load.node.node_copy import private_copy
 from rankload._load.state_dict.read_checkpoint import read_checkpoint
 from rankload._load.values.tensors import fill_memory
 from rankload._platform.scratch import descriptor_path
-from rankload.errors import LoadError, printable
+from rankload._text import printable
+from rankload.errors import LoadError
 
 
 class CheckpointFiles:

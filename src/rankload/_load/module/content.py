@@ -32,8 +32,9 @@ from rankload._load.module.remainder import OPTIMIZER_KEYS, Remainder, remainder
 from rankload._load.module.slots import bare, tensor_slots
 from rankload._load.values.torch_errors import wrap_load_errors
 from rankload._load.values.torch_values import built
+from rankload._text import shown_key
 from rankload.adapt import Adapter, is_lazy
-from rankload.errors import LoadError, shown_key
+from rankload.errors import LoadError
 
 _logger = logging.getLogger("rankload")
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankload.errors import MAX_SHOWN_NAME_LENGTH, cut, printable
+from rankload._text import MAX_SHOWN_NAME_LENGTH, cut, printable
 
 _MAX_SHOWN = 20
 

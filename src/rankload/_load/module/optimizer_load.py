@@ -17,7 +17,8 @@ from rankload._load.module.leaves import with_leaves
 from rankload._load.module.mismatch import describe_mismatch
 from rankload._load.module.remainder import OPTIMIZER_KEYS, optimizer_key
 from rankload._load.module.slots import bare, empty_copy, is_distributed, is_plain, own_part
-from rankload.errors import LoadError, shown_key
+from rankload._text import shown_key
+from rankload.errors import LoadError
 
 #: Larger numbers are of no parameters, and may be such that a set has to look at all of them for each.
 _MAX_PARAMETERS = 1 << 31

@@ -18,8 +18,9 @@ from rankload._formats.source import LocalSource
 from rankload._load.node.memory_file import folder_of
 from rankload._load.values.torch_errors import wrap_load_errors
 from rankload._platform.linux import is_on_local_disk
+from rankload._text import printable
 from rankload._types import FileIdentity
-from rankload.errors import LoadError, printable
+from rankload.errors import LoadError
 
 
 @dataclass(frozen=True)

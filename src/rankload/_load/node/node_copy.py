@@ -37,8 +37,9 @@ from rankload._load.node.node_memory import NodeMemory
 from rankload._load.node.parts import all_files, parts_of
 from rankload._platform.linux import is_on_local_disk
 from rankload._settings import Settings
+from rankload._text import printable
 from rankload._types import FetchedFile, Progress
-from rankload.errors import DigestMismatchError, LoadError, printable
+from rankload.errors import DigestMismatchError, LoadError
 
 _logger = logging.getLogger("rankload")
 

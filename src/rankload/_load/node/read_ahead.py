@@ -18,8 +18,8 @@ from rankload._coordination.channel import Channel
 from rankload._load.device.readers import Readers, await_reader
 from rankload._platform.host import kernel_id
 from rankload._platform.linux import is_on_local_disk, resident_pages
+from rankload._text import printable
 from rankload._types import Progress
-from rankload.errors import printable
 
 _logger = logging.getLogger("rankload")
 

@@ -34,7 +34,7 @@ from rankload._load.state_dict.torch_load_checks import checked_for_torch, why_n
 from rankload._load.values.torch_errors import wrap_load_errors
 from rankload._platform.scratch import descriptor_path
 from rankload._settings import Settings
-from rankload.errors import printable
+from rankload._text import printable
 
 _logger = logging.getLogger("rankload")
 

@@ -13,15 +13,8 @@ import torch
 
 from rankload._formats.broken import BrokenFileError
 from rankload._formats.sniff import describe
-from rankload.errors import (
-    MAX_SHOWN_NAME_LENGTH,
-    DeviceError,
-    LoadError,
-    MissingFileError,
-    RankloadError,
-    UnsafePickleError,
-    printable,
-)
+from rankload._text import MAX_SHOWN_NAME_LENGTH, printable
+from rankload.errors import DeviceError, LoadError, MissingFileError, RankloadError, UnsafePickleError
 
 _ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+) was not an allowed global")
