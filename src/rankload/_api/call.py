@@ -6,12 +6,12 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from rankload._coordination.channel import Channel
+from rankload._coordination.call_context import CallContext
 from rankload._coordination.membership import open_channel
 from rankload._settings import Settings, misspelt
 from rankload._types import Delivery, Identity
@@ -24,7 +24,7 @@ _logger = logging.getLogger("rankload")
 
 
 @contextmanager
-def collective_call(group: ProcessGroup | None, timeout: float | None) -> Iterator[tuple[Channel, Settings]]:
+def collective_call(group: ProcessGroup | None, timeout: float | None) -> Iterator[CallContext]:
     """Open the channel. What is wrong with the settings is raised within, where the other ranks hear of it."""
     problem = None
     try:
@@ -36,15 +36,15 @@ def collective_call(group: ProcessGroup | None, timeout: float | None) -> Iterat
             raise problem
         if channel.identity.rank == 0:
             _warn_of_misspelt_variables()
-        yield channel, settings
+        with ExitStack() as stack:
+            yield CallContext(channel, settings, group, stack)
 
 
 def agree_on_delivery(
-    channel: Channel,
+    call: CallContext,
     arguments: dict[str, Any],
     delivery: Delivery,
     src: int | None,
-    group: ProcessGroup | None,
     deliveries: Sequence[Delivery] = ("auto", "read", "broadcast"),
 ) -> tuple[Delivery, int]:
     """Agree on all arguments; return the delivery, and the rank in the channel that broadcasts.
@@ -55,9 +55,9 @@ def agree_on_delivery(
     """
     if delivery not in deliveries:
         raise ArgumentError(f"delivery={delivery!r}: expected one of {', '.join(map(repr, deliveries))}")
-    source = 0 if src is None else _rank_in_channel(src, channel.identity, group)
-    channel.agree({**arguments, "delivery": delivery, "src": src})
-    return "read" if channel.identity.world_size == 1 else delivery, source
+    source = 0 if src is None else _rank_in_channel(src, call.identity, call.group)
+    call.channel.agree({**arguments, "delivery": delivery, "src": src})
+    return "read" if call.identity.world_size == 1 else delivery, source
 
 
 @cache  # once a process

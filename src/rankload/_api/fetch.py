@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rankload._api.call import collective_call
 from rankload._api.tracebacks import short_tracebacks
-from rankload._coordination.channel import Channel
+from rankload._coordination.call_context import CallContext
 from rankload._coordination.membership import open_single_process_channel
 from rankload._fetch.fetch_once import fetch_at, fetch_once
 from rankload._fetch.models import FetchRequest
@@ -45,7 +45,7 @@ def dist_fetch(
     **Collective**, with the arguments and errors of `dist_load_state_dict_from_url`. In a single process it does not
     import torch: the way to prefetch on a login node. Files that are no checkpoints are welcome too.
     """
-    with collective_call(group, timeout) as (channel, settings):
+    with collective_call(group, timeout) as call:
         request = make_request(
             url,
             model_dir,
@@ -61,10 +61,10 @@ def dist_fetch(
             must_be_checkpoint=False,
             max_bytes=max_bytes,
             refresh=refresh,
-            settings=settings,
+            settings=call.settings,
         )
-        channel.agree(agreed_arguments(request, "fetch"))
-        return fetch_once(request, channel, settings).path
+        call.channel.agree(agreed_arguments(request, "fetch"))
+        return fetch_once(request, call).path
 
 
 def fetch_in_this_process(
@@ -103,21 +103,11 @@ def fetch_in_this_process(
             refresh=refresh,
             settings=settings,
         )
-        return fetch_once(request, channel, settings)
+        return fetch_once(request, CallContext(channel, settings))
 
 
-def fetch_for(
-    delivery: Delivery,
-    request: FetchRequest,
-    channel: Channel,
-    settings: Settings,
-    source: int,
-) -> FetchedFile | None:
+def fetch_for(delivery: Delivery, request: FetchRequest, call: CallContext, source: int) -> FetchedFile | None:
     """Fetch what a delivery needs; return the file, or None where only the source has one. Collective."""
-    file = (
-        fetch_at(source, request, channel, settings)
-        if delivery == "broadcast"
-        else fetch_once(request, channel, settings)
-    )
-    channel.report(Progress("loading", 0, None if file is None else file.size_bytes))
+    file = fetch_at(source, request, call) if delivery == "broadcast" else fetch_once(request, call)
+    call.report(Progress("loading", 0, None if file is None else file.size_bytes))
     return file

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -30,7 +30,7 @@ from rankload._load.node.held import hold
 from rankload._load.node.node_copy import may_change, settled
 from rankload._load.report import LoadReport
 from rankload._text import printable
-from rankload._types import Delivery, Progress, Scope, Verify
+from rankload._types import Delivery, Scope, Verify
 from rankload.adapt import Adapter, as_adapter, is_lazy, unwrap
 from rankload.errors import ArgumentError
 
@@ -129,7 +129,7 @@ def dist_load_into(
         RankloadError: whatever went wrong, on every rank the same.
     """
     phases: dict[str, float] = {}
-    with collective_call(group, timeout) as (channel, settings), ExitStack() as stack:
+    with collective_call(group, timeout) as call:
         target, optimizer = _checked_targets(module, assign)
         adapter = as_adapter(unwrap() if optimizer is not None and adapt is None else adapt)
         request = make_request(
@@ -147,25 +147,26 @@ def dist_load_into(
             must_be_checkpoint=True,
             max_bytes=max_bytes,
             refresh=refresh,
-            settings=settings,
+            settings=call.settings,
         )
-        chosen, sender = agree_on_delivery(
-            channel, agreed_arguments(request, "load_into"), delivery, src, group, get_args(Delivery)
-        )
+        arguments = agreed_arguments(request, "load_into")
+        chosen, sender = agree_on_delivery(call, arguments, delivery, src, get_args(Delivery))
         with _timed(phases, "fetch"):
-            file = fetch_for(chosen, request, channel, settings, sender)
+            file = fetch_for(chosen, request, call, sender)
         with _timed(phases, "check"), uninitialised_again_on_error(target):
             inner, _ = bare(target)
-            device = functools.cache(lambda: device_of(inner) or own_device(channel.identity, group))
+            device = functools.cache(lambda: device_of(inner) or own_device(call.identity, call.group))
             path = file.path if file is not None else None
             may_map = True
             if file is not None and (_leaves_views(inner, assign, adapter) or file.sha256 is not None):
                 location = str(device()) if _has_meta(inner) else "cpu"
-                path = settled(file.path, file, location, channel, stack, settings.progress_seconds, mmap=mmap)
+                path = settled(
+                    file.path, file, location, call.channel, call.stack, call.settings.progress_seconds, mmap=mmap
+                )
             elif file is not None:
-                held = hold(file.path, None, stack, file.identity)
-                path, may_map = held.loaded_by_name(stack), not (mmap is None and may_change(held, file))
-            strategy = open_strategy(chosen, path, file, sender, channel, group, settings, stack)
+                held = hold(file.path, None, call.stack, file.identity)
+                path, may_map = held.loaded_by_name(call.stack), not (mmap is None and may_change(held, file))
+            strategy = open_strategy(chosen, path, file, sender, call.channel, call.group, call.settings, call.stack)
             if file is not None:
                 strategy.path, strategy.files.display_name = file.path, printable(str(file.path))
                 strategy.files.may_map = may_map
@@ -186,14 +187,14 @@ def dist_load_into(
                 display_name=strategy.files.display_name,
                 may_replace=optimizer is None,
             )
-            if load.warning and channel.identity.rank == 0:
+            if load.warning and call.identity.rank == 0:
                 _logger.warning("%s", load.warning)
             others: list[LazyTensor] = []
             if optimizer is not None:
                 optimizer_load = plan_optimizer_load(optimizer, content.whole, target, strategy.files.display_name)
                 others = optimizer_load.wanted
             would_gather = strategy.prepare(LoadPlan(content.index, load.assignments, others, device))
-            strategy.on_agreement(all_would_gather=channel.meet("checked", agrees=would_gather))
+            strategy.on_agreement(all_would_gather=call.channel.meet("checked", agrees=would_gather))
         with _timed(phases, "fill"), torch.no_grad():
             may_share = strategy.may_share and strategy.files.may_map and mmap is not False
             prepared = [prepare_load(load, device, may_share=may_share)]
@@ -201,7 +202,7 @@ def dist_load_into(
                 prepared.append(prepare_optimizer_load(optimizer_load))
             copies = [copy for part in prepared for copy in part.copies]
             bytes_read = sum(part.bytes_mapped for part in prepared)
-            bytes_read += strategy.execute(copies, lambda done: channel.report(Progress("loading", done)))
+            bytes_read += strategy.execute(copies, call.report_loading)
             for part in prepared:
                 part.finish()
         run_post_hooks(load)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from rankload._api.call import agree_on_delivery, collective_call
 from rankload._api.fetch import fetch_for, fetch_in_this_process
 from rankload._api.tracebacks import short_tracebacks
-from rankload._coordination.channel import Channel
+from rankload._coordination.call_context import CallContext
 from rankload._coordination.membership import own_identity
 from rankload._coordination.single_process import SingleProcessChannel
 from rankload._fetch.request import UrlArgument, agreed_arguments, make_request
 from rankload._settings import Settings
-from rankload._types import Delivery, FetchedFile, Progress, Scope, Verify
+from rankload._types import Delivery, FetchedFile, Scope, Verify
 from rankload.adapt import Adapter, as_adapter
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def dist_load_state_dict_from_url(
             `rankload.errors`; the usual ones are FetchError (an OSError), VerificationError and LoadError
             (RuntimeErrors), RankLostError (a ConnectionError).
     """
-    with collective_call(group, timeout) as (channel, settings):
+    with collective_call(group, timeout) as call:
         adapter = as_adapter(adapt)
         request = make_request(
             url,
@@ -137,14 +137,13 @@ def dist_load_state_dict_from_url(
             must_be_checkpoint=True,
             max_bytes=max_bytes,
             refresh=refresh,
-            settings=settings,
+            settings=call.settings,
         )
-        chosen, source = agree_on_delivery(channel, agreed_arguments(request, "load"), delivery, src, group)
-        location = _resolved(map_location, channel, group)
-        file = fetch_for(chosen, request, channel, settings, source)
-        with ExitStack() as stack:
-            path, display_name = _delivered(chosen, file, source, location, mmap, channel, settings, stack)
-            state_dict = _read(path, display_name, location, channel, settings, weights_only, mmap)
+        chosen, source = agree_on_delivery(call, agreed_arguments(request, "load"), delivery, src)
+        location = _resolved(map_location, call)
+        file = fetch_for(chosen, request, call, source)
+        path, display_name = _delivered(chosen, file, source, location, mmap, call)
+        state_dict = _read(path, display_name, location, call, weights_only, mmap)
         return adapter(state_dict)  # type: ignore[no-any-return]
 
 
@@ -167,9 +166,10 @@ def load_in_this_process(
         url, model_dir, progress=progress, check_hash=check_hash, file_name=file_name, settings=settings
     )
     with SingleProcessChannel(own_identity()) as channel, ExitStack() as stack:
-        location = _resolved(map_location, channel, None)
-        path, display_name = _delivered("read", file, 0, location, None, channel, settings, stack)
-        return _read(path, display_name, location, channel, settings, weights_only, None)
+        call = CallContext(channel, settings, stack=stack)
+        location = _resolved(map_location, call)
+        path, display_name = _delivered("read", file, 0, location, None, call)
+        return _read(path, display_name, location, call, weights_only, None)
 
 
 def _delivered(
@@ -178,9 +178,7 @@ def _delivered(
     source: int,
     location: Any,
     mmap: bool | None,
-    channel: Channel,
-    settings: Settings,
-    stack: ExitStack,
+    call: CallContext,
 ) -> tuple[Path, str]:
     """Return where this rank is to load from, and what messages call it. Collective."""
     from rankload._load.node.node_copy import settled  # imports torch
@@ -190,30 +188,29 @@ def _delivered(
 
     path = None
     if file is not None:
-        path = settled(file.path, file, location, channel, stack, settings.progress_seconds, mmap=mmap)
+        path = settled(file.path, file, location, call.channel, call.stack, call.settings.progress_seconds, mmap=mmap)
     if delivery == "broadcast":
         from rankload._load.broadcast.whole_file import broadcast_files
 
-        path, display_name = broadcast_files(path, file, source, channel, settings, stack)
-        return with_unpacked(path, channel, stack), display_name
+        path, display_name = broadcast_files(path, file, source, call.channel, call.settings, call.stack)
+        return with_unpacked(path, call.channel, call.stack), display_name
     assert file is not None and path is not None
-    _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", channel.identity.rank)
-    read_ahead(all_files(path), channel, settings.progress_seconds)
-    return with_unpacked(path, channel, stack), str(file.path)
+    _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", call.identity.rank)
+    read_ahead(all_files(path), call.channel, call.settings.progress_seconds)
+    return with_unpacked(path, call.channel, call.stack), str(file.path)
 
 
-def _resolved(map_location: MapLocation, channel: Channel, group: ProcessGroup | None) -> Any:
+def _resolved(map_location: MapLocation, call: CallContext) -> Any:
     from rankload._load.device.devices import resolve_map_location  # imports torch
 
-    return resolve_map_location(map_location, channel.identity, group)
+    return resolve_map_location(map_location, call.identity, call.group)
 
 
 def _read(
     path: Path,
     display_name: str,
     location: Any,
-    channel: Channel,
-    settings: Settings,
+    call: CallContext,
     weights_only: bool,
     mmap: bool | None,
 ) -> Any:
@@ -225,7 +222,7 @@ def _read(
         location,
         weights_only=weights_only,
         mmap=mmap,
-        limits=Limits.of(channel.identity, settings),
-        check_cancelled=lambda: channel.report(Progress("loading")),
+        limits=Limits.of(call.identity, call.settings),
+        check_cancelled=call.report_loading,
         display_name=display_name,
     )

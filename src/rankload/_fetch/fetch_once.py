@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rankload._cache.directory import make_directory
 from rankload._cache.files import wrap_read_errors
+from rankload._coordination.call_context import CallContext
 from rankload._coordination.channel import Channel
 from rankload._fetch.cache_domain import Domain, find_domain
 from rankload._fetch.index_files import files_of
@@ -28,7 +29,7 @@ from rankload.errors import CacheError
 _logger = logging.getLogger("rankload")
 
 
-def fetch_once(request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile:
+def fetch_once(request: FetchRequest, call: CallContext) -> FetchedFile:
     """Return the verified file as this rank sees it. Collective over the channel's ranks.
 
     Only the leader of a domain consults the cache: another node's view of a network filesystem may be stale.
@@ -36,18 +37,18 @@ def fetch_once(request: FetchRequest, channel: Channel, settings: Settings) -> F
     Raises:
         RankloadError: the first cause, from whichever rank.
     """
-    domain = _domain_for(request, channel)
+    domain = _domain_for(request, call.channel)
     if not domain.is_leader:
-        return _wait_for_leader(domain, request, channel, settings)
-    file = _identified(fetch(request, channel.report, settings))
+        return _wait_for_leader(domain, request, call)
+    file = _identified(fetch(request, call.report, call.settings))
     if file.source != "local" and request.sha256 is None:
-        if channel.identity.rank == 0:
-            offer_version(file, channel)
+        if call.channel.identity.rank == 0:
+            offer_version(file, call.channel)
         else:
-            first = channel.wait_for(f"fetched/{domain.key_of_rank_0}", from_rank=0)
-            file = _identified(same_version(file, first, request, channel, settings))
+            first = call.channel.wait_for(f"fetched/{domain.key_of_rank_0}", from_rank=0)
+            file = _identified(same_version(file, first, request, call))
     assert file.identity is not None
-    channel.post(
+    call.channel.post(
         f"fetched/{domain.key}",
         {
             "path": os.path.relpath(file.path, request.directory) if file.source != "local" else str(file.path),
@@ -65,19 +66,19 @@ def fetch_once(request: FetchRequest, channel: Channel, settings: Settings) -> F
     return file
 
 
-def fetch_at(rank: int, request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile | None:
+def fetch_at(rank: int, request: FetchRequest, call: CallContext) -> FetchedFile | None:
     """Let one rank fetch, for itself; return its file there, and None on the others, when it has it. Collective.
 
     Raises:
         RankloadError: the first cause, from whichever rank.
     """
-    if channel.identity.rank != rank:
-        channel.wait_for("fetched at the source", from_rank=rank)
+    if call.channel.identity.rank != rank:
+        call.channel.wait_for("fetched at the source", from_rank=rank)
         return None
     if request.url.local_path is None:
         make_directory(request.directory)
-    file = fetch(request, channel.report, settings)
-    channel.post("fetched at the source", {})
+    file = fetch(request, call.report, call.settings)
+    call.channel.post("fetched at the source", {})
     return file
 
 
@@ -97,8 +98,8 @@ def _identified(file: FetchedFile) -> FetchedFile:
         return replace(file, identity=FileIdentity.of(file.path.stat()))
 
 
-def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, settings: Settings) -> FetchedFile:
-    fetched = channel.wait_for(f"fetched/{domain.key}", from_rank=domain.leader)
+def _wait_for_leader(domain: Domain, request: FetchRequest, call: CallContext) -> FetchedFile:
+    fetched = call.channel.wait_for(f"fetched/{domain.key}", from_rank=domain.leader)
     path = request.directory / fetched["path"]  # an absolute path stays as it is
     file = FetchedFile(
         path,
@@ -117,9 +118,9 @@ def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, se
             return found.size_bytes == file.size_bytes
         return found.is_same(published, is_exact=is_here and is_local)
 
-    found, is_visible = _await_visible(path, is_it, channel.report, settings)
+    found, is_visible = _await_visible(path, is_it, call.report, call.settings)
     if found is not None and is_visible:
-        _await_parts(file, domain, channel.report, settings)
+        _await_parts(file, domain, call.report, call.settings)
         return replace(file, identity=found)
     if found is None:
         seen = "does not exist"
@@ -128,8 +129,8 @@ def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, se
     else:
         seen = "is another file (another job may have replaced it)"
     error = CacheError(
-        f"rank {domain.leader} published {path}, but it {seen} here after {settings.visibility_seconds:g} s: is the "
-        "directory shared between these nodes? Pass scope='node', or a model_dir that is the same everywhere",
+        f"rank {domain.leader} published {path}, but it {seen} here after {call.settings.visibility_seconds:g} s: is "
+        "the directory shared between these nodes? Pass scope='node', or a model_dir that is the same everywhere",
         path=str(path),
     )
     # another rank, or another job, may have fetched it anew: the digest tells
@@ -140,7 +141,7 @@ def _wait_for_leader(domain: Domain, request: FetchRequest, channel: Channel, se
         raise error
     if found is None:
         _logger.warning("%s has been removed since rank %d published it; fetching it once more", path, domain.leader)
-    return _fetch_again(file, request, channel, settings, error)
+    return _fetch_again(file, request, call, error)
 
 
 def _await_parts(file: FetchedFile, domain: Domain, report: Report, settings: Settings) -> None:
@@ -158,14 +159,12 @@ def _has_size(size_bytes: int, found: FileIdentity, is_local: bool) -> bool:
     return found.size_bytes == size_bytes
 
 
-def _fetch_again(
-    file: FetchedFile, request: FetchRequest, channel: Channel, settings: Settings, error: CacheError
-) -> FetchedFile:
+def _fetch_again(file: FetchedFile, request: FetchRequest, call: CallContext, error: CacheError) -> FetchedFile:
     """Fetch what the leader had, though somebody has deleted it: the very same bytes, or nothing.
 
     Every rank that misses the file comes here by itself, as if it were another job: the lease makes it one download.
     """
-    again = fetch(replace(request, sha256=file.sha256 or request.sha256), channel.report, settings)
+    again = fetch(replace(request, sha256=file.sha256 or request.sha256), call.report, call.settings)
     if again.size_bytes != file.size_bytes:
         raise error
     return again

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from rankload._cache.files import wrap_read_errors
+from rankload._coordination.call_context import CallContext
 from rankload._coordination.channel import Channel
 from rankload._fetch.file_digest import sha256_of_file
 from rankload._fetch.index_files import digest_of_parts, files_of
 from rankload._fetch.leader import fetch
 from rankload._fetch.models import FetchRequest
-from rankload._settings import Settings
 from rankload._types import FetchedFile, Progress, Report
 from rankload.errors import ContentChangedError, FetchError, VerificationError
 
@@ -34,36 +34,33 @@ def offer_version(file: FetchedFile, channel: Channel) -> None:
         channel.answer(_QUESTION, lambda: _version_of(_hashed(file, channel.report)))
 
 
-def same_version(
-    file: FetchedFile, first: dict[str, Any], request: FetchRequest, channel: Channel, settings: Settings
-) -> FetchedFile:
+def same_version(file: FetchedFile, first: dict[str, Any], request: FetchRequest, call: CallContext) -> FetchedFile:
     """Return this domain's file in the version that rank 0 has, fetching that if need be. Its leader calls this.
 
     Args:
         file: what this domain has.
         first: what rank 0 has posted of its file.
         request: what both were fetched by.
-        channel: the ranks of the call.
-        settings: deadlines.
+        call: the ranks, and their deadlines.
 
     Raises:
         ContentChangedError: rank 0's version cannot be had any more; names both.
     """
-    theirs = first if first["is_known"] else channel.ask(_QUESTION, of_rank=0)
-    file = _hashed(file, channel.report)
+    theirs = first if first["is_known"] else call.channel.ask(_QUESTION, of_rank=0)
+    file = _hashed(file, call.report)
     mine = _version_of(file)
     if all(mine[name] == theirs[name] for name in mine):
         return file
     difference = (
         f"{request.url}: rank 0 has one version of the file ({_describe(theirs)}), rank "
-        f"{channel.identity.rank} on {channel.identity.host} another ({_describe(mine)}, {file.path})"
+        f"{call.channel.identity.rank} on {call.channel.identity.host} another ({_describe(mine)}, {file.path})"
     )
     if mine["parts_sha256"] or theirs["parts_sha256"]:  # the digest of an index does not say which parts are meant
         raise ContentChangedError(f"{difference}: {_ADVICE}", path=str(file.path))
     _logger.warning("%s; fetching rank 0's", difference)
     wanted = replace(request, sha256=theirs["sha256"], sha256_source="rank 0's file", refresh=False)
     try:
-        return fetch(wanted, channel.report, settings)
+        return fetch(wanted, call.report, call.settings)
     except (FetchError, VerificationError) as error:
         raise ContentChangedError(
             f"{difference}, and rank 0's cannot be fetched any more: {_ADVICE} [{error.message}]", path=str(file.path)
