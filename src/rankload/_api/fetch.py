@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from typing_extensions import Unpack
+
 from rankload._api.call import collective_call
 from rankload._api.tracebacks import short_tracebacks
 from rankload._coordination.call_context import CallContext
 from rankload._coordination.membership import open_single_process_channel
 from rankload._fetch.fetch_once import fetch_at, fetch_once
 from rankload._fetch.models import FetchRequest
-from rankload._fetch.request import UrlArgument, agreed_arguments, make_request
+from rankload._fetch.request import RequestOptions, UrlArgument, agreed_arguments, make_request
 from rankload._settings import Settings
 from rankload._types import Delivery, FetchedFile, Progress, Scope, Verify
 
@@ -49,6 +51,7 @@ def dist_fetch(
         request = make_request(
             url,
             model_dir,
+            call.settings,
             check_hash=check_hash,
             file_name=file_name,
             progress=progress,
@@ -61,7 +64,6 @@ def dist_fetch(
             must_be_checkpoint=False,
             max_bytes=max_bytes,
             refresh=refresh,
-            settings=call.settings,
         )
         call.channel.agree(agreed_arguments(request, "fetch"))
         return fetch_once(request, call).path
@@ -70,39 +72,13 @@ def dist_fetch(
 def fetch_in_this_process(
     url: UrlArgument,
     model_dir: str | os.PathLike[str] | None,
-    *,
-    progress: bool,
-    check_hash: bool,
-    file_name: str | None,
-    sha256: str | None = None,
-    headers: Mapping[str, str] | None = None,
-    sidecar: bool = False,
-    verify: Verify = "once",
-    must_be_checkpoint: bool = True,
-    max_bytes: int | None = None,
-    refresh: bool = False,
     settings: Settings | None = None,
+    **options: Unpack[RequestOptions],
 ) -> FetchedFile:
     """Fetch without the other ranks, by the arguments of the public calls. Not collective; does not import torch."""
     settings = settings or Settings.from_environment()
     with open_single_process_channel() as channel:
-        request = make_request(
-            url,
-            model_dir,
-            check_hash=check_hash,
-            file_name=file_name,
-            progress=progress,
-            sha256=sha256,
-            headers=headers,
-            scope="process",
-            sidecar=sidecar,
-            verify=verify,
-            offline=None,
-            must_be_checkpoint=must_be_checkpoint,
-            max_bytes=max_bytes,
-            refresh=refresh,
-            settings=settings,
-        )
+        request = make_request(url, model_dir, settings, scope="process", **options)
         return fetch_once(request, CallContext(channel, settings))
 
 

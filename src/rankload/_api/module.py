@@ -135,6 +135,7 @@ def dist_load_into(
         request = make_request(
             url,
             model_dir,
+            call.settings,
             check_hash=check_hash,
             file_name=file_name,
             progress=progress,
@@ -144,10 +145,8 @@ def dist_load_into(
             sidecar=sidecar,
             verify=verify,
             offline=offline,
-            must_be_checkpoint=True,
             max_bytes=max_bytes,
             refresh=refresh,
-            settings=call.settings,
         )
         arguments = agreed_arguments(request, "load_into")
         chosen, sender = agree_on_delivery(call, arguments, delivery, src, get_args(Delivery))

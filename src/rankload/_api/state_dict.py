@@ -125,6 +125,7 @@ def dist_load_state_dict_from_url(
         request = make_request(
             url,
             model_dir,
+            call.settings,
             check_hash=check_hash,
             file_name=file_name,
             progress=progress,
@@ -134,10 +135,8 @@ def dist_load_state_dict_from_url(
             sidecar=sidecar,
             verify=verify,
             offline=offline,
-            must_be_checkpoint=True,
             max_bytes=max_bytes,
             refresh=refresh,
-            settings=call.settings,
         )
         chosen, source = agree_on_delivery(call, agreed_arguments(request, "load"), delivery, src)
         location = _resolved(map_location, call)
@@ -163,7 +162,7 @@ def load_in_this_process(
     """
     settings = replace(Settings.from_environment(), hash_prefix_digits=1)  # torch.hub takes any prefix for a hash
     file = fetch_in_this_process(
-        url, model_dir, progress=progress, check_hash=check_hash, file_name=file_name, settings=settings
+        url, model_dir, settings, progress=progress, check_hash=check_hash, file_name=file_name
     )
     with SingleProcessChannel(own_identity()) as channel, ExitStack() as stack:
         call = CallContext(channel, settings, stack=stack)

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, get_args
+from typing import Any, TypedDict, get_args
 
 from rankload._cache.layout import checked_file_name, checkpoints_directory, hash_prefix_of
 from rankload._fetch.index_files import is_index_name, name_in_own_folder
@@ -29,25 +29,49 @@ _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 UrlArgument = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
+class RequestOptions(TypedDict, total=False):
+    """The arguments of public calls that make a request, besides the URL, the directory and the scope."""
+
+    check_hash: bool
+    file_name: str | None
+    progress: bool
+    sha256: str | None
+    headers: Mapping[str, str] | None
+    verify: Verify
+    sidecar: bool
+    offline: bool | None
+    must_be_checkpoint: bool
+    max_bytes: int | None
+    refresh: bool
+
+
 def make_request(
     url: UrlArgument,
     model_dir: str | os.PathLike[str] | None,
-    *,
-    check_hash: bool,
-    file_name: str | None,
-    progress: bool,
-    sha256: str | None,
-    headers: Mapping[str, str] | None,
-    scope: Scope,
-    verify: Verify,
-    sidecar: bool = False,
-    offline: bool | None,
-    must_be_checkpoint: bool,
-    max_bytes: int | None,
-    refresh: bool,
     settings: Settings,
+    *,
+    check_hash: bool = False,
+    file_name: str | None = None,
+    progress: bool = True,
+    sha256: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    scope: Scope = "auto",
+    verify: Verify = "once",
+    sidecar: bool = False,
+    offline: bool | None = None,
+    must_be_checkpoint: bool = True,
+    max_bytes: int | None = None,
+    refresh: bool = False,
 ) -> FetchRequest:
-    """Check the arguments and put them together; the settings stand in for those that are None.
+    """Check the arguments of a public call and put them together. The only place that does.
+
+    Args:
+        url: a URL or a path, or a URL and its mirrors.
+        model_dir: the cache directory; None for the default one.
+        settings: stand in for what is None.
+        must_be_checkpoint: refuse files that are no checkpoint.
+        check_hash, file_name, progress, sha256, headers, scope, verify, sidecar, offline, max_bytes, refresh: as in
+            `rankload.dist_load_state_dict_from_url`.
 
     Raises:
         ArgumentError: names the argument, its value, and what was expected.
