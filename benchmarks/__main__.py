@@ -3,6 +3,7 @@
 cold: the file comes from nginx on loopback, into an empty cache directory; the floor is ``curl -o x && sync x``.
 warm: the file lies in the cache; memory is what all ranks hold (summed PSS) after touching
 every page, above what they held before the call.
+imports: the first call of new processes; see ``benchmarks.imports``.
 fetch: one process, no ranks, without loading; see ``benchmarks.fetch``.
 modules: into modules, replicated, on meta and sharded; see ``benchmarks.modules``.
 gpu: into modules on an accelerator, where there is one; see ``benchmarks.gpu``.
@@ -23,6 +24,7 @@ from benchmarks.bounds import Bound
 from benchmarks.broadcast import broadcast
 from benchmarks.fetch import CURL, LIMITED_SIZE_BYTES, fetch
 from benchmarks.gpu import gpu
+from benchmarks.imports import imports
 from benchmarks.modules import modules
 from benchmarks.rounds import interleaved
 from benchmarks.table import Table
@@ -93,6 +95,8 @@ def _tables(arguments: argparse.Namespace, root: Path) -> Iterator[Table]:
         )
     if is_asked_for("gpu") and torch.accelerator.is_available():
         yield from gpu(arguments.only, arguments.layers, arguments.ranks, arguments.rounds, root)
+    if is_asked_for("imports"):
+        yield from imports(arguments.rounds, root)
     if is_asked_for("broadcast"):
         yield broadcast(arguments.rounds)
     if not is_asked_for("cold", "warm", "fetch"):
@@ -111,7 +115,7 @@ def _tables(arguments: argparse.Namespace, root: Path) -> Iterator[Table]:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    cases = ["cold", "warm", "fetch", "modules", "gpu", "broadcast", "all"]
+    cases = ["cold", "warm", "fetch", "modules", "imports", "gpu", "broadcast", "all"]
     parser.add_argument("case", nargs="?", choices=cases, default="all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=4)
