@@ -1,25 +1,17 @@
 """A certificate authority of the test's own, and the server certificates that it signs.
 
-    authority = Authority(tmp_path)
-    with nginx(root, tls=authority.certificate("127.0.0.1")) as server:
-        run_script(client, server.url("model.pth"), env=authority.environment)
-
-The keys are elliptic: made in a millisecond, where RSA takes a second of luck.
+authority = Authority(tmp_path)
+with nginx(root, tls=authority.certificate("127.0.0.1")) as server:
+    run_script(client, server.url("model.pth"), env=authority.environment)
 """
 
 from __future__ import annotations
 
 import datetime
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-
-_DAY = datetime.timedelta(days=1)
+import trustme
 
 
 @dataclass(frozen=True)
@@ -44,14 +36,10 @@ class Authority:
     def __init__(self, directory: Path) -> None:
         self._directory = directory / "authority"
         self._directory.mkdir(parents=True)
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = _name("rankload tests")
-        builder = _builder(self._name, self._name, self._key, is_expired=False)
-        self._certificate = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True).sign(
-            self._key, hashes.SHA256()
-        )
+        self._authority = trustme.CA()
+        self._count = 0
         self.path = self._directory / "ca.pem"
-        self.path.write_bytes(_pem(self._certificate))
+        self._authority.cert_pem.write_to_path(self.path)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -61,48 +49,14 @@ class Authority:
 
     def certificate(self, *names: str, is_expired: bool = False) -> Certificate:
         """A certificate for host names and addresses. A wrong one is one for another name."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        signed = (
-            _builder(_name(names[0]), self._name, key, is_expired)
-            .add_extension(x509.SubjectAlternativeName([_alternative(name) for name in names]), critical=False)
-            .sign(self._key, hashes.SHA256())
+        now = datetime.datetime.now(datetime.timezone.utc)
+        day = datetime.timedelta(days=1)
+        signed = self._authority.issue_cert(
+            *names, not_before=now - 3 * day, not_after=now - day if is_expired else now + day
         )
-        stem = f"{names[0]}-{signed.serial_number:x}"
+        self._count += 1
+        stem = f"{names[0]}-{self._count}"
         certificate = Certificate(self._directory / f"{stem}.pem", self._directory / f"{stem}.key")
-        certificate.chain.write_bytes(_pem(signed) + _pem(self._certificate))
-        certificate.key.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
+        certificate.chain.write_bytes(b"".join(pem.bytes() for pem in signed.cert_chain_pems) + self.path.read_bytes())
+        signed.private_key_pem.write_to_path(certificate.key)
         return certificate
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, is_expired: bool
-) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - 3 * _DAY)
-        .not_valid_after(now - _DAY if is_expired else now + _DAY)
-    )
-
-
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
-
-
-def _alternative(name: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
-
-
-def _pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(serialization.Encoding.PEM)

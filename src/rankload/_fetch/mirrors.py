@@ -41,14 +41,12 @@ class Received:
         version: what that origin said of it.
         size_bytes: its length.
         sha256: its digest.
-        is_whole: it came in one piece.
     """
 
     url: Url
     version: Version
     size_bytes: int
     sha256: str
-    is_whole: bool
 
 
 class Receiver:
@@ -191,7 +189,7 @@ class Receiver:
             self._checked_report(Progress("hashing", done_bytes, size_bytes, self._attempt))
 
         sha256 = hasher.finish(on_bytes, self._settings.progress_seconds)
-        return Received(origin.url, state.version, size_bytes, sha256, state.is_whole)
+        return Received(origin.url, state.version, size_bytes, sha256)
 
     def _checked_report(self, progress: Progress) -> None:
         try:
