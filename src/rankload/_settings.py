@@ -1,6 +1,6 @@
-"""Numbers that can be tuned, read from ``RANKLOAD_*`` environment variables at each call.
+"""Tunable settings, read from ``RANKLOAD_*`` environment variables at each call.
 
-Every one has a default that is right for a large cluster. Set them alike on all ranks.
+Every default suits a large cluster. Set the same values on all ranks.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ class Settings:
 
     Attributes:
         arrival_seconds: how long ranks wait for a rank that has not made the call yet.
-        liveness_seconds: a rank whose heartbeat is silent for so long was killed or is frozen.
-        progress_seconds: deadline on no progress: no byte, no new phase (the ``timeout=`` argument wins).
+        liveness_seconds: silence of a heartbeat after which its rank counts as killed or frozen.
+        progress_seconds: longest time without progress: no byte, no new phase (the ``timeout=`` argument wins).
         connect_seconds: deadline for one connection attempt to the origin.
-        heartbeat_seconds: interval between a rank's signs of life in a call that takes longer.
-        report_seconds: interval between log lines of a node that waits, and between progress lines.
-        lease_seconds: lease between jobs: a holder that is silent for so long may be taken over.
+        heartbeat_seconds: interval between two heartbeats of a rank in a call that takes longer.
+        report_seconds: interval between log lines of a waiting node, and between progress lines.
+        lease_seconds: silence of a lease's holder after which another job may take the lease over.
         visibility_seconds: how long a published file may stay invisible on another node. Linux NFS clients
             keep negative name entries for up to 60 s (``acdirmax``, nfs(5)).
-        stall_seconds: a connection on which no byte comes for so long is given up, and the range asked for anew.
-        retries: how often a request is repeated when it fails and next to nothing (64 KiB) has come meanwhile.
-        backoff_seconds: pause before the first repetition; it doubles with each.
+        stall_seconds: time without a byte after which a connection is closed and its range is requested again.
+        retries: how often a failing request is repeated while less than 64 KiB arrive between two failures.
+        backoff_seconds: pause before the first retry; it doubles with each retry.
         retry_after_seconds: longest pause that an origin can ask for with Retry-After.
-        minimum_bytes_per_second: a connection that is slower over ``stall_seconds`` is given up as well; 0: any rate
-            will do.
-        streams: most connections that one download uses at a time.
-        chunk_bytes: a range that is asked for, and the unit of what a killed download keeps.
-        whole_first: the first request asks for all that is missing, so that a URL may answer only once; others follow
-            where several streams are faster. 0: it asks for ``chunk_bytes``, for a proxy that passes no answer on
-            before it has all of it, or an origin that serves large files in ranges only.
-        offline: no socket is opened; what is not cached is an error.
-        refresh: a cached file's origin is asked whether it has another one now.
+        minimum_bytes_per_second: slowest acceptable rate of a connection over ``stall_seconds``; a slower connection
+            is closed as well. 0 accepts any rate.
+        streams: most connections that one download opens at a time.
+        chunk_bytes: size of one requested range, and the unit that survives a killed download.
+        whole_first: the first request asks for all missing bytes, which suits URLs that answer only once. More
+            requests follow if several streams are faster. 0 starts with ``chunk_bytes`` instead: for a proxy that
+            buffers whole answers, or an origin that serves large files only in ranges.
+        offline: open no socket; a file that is not cached is an error.
+        refresh: ask the origin whether a cached file is still current.
         hash_prefix_digits: fewest hex digits in a file name that ``check_hash=True`` takes for a hash prefix. Finding a
             file with a given prefix of 8 digits takes some 4 billion tries; torch.hub's own names have 8.
-        max_bytes: the most that one call may download (the ``max_bytes=`` argument wins); 0: no limit.
+        max_bytes: the most that one call may download (the ``max_bytes=`` argument wins); 0 for no limit.
     """
 
     arrival_seconds: float = 600.0
@@ -70,15 +70,15 @@ class Settings:
 
     @property
     def lease_heartbeat_seconds(self) -> float:
-        """A third of the lease: two refreshes may be lost before a peer takes over."""
+        """Interval between two refreshes of a lease: a third, so that two may be lost before a peer takes over."""
         return self.lease_seconds / 3
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read the settings.
+        """Read the settings from the environment.
 
         Raises:
-            ArgumentError: a variable does not hold a positive number (or, for ``offline``, a boolean).
+            ArgumentError: a variable holds no valid value: a boolean, or a number that is large enough.
         """
         environ = os.environ if environ is None else environ
         given = {field.name: environ[name] for field in fields(cls) if (name := variable(field.name)) in environ}
@@ -92,9 +92,9 @@ def variable(name: str) -> str:
 
 
 def misspelt(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that are no setting but look like one, and that one's variable.
+    """Map each misspelt variable to the variable that it resembles.
 
-    Others may begin so, too: a job script's own.
+    Unknown variables that resemble none are left out: a job script may have ``RANKLOAD_`` variables of its own.
     """
     known = [MODEL_DIR_VARIABLE, *(variable(field.name) for field in fields(Settings))]
     unknown = sorted(name for name in environ if name.startswith(_PREFIX) and name not in known)
@@ -125,15 +125,15 @@ def _parse(name: str, text: str) -> float | int | bool:
 
 _PREFIX = "RANKLOAD_"
 
-#: The cache directory where none is passed. A path, and each node's own: it need not be the same on all ranks.
+#: Environment variable with the cache directory, for calls that pass none. Its path may differ between nodes.
 MODEL_DIR_VARIABLE = "RANKLOAD_MODEL_DIR"
 
-#: Of 1, what two names have in common at the least (difflib's ratio) for one to be a slip of the other.
+#: Lowest similarity (difflib's ratio, 0 to 1) at which one name counts as a misspelling of another.
 _LIKENESS = 0.85
 
 _KINDS = {field.name: str(field.type) for field in fields(Settings)}
 
 _MAX_DIGITS = 18
 
-#: Whole numbers may be as small as this; 1 where it is not said.
+#: Smallest allowed whole numbers; 1 for settings that are not listed.
 _MIN_VALUE = {"retries": 0, "minimum_bytes_per_second": 0, "max_bytes": 0}

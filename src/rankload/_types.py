@@ -1,4 +1,4 @@
-"""Types that several floors share. Nothing here imports torch, or anything else of rankload."""
+"""Types that several packages share. This module imports neither torch nor any other module of rankload."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ Delivery = Literal["auto", "read", "broadcast", "gather"]
 Verify = Literal["once", "always", "never"]
 Provenance = Literal["cache", "adopted", "download", "local"]
 
-#: A rank's activity within a call. ``waiting`` and ``backoff`` are declared waits: the rank lives, the bytes do not
-#: move, and that is nobody's fault. ``done``: through with its own part, waiting for the verdict.
+#: A rank's activity within a call. ``done`` means that the rank has finished its own part and waits for the verdict.
 Phase = Literal[
     "looking",
     "waiting",
@@ -28,18 +27,24 @@ Phase = Literal[
     "loading",
     "done",
 ]
+#: Phases in which a rank may be alive and move no bytes: no other rank reports it as stuck.
 DECLARED_WAITS: frozenset[Phase] = frozenset({"waiting", "backoff", "done"})
 
 
-#: On network filesystems a file's time may be rounded, or come later than its bytes.
+#: Network filesystems may round a file's modification time, or update it later than the file's bytes.
 _TIME_SLACK_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a rank is doing, as others see it. Sizes in bytes; ``bytes_total`` None where the origin gave no length.
+    """A rank's progress, as it publishes it to the other ranks.
 
-    ``file`` is the name of the file that is downloaded, fit to be shown.
+    Attributes:
+        phase: the current activity.
+        bytes_done: bytes processed in this phase.
+        bytes_total: bytes to process in this phase; None if the origin gave no length.
+        attempt: number of the current attempt, from 1.
+        file: printable name of the file that is downloaded.
     """
 
     phase: Phase
@@ -49,23 +54,24 @@ class Progress:
     file: str | None = None
 
 
-#: Receives a rank's own progress. Raises what another rank failed with, so that a download nobody needs any more stops.
+#: Receive this rank's progress. Raises another rank's error, so that a download that nobody needs any more stops.
 Report = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Who this process is in its job.
+    """A process's place in its job.
 
     Attributes:
         rank: 0 <= rank < world_size.
         world_size: number of ranks in the job (or in the group, when one is given).
-        local_rank: index among the ranks of this node; None where the launcher does not tell.
-        local_world_size: number of ranks on this node; None where the launcher does not tell.
-        node_rank: index of this node in the job; None where the launcher does not tell.
+        local_rank: index among the ranks of this node; None if the launcher does not set one.
+        local_world_size: number of ranks on this node; None if the launcher does not set one.
+        node_rank: index of this node in the job; None if the launcher does not set one.
         host: host name.
-        launcher: which rule found it: ``"group"``, ``"torchrun"``, ``"ompi"``, …, ``"single"``.
-        job_size: number of ranks in the job where ``world_size`` is a group's; local ranks are counted in the job.
+        launcher: rule that found this identity: ``"group"``, ``"torchrun"``, ``"ompi"``, …, ``"single"``.
+        job_size: number of ranks in the job, if ``world_size`` is the size of a group. Local ranks always count the
+            ranks of the job.
     """
 
     rank: int
@@ -79,18 +85,24 @@ class Identity:
 
     @property
     def is_whole_job(self) -> bool:
-        """Whether all ranks of the job take part."""
+        """Whether the call has all ranks of the job."""
         return self.job_size in (None, self.world_size)
 
     @property
     def is_on_one_node(self) -> bool:
-        """Whether all ranks that take part are known to be on this node."""
+        """Whether all ranks of the call are known to be on this node."""
         return self.local_world_size == (self.job_size or self.world_size)
 
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What tells a file from another one under the same name."""
+    """Facts that distinguish a file from another file under the same name.
+
+    Attributes:
+        inode: inode number.
+        size_bytes: length of the file.
+        mtime_ns: modification time, in nanoseconds since the epoch.
+    """
 
     inode: int
     size_bytes: int
@@ -98,16 +110,16 @@ class FileIdentity:
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileIdentity:
-        """Return the identity of the file that a status is of."""
+        """Return the identity of the file that a stat result describes."""
         return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
     def is_same(self, other: FileIdentity, *, is_exact: bool) -> bool:
-        """Return whether both are of one file that nobody has written to.
+        """Return whether both identities belong to one file that nobody has written to.
 
         Args:
-            other: as seen at another time, or by another node.
-            is_exact: both were seen on one local filesystem. Otherwise inodes may differ between nodes (some FUSE
-                filesystems number files anew), and so may times, but hardly both.
+            other: identity of the file at another time, or on another node.
+            is_exact: both identities were taken on one local filesystem. Otherwise inodes may differ between nodes
+                (some FUSE filesystems renumber files), and so may times, but hardly both.
         """
         if is_exact:
             return self == other
@@ -120,14 +132,14 @@ class FetchedFile:
     """A verified local file.
 
     Attributes:
-        path: where it is on this node.
-        size_bytes: its length.
-        sha256: its full digest where one was computed or recorded, else None.
-        source: how it came here.
-        is_published: rankload has put it there, and its parts, and replaces them by rename alone: they may stay mapped.
-        part_sizes: where it is the index of several files, theirs, in the order of their names; they lie beside it.
-        parts_sha256: a digest of the digests of these, in the same order, where all are known.
-        identity: of the file that was verified, as this rank sees it; None where it has only just been opened.
+        path: path on this node.
+        size_bytes: length of the file.
+        sha256: full digest, if one was computed or recorded; else None.
+        source: how the file got here.
+        is_published: rankload published the file and its parts, and replaces them only by rename. They may stay mapped.
+        part_sizes: sizes in bytes of an index's parts, in the order of their names; the parts lie beside the index.
+        parts_sha256: digest of the parts' digests, in the same order; None unless all of them are known.
+        identity: identity of the verified file, as this rank sees it; None if the file has only just been opened.
     """
 
     path: Path

@@ -1,13 +1,13 @@
-"""From the names in a checkpoint to the names in a module: small functions that make functions.
+"""Adapters: map the names in a checkpoint to the names in a module. Each function here returns an adapter.
 
     from rankload import adapt, dist_load_state_dict_from_url
 
     state_dict = dist_load_state_dict_from_url(url, adapt=[adapt.unwrap(), adapt.strip_prefix("module.")])
     model.load_state_dict(adapt.match_shapes(model)(state_dict), strict=False)
 
-Each maps a dict to a new one and leaves the old one as it is; no tensor is copied but by `to_dtype`. They work on any
-dict of tensors, on the ``entries`` of an opened checkpoint (all but `to_dtype`), and on state dicts whose ``_metadata``
-has to follow the names; keys that are no names stay. None is collective.
+An adapter maps a dict to a new dict and leaves the old one unchanged. Only `to_dtype` copies tensors. Adapters work on
+any dict of tensors; all but `to_dtype` also work on the ``entries`` of an opened checkpoint. The ``_metadata`` of a
+state dict follows the names. Keys that are no strings stay. No adapter is collective.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ Adapter = Callable[[Any], Any]
 
 _logger = logging.getLogger("rankload")
 
-#: Under which keys training scripts save the model: torch's tutorials, Lightning, timm, fairseq, detectron2.
+#: Keys under which training scripts save the model: torch's tutorials, Lightning, timm, fairseq, detectron2.
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")
 
-#: What DistributedDataParallel and torch.compile put before all names of the module within.
+#: Prefixes that DistributedDataParallel and torch.compile add to all names of the wrapped module.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 _MAX_SHOWN = 20
 
 
 def compose(*adapters: Adapter) -> Adapter:
-    """Apply several, the first one first.
+    """Chain adapters, the first one first.
 
-    Raises (the function):
-        ArgumentError: one of them returns None.
+    Raises (the adapter):
+        ArgumentError: one of the adapters returns None.
     """
 
     def composed(checkpoint: Any) -> Any:
@@ -48,7 +48,7 @@ def compose(*adapters: Adapter) -> Adapter:
             if checkpoint is None:
                 name = getattr(adapter, "__qualname__", type(adapter).__name__)
                 raise ArgumentError(
-                    f"adapt={name}: it has returned None: return the state dict, changed in place or not"
+                    f"adapt={name}: returned None; return the state dict, even if it was changed in place"
                 )
         return checkpoint
 
@@ -56,25 +56,25 @@ def compose(*adapters: Adapter) -> Adapter:
 
 
 def as_adapter(adapt: Adapter | Sequence[Adapter] | None) -> Adapter:
-    """Return what ``adapt=`` arguments mean: a function, several, or none.
+    """Return one adapter for the value of an ``adapt=`` argument: a function, a sequence of functions, or None.
 
     Raises:
-        ArgumentError: something else.
+        ArgumentError: the value is something else.
     """
     given = [] if adapt is None else [adapt] if callable(adapt) else adapt
     adapters = list(given) if isinstance(given, Iterable) else [given]
     if factory := next((one for one in adapters if one in _FACTORIES), None):
         name = factory.__name__
-        raise ArgumentError(f"adapt=adapt.{name}: it makes an adapter, and has to be called: adapt.{name}(…)")
+        raise ArgumentError(f"adapt=adapt.{name}: this function makes an adapter; call it: adapt.{name}(…)")
     if not all(map(callable, adapters)):
         raise ArgumentError(f"adapt={adapt!r}: expected a function of the checkpoint, or a sequence of them")
     return compose(*adapters)
 
 
 def is_lazy(adapter: Adapter) -> bool:
-    """Say whether an adapter works on tensors that are not read yet as on tensors, so that it costs no reading.
+    """Return whether an adapter also works on tensors that have not been read yet.
 
-    Those of this module do; a function of the caller's may do anything with the tensors.
+    All adapters of this module do. A function of the caller may look at the elements.
     """
     return getattr(adapter, "is_lazy", False)
 
@@ -85,11 +85,16 @@ def _lazy(adapter: Adapter) -> Adapter:
 
 
 def _of_dicts(name: str, adapter: Adapter) -> Adapter:
-    """Return an adapter that gets dicts only, with the name that messages call it."""
+    """Return an adapter that rejects anything but a dict.
+
+    Args:
+        name: what the error message calls the adapter.
+        adapter: gets dicts only.
+    """
 
     def checked(checkpoint: Any) -> Any:
         if not isinstance(checkpoint, Mapping):
-            raise LoadError(f"{name}: the checkpoint is no dict but a {type(checkpoint).__name__}")
+            raise LoadError(f"{name}: expected a checkpoint that is a dict, got a {type(checkpoint).__name__}")
         return adapter(checkpoint)
 
     return _lazy(checked)
@@ -99,12 +104,12 @@ def unwrap(key: str = "auto") -> Adapter:
     """Take the state dict out of a training checkpoint.
 
     Args:
-        key: where it is: ``"state_dict"``, ``"model"``, ``"model_state"``, … ``"auto"`` looks under the usual ones, and
-            returns a checkpoint that has none of them, but tensors itself, as it is. Of the ``entries`` of an opened
-            checkpoint, where ``{"model": {"weight": …}}`` is ``"model.weight"``, name the key.
+        key: key of the state dict: ``"state_dict"``, ``"model"``, ``"model_state"``, … ``"auto"`` tries the usual keys;
+            a checkpoint that has none of them, but has tensors itself, is returned unchanged. Name the key for the
+            ``entries`` of an opened checkpoint, where ``{"model": {"weight": …}}`` is ``"model.weight"``.
 
-    Raises (the function):
-        LoadError: there is none; the message tells the keys that there are.
+    Raises (the adapter):
+        LoadError: there is no state dict; the message lists the checkpoint's keys.
     """
 
     def unwrapped(checkpoint: Mapping[str, Any]) -> Any:
@@ -119,13 +124,13 @@ def unwrap(key: str = "auto") -> Adapter:
         if key != "auto" and (flat := _beneath(checkpoint, key)):
             return flat
         keys = ", ".join(shown_key(name) for name in list(checkpoint)[:_MAX_SHOWN])
-        raise LoadError(f"unwrap({key!r}): no state dict is there; the checkpoint has {keys or 'nothing'}")
+        raise LoadError(f"unwrap({key!r}): found no state dict; the checkpoint has {keys or 'nothing'}")
 
     return _of_dicts(f"unwrap({key!r})", unwrapped)
 
 
 def strip_prefix(*prefixes: str) -> Adapter:
-    """Take each of the prefixes, in this order, off the names that begin with it: ``"module."``, ``"_orig_mod."``."""
+    """Remove prefixes such as ``"module."`` or ``"_orig_mod."`` from all names that begin with them, in this order."""
 
     def stripped(name: str) -> str:
         for prefix in prefixes:
@@ -136,7 +141,7 @@ def strip_prefix(*prefixes: str) -> Adapter:
 
 
 def add_prefix(prefix: str) -> Adapter:
-    """Put a prefix before every name."""
+    """Add a prefix to every name."""
     return _renaming("add_prefix", lambda name: prefix + name)
 
 
@@ -146,26 +151,26 @@ def rename(pattern: str, replacement: str) -> Adapter:
     try:
         compiled.sub(replacement, "")
     except (re.error, IndexError, TypeError) as error:
-        raise ArgumentError(f"rename({pattern!r}, {replacement!r}): no replacement: {error}") from None
+        raise ArgumentError(f"rename({pattern!r}, {replacement!r}): invalid replacement: {error}") from None
     return _renaming("rename", lambda name: compiled.sub(replacement, name))
 
 
 def drop(*patterns: str) -> Adapter:
-    r"""Leave out the tensors in whose names one of the regular expressions is found: ``drop(r"^head\.")``."""
+    r"""Drop all tensors whose names match one of the regular expressions (`re.search`): ``drop(r"^head\.")``."""
     compiled = [_compiled(pattern) for pattern in patterns]
     return _filtering("drop", lambda name: not any(pattern.search(name) for pattern in compiled))
 
 
 def keep(*patterns: str) -> Adapter:
-    """Leave out all tensors but those in whose names one of the regular expressions is found."""
+    """Keep only tensors whose names match one of the regular expressions (`re.search`)."""
     compiled = [_compiled(pattern) for pattern in patterns]
     return _filtering("keep", lambda name: any(pattern.search(name) for pattern in compiled))
 
 
 def match_shapes(module: Any) -> Adapter:
-    """Leave out what has another shape than the module's tensor of that name, and log what that was.
+    """Drop tensors whose shape differs from the module's tensor of the same name, and log them.
 
-    Names that the module does not have stay: whether they matter is for ``strict`` to say.
+    Names that the module does not have stay: ``strict`` decides whether they matter.
 
     Args:
         module: an ``nn.Module``, wrapped (DistributedDataParallel, torch.compile) or not, or its state dict.
@@ -181,7 +186,7 @@ def match_shapes(module: Any) -> Adapter:
         }
         if unfit:
             more = f" and {len(unfit) - _MAX_SHOWN} more" if len(unfit) > _MAX_SHOWN else ""
-            _logger.warning("left out for their shapes: %s%s", "; ".join([*unfit.values()][:_MAX_SHOWN]), more)
+            _logger.warning("dropped for their shapes: %s%s", "; ".join([*unfit.values()][:_MAX_SHOWN]), more)
         return _kept(state_dict, (name for name in state_dict if name not in unfit))
 
     return _of_dicts("match_shapes", matched)
@@ -190,7 +195,7 @@ def match_shapes(module: Any) -> Adapter:
 def to_dtype(dtype: Any) -> Adapter:
     """Convert floating-point tensors to a ``torch.dtype``; integers, such as batch norm's counters, stay.
 
-    A tensor under several names stays one; parameters stay parameters, and what requires gradients still does.
+    Tied tensors stay tied. Parameters stay parameters, and ``requires_grad`` is kept.
     """
 
     def converted(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -202,8 +207,8 @@ def to_dtype(dtype: Any) -> Adapter:
 
 
 def _converted(value: Any, dtype: Any) -> Any:
-    """Return a tensor, or a stand-in for one, with another dtype; a leaf, or it would keep the old one alive."""
-    torch = sys.modules["torch"]  # a dtype is here; an import would have `rankload prefetch` import it
+    """Return a tensor or lazy tensor with another dtype, as a leaf: autograd would keep the old tensor alive."""
+    torch = sys.modules["torch"]  # already imported, for the caller has a dtype; `rankload prefetch` must not import it
     if value.dtype == dtype or not isinstance(value, torch.Tensor):
         return value.to(dtype)
     result = value.detach().to(dtype)
@@ -224,7 +229,7 @@ def _renaming(what: str, rename_one: Callable[[str], str]) -> Adapter:
         result = _like(state_dict, ((name, state_dict[source]) for name, source in sources.items()))
         metadata = getattr(state_dict, "_metadata", None)
         if metadata is not None and isinstance(result, OrderedDict):  # a plain dict has no attributes
-            # its keys are modules: prefixes of names, without the dot
+            # the keys of _metadata are modules: prefixes of names, without the dot
             pairs = ((new_name(f"{key}.").rstrip("."), version) for key, version in metadata.items())
             result._metadata = _like(metadata, pairs)  # type: ignore[attr-defined]
         return result
@@ -244,7 +249,7 @@ def _kept(state_dict: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, A
 
 
 def _like(state_dict: Mapping[str, Any], pairs: Iterable[tuple[str, Any]]) -> Mapping[str, Any]:
-    """Make a dict that load_state_dict treats as the old one: with its ``_metadata``, if it has any."""
+    """Return a dict of the pairs that load_state_dict treats like the old one: same kind, same ``_metadata``."""
     if not isinstance(state_dict, OrderedDict):
         return dict(pairs)
     result = OrderedDict(pairs)
@@ -254,14 +259,14 @@ def _like(state_dict: Mapping[str, Any], pairs: Iterable[tuple[str, Any]]) -> Ma
 
 
 def _beneath(checkpoint: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return what an index has under a key: there, the keys of nested dicts are joined with dots."""
+    """Return the entries below a key of an index, which joins the keys of nested dicts with dots."""
     prefix = f"{key}."
     names = [name for name in checkpoint if isinstance(name, str) and name.startswith(prefix)]
     return {name.removeprefix(prefix): checkpoint[name] for name in names}
 
 
 def _state_dict_of(module: Any) -> dict[str, Any]:
-    """Return a module's tensors by their names, and by those that they have without its wrappers."""
+    """Return a module's tensors by name, both with and without the prefixes of its wrappers."""
     own: dict[str, Any] = dict(module.state_dict())
     found = {**own}
     while own and (prefixes := [one for one in _WRAPPER_PREFIXES if all(name.startswith(one) for name in own)]):
@@ -282,7 +287,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ArgumentError(f"{pattern!r} is no regular expression: {error}") from None
+        raise ArgumentError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 _FACTORIES: tuple[object, ...] = (unwrap, strip_prefix, add_prefix, rename, drop, keep, match_shapes, to_dtype)

@@ -111,7 +111,7 @@ set -- /mnt/kept "$2" "$3" "$4" "$5" "$6"
     found = outcomes(python, folder, ("packed", "packed for the node"), before=before)
     assert found["packed for the node"] == "1000000.0"  # in memory
     assert "CacheError" in found["packed"]
-    for text in ("no place for a temporary file of 4.0 MB", "packed.pth unpacked", "/tmp: 1.0 MB free", "set TMPDIR"):
+    for text in ("no room for a temporary file of 4.0 MB", "packed.pth unpacked", "/tmp: 1.0 MB free", "set TMPDIR"):
         assert text in found["packed"]
 
 

@@ -11,30 +11,31 @@ from rankload._urls import Url
 
 @dataclass(frozen=True)
 class FetchRequest:
-    """What to fetch, where to put it, and how to judge it. Made once from the call's arguments; no I/O.
+    """A request for one file: the source, the place in the cache, and the checks. Built once per call; no I/O.
 
     Attributes:
         urls: the URL and its mirrors, in order of preference; never empty.
-        directory: the cache directory on this node, absolute, ``~`` expanded.
-        file_name: the file's name in it, a relative path without ``..``.
-        sha256: full expected digest, 64 lower-case hex digits; None when not known.
-        sha256_source: who says so: ``sha256`` (the argument), ``sidecar``.
-        hash_prefix: leading hex digits of the SHA-256 that the file name promises under ``check_hash``; None when
-            not asked for.
-        is_index: the caller asks for the index of a checkpoint in several files, by its name; it lies in a folder that
-            is its URL's alone.
-        is_part: an index that was fetched names it; it lies beside that.
-        is_renewal: it replaces a file of such a checkpoint, whose others may have been replaced at the origin, too.
-        must_be_checkpoint: refuse files that are no checkpoint (a web page, a tar of JPEGs).
+        directory: cache directory on this node; absolute, ``~`` expanded.
+        file_name: path of the file below ``directory``; relative, without ``..``.
+        sha256: full expected digest, 64 lower-case hex digits; None if unknown.
+        sha256_source: where ``sha256`` comes from: ``sha256`` (the argument) or ``sidecar``.
+        hash_prefix: leading hex digits of the SHA-256 that the file name promises under ``check_hash``; None if the
+            caller did not ask for the check.
+        is_index: the file is the index of a checkpoint in several files. The index has a folder that no other URL
+            shares.
+        is_part: the file is a part that a fetched index names. It is stored beside the index.
+        is_renewal: the file replaces a part of a cached checkpoint in several files. The origin may have replaced the
+            other parts, too.
+        must_be_checkpoint: reject files that are no checkpoint (a web page, a tar of JPEGs).
         headers: extra request headers for the first URL's host; never logged, never recorded.
         verify: when to hash a cached file again.
-        sidecar: the file ``<url>.sha256`` at the origin must vouch for it.
-        scope: who shares one download.
+        sidecar: require the digest in ``<url>.sha256`` at the origin.
+        scope: which ranks share one download.
         progress: show a progress bar on the downloading rank.
         offline: never open a socket.
-        refresh: ask the origin whether a cached file is still its file.
+        refresh: ask the origin whether the cached file is still current.
         max_bytes: the most that the call may download; None for no limit.
-        downloaded_bytes: what other files of the same call have taken of that.
+        downloaded_bytes: bytes that other files of the same call have downloaded already.
     """
 
     urls: tuple[Url, ...]
@@ -64,5 +65,5 @@ class FetchRequest:
 
     @property
     def digest(self) -> str | None:
-        """What the SHA-256 must start with, as far as the caller has said."""
+        """Leading hex digits that the SHA-256 must have; None if the caller expects none."""
         return self.sha256 or self.hash_prefix

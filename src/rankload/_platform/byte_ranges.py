@@ -20,10 +20,10 @@ class ByteRanges:
         return iter(list(zip(self._begins, self._ends, strict=True)))
 
     def __repr__(self) -> str:
-        return f"Spans({list(self)})"
+        return f"ByteRanges({list(self)})"
 
     def add(self, begin: int, end: int) -> None:
-        """Add a range; what of it is there already does not count twice."""
+        """Add a range. Bytes that are in the set already are not counted twice."""
         if begin >= end:
             return
         first, last = bisect_left(self._ends, begin), bisect_right(self._begins, end)
@@ -32,7 +32,7 @@ class ByteRanges:
         self._replace(first, last, [(begin, end)])
 
     def remove(self, begin: int, end: int) -> None:
-        """Take a range out, whether it is there or not."""
+        """Remove a range, whether it is in the set or not."""
         first, last = bisect_right(self._ends, begin), bisect_left(self._begins, end)
         if begin >= end or first >= last:
             return
@@ -40,14 +40,14 @@ class ByteRanges:
         self._replace(first, last, [rest for rest in rests if rest[0] < rest[1]])
 
     def end_of(self, offset: int) -> int:
-        """Return where the range that holds an offset ends; the offset itself if it is not in the set."""
+        """Return the end of the range that contains an offset, or the offset itself if it is not in the set."""
         index = bisect_right(self._begins, offset) - 1
         return max(self._ends[index], offset) if index >= 0 else offset
 
     def first_gap(self, limit: int | None = None) -> tuple[int, int | None]:
-        """Return the first range that is missing, up to the next one that is there or to the limit.
+        """Return the first missing range. The next range of the set, or the limit, ends it.
 
-        Its end is None where neither bounds it; it is empty, at the limit, when nothing is missing.
+        The end is None if neither exists. If nothing is missing, the range is empty and lies at the limit.
         """
         begin = self.end_of(0)
         index = bisect_right(self._begins, begin)
@@ -58,7 +58,7 @@ class ByteRanges:
 
     def _replace(self, first: int, last: int, ranges: list[tuple[int, int]]) -> None:
         removed = sum(self._ends[first:last]) - sum(self._begins[first:last])
-        # in one step: other threads look at it, and a number that falls for a moment looks like a rate
+        # one assignment: another thread computes a rate from this number, so it must not drop for a moment
         self.total_bytes += sum(end - begin for begin, end in ranges) - removed
         self._begins[first:last] = [begin for begin, _ in ranges]
         self._ends[first:last] = [end for _, end in ranges]

@@ -1,6 +1,6 @@
-"""Time during which this process was awake: a suspended process must not run into its deadlines.
+"""Measure the time during which this process was awake: a suspended process must not run into its deadlines.
 
-A job that a scheduler suspends for an hour, and then lets go on, has not waited for an hour.
+A scheduler may suspend a job for an hour and then resume it. That hour counts towards no deadline.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import time
 
 
 class SuspendAwareTimer:
-    """A stopwatch that stands still while the process is stopped. It runs from the start.
+    """A stopwatch that pauses while the process is stopped. It starts when it is made.
 
     Args:
-        longest_seconds: the most that passes between two counts while the process is awake; more is not counted.
+        longest_seconds: longest time between two counts while the process is awake; any excess is not counted.
 
     Attributes:
-        seconds: counted so far.
+        seconds: time counted so far.
     """
 
     def __init__(self, longest_seconds: float) -> None:
@@ -23,20 +23,20 @@ class SuspendAwareTimer:
         self.restart()
 
     def restart(self) -> None:
-        """Begin at 0 again."""
+        """Start again at 0."""
         self.seconds, self._counted_at = 0.0, time.monotonic()
 
     @property
     def uncounted_seconds(self) -> float:
-        """Return what has passed since the last count, awake or not."""
+        """Seconds since the last count, awake or not."""
         return time.monotonic() - self._counted_at
 
     def skip(self) -> None:
-        """Leave out what has passed since the last count."""
+        """Ignore the time since the last count."""
         self._counted_at = time.monotonic()
 
     def count(self) -> float:
-        """Count what has passed since the last time; return that."""
+        """Count the time since the last count, and return the seconds that were added."""
         passed = min(self.uncounted_seconds, self._longest_seconds)
         self.seconds, self._counted_at = self.seconds + passed, time.monotonic()
         return passed

@@ -1,8 +1,8 @@
-"""Blocking calls with a deadline, each on a daemon thread of its own.
+"""Run blocking calls on a daemon thread, with a deadline.
 
-A TCPStore client waits for its server's answer in recv(2), without a timeout and deaf to Python's signal handlers
-(the store's own timeout bounds only how long the server waits for a key). Where the server's process is frozen, or
-its node has lost power, that is forever.
+A TCPStore client waits for its server's answer in recv(2), without a timeout and without running Python's signal
+handlers. The store's own timeout bounds only how long the server waits for a key. If the server's process is frozen, or
+its node has lost power, the client waits forever.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-#: The wait is counted in slices: of an hour for which a scheduler suspends the job, only one counts.
+#: Waits are counted in slices. If a scheduler suspends the job for an hour, only one slice of that hour counts.
 _SLICE_SECONDS = 0.5
 
-#: The same where the caller wants to look at something meanwhile.
+#: Length of a slice when the caller passes ``on_wait``.
 _LOOK_SECONDS = 0.1
 
 
 class DeadlineThread:
-    """Runs calls one after the other, in the order in which they were made, each within a time limit.
+    """A daemon thread that runs calls one at a time, in order, each with a time limit.
 
     Args:
-        name: the thread's, for stack dumps.
+        name: name of the thread, for stack dumps.
     """
 
     def __init__(self, name: str = "rankload-store") -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._overdue: _Job | None = None
-        # a daemon: a call that never returns must not keep the process from ending
+        # daemon: a call that never returns must not keep the process from exiting
         threading.Thread(target=_run, args=(self._jobs,), name=name, daemon=True).start()
         self._end = weakref.finalize(self, self._jobs.put, None)
 
     def close(self) -> None:
-        """End the thread, once the last call has returned. Without it, the garbage collector does."""
+        """End the thread after the last call has returned. The garbage collector does the same."""
         self._end()
 
     def ends_overdue_call(self, seconds: float) -> bool:
-        """Wait for a call that has exceeded its limit; tell whether none is under way any more."""
+        """Wait for a call that has exceeded its limit. Return whether it has ended, or there is none."""
         return self._overdue is None or self._overdue.ends_within(seconds)
 
     def call(
@@ -51,15 +51,15 @@ class DeadlineThread:
         limit_seconds: float = math.inf,
         on_wait: Callable[[], None] | None = None,
     ) -> T:
-        """Return or raise what the operation does.
+        """Run an operation on the thread. Return its result, or raise its error.
 
         Args:
             operation: the blocking call.
-            limit_seconds: how long to wait for it.
-            on_wait: called on this thread ten times a second meanwhile; what it raises ends the wait.
+            limit_seconds: how long to wait for the operation.
+            on_wait: called on this thread ten times a second during the wait; an error that it raises ends the wait.
 
         Raises:
-            TimeoutError: it did not end within the limit, or a former one still has not. It may end later.
+            TimeoutError: this operation, or an earlier one, exceeded its limit. That operation may still end later.
         """
         if self._overdue is not None and not self._overdue.ends_within(0):
             raise TimeoutError("still no answer to an earlier request")
@@ -83,7 +83,7 @@ class DeadlineThread:
 
 
 class _Job:
-    """A call, and a lock that is held until it has ended: an Event would cost seven times as much (3 µs)."""
+    """A call, and a lock that is held until the call has ended. An Event would cost seven times as much (3 µs)."""
 
     def __init__(self, operation: Callable[[], Any]) -> None:
         self.operation = operation
@@ -94,8 +94,8 @@ class _Job:
         self.error: Exception | None = None
 
     def ends_within(self, seconds: float) -> bool:
-        """Wait; tell whether the call has ended."""
-        # a signal may raise between these two: the lock then stays held, and says nothing any more
+        """Wait for the call, and return whether it has ended."""
+        # a signal handler may raise after acquire: the lock then stays held, so only has_ended can be believed
         if not self.has_ended and self.running.acquire(timeout=seconds):
             self.running.release()
         return self.has_ended
@@ -109,4 +109,4 @@ def _run(jobs: queue.SimpleQueue[_Job | None]) -> None:
             job.error = error
         job.has_ended = True
         job.running.release()
-        del job  # or what it refers to would live until the next call
+        del job  # or the job and its result would live until the next call

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def kernel_id() -> str:
-    """Return what only processes under the same running kernel have in common: they share its page cache."""
+    """Return an id of the running kernel. Processes with the same id share one page cache."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -15,9 +15,9 @@ def kernel_id() -> str:
 
 
 def process_space_id() -> str | None:
-    """Return what processes have in common that may open each other's files through /proc; None where there is none.
+    """Return an id that is equal for processes that may open each other's files through /proc; None without /proc.
 
-    The kernel, the namespaces of process ids and users, and the user (ptrace(2), "Ptrace access mode checking").
+    The id combines the kernel, the PID and user namespaces, and the user (ptrace(2), "Ptrace access mode checking").
     """
     try:
         namespaces = [(Path("/proc/self/ns") / kind).stat().st_ino for kind in ("pid", "user")]

@@ -1,4 +1,4 @@
-"""Linux system calls that Python lacks; no-ops elsewhere and on filesystems without them."""
+"""Linux system calls that Python lacks; no-ops on other systems and on filesystems without support."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import struct
 import sys
 from pathlib import Path
 
-#: Allocate the blocks, leave the length as it is: fallocate(2).
+#: Allocate blocks, but keep the file's length: fallocate(2).
 _FALLOC_FL_KEEP_SIZE = 1
 
-#: fcntl.h, and statx(2) and rename(2).
+#: Constants of fcntl.h, statx(2) and rename(2).
 _AT_FDCWD, _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, _RENAME_NOREPLACE = -100, 0x100, 0x800, 1
 
-#: Start writing the dirty pages of the range, and do not wait: sync_file_range(2).
+#: Start writing the dirty pages of a range; do not wait: sync_file_range(2).
 _SYNC_FILE_RANGE_WRITE = 2
 
-#: Filesystems on a disk of this machine, or in its memory: f_type of statfs(2), from linux/magic.h and each one's own
-#: sources. What lies below an overlay cannot be told; containers have local disks there.
+#: Filesystems on a disk of this machine, or in its memory: f_type of statfs(2), from linux/magic.h and the filesystems'
+#: own sources. statfs(2) does not show what lies below an overlay; in containers that is a local disk.
 _LOCAL = frozenset(
     {
         0xEF53,  # ext2, ext3, ext4
@@ -41,17 +41,17 @@ _LOCAL = frozenset(
 )
 
 
-#: Of what mincore(2) tells of a page only the lowest bit has a meaning.
+#: Map each byte of mincore(2) to its lowest bit: the other bits are undefined.
 _LOWEST_BIT = bytes(value & 1 for value in range(256))
 
 
 def allocate(descriptor: int, begin: int, end: int) -> None:
-    """Allocate the blocks of a range of a file, so that a full disk is noticed before the bytes come.
+    """Allocate the blocks of a range of a file, so that a full disk is noticed before the bytes arrive.
 
-    Not posix_fallocate(3): where the filesystem cannot, it writes into every block instead.
+    Not posix_fallocate(3): without support of the filesystem, that writes into every block.
 
     Raises:
-        OSError: ENOSPC or EDQUOT; whatever else goes wrong is no reason not to write.
+        OSError: ENOSPC or EDQUOT. All other errors are ignored: writing may still work.
     """
     if _fallocate is None or begin >= end:
         return
@@ -64,40 +64,41 @@ def allocate(descriptor: int, begin: int, end: int) -> None:
 
 
 def start_writeback(descriptor: int, offset: int, length: int) -> None:
-    """Let the kernel start writing a range to disk, so that the final fsync finds little to do."""
+    """Let the kernel start writing a range to disk, so that little is left for the final fsync."""
     if _sync_file_range is not None:
         _sync_file_range(descriptor, offset, length, _SYNC_FILE_RANGE_WRITE)  # a failure costs only time
 
 
 def is_on_local_disk(descriptor: int) -> bool:
-    """Return whether a file is in a filesystem that is known to keep it on this machine."""
-    status = (ctypes.c_long * 32)()  # struct statfs has 120 bytes, of which f_type is the first long
+    """Return whether a file's filesystem is known to be local to this machine."""
+    status = (ctypes.c_long * 32)()  # struct statfs has 120 bytes; f_type is its first long
     return _fstatfs is not None and _fstatfs(descriptor, status) == 0 and status[0] in _LOCAL
 
 
 def resident_pages(descriptor: int, size_bytes: int) -> bytes | None:
-    """Tell of each page of a file whether it is in memory (1) or not (0); None where the kernel does not say.
+    """Return one byte per page of a file: 1 if the page is in memory, 0 if not. Return None if the kernel cannot tell.
 
-    Of a file of somebody else's that we cannot write, Linux says of all pages that they are (mincore(2)).
+    Linux reports all pages as resident for a file that this user neither owns nor may write to (mincore(2)).
     """
     if _mincore is None or not size_bytes:
         return None
     try:
         mapping = mmap.mmap(descriptor, size_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-    except OSError:  # a filesystem that has no mappings
+    except OSError:  # the filesystem does not support mappings
         return None
     with mapping:
         pages = (ctypes.c_ubyte * -(-size_bytes // mmap.PAGESIZE))()
-        first = (ctypes.c_char * size_bytes).from_buffer(mapping)  # keeps the mapping from being closed
+        first = (ctypes.c_char * size_bytes).from_buffer(mapping)  # prevents closing the mapping until it is deleted
         failed = _mincore(ctypes.addressof(first), size_bytes, pages)
         del first
         return None if failed else bytes(pages).translate(_LOWEST_BIT)
 
 
 def birth_ns(path: Path) -> int | None:
-    """Return when a file was made, in nanoseconds since the epoch; None where the filesystem does not keep it.
+    """Return a file's creation time, in nanoseconds since the epoch; None if the filesystem does not store it.
 
-    Inode numbers are used again once a file is removed: only together with its birth one names a file (statx(2)).
+    Filesystems reuse the inode numbers of removed files. Inode number and creation time together identify a file
+    (statx(2)).
     """
     found = ctypes.create_string_buffer(256)  # struct statx
     if _statx is None or _statx(_AT_FDCWD, os.fsencode(path), _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, found):
@@ -108,19 +109,19 @@ def birth_ns(path: Path) -> int | None:
 
 
 def rename_if_absent(path: Path, target: Path) -> None:
-    """Rename a file to a name that nothing has.
+    """Rename a file, unless the new name is taken.
 
-    Where the filesystem knows only plain renames, which replace, by a second name; if it does not have these either, it
-    is looked at what has the name.
+    Without RENAME_NOREPLACE, make a hard link and remove the old name. Without hard links, check that the new name is
+    free, then rename; this last way is not atomic.
 
     Raises:
-        FileExistsError: something has that name.
-        OSError: it cannot be renamed.
+        FileExistsError: the new name is taken.
+        OSError: the file cannot be renamed.
     """
     names = os.fsencode(path), os.fsencode(target)
     if _renameat2 is None or _renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_NOREPLACE):
         error = ctypes.get_errno() if _renameat2 is not None else errno.ENOSYS
-        if error not in (errno.EINVAL, errno.ENOSYS):  # NFS and some FUSE filesystems know plain renames only
+        if error not in (errno.EINVAL, errno.ENOSYS):  # NFS and some FUSE filesystems support only plain renames
             raise OSError(error, os.strerror(error), str(target))
         _link_if_absent(path, target)
 
@@ -132,7 +133,7 @@ def _link_if_absent(path: Path, target: Path) -> None:
         if not os.path.lexists(target):
             path.replace(target)
             return
-        # NFS may send a request twice, and hear only the second answer
+        # an NFS client may send a request twice and see only the second answer: EEXIST for its own link
         if error.errno != errno.EEXIST or not os.path.samestat(path.lstat(), target.lstat()):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
     path.unlink()

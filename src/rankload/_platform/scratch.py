@@ -1,4 +1,4 @@
-"""Temporary files and paths to open files, also where TMPDIR is full or /dev/fd is missing."""
+"""Temporary files, and paths to open files; both work if TMPDIR is full or /dev/fd is missing."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import IO
 
 from rankload.errors import CacheError, RankloadError
 
-#: Where Linux and macOS show a process its own descriptors. The first is a link to the second on Linux, and minimal
-#: containers lack it; a chroot without /proc lacks both.
+#: Folders in which Linux and macOS show a process its own descriptors. On Linux the first is a link to the second.
+#: Minimal containers lack the first; a chroot without /proc lacks both.
 _DESCRIPTOR_FOLDERS = ("/dev/fd", "/proc/self/fd")
 
-#: Where else a temporary file may go, if TMPDIR is full, read-only or absent.
-_OTHER_FOLDERS = ("/var/tmp", "/dev/shm")  # noqa: S108 - files there have no name, and folders one that nobody can guess
+#: Fallbacks for temporary files if TMPDIR is full, read-only or absent.
+_OTHER_FOLDERS = ("/var/tmp", "/dev/shm")  # noqa: S108 - our files there have no name, our folders an unguessable one
 
 _ADVICE = "set TMPDIR to a directory with room that this user can write to"
 
 
 def descriptor_path(descriptor: int) -> str:
-    """Return a path by which this process opens what a descriptor stands for, whatever has its name by now.
+    """Return a path by which this process can open a descriptor's file again, even if another file has its name now.
 
     Raises:
         CacheError: the system has no such paths.
@@ -42,21 +42,21 @@ def descriptor_path(descriptor: int) -> str:
 
 @contextmanager
 def scratch_file(purpose: str, size_bytes: int | None = None) -> Iterator[IO[bytes]]:
-    """Make a file without a name: in TMPDIR, or where there is room for it.
+    """Make a temporary file without a name: in TMPDIR, or in another folder that has room.
 
     Args:
-        purpose: what goes into it, for messages.
-        size_bytes: how much that is, as far as it is known.
+        purpose: what the file is for, for messages.
+        size_bytes: expected size; None if unknown.
 
     Raises:
-        CacheError: there is no place for it, or it has become full.
+        CacheError: no folder has room, or the disk became full meanwhile.
     """
     tried: list[str] = []
     with ExitStack() as closing:
         file, folder = _first_file(size_bytes or 0, tried, closing)
         if file is None:
             need = f" of {_megabytes(size_bytes)}" if size_bytes else ""
-            raise CacheError(f"no place for a temporary file{need} ({purpose}): {'; '.join(tried)}; {_ADVICE}")
+            raise CacheError(f"no room for a temporary file{need} ({purpose}): {'; '.join(tried)}; {_ADVICE}")
         try:
             yield file
         except RankloadError:
@@ -69,14 +69,14 @@ def scratch_file(purpose: str, size_bytes: int | None = None) -> Iterator[IO[byt
 
 
 def scratch_folder(links: dict[str, str], closing: ExitStack) -> Path:
-    """Make a folder of symbolic links.
+    """Make a temporary folder of symbolic links.
 
     Args:
-        links: what each name leads to. Names may have folders of their own.
-        closing: removes it.
+        links: target of each link, by name. Names may contain folders.
+        closing: removes the folder.
 
     Raises:
-        CacheError: there is no place for it.
+        CacheError: no folder for temporary files can be written to.
     """
     tried: list[str] = []
     for parent in _folders(tried):
@@ -92,7 +92,7 @@ def scratch_folder(links: dict[str, str], closing: ExitStack) -> Path:
                 continue
             closing.push(made.pop_all())
             return folder
-    raise CacheError(f"no place for a temporary folder: {'; '.join(tried)}; {_ADVICE}")
+    raise CacheError(f"no room for a temporary folder: {'; '.join(tried)}; {_ADVICE}")
 
 
 def _first_file(size_bytes: int, tried: list[str], closing: ExitStack) -> tuple[IO[bytes] | None, str]:
@@ -109,9 +109,9 @@ def _first_file(size_bytes: int, tried: list[str], closing: ExitStack) -> tuple[
 
 
 def _folders(tried: list[str]) -> Iterator[str]:
-    """Yield where temporary files may go; note the TMPDIR that Python's own choice has passed over."""
+    """Yield folders for temporary files. Note in ``tried`` a TMPDIR that `tempfile` could not use."""
     chosen = ""
-    with suppress(FileNotFoundError):  # there is none at all
+    with suppress(FileNotFoundError):  # tempfile found no usable folder
         chosen = tempfile.gettempdir()
     named = os.environ.get("TMPDIR")
     if named and Path(named).absolute() != Path(chosen):

@@ -394,7 +394,7 @@ def test_adapters_work_on_the_index(tmp_path: Path) -> None:
 def test_a_whole_module_that_was_saved(tmp_path: Path) -> None:
     source, net = trained(Net()), Net()
     path = saved(tmp_path, {"model": source, "epoch": 3})
-    with pytest.raises(LoadError, match="no state dict is there"):
+    with pytest.raises(LoadError, match="found no state dict"):
         dist_load_into(net, path, adapt=adapt.unwrap())
     dist_load_into(net, path, adapt=adapt.unwrap(), weights_only=False)
     assert_equal(net, source)

@@ -77,7 +77,7 @@ def test_iterating_is_over_a_copy():
     for begin, end in spans:
         spans.remove(begin, end)
     assert list(spans) == [] and spans.total_bytes == 0
-    assert repr(ByteRanges([(1, 2)])) == "Spans([(1, 2)])"
+    assert repr(ByteRanges([(1, 2)])) == "ByteRanges([(1, 2)])"
 
 
 def test_the_total_never_falls_while_ranges_are_added():
