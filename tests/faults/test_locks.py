@@ -88,7 +88,7 @@ def test_lease_that_another_user_holds(origin, big_content):
                 origin.release(NAME)
                 [result] = bob.wait()
             assert result.value == big_content
-            assert f"going on without the lease {lease} (it belongs to another user)" in result.stderr
+            assert f"continuing without the lease {lease} (it belongs to another user)" in result.stderr
             assert alice.wait()[0].value == big_content
         assert (cache / NAME).read_bytes() == big_content and left_in(cache) == []
 

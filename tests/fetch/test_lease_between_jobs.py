@@ -198,7 +198,7 @@ def test_lease_path_cannot_be_written(origin, cache, big_content):
     (cache / ".rankload" / f"{NAME}.lease").mkdir(parents=True)
     url = origin.add(NAME, big_content)
     with start_job(url, cache) as job:
-        assert_went_on(job.wait(30)[0], big_content, "going on without the lease")
+        assert_went_on(job.wait(30)[0], big_content, "continuing without the lease")
 
 
 def test_jobs_without_a_lease_publish_one_valid_file(origin, cache, big_content):
@@ -241,7 +241,7 @@ def test_failure_of_another_rank_ends_the_wait(tmp_path):
 
 def assert_went_on(result, content, why):
     assert result.value == content
-    assert "going on without the lease" in result.stderr and why in result.stderr, result.stderr
+    assert "continuing without the lease" in result.stderr and why in result.stderr, result.stderr
 
 
 def test_good_file_that_another_job_publishes_is_not_set_aside_for_the_damaged_one(origin, cache, big_content):

@@ -1,1 +1,1 @@
-"""What lies in the cache directory, and who may touch it."""
+"""The cache directory: its files, records and leases, and the checks on who may write to it."""

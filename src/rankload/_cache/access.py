@@ -1,9 +1,9 @@
-"""Who may read and write what rankload puts into a cache directory, and whose files it believes.
+"""Decide who may read and write files in a cache directory, and which users' files rankload trusts.
 
-A directory that is setgid and writable by its group is how a group asks for a shared cache (chmod g+ws): what lies in
-it must stay usable by the whole group, whatever the umask of the one who came first. So must rankload's own directories
-in one that everybody may write to. Elsewhere the umask decides, as for any file. Published files are never writable by
-others, not even by the group: a mapped file must not change. Who may write to the directory replaces them instead.
+A group asks for a shared cache by a directory that is setgid and group-writable (chmod g+ws). Its files must stay
+usable by the whole group, whatever the umask of the first user. The same holds for rankload's own directories in a
+world-writable directory. Elsewhere the umask decides, as for any file. Published files are never writable by others,
+not even by the group: a mapped file must not change. Users who may write to the directory replace files instead.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import TextIO
 
 from rankload.errors import CacheError
 
-#: Before the umask takes from it.
+#: Mode of new files, before the umask.
 NEW_FILE_MODE = 0o644
 
 
 def is_trusted(uid: int) -> bool:
-    """Return whether files of a user are believed: this user's own and root's."""
+    """Return whether rankload trusts files of a user: this user or root."""
     return uid in (0, os.geteuid())
 
 
 def name_of(uid: int) -> str:
-    """Return how messages call a user."""
+    """Return a user's name and uid for messages."""
     try:
         import pwd
 
@@ -37,7 +37,7 @@ def name_of(uid: int) -> str:
 
 
 def is_private_group(gid: int) -> bool:
-    """Return whether nobody but this user is of a group, as far as the user database says: it has this user's name."""
+    """Return whether a group has this user's name and no other member, as far as the user database says."""
     try:
         import grp
         import pwd
@@ -49,14 +49,14 @@ def is_private_group(gid: int) -> bool:
 
 
 def others_may_replace(path: Path) -> bool:
-    """Return whether another user could replace a file of this user's, or of root's.
+    """Return whether another user could replace a file that belongs to this user or root.
 
-    That is who may write to a directory on the way to it, unless its sticky bit forbids it (unlink(2)).
+    Whoever may write to a directory on the file's path can, unless the directory's sticky bit forbids it (unlink(2)).
     """
     try:
         directories = {*path.absolute().parents, *path.resolve().parents}
         return any(_others_may_rename_in(directory.stat()) for directory in directories)
-    except (OSError, RuntimeError):  # it is changing now, or its links lead in a circle
+    except (OSError, RuntimeError):  # the path is changing now, or its links form a loop
         return True
 
 
@@ -66,7 +66,7 @@ def _others_may_rename_in(directory: os.stat_result) -> bool:
 
 
 def may_rename(path: Path, owner_uid: int) -> bool:
-    """Return whether this user may replace a user's file, as far as its directory's sticky bit says (unlink(2))."""
+    """Return whether the directory's sticky bit lets this user replace a file of ``owner_uid`` (unlink(2))."""
     directory = path.parent.stat()
     return not directory.st_mode & stat.S_ISVTX or os.geteuid() in (0, owner_uid, directory.st_uid)
 
@@ -83,15 +83,15 @@ def is_group_shared(directory: Path) -> bool:
 def share_file(descriptor: int, directory: Path) -> None:
     """Let the group of a shared directory read a new file in it."""
     if is_group_shared(directory):
-        with suppress(OSError):  # not ours: then its owner has done it
+        with suppress(OSError):  # another user's file: its owner has done this
             os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | 0o640)
 
 
 def open_plain(path: Path) -> int:
-    """Open a file of rankload's own for reading: no symbolic link, nor a pipe, which would wait for its writer.
+    """Open one of rankload's own files for reading. Reject symbolic links, and pipes, which would wait for a writer.
 
     Raises:
-        OSError: it is no plain file, or cannot be opened.
+        OSError: the path is no plain file, or cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -101,30 +101,30 @@ def open_plain(path: Path) -> int:
 
 
 def open_new(path: Path) -> TextIO:
-    """Open a new text file for writing that nobody else can write to, whatever the umask is.
+    """Create a text file that no other user can write to, whatever the umask.
 
     Raises:
-        OSError: something is there already, or it cannot be made.
+        OSError: the path exists already, or cannot be created.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(path, flags, NEW_FILE_MODE), "w", encoding="utf-8")
 
 
 def make_own_directory(directory: Path) -> None:
-    """Make a directory inside a cache directory; who may write to its parent may write to it.
+    """Make a directory inside a cache directory. Users who may write to its parent may write to it.
 
-    Without a record, nobody would know whose file it is that another user has published.
+    Otherwise they could publish a file, but not the record that names its source.
 
     Raises:
-        CacheError: something else stands in its place (`check_own_directory`).
-        OSError: it cannot be made.
+        CacheError: something else is in its place (`check_own_directory`).
+        OSError: the directory cannot be made.
     """
     is_new = False
     with suppress(FileExistsError):
         # an umask of 0, as in many containers, must not let more users in than the parent does
         directory.mkdir(0o777 & ~(0o022 & ~_mode_of(directory.parent)))
         is_new = True
-    # a network filesystem may say that it exists and, from its cache of absent names, that it does not
+    # a network filesystem may report that a directory exists and then, from its cache of absent names, that it does not
     with suppress(FileNotFoundError):
         check_own_directory(directory)
     if is_new:
@@ -137,8 +137,8 @@ def _mode_of(directory: Path) -> int:
 
 
 def _share_directory(directory: Path) -> None:
-    """Let those use a new directory whom its parent asks for."""
-    # by its descriptor: whoever may rename in the parent could put a link to a private directory there
+    """Give a new directory the group and world access that its parent's mode asks for."""
+    # by descriptor: a user who may rename in the parent could put a link to a private directory at this path
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         parent, own = _mode_of(directory.parent), stat.S_IMODE(os.fstat(descriptor).st_mode)
@@ -152,14 +152,14 @@ def _share_directory(directory: Path) -> None:
 
 
 def check_own_directory(directory: Path) -> None:
-    """Check a directory below the cache directory that is there: rankload writes to it and believes what is in it.
+    """Check an existing directory below the cache directory: rankload writes to it and trusts its files.
 
-    Another user's is accepted only where the mode of its parent asks for sharing, or where the parent is that user's.
+    Another user's directory is accepted only if the mode of its parent asks for sharing, or the same user owns both.
 
     Raises:
-        CacheError: it is a symbolic link, whose owner would decide where rankload writes; it is no directory; it is
+        CacheError: the path is a symbolic link, whose owner would decide where rankload writes; or no directory; or
             another user's.
-        OSError: it is not there, or cannot be looked at.
+        OSError: the path does not exist, or stat(2) fails.
     """
     status = directory.lstat()
     if stat.S_ISLNK(status.st_mode):

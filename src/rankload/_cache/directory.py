@@ -12,7 +12,7 @@ def make_directory(directory: Path) -> None:
     """Make the cache directory.
 
     Raises:
-        CacheError: it cannot be made; names it.
+        CacheError: the directory cannot be made.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)

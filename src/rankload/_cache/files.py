@@ -16,19 +16,19 @@ from rankload.errors import CacheError, MissingFileError, RankloadError
 
 T = TypeVar("T")
 
-#: What to do about a directory that cannot be written to, by every name that callers have for it.
+#: Advice for a directory that cannot be written to, with every way to choose another.
 CHOOSE_ANOTHER = "choose another directory (model_dir=, --model-dir, or the environment's TORCH_HOME)"
 
-#: Before a file is opened again whose handle is stale.
+#: Pauses before a file with a stale handle is opened again.
 _REOPEN_PAUSES_SECONDS = (0.0, 0.05, 0.2, 0.5, 1.0)
 
 
 @contextmanager
 def wrap_write_errors(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Translate what goes wrong when a file is written; ``needed_bytes`` is the space that it takes in all."""
+    """Translate errors of writing a file. ``needed_bytes`` is the space that the whole file takes."""
     try:
         yield
-    except RankloadError:  # another rank's failure may be an OSError, too: it keeps its own words
+    except RankloadError:  # another rank's failure may be an OSError, too: keep its message
         raise
     except OSError as error:
         raise no_space_error(path, needed_bytes, error) if _is_full(error) else _write_error(path, error) from error
@@ -36,7 +36,7 @@ def wrap_write_errors(path: Path, needed_bytes: int | None = None) -> Iterator[N
 
 @contextmanager
 def wrap_read_errors(path: Path | str) -> Iterator[None]:
-    """Translate what goes wrong when a file is read."""
+    """Translate errors of reading a file."""
     try:
         yield
     except RankloadError:
@@ -46,9 +46,9 @@ def wrap_read_errors(path: Path | str) -> Iterator[None]:
 
 
 def check_has_scheme(location: str, path: Path) -> None:
-    """Raise MissingFileError if what was given for a file is none, and looks like a URL without a scheme.
+    """Raise MissingFileError if a path does not exist and looks like a URL without a scheme.
 
-    It may be a signed one: neither its query nor a user and password are shown.
+    Such a URL may be signed: the message shows neither its query nor a user and password.
     """
     if (hint := hint_on_scheme(location)) and not path.parent.exists():
         display_name = redact(f"https://{location}").partition("://")[2]
@@ -58,10 +58,10 @@ def check_has_scheme(location: str, path: Path) -> None:
 
 
 def retry_if_stale(read: Callable[[], T]) -> T:
-    """Call a function that opens and reads a file; once more, again and again, where the answer is ESTALE.
+    """Call a function that opens and reads a file. Repeat the call after ESTALE, with growing pauses.
 
-    A network filesystem says so of a file that was replaced on another host since this one looked up its name. The
-    next look brings the new one.
+    A network filesystem answers ESTALE if another host has replaced the file since this host looked up its name. The
+    next lookup finds the new file.
     """
     for pause_seconds in _REOPEN_PAUSES_SECONDS:
         try:
@@ -74,7 +74,7 @@ def retry_if_stale(read: Callable[[], T]) -> T:
 
 
 def no_space_error(path: Path, needed_bytes: int | None, error: OSError) -> CacheError:
-    """Return the error for a full disk or an exhausted quota, with the space that is needed and there is."""
+    """Return the error for a full disk or an exhausted quota, with the needed and the free space."""
     need = f"{_size(needed_bytes)} needed, " if needed_bytes is not None else ""
     return CacheError(
         f"cannot write {path}: {_words(error)}; {_have(path.parent, need)}, or {CHOOSE_ANOTHER}",
@@ -86,7 +86,7 @@ def no_space_error(path: Path, needed_bytes: int | None, error: OSError) -> Cach
 
 
 def why_no_room(directory: Path, error: OSError) -> str:
-    """Return more words for a directory that cannot be made, if the disk is full; else none."""
+    """Return text to append if a directory cannot be made because the disk is full; else an empty text."""
     parent = next((path for path in directory.parents if path.exists()), directory)
     return f"; {_have(parent, '')}" if _is_full(error) else ""
 
@@ -102,7 +102,7 @@ def _write_error(path: Path, error: OSError) -> CacheError:
 
 
 def _whose(path: Path) -> str:
-    """Return whose a file or its directory is, in brackets, if it is another user's."""
+    """Return the owner of a file or its directory, in parentheses; empty if that is this user or root."""
     for one in (path, path.parent):
         with suppress(OSError):
             if not is_trusted(uid := one.lstat().st_uid):
@@ -130,10 +130,10 @@ def _have(directory: Path, need: str) -> str:
 
 
 def _room(directory: Path) -> tuple[int, bool]:
-    """Return the bytes that are free, and whether another file can be made."""
+    """Return the free bytes, and whether an inode is left for another file."""
     try:
         status = os.statvfs(directory)
     except OSError:
         return 0, True
-    # where inodes are made as they are needed (btrfs), none are counted at all
+    # filesystems that create inodes on demand (btrfs) report 0 inodes in total
     return status.f_bavail * status.f_frsize, bool(status.f_favail or not status.f_files)

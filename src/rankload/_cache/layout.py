@@ -3,12 +3,12 @@
 ::
 
     <directory>/<file name>                                the published file, as torch.hub names it
-    <directory>/<file name>.<owner>-<nonce>.partial        a download in progress, or what a dead one has left
-    <directory>/<file name>.<owner>-<nonce>.partial.journal    which of its bytes are there
-    <directory>/.rankload/<file name>.json                 its record
-    <directory>/.rankload/<file name>.lease                who downloads it at the moment
-    <directory>/.rankload/quarantine/<file name>           what was not what it should be, and why (.json)
-    <directory>/.rankload/partly-renewed                   in an index' folder: its files may be of two versions
+    <directory>/<file name>.<owner>-<nonce>.partial        a download in progress, or the rest of a dead one
+    <directory>/<file name>.<owner>-<nonce>.partial.journal    which bytes of the partial file are valid
+    <directory>/.rankload/<file name>.json                 the file's record
+    <directory>/.rankload/<file name>.lease                the lease: who is downloading the file
+    <directory>/.rankload/quarantine/<file name>           a rejected file, and the reason (.json)
+    <directory>/.rankload/partly-renewed                   in an index's folder: its parts may be of two versions
     <directory>/.rankload/<key>/<file name>                another URL with the same file name (and its .rankload/)
 """
 
@@ -33,8 +33,8 @@ class Entry:
     """The paths that belong to one cached file.
 
     Attributes:
-        path: of the file.
-        root: the cache directory, which is the caller's choice; by default the file's own directory.
+        path: path of the file.
+        root: the cache directory that the caller chose; None means the file's own directory.
     """
 
     path: Path
@@ -42,22 +42,22 @@ class Entry:
 
     @property
     def record_path(self) -> Path:
-        """The sidecar record."""
+        """Path of the file's record."""
         return self.path.parent / OWN_DIRECTORY / f"{fitting(self.path.name, 200)}.json"
 
     @property
     def lease_path(self) -> Path:
-        """The lease between jobs."""
+        """Path of the lease between jobs."""
         return self.path.parent / OWN_DIRECTORY / f"{fitting(self.path.name, 200)}.lease"
 
     @property
     def quarantine_path(self) -> Path:
-        """Where a file of this entry goes that is not what it should be."""
+        """Path to which a rejected file of this entry is moved."""
         return self.record_path.parent / "quarantine" / fitting(self.path.name, 200)
 
     @property
     def directories(self) -> list[Path]:
-        """The directories between the cache directory and the file, from the top: rankload makes and checks them."""
+        """Directories between the cache directory and the file, outermost first. rankload makes and checks them."""
         if self.root is None:
             return []
         names = self.path.parent.relative_to(self.root).parts
@@ -65,16 +65,16 @@ class Entry:
 
     @property
     def is_separate(self) -> bool:
-        """Whether it is in a directory of rankload's own, which is one URL's alone."""
+        """Whether the file is in one of rankload's own directories, which belongs to a single URL."""
         return OWN_DIRECTORY in (path.name for path in self.directories)
 
     @property
     def partial_stem(self) -> str:
-        """Start of the name of every partial file of this entry."""
+        """Common beginning of the names of this entry's partial files."""
         return fitting(self.path.name, 120)
 
     def separate(self, url: Url) -> Entry:
-        """Return the entry for a URL whose file name is taken by a file that is not its own."""
+        """Return the entry for a URL whose file name is taken by another URL's file."""
         root = self.root or self.path.parent
         return Entry(self.path.parent / OWN_DIRECTORY / url.key[:16] / self.path.name, root)
 
@@ -82,7 +82,7 @@ class Entry:
 def checkpoints_directory(hub_dir: str | os.PathLike[str] | None = None) -> Path:
     """Return torch.hub's directory for checkpoints: ``$TORCH_HOME/hub/checkpoints``.
 
-    ``hub_dir`` is what torch.hub.set_dir() was given, if it was. ``~`` is expanded.
+    ``hub_dir`` is the directory that torch.hub.set_dir() was called with, if any. ``~`` is expanded.
 
     Raises:
         CacheError: this user has no home directory (a container with an unknown user id).
@@ -94,16 +94,16 @@ def checkpoints_directory(hub_dir: str | os.PathLike[str] | None = None) -> Path
         return Path(hub_dir).expanduser().absolute() / "checkpoints"
     except RuntimeError:
         raise CacheError(
-            f"{hub_dir}: this user has no home directory (HOME is not set, and user {os.geteuid()} is unknown): pass "
+            f"{hub_dir}: this user has no home directory (HOME is not set, and user {os.geteuid()} is unknown); pass "
             "model_dir=, or set TORCH_HOME"
         ) from None
 
 
 def checked_file_name(name: str) -> str:
-    """Return a user's file name if it stays inside the directory.
+    """Return the caller's file name if it stays inside the directory.
 
     Raises:
-        ArgumentError: it is empty, absolute, climbs with ``..``, or is one of rankload's own.
+        ArgumentError: the name is empty or absolute, contains ``..``, or is one of rankload's own.
     """
     path = PurePosixPath(name)
     if not path.name or path.is_absolute() or ".." in path.parts or any(map(is_own_name, path.parts)):
@@ -114,15 +114,15 @@ def checked_file_name(name: str) -> str:
 
 
 def hash_prefix_of(file_name: str) -> str | None:
-    """Return the hash prefix that torch.hub would read from a file name; None for none or an empty one."""
+    """Return the hash prefix that torch.hub reads from a file name; None if there is none or it is empty."""
     match = _HASH_PREFIX.search(file_name)
     return match.group(1) or None if match else None
 
 
 def fitting(name: str, most_bytes: int) -> str:
-    """Return a name, or its beginning and a digest: a file name has at most 255 bytes, and more is to be added."""
+    """Return a name, or its beginning and a digest if it is too long: names have at most 255 bytes with suffixes."""
     raw = os.fsencode(name)
-    # what is cut has this length, or less by a part of a character: no name that is kept can be the same
+    # shortened names have most_bytes, or up to 3 less for a cut character: no unchanged name can equal one
     if len(raw) < most_bytes - 3:
         return name
     return f"{raw[: most_bytes - 17].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:16]}"

@@ -1,8 +1,8 @@
 """The lease between jobs that share a cache: it saves a second download, and nothing more.
 
-Filesystem locks lie (Lustre localflock, NFS local_lock, GPFS flock), so correctness never depends on one: every
-download has a partial file of its own and is published by an atomic rename. A lease that cannot be had, for whatever
-reason, costs a warning and perhaps bandwidth.
+Filesystem locks are unreliable (Lustre localflock, NFS local_lock, GPFS flock), so correctness never depends on one:
+every download has its own partial file and is published by an atomic rename. A lease that cannot be acquired costs a
+warning and perhaps bandwidth.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rankload.errors import RankloadError
 
 _logger = logging.getLogger("rankload")
 
-#: What filelock raises where there can be no lease.
+#: Errors that filelock raises if the filesystem or the platform cannot have a lease.
 _UNUSABLE = (OSError, LeaseSettingsMismatch, NotImplementedError)
 
 
@@ -33,13 +33,13 @@ _UNUSABLE = (OSError, LeaseSettingsMismatch, NotImplementedError)
 def hold_lease(
     path: Path, settings: Settings, *, progress_mark: Callable[[], object], on_wait: Callable[[], bool]
 ) -> Iterator[bool]:
-    """Hold the lease while the context lasts, or go on without it.
+    """Hold the lease while the context lasts, or continue without it.
 
     Args:
-        path: the lease's path.
-        settings: gives the duration and the patience with a holder that does not move.
-        progress_mark: changes while the holder makes progress (the size of its partial file).
-        on_wait: called at every poll; returns True when the lease is not needed any more.
+        path: path of the lease.
+        settings: duration of the lease, and patience with a holder that makes no progress.
+        progress_mark: returns a value that changes while the holder makes progress (the size of its partial file).
+        on_wait: called at every poll; returns True when the lease is no longer needed.
 
     Yields:
         Whether the lease is held.
@@ -48,7 +48,7 @@ def hold_lease(
     try:
         yield lease is not None and _acquire(lease, path, settings, progress_mark, on_wait)
     finally:
-        # also when a signal came in the middle of acquiring it: its heartbeat would keep everybody away forever
+        # also after a signal during acquire: the lease's heartbeat would keep all other jobs waiting forever
         if lease is not None:
             with suppress(OSError):
                 lease.release(force=True)
@@ -66,7 +66,7 @@ def _lease(path: Path, settings: Settings) -> SoftFileLease | None:
                 path,
                 lease_duration=settings.lease_seconds,
                 heartbeat_interval=settings.lease_heartbeat_seconds,
-                thread_local=False,  # or heartbeat and a signal handler's release would each see a lease of their own
+                thread_local=False,  # the heartbeat thread and a signal handler's release must see the same lease
             )
     except RankloadError:
         raise
@@ -90,9 +90,9 @@ def _acquire(
             poll_interval=random.uniform(0.1, 0.4),  # noqa: S311 - a thousand array tasks must not poll in step
             cancel_check=lambda: on_wait() or patience.is_over() or _is_foreign(path) or marker.is_in_the_way(),
         )
-    except RankloadError:  # what another rank failed with; it may be an OSError, too
+    except RankloadError:  # another rank's error, which may be an OSError, too
         raise
-    except Timeout:  # cancelled: not needed any more, or not worth waiting for
+    except Timeout:  # cancelled: no longer needed, or not worth the wait
         if not on_wait():
             _warn(path, "its holder is silent, makes no progress, or is another user")
         return False
@@ -103,7 +103,7 @@ def _acquire(
 
 
 class _Patience:
-    """With a holder that lives: it ends when nothing has moved for long, or a stuck job would block all others."""
+    """A limit on the wait for a live holder that makes no progress: a stuck job must not block all others."""
 
     def __init__(self, progress_mark: Callable[[], object], limit_seconds: float) -> None:
         self._progress_mark, self._limit_seconds = progress_mark, limit_seconds
@@ -112,7 +112,7 @@ class _Patience:
 
     def is_over(self) -> bool:
         now = time.monotonic()
-        # The mark costs a listing of the directory: a thousand waiters must not take one at every poll.
+        # The mark costs a directory listing: a thousand waiters must not list the directory at every poll.
         if now - self._looked_at < self._limit_seconds / 20:
             return False
         self._looked_at = now
@@ -127,4 +127,4 @@ def _is_foreign(path: Path) -> bool:
 
 
 def _warn(path: Path, why: str) -> None:
-    _logger.warning("going on without the lease %s (%s): another job may download the same file too", path, why)
+    _logger.warning("continuing without the lease %s (%s): another job may download the same file, too", path, why)

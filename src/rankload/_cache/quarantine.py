@@ -13,15 +13,15 @@ from rankload._cache.layout import Entry
 
 
 def quarantine(entry: Entry, reason: str, move_to: Callable[[Path], object]) -> Path | None:
-    """Set a bad file aside and return where it is; None if that cannot be done, and the file stays where it was.
+    """Move a rejected file aside and return its new path. Return None if that fails; the file then stays.
 
-    One file per entry is kept, the last: a broken origin must not fill the disk. Renaming does not disturb a process
-    that has the file mapped.
+    Only the last rejected file of an entry is kept: a broken origin must not fill the disk. Renaming does not disturb a
+    process that has the file mapped.
 
     Args:
-        entry: whose file it was, or was to become.
-        reason: why, as an error said it; no secrets.
-        move_to: renames the file to the path that it is given.
+        entry: cache entry that the file belongs to.
+        reason: error text; no secrets.
+        move_to: renames the file to the given path.
     """
     path = entry.quarantine_path
     try:
@@ -33,7 +33,7 @@ def quarantine(entry: Entry, reason: str, move_to: Callable[[Path], object]) -> 
     note = {"reason": reason, "quarantined_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     note_path = path.with_name(path.name + ".json")
     with suppress(OSError):
-        note_path.unlink(missing_ok=True)  # it may be another user's, or a link to anything
+        note_path.unlink(missing_ok=True)  # the old note may be another user's, or a symbolic link
         with open_new(note_path) as file:
             share_file(file.fileno(), path.parent)
             file.write(json.dumps(note, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The record of a cached file: what was verified when it was published."""
+"""The record of a cached file: the facts that were verified when the file was published."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from rankload._types import Provenance
 
 _logger = logging.getLogger("rankload")
 
-#: A record has less than 2 KiB, and more only where a URL is long.
+#: Largest record that is read. Records have less than 2 KiB unless a URL is long.
 _MAX_BYTES = 1 << 20
 
 _OPTIONAL_NUMBERS = ("birth_ns", "replaces_inode", "replaces_birth_ns")
 
-#: What opening a record says if something else lies there, or one that is not for this user. Any other failure is the
-#: filesystem's, and says nothing of whose the file is.
+#: Errors of opening a path that holds no record, or one that this user may not read. Any other error is a failure of
+#: the filesystem, and proves nothing about the file's owner.
 _NO_RECORDS = frozenset(
     {errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EACCES, errno.EPERM, errno.EFBIG}
 )
 
-#: Older records do not have them.
+#: Fields that older records lack.
 _LATER_FIELDS = (*_OPTIONAL_NUMBERS, "last_modified")
 
 
@@ -37,18 +37,18 @@ class Record:
     """Facts about a published file, taken after it was written, synced and closed.
 
     Attributes:
-        url: where it came from, without query or credentials.
-        url_key: tells origins apart (see `layout.url_key`).
-        size_bytes, mtime_ns, inode: of the file as published; a copy or remount changes the last two.
+        url: URL of the file, without query or credentials.
+        url_key: digest that distinguishes origins (`rankload._urls.url_key`).
+        size_bytes, mtime_ns, inode: stat fields of the published file; a copy or remount changes the last two.
         etag: the origin's validator; never a digest.
-        sha256: hex digest of the bytes; None for an adopted file that nobody has hashed yet.
-        vouched_by: whose digest the bytes were compared with: ``sha256`` (the argument), ``hash_prefix`` (the file
-            name), ``sidecar``, the response header's name in lower case, or None for nobody's.
+        sha256: hex digest of the bytes; None for an adopted file that has not been hashed yet.
+        vouched_by: source of the expected digest: ``sha256`` (the argument), ``hash_prefix`` (the file name),
+            ``sidecar``, or the response header's name in lower case; None if there was no expected digest.
         source: ``download``, or ``adopted`` for a file that torch.hub left.
-        last_modified: the origin's other validator. Older records do not have it.
-        birth_ns: when the file was made; None where that is not known. Older records do not have it.
-        replaces_inode, replaces_birth_ns: of rankload's file that was to be replaced; it is still there if the process
-            was killed after this record was written.
+        last_modified: the origin's other validator. Older records lack it.
+        birth_ns: creation time of the file, in nanoseconds; None if unknown. Older records lack it.
+        replaces_inode, replaces_birth_ns: inode and creation time of the older file of rankload's that this one
+            replaces. The older file is still in place if the process was killed after it wrote this record.
     """
 
     url: str
@@ -66,7 +66,7 @@ class Record:
     replaces_birth_ns: int | None = None
 
     def vouches_for(self, status: os.stat_result) -> bool:
-        """Return whether the file is still the one that was published, as far as stat can tell."""
+        """Return whether a stat result matches the published file."""
         return (self.size_bytes, self.mtime_ns, self.inode) == (
             status.st_size,
             status.st_mtime_ns,
@@ -76,12 +76,12 @@ class Record:
 
 @dataclass(frozen=True)
 class FoundRecord:
-    """What lies in the place of a record.
+    """The result of reading a record's path.
 
     Attributes:
-        record: None if it is unreadable, or malformed, or of another version.
-        owner_uid: whose it is; None if that cannot be told.
-        problem: why there is no ``record``.
+        record: the record; None if it is unreadable, malformed, or of another version.
+        owner_uid: user id of the record's owner; None if unknown.
+        problem: why ``record`` is None; else empty.
     """
 
     record: Record | None
@@ -90,7 +90,7 @@ class FoundRecord:
 
 
 def find_record(path: Path) -> FoundRecord | None:
-    """Read a record; None only where there is nothing. An unreadable one says that the file is somebody's.
+    """Read a record. Return None only if the path does not exist: an unreadable record still shows an owner.
 
     Raises:
         OSError: the filesystem fails.
@@ -119,10 +119,10 @@ def _unreadable(path: Path, owner_uid: int | None, error: Exception) -> FoundRec
 
 
 def is_on_record(directory: Path, status: os.stat_result) -> bool:
-    """Return whether any record in a directory is about a file, under whatever name.
+    """Return whether any record in a directory describes a file, whatever the file's name.
 
-    There are filesystems on which names that differ in case, accents or dots at their end are one file. Inode numbers
-    are not compared: some of these filesystems make them up at each mount.
+    On some filesystems, names that differ in case, accents or trailing dots are one file. Inode numbers are not
+    compared: some of these filesystems renumber inodes at each mount.
     """
     facts = (status.st_size, status.st_mtime_ns)
     for path in directory.glob("*.json"):
@@ -137,8 +137,8 @@ def write_record(path: Path, record: Record) -> None:
     """Write a record atomically.
 
     Raises:
-        CacheError: something else stands in the place of its directory.
-        OSError: it cannot be written.
+        CacheError: something else is in the place of the record's directory.
+        OSError: the record cannot be written.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -149,7 +149,7 @@ def write_record(path: Path, record: Record) -> None:
         temporary.replace(path)
     finally:
         with suppress(OSError):
-            temporary.unlink()  # there only if something went wrong, be it a signal
+            temporary.unlink()  # exists only after an error or a signal
 
 
 def _text_of(path: Path) -> tuple[str, int]:
@@ -161,15 +161,19 @@ def _text_of(path: Path) -> tuple[str, int]:
 
 
 def _checked(record: Record) -> Record:
-    """Return the record, unless somebody wrote something else into one of its fields."""
+    """Return the record if all fields have the right types.
+
+    Raises:
+        TypeError: a field has another type.
+    """
     for name in ("size_bytes", "mtime_ns", "inode"):
         if type(getattr(record, name)) is not int:
-            raise TypeError(f"{name} is no number")
+            raise TypeError(f"{name} is not a number")
     for name in _OPTIONAL_NUMBERS:
         if type(getattr(record, name)) not in (int, type(None)):
-            raise TypeError(f"{name} is no number")
+            raise TypeError(f"{name} is not a number")
     for name in ("url", "url_key", "etag", "last_modified", "sha256", "vouched_by", "source"):
         is_optional = name in ("etag", "last_modified", "sha256", "vouched_by")
         if not isinstance(value := getattr(record, name), str) and not (is_optional and value is None):
-            raise TypeError(f"{name} is no text")
+            raise TypeError(f"{name} is not a string")
     return record

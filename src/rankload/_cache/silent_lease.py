@@ -1,8 +1,8 @@
-"""A lease whose holder has died, on filesystems where filelock cannot take it over.
+"""Remove the lease of a dead holder on filesystems where filelock cannot take it over.
 
-filelock 4.3 takes over by renameat2(RENAME_EXCHANGE) alone, and waits forever where the filesystem refuses it: NFS,
-GPFS, BeeGFS, MooseFS, most of FUSE. A lease saves bandwidth and nothing else, so a marker that has not changed for
-longer than the lease lasts is removed by means that every filesystem has.
+filelock 4.3 takes over only by renameat2(RENAME_EXCHANGE), and waits forever if the filesystem refuses it: NFS, GPFS,
+BeeGFS, MooseFS, most of FUSE. A lease saves bandwidth and nothing else. So a marker that has not changed for longer
+than the lease lasts is removed, with operations that every filesystem has.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 
 from rankload._cache.access import open_plain
 
-#: Beyond the lease's duration: filelock's own takeover comes first where it works.
+#: Extra time beyond the lease's duration: filelock's own takeover comes first where it works.
 MARGIN_SECONDS = 2.0
 
-#: What one look may count: of an hour for which this process was stopped, only that.
+#: Most time that one check may count. If this process was stopped for an hour, only one second of that hour counts.
 _MAX_SECONDS = 1.0
 
 _MAX_BYTES = 64 << 10
@@ -29,12 +29,12 @@ _Mark = tuple[int, int, int]
 
 
 class SilentMarker:
-    """Watches a lease's marker by this process' own clock, and removes it when its holder has been silent for too long.
+    """A lease's marker, watched by this process's own clock, and removed when its holder is silent for too long.
 
     Args:
-        path: the marker's.
-        lease_seconds: the lease's duration.
-        clock: monotonic, in seconds.
+        path: path of the marker.
+        lease_seconds: duration of the lease.
+        clock: monotonic clock, in seconds.
     """
 
     def __init__(self, path: Path, lease_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,7 +43,7 @@ class SilentMarker:
         self._silent_seconds, self._looked_at = 0.0, clock()
 
     def is_in_the_way(self) -> bool:
-        """Look at the marker; remove a silent one. Return whether it is silent and cannot be removed."""
+        """Check the marker, and remove a silent one. Return whether the marker is silent and cannot be removed."""
         now = self._clock()
         elapsed, self._looked_at = now - self._looked_at, now
         mark = _mark_of(self._path)
@@ -58,7 +58,7 @@ class SilentMarker:
 
 
 def _mark_of(path: Path) -> _Mark | None:
-    """Open the marker, which makes a network filesystem ask its server, and return what changes with each heartbeat."""
+    """Return the marker's inode, size and time. Opening the file makes a network filesystem ask its server."""
     try:
         descriptor = open_plain(path)
     except OSError:
@@ -73,10 +73,10 @@ def _mark_of(path: Path) -> _Mark | None:
 
 
 def _remove(path: Path, mark: _Mark) -> bool:
-    """Remove a marker unless it has changed; return whether it is gone, or another one.
+    """Remove a marker unless it has changed. Return whether the old marker is gone.
 
-    It is renamed first: two waiters may do this at a time, and the second must not remove the marker of the first, who
-    holds the lease by then.
+    The marker is renamed first. Two waiters may do this at the same time: the second must not remove the marker of the
+    first, who holds the lease by then.
     """
     content = _content_of(path)
     if content is None or _mark_of(path) != mark:
@@ -88,9 +88,9 @@ def _remove(path: Path, mark: _Mark) -> bool:
         return True
     except OSError:
         return False
-    if _content_of(aside) != content:  # with another token: somebody's who lives
+    if _content_of(aside) != content:  # another token: the marker of a live holder
         with suppress(OSError):
-            os.link(aside, path)  # not rename, which would replace a third one's
+            os.link(aside, path)  # put it back; rename would replace the marker of a third holder
     with suppress(OSError):
         aside.unlink()
     return True
