@@ -1,4 +1,4 @@
-"""The addresses at which other ranks may reach this one."""
+"""Find the addresses at which other ranks may reach this one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import struct
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-#: Where users name the interface for traffic between nodes: what gloo and NCCL read.
+#: Variables of gloo and NCCL in which users name the network interface between nodes.
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
-#: ioctl(2) that gives an interface's IPv4 address (linux/sockios.h); struct ifreq has the name in 16 bytes, and the
-#: address after family and port.
+#: ioctl(2) that returns an interface's IPv4 address (linux/sockios.h). struct ifreq holds the name in 16 bytes, then
+#: family, port and address.
 _SIOCGIFADDR = 0x8915
 _IFREQ_BYTES = 40
 _ADDRESS_IN_IFREQ = slice(20, 24)
@@ -21,12 +21,13 @@ _ADDRESS_IN_IFREQ = slice(20, 24)
 def own_addresses(store_host: str | None) -> list[str]:
     """Return this host's addresses, the likeliest first.
 
-    What the user named, what the route to the store starts from, what the host's name stands for, then those of all
-    interfaces, and loopback last: a name may stand for loopback on its own host, and an address of a bridge for another
-    host everywhere else. Whoever connects knows by the answer whether it has found the right process.
+    The order: the interfaces that the user named, the source address of the route to the store, the addresses of the
+    host name, the addresses of all interfaces, and loopback. Loopback comes last because a host name may resolve to
+    loopback on its own host. The address of a bridge may belong to another host elsewhere. The handshake tells the
+    upstream rank whether it has reached the right process.
 
     Args:
-        store_host: where the job's store is; every rank can reach it.
+        store_host: host of the job's store, which every rank can reach; None if unknown.
     """
     found = [*_named_by_user(), *_towards(store_host), *_of_host_name(), *_of_interfaces()]
     return [*dict.fromkeys(address for address in found if not _is_loopback(address)), "127.0.0.1"]
@@ -35,7 +36,7 @@ def own_addresses(store_host: str | None) -> list[str]:
 def _named_by_user() -> Iterator[str]:
     for variable in _INTERFACE_VARIABLES:
         for name in os.environ.get(variable, "").lstrip("=^").split(","):
-            if name and not os.environ[variable].startswith("^"):  # NCCL's way to exclude
+            if name and not os.environ[variable].startswith("^"):  # NCCL excludes interfaces by a leading ^
                 yield from _of_interface(name.partition(":")[0])
 
 
@@ -45,7 +46,7 @@ def _towards(host: str | None) -> Iterator[str]:
     with suppress(OSError):
         for family, kind, *_, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
             with suppress(OSError), socket.socket(family, kind) as probe:
-                probe.connect(address)  # a datagram socket sends nothing here; it only looks up the route
+                probe.connect(address)  # connect() of a datagram socket sends nothing; it only looks up the route
                 yield probe.getsockname()[0]
 
 
@@ -68,7 +69,7 @@ def _of_interface(name: str) -> Iterable[str]:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             request = struct.pack(f"{_IFREQ_BYTES}s", name.encode()[:15])
             return [socket.inet_ntoa(fcntl.ioctl(probe, _SIOCGIFADDR, request)[_ADDRESS_IN_IFREQ])]
-    except (ImportError, OSError):  # no such interface, or none with IPv4
+    except (ImportError, OSError):  # no such interface, or no IPv4 address
         return []
 
 

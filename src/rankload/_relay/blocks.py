@@ -12,10 +12,10 @@ class Block(Protocol):
     """The next bytes of the stream."""
 
     def __len__(self) -> int:
-        """Return how many they are."""
+        """Return the number of bytes in the block."""
 
     def read(self, begin: int, end: int) -> memoryview:
-        """Return the bytes from begin to end."""
+        """Return bytes ``begin`` to ``end`` of the block."""
 
 
 class BytesBlock:
@@ -25,19 +25,18 @@ class BytesBlock:
         self._memory = memory.cast("B")
 
     def __len__(self) -> int:
-        """See `Block`."""
         return len(self._memory)
 
     def read(self, begin: int, end: int) -> memoryview:
-        """See `Block`."""
+        """Return bytes ``begin`` to ``end`` of the memory."""
         return self._memory[begin:end]
 
 
 class FileBlock:
-    """Bytes of an open file.
+    """A range of an open file.
 
-    They are read into memory first, and not passed to sendfile(2): the bytes sent must be the bytes hashed, even if
-    somebody writes to the file meanwhile.
+    Bytes are read into memory instead of passed to sendfile(2): the bytes sent must be the bytes hashed, even if
+    another process writes to the file meanwhile.
 
     Raises (on reading):
         LoadError: the file cannot be read, or has become shorter.
@@ -47,16 +46,19 @@ class FileBlock:
         self._descriptor, self._offset, self._length = descriptor, offset, length
 
     def __len__(self) -> int:
-        """See `Block`."""
         return self._length
 
     def read(self, begin: int, end: int) -> memoryview:
-        """See `Block`."""
+        """Read bytes ``begin`` to ``end`` of the range.
+
+        Raises:
+            LoadError: the file cannot be read, or has become shorter.
+        """
         content = self._read(begin, end)
-        while len(content) < end - begin:  # rare: pread(2) stops early at a signal, and on some network filesystems
+        while len(content) < end - begin:  # rare: pread(2) returns early after a signal, and on some filesystems
             more = self._read(begin + len(content), end)
             if not more:
-                raise LoadError("the file has become shorter while it was sent: who has cut it off?")
+                raise LoadError("the file became shorter while it was sent: another process truncated it; load again")
             content += more
         return memoryview(content)
 
@@ -64,4 +66,4 @@ class FileBlock:
         try:
             return os.pread(self._descriptor, end - begin, self._offset + begin)
         except OSError as error:
-            raise LoadError(f"cannot read the file that is to be sent: {error.strerror}", errno=error.errno) from error
+            raise LoadError(f"cannot read the file to send: {error.strerror}", errno=error.errno) from error

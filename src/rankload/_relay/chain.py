@@ -1,4 +1,4 @@
-"""The order of the chain: who forwards to whom. Pure."""
+"""The order of the chain: which rank forwards to which. Pure."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Neighbours:
     """A rank's place in the chain.
 
     Attributes:
-        upstream: the rank that the bytes come from; None at the source.
-        downstreams: those that they go on to, the next host first.
+        upstream: rank that sends the bytes to this one; None at the source.
+        downstreams: ranks that this one forwards the bytes to; the rank on the next host comes first.
     """
 
     upstream: int | None
@@ -20,14 +20,14 @@ class Neighbours:
 
 
 def neighbours(hosts: Sequence[Sequence[int]], rank: int) -> Neighbours:
-    """Return a rank's place in a chain over hosts, whose first ranks each begin a chain within their host.
+    """Return a rank's place in the chain.
 
-    So a byte crosses each link between hosts once, and a host of eight ranks makes the way of the bytes longer by one
-    hop, not by eight.
+    The first ranks of all hosts form a chain; each of them also starts a chain within its host. So a byte crosses each
+    link between hosts once, and a host of eight ranks adds one hop, not eight, to the path to the next host.
 
     Args:
-        hosts: the ranks that take part, by host; the first of the first is the source.
-        rank: one of them.
+        hosts: participating ranks of each host; the first rank of the first host is the source.
+        rank: a participating rank.
     """
     for number, ranks in enumerate(hosts):
         if rank not in ranks:

@@ -1,4 +1,4 @@
-"""The handshake of two neighbours, which share a key through the job's store. Pure, apart from its random numbers.
+"""The handshake of two neighbours that share a key through the job's store. Pure, apart from random numbers.
 
 ::
 
@@ -6,8 +6,9 @@
     downstream -> upstream   nonce_d, HMAC(key, "downstream" | nonce_u | nonce_d)
     upstream -> downstream   HMAC(key, "upstream" | nonce_u | nonce_d)
 
-The key never crosses the connection. Both sides contribute a nonce, so a recorded handshake proves nothing later. The
-role is part of each MAC, so no message can be reflected to its sender. All messages have a fixed length.
+Each MAC also covers the magic number. The key never crosses the connection. Both sides contribute a nonce, so a
+recorded handshake proves nothing later. Each MAC covers the sender's role, so no message can be reflected to its
+sender. All messages have a fixed length.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hmac
 import secrets
 
-#: Says what is spoken here, and in which version. Not a secret: it tells a stray client from somebody who guesses.
+#: Protocol name and version. Not a secret: it distinguishes a stray client from an attacker who guesses the key.
 MAGIC = b"rkrelay\x02"
 
 KEY_BYTES = 32
@@ -28,10 +29,10 @@ CONFIRMATION_BYTES = _MAC_BYTES
 
 
 class UpstreamHandshake:
-    """The side that connects.
+    """The connecting side of the handshake.
 
     Args:
-        key: the listener's key.
+        key: the listener's key, `KEY_BYTES` long.
 
     Attributes:
         hello: the first message.
@@ -50,17 +51,17 @@ class UpstreamHandshake:
 
 
 class DownstreamHandshake:
-    """The side that is connected to.
+    """The listening side of the handshake.
 
     Args:
-        key: the listener's key.
+        key: the listener's key, `KEY_BYTES` long.
         hello: the whole first message from upstream.
     """
 
     def __init__(self, key: bytes, hello: bytes) -> None:
         self.peer_nonce, proof = hello[len(MAGIC) : -_MAC_BYTES], hello[-_MAC_BYTES:]
         self.speaks_our_protocol = hello.startswith(MAGIC)
-        # always computed, so that every wrong hello takes the same time
+        # compute the MAC even without the magic number, so that every wrong hello takes the same time
         is_right = hmac.compare_digest(proof, _mac(key, b"hello", self.peer_nonce))
         self.is_hello_right = is_right and self.speaks_our_protocol
         nonce = secrets.token_bytes(NONCE_BYTES)

@@ -1,7 +1,7 @@
 """Connections of the chain: the upstream rank connects, and both sides prove that they belong to the job.
 
-Upstream says hello, downstream answers, upstream confirms (see `handshake`). Without the confirmation, downstream could
-take a connection that upstream has meanwhile given up because no answer came.
+Upstream sends a hello, downstream answers, upstream confirms (see `handshake`). Without the confirmation, downstream
+could accept a connection that upstream has given up after waiting too long for the answer.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from rankload._relay.handshake import ANSWER_BYTES, UpstreamHandshake
 from rankload.errors import CoordinationError
 
-#: Called again and again during a wait; raises what another rank has failed with.
+#: Check on the other ranks, repeatedly during a wait. Raises another rank's error.
 LookAround = Callable[[], None]
 
-#: Between two looks around.
+#: Interval between two checks on the other ranks.
 LOOK_SECONDS = 0.2
 
-#: How long one address may take to be connected to, and then to answer: the others may be better.
+#: Time limit for connecting to one address, and again for its answer: another address may work.
 _ONE_ADDRESS_SECONDS = 5.0
 
 
@@ -30,9 +30,9 @@ class Link:
     """A connection to another rank.
 
     Attributes:
-        rank: the other one.
-        host: its host's name, for messages.
-        socket: does not block.
+        rank: the other rank.
+        host: name of the other rank's host, for messages.
+        socket: the connection, in non-blocking mode.
     """
 
     rank: int
@@ -44,14 +44,14 @@ def connect(rank: int, host: str, way: dict[str, Any], seconds: float, look_arou
     """Connect to a downstream rank.
 
     Args:
-        rank: its global rank.
-        host: its host's name.
-        way: its `Listener.way`.
-        seconds: after which it counts as out of reach.
-        look_around: called between two attempts.
+        rank: global rank to connect to.
+        host: name of that rank's host.
+        way: the `Listener.way` of that rank.
+        seconds: time after which the rank counts as unreachable.
+        look_around: called before each attempt.
 
     Raises:
-        CoordinationError: no address leads to it.
+        CoordinationError: the rank cannot be reached at any of its addresses.
     """
     deadline = time.monotonic() + seconds
     problems: dict[str, str] = {}
@@ -65,14 +65,14 @@ def connect(rank: int, host: str, way: dict[str, Any], seconds: float, look_arou
         time.sleep(LOOK_SECONDS)
     tried = ", ".join(f"{address}: {problem}" for address, problem in problems.items())
     raise CoordinationError(
-        f"cannot reach rank {rank} on {host} at port {way['port']} ({tried}): a firewall between the nodes, or another "
-        "interface; set GLOO_SOCKET_IFNAME, or pass delivery='read'",
+        f"cannot reach rank {rank} on {host} at port {way['port']} ({tried}): a firewall between the nodes, or the "
+        "wrong interface; set GLOO_SOCKET_IFNAME, or pass delivery='read'",
         unreachable_rank=rank,
     )
 
 
 def prepared(connection: socket.socket) -> socket.socket:
-    """Return a connection whose handshake is over, ready for the relay."""
+    """Make a connection ready for the relay after its handshake, and return it."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setblocking(False)
     return connection

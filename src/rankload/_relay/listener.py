@@ -1,8 +1,8 @@
-"""Listen for the upstream rank on a network where strangers can connect too.
+"""Listen for the upstream rank on a network where strangers can connect, too.
 
-A stranger learns nothing here: the listener reads a whole hello before it compares it, and closes the connection after
-any wrong one, without an answer. A stranger takes little: few connections may be pending, and one that has not shown
-the key makes room for the next.
+A stranger learns nothing: the listener reads a whole hello before it compares the hello, and closes the connection
+after any wrong hello, without an answer. A stranger occupies little: few connections may be pending, and a connection
+that has not shown the key makes room for the next.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from rankload._relay.handshake import CONFIRMATION_BYTES, HELLO_BYTES, KEY_BYTES
 from rankload._relay.links import LOOK_SECONDS, Link, LookAround, prepared
 from rankload.errors import CoordinationError
 
-#: How long a connection may take to show that it is upstream's.
+#: Time limit for a connection to prove that it comes from upstream.
 _CANDIDATE_SECONDS = 30.0
 
-#: Connections that may be pending at a time; the upstream rank has one, rarely a few that it gave up.
+#: Most pending connections. The upstream rank has one, and rarely a few that it gave up.
 _MAX_CANDIDATES = 8
 
-#: Complete hellos in our own protocol with a wrong MAC: somebody guesses, or replays what was recorded. A 256-bit key
-#: cannot be guessed, so the limit is an alarm.
+#: Limit on complete hellos with our magic number and a wrong MAC: the sender guesses, or replays a recording. A 256-bit
+#: key cannot be guessed, so the limit is an alarm.
 _MAX_WRONG = 5
 
-#: Complete hellos that are no hellos at all: port scanners and monitoring probes send some, and harm nobody.
+#: Limit on first messages without our magic number. Port scanners and monitoring probes send some, and do no harm.
 _MAX_RUBBISH = 100
 
 #: How often to choose another port if one is taken on some of the addresses.
@@ -40,18 +40,20 @@ _PORT_ATTEMPTS = 10
 #: Connections that the kernel completes before they are accepted.
 _BACKLOG = 128
 
-#: Before accepting is tried again when the process or the machine has run out of something.
+#: Pause before the next accept() when the process or the machine has run out of descriptors or memory.
 _PAUSE_SECONDS = 0.1
 
 
 class Listener:
-    """Listens for the upstream rank, on the given addresses only. Its key reaches that rank through the job's store.
+    """Listening sockets for the upstream rank, on the given addresses only.
+
+    The listener's key reaches the upstream rank through the job's store.
 
     Args:
-        addresses: numeric addresses of this host; those that cannot be bound are not announced.
+        addresses: numeric addresses of this host. Addresses that cannot be bound are not announced.
 
     Raises (the constructor):
-        CoordinationError: none can be bound.
+        CoordinationError: no address can be bound.
     """
 
     def __init__(self, addresses: Sequence[str]) -> None:
@@ -61,16 +63,16 @@ class Listener:
 
     @property
     def way(self) -> dict[str, Any]:
-        """Return what the upstream rank has to know."""
+        """Facts that the upstream rank needs to connect: addresses, port, and key in hex."""
         return {"addresses": list(self._sockets), "port": self._port, "key": self._key.hex()}
 
     def accept(self, rank: int, host: str, look_around: LookAround) -> Link:
-        """Wait for the upstream rank.
+        """Wait for the upstream rank, and return its connection.
 
-        The wait also ends with what ``look_around`` raises: a failure, or that the upstream rank is lost or stuck.
+        An error of ``look_around`` ends the wait: another rank's failure, or an upstream rank that is lost or stuck.
 
         Raises:
-            CoordinationError: something else keeps connecting.
+            CoordinationError: another process keeps connecting.
         """
         with closing(_Newcomers(self._key, self._port)) as candidates:
             while True:
@@ -86,11 +88,11 @@ class Listener:
 
 
 class _Newcomers:
-    """The connections of which one may be upstream's; none of them keeps another waiting.
+    """Pending connections, one of which may be upstream's. No connection keeps another waiting.
 
     Args:
-        key: the listener's.
-        port: for messages.
+        key: the listener's key.
+        port: the listener's port, for messages.
     """
 
     def __init__(self, key: bytes, port: int) -> None:
@@ -100,12 +102,12 @@ class _Newcomers:
         self._wrong = self._rubbish = 0
 
     def look(self, listening: Collection[socket.socket]) -> socket.socket | None:
-        """Wait a moment for connections and what they say; return the one that is upstream's."""
-        with selectors.PollSelector() as selector:  # needs no descriptor, of which there may be none left
+        """Wait a moment for new connections and messages. Return upstream's connection once it has proved itself."""
+        with selectors.PollSelector() as selector:  # poll(2) needs no descriptor: the process may have none left
             for waiting in (*self._pending, *listening):
                 selector.register(waiting, selectors.EVENT_READ)
             ready = {cast("socket.socket", key.fileobj) for key, _ in selector.select(LOOK_SECONDS)}
-        # first what the pending ones say: a newcomer may push one of them out
+        # read from pending connections first: a newcomer may push one of them out
         for connection in [pending for pending in self._pending if pending in ready]:
             if self._hear(connection):
                 del self._pending[connection]
@@ -118,7 +120,7 @@ class _Newcomers:
         return None
 
     def close(self) -> None:
-        """Close those that are pending."""
+        """Close all pending connections."""
         for connection in [*self._pending]:
             self._drop(connection)
 
@@ -129,11 +131,11 @@ class _Newcomers:
         self._wrong += state is _State.WRONG
         self._rubbish += state is _State.RUBBISH
         if self._wrong >= _MAX_WRONG or self._rubbish >= _MAX_RUBBISH:
-            what = "with a wrong proof of who it is" if self._wrong >= _MAX_WRONG else "and sends something else"
+            what = "with a wrong proof of identity" if self._wrong >= _MAX_WRONG else "with another protocol"
             raise CoordinationError(
                 f"something other than the upstream rank keeps connecting to the relay's port {self._port} of this "
                 f"host, {what} ({self._wrong + self._rubbish} times): a port scanner, another job, or an attacker; "
-                "keep it away from the nodes' ports, choose another network by GLOO_SOCKET_IFNAME, or pass "
+                "block its access to the nodes' ports, choose another network by GLOO_SOCKET_IFNAME, or pass "
                 "delivery='read'",
                 port=self._port,
             )
@@ -144,19 +146,19 @@ class _Newcomers:
             self._drop_oldest()
         try:
             connection, _ = server.accept()
-        except OSError as error:  # gone again; or no descriptor, no memory: what strangers hold is freed first
+        except OSError as error:  # the client is gone; or out of descriptors or memory: free what strangers hold
             if isinstance(error, (BlockingIOError, ConnectionError)):
                 return
             if self._pending:
                 self._drop_oldest()
             else:
-                time.sleep(_PAUSE_SECONDS)  # or this loop would spin: the connection stays ready to be accepted
+                time.sleep(_PAUSE_SECONDS)  # or the loop would spin: the connection stays ready to be accepted
             return
         connection.setblocking(False)
         self._pending[connection] = _Newcomer(connection)
 
     def _drop_oldest(self) -> None:
-        """Drop the oldest candidate, preferably one that has not shown the key."""
+        """Drop the oldest connection, preferably one that has not shown the key."""
         self._drop(min(self._pending, key=lambda connection: self._pending[connection].has_said_hello))
 
     def _drop(self, connection: socket.socket) -> None:
@@ -165,7 +167,7 @@ class _Newcomers:
 
 
 class _State(Enum):
-    """What is known of a candidate."""
+    """The state of a pending connection."""
 
     PENDING = auto()
     PROVED = auto()
@@ -175,7 +177,7 @@ class _State(Enum):
 
 
 class _Newcomer:
-    """Somebody who has connected, and may be the upstream rank."""
+    """A pending connection that may come from the upstream rank."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -185,24 +187,24 @@ class _Newcomer:
 
     @property
     def has_said_hello(self) -> bool:
-        """Whether it has shown the key once; only the confirmation shows that this was no replay."""
+        """Whether the peer has sent a right hello. Only the confirmation proves that the hello was no replay."""
         return self._handshake is not None
 
     @property
     def is_late(self) -> bool:
-        """Whether it has taken too long."""
+        """Whether the peer has exceeded its time limit."""
         return time.monotonic() > self._deadline
 
     def read(self, key: bytes, hellos_seen: set[bytes]) -> _State:
-        """Read what it says, and judge it when the whole message has come.
+        """Read from the connection, and check a message once it is complete.
 
         Args:
-            key: the listener's.
-            hellos_seen: nonces of right hellos so far; the same one again is a replay.
+            key: the listener's key.
+            hellos_seen: nonces of the right hellos so far; a repeated nonce is a replay.
         """
         expected = CONFIRMATION_BYTES if self._handshake else HELLO_BYTES
         try:
-            # not a byte more than the message: what follows the confirmation is for the relay
+            # not a byte beyond the message: the bytes after the confirmation belong to the relay
             more = self._connection.recv(expected - len(self._said))
         except BlockingIOError:
             return _State.PENDING
@@ -231,7 +233,7 @@ class _Newcomer:
 
 
 def _listen(addresses: Sequence[str]) -> dict[str, socket.socket]:
-    """Return a listening socket for each address that can be bound, all on one port if there is one free on all."""
+    """Return a listening socket for each address that can be bound; all share one port if a common port is free."""
     for attempt in range(_PORT_ATTEMPTS):
         sockets: dict[str, socket.socket] = {}
         problems: dict[str, OSError] = {}

@@ -1,4 +1,4 @@
-"""Open the chain over the ranks of a call that take part."""
+"""Connect the participating ranks of a call in a chain."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _KEY = "relay"
 
 
 def open_relay(channel: Channel, source: int, settings: Settings, *, takes_part: bool) -> Relay | None:
-    """Connect the ranks that take part, in a chain that begins at the source. Collective over the channel's ranks.
+    """Connect the participating ranks in a chain that starts at the source. Collective over the channel's ranks.
 
-    The connections are closed when the call ends, after its verdict: so nobody takes a rank that fails for one that was
-    killed.
+    The connections close when the call ends, after its verdict. So no rank mistakes a failing neighbour for a killed
+    one.
 
     Args:
-        channel: of the call. A call opens one relay at most.
-        source: the rank that has the bytes.
+        channel: channel of the call. A call opens at most one relay.
+        source: rank that has the bytes.
         settings: deadlines.
-        takes_part: whether this rank wants them; the source takes part in any case.
+        takes_part: whether this rank wants the bytes; the source always takes part.
 
     Returns:
-        None for a rank that does not take part.
+        This rank's relay; None if it does not take part.
 
     Raises:
         CoordinationError: a rank cannot be reached from its upstream neighbour.
-        RankloadError: whatever another rank has failed with.
+        RankloadError: another rank failed.
     """
     rank = channel.identity.rank
     if rank == source:
@@ -57,7 +57,7 @@ def _member(channel: Channel, listener: Listener | None) -> dict[str, Any]:
 
 
 def _gather(channel: Channel) -> list[list[int]]:
-    """Return the ranks that take part, by machine, the source's machine first and the source first of it."""
+    """Return the participating ranks of each machine; the source's machine and the source come first."""
     source = channel.identity.rank
     by_machine = {_member(channel, None)["machine"]: [source]}
     for rank in range(channel.identity.world_size):
@@ -69,7 +69,7 @@ def _gather(channel: Channel) -> list[list[int]]:
 
 
 def _connected(channel: Channel, order: dict[str, Any], listener: Listener | None, settings: Settings) -> Relay:
-    """Connect to the neighbours, upstream first: so whoever is connected to is there to answer at once."""
+    """Connect to the neighbours, upstream first, so that a connecting rank gets its answer at once."""
     place = neighbours(order["hosts"], channel.identity.rank)
     watch: Watch = channel.watch_over([rank for rank in (place.upstream, *place.downstreams) if rank is not None])
 

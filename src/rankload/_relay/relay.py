@@ -1,7 +1,7 @@
-"""Forward bytes as they arrive: a byte goes on before the next one has come.
+"""Forward bytes to the downstream ranks as they arrive.
 
-After each piece of a block comes the source's tag (see `seal`). A rank passes a tag on only if it fits, so the first
-rank after a fault is the one that reports it; and it returns no block of which a piece has not been verified.
+The source's tag follows each piece of a block (see `seal`). A rank forwards only tags that it has verified, so the
+first rank after a fault reports the fault. A rank returns a block only after it has verified all pieces.
 """
 
 from __future__ import annotations
@@ -20,33 +20,37 @@ from rankload._relay.seal import TAG_BYTES, Seal, pieces
 from rankload._types import Phase, Progress
 from rankload.errors import CoordinationError, ProgressTimeoutError, RankLostError
 
-#: As much as goes through a socket at a time: what was just received is in the cache when it is sent on.
+#: Most bytes in one socket call: received bytes are still in the CPU cache when they are sent on.
 _MAX_BYTES = 256 << 10
 
-#: Between two looks at the other ranks.
+#: Interval between two checks on the other ranks.
 _LOOK_SECONDS = 0.2
 
-#: How long a broken connection waits for word from the rank that broke it: whoever fails tells why before it leaves.
+#: After a connection broke, how long to wait for the other rank's error: a failing rank reports its error, then leaves.
 _WORD_SECONDS = 2.0
 
-#: The most that one wait may count towards a deadline; more means that this process was stopped.
+#: The most that one wait may count towards a deadline; a longer wait means that this process was stopped.
 _MAX_WAIT_SECONDS = 6.0
 
-#: Looks after the other ranks: raises what one has failed with, or that one is lost. Gets this rank's progress.
+#: Check on the other ranks, given this rank's progress. Raises another rank's error, or RankLostError.
 Watch = Callable[[Progress], None]
 
 
 class Relay:
     """This rank's place in the chain.
 
-    Every rank of the chain passes on the same blocks, by their lengths, in the same order.
+    Every rank of the chain transfers blocks of the same lengths in the same order.
 
     Args:
-        upstream: where the bytes come from; None at the source.
-        downstreams: where they go to.
+        upstream: link to the rank that sends the bytes; None at the source.
+        downstreams: links to the ranks that get the bytes next.
         watch: called a few times a second.
-        progress_seconds: the longest time without a byte.
-        key: authenticates the stream; the same on all ranks of the chain, and known to nobody else.
+        progress_seconds: longest time without a byte.
+        key: key that authenticates the stream; all ranks of the chain share it, and nobody else knows it.
+
+    Attributes:
+        bytes_passed: bytes of the stream that this rank has sent or received; tags are not counted.
+        bytes_total: expected length of the stream in bytes; None if unknown.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class Relay:
         self.bytes_total: int | None = None
 
     def send(self, block: Block) -> None:
-        """Send a block to all downstream ranks. At the source."""
+        """Send a block to all downstream ranks. Only the source may call this."""
         assert self.upstream is None
         if not self.downstreams:
             return
@@ -72,13 +76,13 @@ class Relay:
                 self._pass_on_tag(self._seal.next_tag(len(block), end, digest.digest()))
 
     def receive(self, memory: memoryview) -> str:
-        """Fill memory from upstream; return when all downstream ranks have been sent it, too.
+        """Fill memory with a block from upstream. Return after the block was sent to all downstream ranks, too.
 
         Returns:
             The SHA-256 of the block, in hex.
 
         Raises:
-            CoordinationError: what came is not what the source sent. The memory is not to be used.
+            CoordinationError: the bytes differ from the source's. The memory must not be used.
         """
         memory = memory.cast("B")
         with BackgroundDigest() as digest:
@@ -102,14 +106,14 @@ class Relay:
         *,
         is_counted: bool = True,
     ) -> None:
-        """Move some bytes along.
+        """Receive the rest of some bytes, and send all of them on.
 
         Args:
-            memory: where they are, or where to receive them.
-            links: where to send them.
-            ready: how many of them are there already.
-            hear: gets those that are received, in order.
-            is_counted: whether they count as bytes of the stream.
+            memory: the bytes, or the place to receive them.
+            links: links to send the bytes to.
+            ready: number of bytes that are in ``memory`` already.
+            hear: called with received bytes, in order.
+            is_counted: whether the bytes count as bytes of the stream.
         """
         length, sent = len(memory), [0] * len(links)
         while ready < length or min(sent, default=length) < length:
@@ -158,7 +162,7 @@ class Relay:
             poll.register(self.upstream.socket, select.POLLIN)
         for link in links:
             poll.register(link.socket, select.POLLOUT)
-        self._still.skip()  # the time that this rank has spent on something else
+        self._still.skip()  # this rank may have spent the time since the last count on other work
         if poll.poll(_LOOK_SECONDS * 1000):
             return
         self._look()
@@ -187,15 +191,15 @@ class Relay:
         link = self.upstream
         assert link is not None
         return CoordinationError(
-            f"what came from rank {link.rank} on {link.host} is not what the source has sent, somewhere before byte "
-            f"{self.bytes_passed} of the stream: something between the nodes changes the bytes; nothing is loaded "
-            "from them; check the network, choose another one by GLOO_SOCKET_IFNAME, or pass delivery='read'",
+            f"the bytes from rank {link.rank} on {link.host} differ from those that the source sent, before byte "
+            f"{self.bytes_passed} of the stream: something between the nodes changes them; nothing was loaded from "
+            "them; check the network, choose another one by GLOO_SOCKET_IFNAME, or pass delivery='read'",
             upstream_rank=link.rank,
             upstream_host=link.host,
         )
 
     def _lost(self, link: Link, error: OSError | None) -> RankLostError:
-        """Return the error for a broken connection, unless the other rank has said why it left: raise that."""
+        """Return the error for a broken connection. If the other rank reports its own error in time, raise that."""
         deadline = time.monotonic() + _WORD_SECONDS
         while time.monotonic() < deadline:
             self._look()
@@ -203,7 +207,7 @@ class Relay:
                 time.sleep(0.05)
         why = "closed" if error is None else error.strerror or str(error)
         return RankLostError(
-            f"the connection to rank {link.rank} on {link.host} broke ({why}): it was killed, or its node or the "
+            f"the connection to rank {link.rank} on {link.host} broke ({why}): the rank was killed, or its node or the "
             "network failed",
             lost_rank=link.rank,
             lost_host=link.host,

@@ -6,14 +6,14 @@ import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-#: Less is not worth handing to another thread: small blocks are hashed by the caller.
+#: Smaller amounts are not worth a switch to another thread: the caller hashes small blocks.
 _WORTH_HANDING_OVER_BYTES = 256 << 10
 
 
 class BackgroundDigest:
-    """Hashes on a second thread, so that hashing does not add to the time that sockets take. Use as a context manager.
+    """A SHA-256 that is computed on a second thread while sockets transfer bytes. Use as a context manager.
 
-    hashlib lets go of the GIL. Memory passed to `update` must stay as it is until the next `digest`.
+    hashlib releases the GIL. Memory passed to `update` must not change until the next `digest`.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class BackgroundDigest:
         self._last: Future[None] | None = None
 
     def update(self, memory: memoryview) -> None:
-        """Add bytes."""
+        """Add bytes to the digest."""
         self._collected.append(memory)
         self._collected_bytes += len(memory)
         if self._collected_bytes >= _WORTH_HANDING_OVER_BYTES:

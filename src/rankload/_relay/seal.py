@@ -1,8 +1,8 @@
-"""Authenticate what goes through the chain. Pure.
+"""Authenticate the bytes that go through the chain. Pure.
 
-The source tags each piece of a block with an HMAC. Its key reaches the ranks through the job's store, so whoever sits
+The source tags each piece of a block with an HMAC. The key reaches the ranks through the job's store. An attacker
 between two nodes can read the bytes, but cannot change, drop, repeat or reorder pieces unnoticed. A tag covers the
-SHA-256 of the block up to the end of its piece: one pass over the bytes gives both the tags and the block's digest.
+SHA-256 of the block up to the end of its piece, so one pass over the bytes gives the tags and the block's digest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 KEY_BYTES = 32
 TAG_BYTES = 32
 
-#: Bytes between two tags: no rank passes on more that it has not verified.
+#: Bytes between two tags: a rank forwards at most this many bytes before it verifies them.
 PIECE_BYTES = 1 << 20
 
 _LABEL = b"rankload relay piece\0"
@@ -27,16 +27,16 @@ def new_key() -> bytes:
 
 
 def pieces(length: int) -> Iterator[tuple[int, int]]:
-    """Yield where the pieces of a block of this length begin and end."""
+    """Yield begin and end, in bytes, of the pieces of a block of this length."""
     for begin in range(0, length, PIECE_BYTES):
         yield begin, min(begin + PIECE_BYTES, length)
 
 
 class Seal:
-    """Makes the tags of one stream in their order. Source and receivers come to the same ones.
+    """The tags of one stream, in order. Source and receivers compute the same tags.
 
     Args:
-        key: the stream's, from `new_key`.
+        key: key of the stream, from `new_key`.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -46,9 +46,9 @@ class Seal:
         """Return the tag of the next piece of the stream.
 
         Args:
-            block_bytes: length of the block that it belongs to.
-            end: where in the block it ends.
-            digest: SHA-256 of the block up to there.
+            block_bytes: length of the piece's block.
+            end: end of the piece in the block, in bytes.
+            digest: SHA-256 of the block up to ``end``.
         """
         message = _LABEL + struct.pack("<QQQ", self._count, block_bytes, end) + digest
         self._count += 1
