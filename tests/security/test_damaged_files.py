@@ -354,7 +354,7 @@ def _without_storages(path: Path, others: Any) -> Path:
 @pytest.mark.parametrize("load", OPENED.values(), ids=OPENED)
 def test_a_legacy_storage_that_is_nowhere_in_the_file_is_an_error(tmp_path, load):
     path = _without_storages(tmp_path / "nowhere.pth", {})
-    with pytest.raises(rankload.RankloadError, match=r"storage '[0-9]+' is nowhere in it"):
+    with pytest.raises(rankload.RankloadError, match=r"storage '[0-9]+' is missing"):
         load(path)
 
 
@@ -480,12 +480,12 @@ def _with_pickle(path: Path, value: bytes) -> Path:
 #: torch would take hours to say no, or gigabytes, or give memory that was never written to.
 ENDLESS = {
     "name of a class": (b"c" + b"m" * (1 << 20) + b"\nx\n)R", "names a class or function by more than"),
-    "text that is called": (b"X\x00\x00\x10\x00" + b"m" * (1 << 20) + b")R", "calls what is no function"),
-    "text too long to be kept": (b"X\x01\x00\x00\x01" + b"m" * ((1 << 24) + 1) + b")R", "calls what is no function"),
-    "tensor of a size": (b"ctorch\nFloatTensor\nK\x40\x85R", r"a torch\.FloatTensor of a size"),
-    "new tensor of a size": (b"ctorch\nTensor\nK\x40\x85\x81", r"a torch\.Tensor of a size"),
-    "storage of a size": (b"ctorch.storage\nUntypedStorage\nK\x40\x85R", r"a torch\.storage\.UntypedStorage of a size"),
-    "bytearray of a size": (b"c__builtin__\nbytearray\nJ\x00\x00\x00\x7f\x85R", "a bytearray of a size"),
+    "text that is called": (b"X\x00\x00\x10\x00" + b"m" * (1 << 20) + b")R", "calls what is not a function"),
+    "text too long to be kept": (b"X\x01\x00\x00\x01" + b"m" * ((1 << 24) + 1) + b")R", "calls what is not a function"),
+    "tensor of a size": (b"ctorch\nFloatTensor\nK\x40\x85R", r"a torch\.FloatTensor with a size"),
+    "new tensor of a size": (b"ctorch\nTensor\nK\x40\x85\x81", r"a torch\.Tensor with a size"),
+    "storage of a size": (b"ctorch.storage\nUntypedStorage\nK\x40\x85R", "UntypedStorage with a size"),
+    "bytearray of a size": (b"c__builtin__\nbytearray\nJ\x00\x00\x00\x7f\x85R", "a bytearray with a size"),
 }
 
 
@@ -526,7 +526,7 @@ def _with_hidden_listing(path: Path) -> Path:
 def test_an_archive_with_two_listings_is_an_error(tmp_path, load):
     path = _with_hidden_listing(tmp_path / "two.pth")
     assert torch.load(path, weights_only=True)["a"].tolist() == [0] * 4  # it does not look into the other tensor
-    with pytest.raises(rankload.RankloadError, match="in another way"):
+    with pytest.raises(rankload.RankloadError, match="could see other members"):
         load(path)
 
 

@@ -1,1 +1,1 @@
-"""File formats of checkpoints: what they are, and where each tensor lies in them."""
+"""File formats of checkpoints: detect the format, check the file, and find each tensor's bytes."""

@@ -1,4 +1,4 @@
-"""The one way in which the format modules say that a file is not what it claims to be."""
+"""Errors of the format modules for files that contradict their own format."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from rankload._text import cut, printable
 
 
 class BrokenFileError(ValueError):
-    """The file contradicts its own format; the text says how. Never reaches a user: others make it theirs.
+    """The file contradicts its own format. Callers translate this error, so it never reaches a user.
 
-    The text may hold names from the file. Unprintable characters and line breaks are escaped, and long texts are cut.
+    The text may contain names from the file. Unprintable characters and line breaks are escaped; long texts are cut.
     """
 
     def __init__(self, text: str) -> None:
@@ -16,4 +16,4 @@ class BrokenFileError(ValueError):
 
 
 class CutOffError(BrokenFileError):
-    """What was to be read continues past the last byte that was given."""
+    """The content continues past the last byte that the reader was given."""

@@ -1,4 +1,4 @@
-"""What the index knows of a tensor: dtype, shape, strides, and where its bytes are. Pure; no torch."""
+"""Index entries of tensors and storages: dtype, shape, strides, and byte ranges. Pure; no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from rankload._formats.broken import BrokenFileError
 
-#: Bytes of one element, by torch's name of the dtype; of float4_e2m1fn_x2 an element is a pair.
+#: Bytes of one element, by torch's name of the dtype. An element of float4_e2m1fn_x2 is a pair.
 ITEM_BYTES = MappingProxyType(
     {
         **dict.fromkeys(("bool", "uint8", "int8", "quint8", "qint8", "quint4x2", "quint2x4", "float4_e2m1fn_x2"), 1),
@@ -25,15 +25,15 @@ ITEM_BYTES = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class StorageEntry:
-    """Bytes in a file that one or more tensors are views of.
+    """A storage in a file: bytes that one or more tensors are views of.
 
     Attributes:
-        key: its name in the file; equal keys of one file are one storage.
-        file: the file's name, relative to the checkpoint's own.
-        offset: of its first byte in that file.
-        length: its bytes.
-        dtype: torch's name, without ``torch.``, of its elements; ``"uint8"`` for untyped ones.
-        location: the tag that map_location maps: ``"cpu"``, ``"cuda:0"``.
+        key: name of the storage in the file; equal keys of one file mean one storage.
+        file: name of the file, relative to the checkpoint's own file.
+        offset: offset of the first byte in the file.
+        length: length in bytes.
+        dtype: torch's name of the elements' dtype, without ``torch.``; ``"uint8"`` for an untyped storage.
+        location: location tag, which map_location maps: ``"cpu"``, ``"cuda:0"``.
     """
 
     key: str
@@ -46,18 +46,18 @@ class StorageEntry:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor.
+    """A tensor in a file.
 
     Attributes:
-        name: where it is in the checkpoint: its key, those of nested dicts joined with dots.
+        name: key of the tensor in the checkpoint; keys of nested dicts are joined with dots.
         dtype: torch's name without ``torch.``: ``"bfloat16"``.
         shape: elements per dimension.
-        stride: in elements, as torch counts them.
-        storage: what it is a view of; tensors that are tied have equal ones.
-        storage_offset: of its first element in the storage, in bytes.
-        requires_grad: as it was saved.
-        is_parameter: an ``nn.Parameter``.
-        is_plain: False where it is of another class, or has attributes: only torch.load builds it with those.
+        stride: stride per dimension, in elements.
+        storage: storage that holds the elements; tied tensors have equal storages.
+        storage_offset: offset of the first element in the storage, in bytes.
+        requires_grad: saved value of ``requires_grad``.
+        is_parameter: whether the tensor is an ``nn.Parameter``.
+        is_plain: False for a tensor of another class, or with attributes, which only torch.load restores.
     """
 
     name: str
@@ -82,41 +82,41 @@ class TensorEntry:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all its elements."""
+        """Bytes of all elements."""
         return self.element_count * self.item_bytes
 
     @property
     def file(self) -> str:
-        """Name of the file that it lies in."""
+        """Name of the tensor's file."""
         return self.storage.file
 
     @property
     def storage_key(self) -> str:
-        """Name of its storage in that file."""
+        """Name of the storage in the file."""
         return self.storage.key
 
     @property
     def offset(self) -> int:
-        """Offset of its first byte in the file."""
+        """Offset of the tensor's first byte in the file."""
         return self.storage.offset + self.storage_offset
 
     @property
     def length(self) -> int:
-        """Bytes from its first to its last element, those between them included."""
-        if self.dtype not in ITEM_BYTES:  # a newer format's: all that its storage has
+        """Bytes from the first element to the last, including any gaps."""
+        if self.dtype not in ITEM_BYTES:  # a dtype of a newer format, whose size is unknown: use the whole storage
             return self.storage.length
         return span_bytes(self.shape, self.stride, self.item_bytes)
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its elements lie one after the other, in order."""
+        """Whether the elements lie one after the other, in order."""
         return self.length == self.size_bytes and all(
             size == 1 or stride == expected
             for size, stride, expected in zip(self.shape, self.stride, contiguous_stride(self.shape), strict=True)
         )
 
     def named(self, name: str) -> TensorEntry:
-        """Return the same under another name."""
+        """Return the entry with another name."""
         return replace(self, name=name)
 
 
@@ -126,7 +126,7 @@ _MAX_SIZE = (1 << 63) - 1
 
 
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides, in elements, of a tensor whose elements lie in order."""
+    """Return the strides, in elements, of a contiguous tensor."""
     strides, stride = [], 1
     for size in reversed(shape):
         strides.append(stride)
@@ -135,7 +135,7 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def span_bytes(shape: Sequence[int], stride: Sequence[int], item_bytes: int) -> int:
-    """Return the bytes from the first to the last element of a view."""
+    """Return the bytes from the first element of a view to the last."""
     if 0 in shape:
         return 0
     last: int = sum(map(mul, shape, stride)) - sum(stride)  # the sum of (size - 1) * step
@@ -143,15 +143,15 @@ def span_bytes(shape: Sequence[int], stride: Sequence[int], item_bytes: int) -> 
 
 
 def are_sizes(*numbers: int) -> bool:
-    """Return whether torch could count so: it does in 64 bits, with a sign."""
+    """Return whether all numbers are valid sizes: not negative, and within torch's signed 64 bits."""
     return not numbers or (min(numbers) >= 0 and max(numbers) <= _MAX_SIZE)
 
 
 def checked(entry: TensorEntry) -> TensorEntry:
-    """Return a tensor's entry if it lies within its storage.
+    """Return a tensor's entry if the tensor lies within its storage.
 
     Raises:
-        BrokenFileError: it does not: it would read what is not its own.
+        BrokenFileError: the tensor reaches beyond its storage, into bytes of something else.
     """
     end = entry.storage_offset + entry.length
     are_sound = entry.storage_offset >= 0 and are_sizes(entry.element_count, *entry.shape, *entry.stride)

@@ -1,4 +1,4 @@
-"""What a directory holds that was given for a checkpoint, for messages."""
+"""Advice for users who pass a directory as a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rankload._text import printable
 
-#: The name of what torch.distributed.checkpoint writes last (torch/distributed/checkpoint/filesystem.py).
+#: File that torch.distributed.checkpoint writes last (torch/distributed/checkpoint/filesystem.py).
 _DCP_METADATA = ".metadata"
 
 
 def hint_on_directory(path: Path) -> str:
-    """Return what to do instead, to be appended to a message; empty for what is no directory."""
+    """Return advice to append to an error message; empty if the path is not a directory."""
     with suppress(OSError):
         if not path.is_dir():
             return ""

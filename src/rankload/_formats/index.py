@@ -1,4 +1,4 @@
-"""The index of a checkpoint: every tensor's entry by name, and what is there besides tensors."""
+"""The index of a checkpoint: every tensor's entry by name, and all values that are not tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rankload._formats.pickle_values import NotUnderstoodError
 
 ByteOrder = Literal["little", "big"]
 
-#: Bound the walk through content whose parts are in it many times over: a million tensors have names of 100 MB.
+#: Limits on the walk through content that contains the same parts many times over. The names of a million tensors have
+#: about 100 MB.
 _MAX_VALUES = 2_000_000
 _MAX_CHARACTERS = 1 << 27
 _MAX_DEPTH = 100
@@ -24,13 +25,14 @@ _TENSORS_AND_CONTAINERS = (TensorEntry, *_CONTAINERS)
 
 @dataclass(frozen=True)
 class FileIndex:
-    """What one file's headers say.
+    """The index of one file, from its headers.
 
     Attributes:
-        content: as saved, with a `TensorEntry` (without a name yet) in the place of each tensor.
-        byte_order: of the elements; None where the file does not say. Then it is little, as far as is known.
-        is_exact: apart from tensors and what is `Unbuilt`, the content is what torch.load would return.
-        storages: all that the pickle mentions, in that order.
+        content: saved content, with a `TensorEntry` (without a name yet) in the place of each tensor.
+        byte_order: byte order of the elements; None if the file does not say. Such files are little-endian as far as
+            we know.
+        is_exact: whether the content is what torch.load would return, apart from tensors and `Unbuilt` objects.
+        storages: all storages that the pickle mentions, in that order.
     """
 
     content: Any
@@ -41,17 +43,17 @@ class FileIndex:
 
 @dataclass(frozen=True)
 class Index:
-    """What a whole checkpoint has.
+    """The index of a whole checkpoint.
 
     Attributes:
         tensors: entries by name, in the order in which they were saved.
-        remainder: everything else by name: epochs, hyperparameters; what is not built without torch.load is an
-            `Unbuilt`, which names it.
-        byte_orders: of the elements, by file.
-        metadata: the free-form texts of safetensors files.
-        content: as saved, nested as it is, with entries in the place of tensors.
-        storages: all that there are, of tensors or not.
-        is_exact: as in `FileIndex`.
+        remainder: all other values by name: epochs, hyperparameters. An `Unbuilt` stands for an object that only
+            torch.load can build.
+        byte_orders: byte order of the elements, by file.
+        metadata: free-form texts of safetensors files.
+        content: saved content with its nesting, and entries in the place of tensors.
+        storages: all storages, including those that no tensor uses.
+        is_exact: see `FileIndex`.
     """
 
     tensors: Mapping[str, TensorEntry]
@@ -67,7 +69,7 @@ def flatten(index: FileIndex, file: str) -> Index:
     """Name the tensors of nested content by their keys, joined with dots.
 
     Raises:
-        NotUnderstoodError: it is nested too deeply, or forever, or long keys are repeated in too many names.
+        NotUnderstoodError: the content is nested too deeply, or contains itself, or its names are too long in total.
     """
     tensors: dict[str, TensorEntry] = {}
     remainder: dict[str, Any] = {}
@@ -96,7 +98,7 @@ def flatten(index: FileIndex, file: str) -> Index:
 
 
 def _leaves(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield what is no container, with the keys that lead to it. Lists without a tensor in them stay whole."""
+    """Yield each leaf with the keys that lead to the leaf. A list without tensors is one leaf."""
     levels: list[tuple[tuple[str, ...], Iterator[tuple[Any, Any]]]] = []
     path: tuple[str, ...] = ()
     value, count = content, 0
@@ -118,7 +120,7 @@ def _leaves(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _items(value: Any, *, is_top: bool) -> Iterator[tuple[Any, Any]] | None:
-    """Return what is in a container whose parts have names of their own; None for anything else."""
+    """Return the keys and values of a container whose values get names of their own; None for a leaf."""
     if isinstance(value, dict) and (value or is_top):
         return iter(value.items())
     if type(value) in (list, tuple) and any(type(item) in _TENSORS_AND_CONTAINERS for item in value):

@@ -1,4 +1,4 @@
-"""The memo of a pickle: values that it mentions again, by numbers."""
+"""The memo of a pickle: numbered values that the pickle refers to again."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any
 from rankload._formats.broken import BrokenFileError
 from rankload._formats.pickle_values import NotUnderstoodError
 
-#: Stands where nothing has been put, between two numbers.
+#: Placeholder for numbers without a value.
 _NOT_KEPT = object()
 
-#: Python 2 began at 1. A few bytes could leave gigabytes out.
+#: Most numbers without a value. Python 2 began at 1. Without a limit, a few bytes could make the list gigabytes long.
 _MAX_GAPS = 1024
 
 
 class PickleMemo:
-    """A list: of a dict, the file could choose numbers that take it long to find."""
+    """A memo, kept in a list: for a dict, a crafted file could choose numbers whose hashes collide."""
 
     def __init__(self) -> None:
         self._values: list[Any] = []
         self._gaps_left = _MAX_GAPS
 
     def get(self, number: int) -> Any:
-        """Return what was put there.
+        """Return the value with a number.
 
         Raises:
-            IndexError, NotUnderstoodError: nothing was.
+            IndexError, NotUnderstoodError: no value has the number.
         """
         value = self._values[number]
         if value is _NOT_KEPT:
@@ -33,10 +33,10 @@ class PickleMemo:
         return value
 
     def put(self, number: int, value: Any) -> None:
-        """Keep a value.
+        """Store a value under a number.
 
         Raises:
-            BrokenFileError: too many numbers would be left out.
+            BrokenFileError: too many numbers would have no value.
         """
         values = self._values
         if number > len(values):
@@ -47,10 +47,10 @@ class PickleMemo:
         values[number : number + 1] = [value]
 
     def append(self, value: Any) -> None:
-        """Keep a value under the next number.
+        """Store a value under the next number.
 
         Raises:
-            NotUnderstoodError: unpicklers disagree which that is, since others were left out.
+            NotUnderstoodError: numbers were skipped before, and unpicklers disagree about the next number then.
         """
         if self._gaps_left < _MAX_GAPS:
             raise NotUnderstoodError("a malformed pickle")

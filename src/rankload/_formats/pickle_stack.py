@@ -1,8 +1,8 @@
-"""What the operations of a pickle mean: a stack and a memo of plain values, and of notes of what is not built.
+"""Carry out the operations of a pickle on a stack and a memo of plain values.
 
-Nothing is imported, and nothing called but what the caller lists. There is nothing that a file could execute, and
-nothing grows beyond the file: the standard unpickler with harmless stubs would not do, a crafted file makes it allocate
-(``LONG_BINPUT`` sizes its memo), recurse, and hash nested tuples forever.
+Nothing is imported, and only the caller's builders are called; other objects become `Unbuilt` notes. A file can execute
+nothing, and memory stays proportional to the file. The standard unpickler with harmless stubs is not safe enough: a
+crafted file makes it allocate (``LONG_BINPUT`` sizes its memo), recurse, and hash nested tuples forever.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ _MAX_INTEGER_BYTES = 256
 
 
 class PickleStack:
-    """Carries out operations one by one; each gets the place of its argument in the content.
+    """The stack of a pickle machine, with one method per operation.
+
+    Each operation gets ``start`` and ``end``: the range of its argument in the content.
 
     Args:
-        content: all bytes.
-        builders: what may be called, and by what that is replaced. Called with plain values.
-        load_persistent: gives the value of a persistent id, as for ``pickle.Unpickler``.
+        content: all bytes of the pickles.
+        builders: replacement for each function that a pickle may call. Builders get plain values.
+        load_persistent: returns the value of a persistent id, as for ``pickle.Unpickler``.
 
     Attributes:
-        is_exact: nothing that the standard unpickler would do was left out or done otherwise, besides what the
-            builders do and what is `Unbuilt`.
-        doubt: what was not understood first, and is `Unbuilt`; empty if nothing was. What follows is read all the same:
-            a file that is broken is refused, whatever else is in it.
+        is_exact: whether all values are what the standard unpickler would make, apart from the builders' results and
+            `Unbuilt` objects.
+        doubt: the first thing that was not understood, and became `Unbuilt`; empty if all was. Reading continues after
+            a doubt, so that a broken file is still refused.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class PickleStack:
         self.clear()
 
     def clear(self) -> None:
-        """Begin with another pickle."""
+        """Reset the stack for another pickle."""
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo = PickleMemo()
@@ -62,7 +64,7 @@ class PickleStack:
 
     @property
     def nearest_text(self) -> str:
-        """The uppermost text, cut for a message: usually the name of the tensor that is being made."""
+        """The uppermost string, shortened for a message: usually the name of the current tensor."""
         text = next((value for value in reversed(self._stack) if type(value) is str), "")
         return cut(text, MAX_SHOWN_NAME_LENGTH)
 
@@ -71,17 +73,17 @@ class PickleStack:
         self._stack.append(value)
 
     def unsigned(self, start: int, end: int) -> int:
-        """Return the integer that stands there: of 1, 2, 4 or 8 bytes."""
+        """Return the unsigned little-endian integer at ``start`` to ``end``: 1, 2, 4 or 8 bytes."""
         return _UNSIGNED[end - start](self._content, start)[0]  # type: ignore[no-any-return]
 
     def _bytes(self, start: int, end: int) -> bytes | None:
-        """Return an argument; None where it is too long to be kept."""
+        """Return an argument's bytes; None if the argument is too long to keep."""
         return self._content[start:end] if end - start <= _MAX_TEXT_BYTES else None
 
     # Values
 
     def push_unicode(self, start: int, end: int) -> None:
-        """Text, in UTF-8, as the standard unpickler reads it: half a surrogate pair is a character of its own."""
+        """Push a string from UTF-8. Lone surrogates are allowed, as in the standard unpickler."""
         raw = self._bytes(start, end)
         if raw is None:
             self._stack.append(_TOO_LONG)
@@ -94,7 +96,7 @@ class PickleStack:
         self._stack.append(text)
 
     def push_text(self, start: int, end: int) -> None:
-        """Text of Python 2, in an encoding that the file does not tell."""
+        """Push a Python 2 string, whose encoding the file does not name."""
         raw = self._bytes(start, end)
         if raw is None:
             self._stack.append(_TOO_LONG)
@@ -105,41 +107,41 @@ class PickleStack:
         self._stack.append(text)
 
     def push_bytes(self, start: int, end: int) -> None:
-        """Bytes."""
+        """Push bytes."""
         raw = self._bytes(start, end)
         self._stack.append(_TOO_LONG if raw is None else raw)
 
     def push_bytearray(self, start: int, end: int) -> None:
-        """The same, which can be written to; here it cannot."""
+        """Push a bytearray, as bytes."""
         self.is_exact = False
         self.push_bytes(start, end)
 
     def push_line(self, start: int, end: int) -> None:
-        """A value of protocol 0, as text up to the end of the line."""
-        self.is_exact = False  # how a text is quoted has changed over time
+        """Push a value of protocol 0: text up to the end of the line."""
+        self.is_exact = False  # the quoting of strings has changed over time
         operation = chr(self._content[start - 1])
         raw = self._bytes(start, end - 1)
         self._stack.append(_TOO_LONG if raw is None else value_of_line(operation, raw))
 
     def push_byte(self, start: int, end: int) -> None:
-        """An integer of one byte: most are that short, and this is much quicker."""
+        """Push an integer of one byte. Most integers are that short, and this is much faster."""
         self._stack.append(self._content[start])
 
     def push_unsigned(self, start: int, end: int) -> None:
-        """An integer of two bytes."""
+        """Push an integer of two bytes."""
         self._stack.append(_UNSIGNED_2(self._content, start)[0])
 
     def push_signed(self, start: int, end: int) -> None:
-        """An integer."""
+        """Push a signed integer."""
         is_short = end - start <= _MAX_INTEGER_BYTES
         self._stack.append(int.from_bytes(self._content[start:end], "little", signed=True) if is_short else _TOO_LONG)
 
     def push_float(self, start: int, end: int) -> None:
-        """A float."""
+        """Push a float."""
         self._stack.append(float_of_bytes(self._content[start:end]))
 
     def push_global(self, start: int, end: int) -> None:
-        """The name of a class or function: two lines."""
+        """Push the name of a class or function: two lines."""
         if end - start > _MAX_NAME_LENGTH:
             raise BrokenFileError(_NAME_TOO_LONG)
         raw = self._content[start:end]
@@ -147,7 +149,7 @@ class PickleStack:
         self._stack.append(GlobalName(module, name))
 
     def make_global(self, start: int, end: int) -> None:
-        """The same, from two texts on the stack."""
+        """Push the name of a class or function, from two strings on the stack."""
         name, module = self._stack.pop(), self._stack.pop()
         if not (type(module) is str and type(name) is str):
             raise NotUnderstoodError("a malformed pickle")
@@ -156,47 +158,47 @@ class PickleStack:
         self._stack.append(GlobalName(module, name))
 
     def load_persistent(self, start: int, end: int) -> None:
-        """The value of the persistent id on the stack."""
+        """Replace the persistent id on the stack by its value."""
         self._stack.append(self._made(self._load, self._stack.pop()))
 
     # The memo
 
     def push_memo(self, start: int, end: int) -> None:
-        """What was kept."""
+        """Push a value of the memo, by a number of four bytes."""
         self._stack.append(self._memo.get(_UNSIGNED_4(self._content, start)[0]))
 
     def put_memo(self, start: int, end: int) -> None:
-        """Keep the uppermost value."""
+        """Store the uppermost value in the memo, under a number of four bytes."""
         self._memo.put(_UNSIGNED_4(self._content, start)[0], self._stack[-1])
 
     def push_memo_of_byte(self, start: int, end: int) -> None:
-        """The same as push_memo, with a number of one byte."""
+        """Push a value of the memo, by a number of one byte."""
         self._stack.append(self._memo.get(self._content[start]))
 
     def put_memo_of_byte(self, start: int, end: int) -> None:
-        """The same as put_memo, with a number of one byte."""
+        """Store the uppermost value in the memo, under a number of one byte."""
         self._memo.put(self._content[start], self._stack[-1])
 
     def push_memo_line(self, start: int, end: int) -> None:
-        """The same as push_memo, of protocol 0."""
+        """Push a value of the memo, by a number of protocol 0 (text)."""
         self._stack.append(self._memo.get(number_of_line(self._content[start:end])))
 
     def put_memo_line(self, start: int, end: int) -> None:
-        """The same as put_memo, of protocol 0."""
+        """Store the uppermost value in the memo, under a number of protocol 0 (text)."""
         self._memo.put(number_of_line(self._content[start:end]), self._stack[-1])
 
     def memoize(self, start: int, end: int) -> None:
-        """Keep the uppermost value under the next number."""
+        """Store the uppermost value in the memo, under the next number."""
         self._memo.append(self._stack[-1])
 
     # The stack
 
     def mark(self, start: int, end: int) -> None:
-        """Remember how high the stack is."""
+        """Mark the current height of the stack."""
         self._marks.append(len(self._stack))
 
     def pop(self, start: int, end: int) -> None:
-        """Drop a value, or a mark."""
+        """Drop the uppermost value or mark."""
         if self._marks and self._marks[-1] == len(self._stack):
             self._marks.pop()
         else:
@@ -207,7 +209,7 @@ class PickleStack:
         self._take_to_mark()
 
     def duplicate(self, start: int, end: int) -> None:
-        """The uppermost value once more."""
+        """Push the uppermost value again."""
         self._stack.append(self._stack[-1])
 
     def _take_to_mark(self) -> list[Any]:
@@ -219,32 +221,32 @@ class PickleStack:
     # Containers
 
     def make_tuple(self, start: int, end: int) -> None:
-        """A tuple of all values above the mark."""
+        """Make a tuple of all values above the mark."""
         self._stack.append(tuple(self._take_to_mark()))
 
     def make_tuple_of_1(self, start: int, end: int) -> None:
-        """A tuple of one value."""
+        """Make a tuple of one value."""
         self._stack[-1:] = [(self._stack[-1],)]
 
     def make_tuple_of_2(self, start: int, end: int) -> None:
-        """A tuple of two values."""
+        """Make a tuple of two values."""
         self._stack[-2:] = [tuple(self._stack[-2:])]
 
     def make_tuple_of_3(self, start: int, end: int) -> None:
-        """A tuple of three values."""
+        """Make a tuple of three values."""
         self._stack[-3:] = [tuple(self._stack[-3:])]
 
     def make_list(self, start: int, end: int) -> None:
-        """A list of all values above the mark."""
+        """Make a list of all values above the mark."""
         self._stack.append(self._take_to_mark())
 
     def append(self, start: int, end: int) -> None:
-        """One more item."""
+        """Append one item to a list."""
         item = self._stack.pop()
         self._extend([item])
 
     def appends(self, start: int, end: int) -> None:
-        """More items: all above the mark."""
+        """Append all values above the mark to a list."""
         self._extend(self._take_to_mark())
 
     def _extend(self, items: list[Any]) -> None:
@@ -257,18 +259,18 @@ class PickleStack:
             self.is_exact = False
 
     def make_dict(self, start: int, end: int) -> None:
-        """A dict of all values above the mark."""
+        """Make a dict of all keys and values above the mark."""
         items = self._take_to_mark()
         self._stack.append({})
         self._update(items)
 
     def set_item(self, start: int, end: int) -> None:
-        """One more key and its value."""
+        """Add one key and its value to a dict."""
         value, key = self._stack.pop(), self._stack.pop()
         self._update([key, value])
 
     def set_items(self, start: int, end: int) -> None:
-        """More keys and values: all above the mark."""
+        """Add all keys and values above the mark to a dict."""
         self._update(self._take_to_mark())
 
     def _update(self, items: list[Any]) -> None:
@@ -287,44 +289,44 @@ class PickleStack:
             self.is_exact = False
 
     def make_frozen_set(self, start: int, end: int) -> None:
-        """A set, not built: its items may be slow to hash."""
+        """Make a frozenset, as `Unbuilt`: its items may be slow to hash."""
         self._stack.append(Unbuilt(GlobalName("builtins", "frozenset"), (self._take_to_mark(),)))
 
     def add_items(self, start: int, end: int) -> None:
-        """More items of a set."""
+        """Add all values above the mark to a set."""
         items = self._take_to_mark()
         self._stack[-1].arguments[0].extend(items)  # only EMPTY_SET pushes such
 
     # Objects
 
     def reduce(self, start: int, end: int) -> None:
-        """Call a function, or note it."""
+        """Call a builder, or note the call as `Unbuilt`."""
         arguments, function = self._stack.pop(), self._stack.pop()
         self._stack.append(self._call(function, arguments))
 
     def new_object_with_keywords(self, start: int, end: int) -> None:
-        """Note an object that is made with keywords."""
+        """Note an object that is made with keyword arguments."""
         keywords, arguments, function = self._stack.pop(), self._stack.pop(), self._stack.pop()
         self._stack.append(Unbuilt(function if isinstance(function, GlobalName) else None, (arguments, keywords)))
 
     def make_object(self, start: int, end: int) -> None:
-        """The same as reduce, of protocol 0."""
+        """Call a builder, or note the call, for the OBJ operation of protocol 0."""
         function, *arguments = self._take_to_mark()
         self._stack.append(self._call(function, tuple(arguments)))
 
     def make_instance(self, start: int, end: int) -> None:
-        """The same as reduce, of protocol 0, with the class's name as argument."""
+        """Call a builder, or note the call, for the INST operation of protocol 0, which names the class itself."""
         arguments = tuple(self._take_to_mark())
         self.push_global(start, end)
         self._stack.append(self._call(self._stack.pop(), arguments))
 
     def _call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, (GlobalName, Unbuilt)) or function is _TOO_LONG:
-            raise BrokenFileError("damaged checkpoint (its pickle calls what is no function)")
+            raise BrokenFileError("damaged checkpoint (its pickle calls what is not a function)")
         builder = self._builders.get(function) if isinstance(function, GlobalName) else None
         if builder is not None and (type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS):
-            # torch would take any iterable for them, of any length, and nobody would have looked at what it makes
-            raise BrokenFileError(f"damaged checkpoint (its pickle calls {function} with what are no arguments)")
+            # torch would accept any iterable, of any length, as arguments, and the result would be unchecked
+            raise BrokenFileError(f"damaged checkpoint (its pickle calls {function} with invalid arguments)")
         if not isinstance(function, GlobalName) or type(arguments) is not tuple:
             return Unbuilt(None, ())
         return Unbuilt(function, arguments) if builder is None else self._made(builder, arguments)
@@ -342,9 +344,9 @@ class PickleStack:
         self.doubt = self.doubt or (str(error) if isinstance(error, NotUnderstoodError) else "a malformed pickle")
 
     def build(self, start: int, end: int) -> None:
-        """Note the state of an object that is not built; set the attributes of a dict, such as module versions.
+        """Note the state of an `Unbuilt` object, or set attributes of a dict, such as module versions.
 
-        A tensor, or a storage, that gets another state is not understood: torch may put it elsewhere then (`set_`).
+        A new state of a tensor or storage is not understood: with it, torch may replace the storage (`set_`).
         """
         state = self._stack.pop()
         target = self._stack[-1]
@@ -361,16 +363,16 @@ class PickleStack:
             self.is_exact = False
 
 
-#: Dicts that are built as they were saved.
+#: Dict types that are built as they were saved.
 _DICTS = (dict, OrderedDict, Counter, defaultdict)
 
 _METHODS = frozenset(dir(OrderedDict))
 
 
 def _is_plain_attribute(name: Any, value: Any) -> bool:
-    """Return whether it hides no method of a dict, and holds no tensor.
+    """Return whether an attribute of a dict hides no method of the dict, and holds no tensor.
 
-    The one that nn.Module.state_dict sets holds the versions of modules.
+    ``_metadata``, which nn.Module.state_dict sets, holds the versions of modules.
     """
     if name == "_metadata":
         return isinstance(value, dict)
@@ -379,17 +381,17 @@ def _is_plain_attribute(name: Any, value: Any) -> bool:
 
 _TOO_LONG = Unbuilt(None, ())
 
-#: No class or function has a longer name. torch takes time in the square of it to refuse one: hours, of a megabyte
-#: (torch/serialization.py, _get_wo_message).
+#: Longest name of a class or function. The time that torch takes to refuse a name grows with the square of its length:
+#: hours for a megabyte (torch/serialization.py, _get_wo_message).
 _MAX_NAME_LENGTH = 1000
 _NAME_TOO_LONG = f"damaged checkpoint (its pickle names a class or function by more than {_MAX_NAME_LENGTH} characters)"
 
-#: Nobody has a use for more; and a short pickle can give the same ones a million times.
+#: Most arguments of a call. No writer uses more, and a short pickle can pass the same arguments a million times.
 _MAX_ARGUMENTS = 16
 
-#: Quicker than int.from_bytes of a slice.
+#: Faster than int.from_bytes of a slice.
 _UNSIGNED = {length: struct.Struct(f"<{code}").unpack_from for length, code in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))}
 _UNSIGNED_2, _UNSIGNED_4 = _UNSIGNED[2], _UNSIGNED[4]
 
-#: Stands for bytes that are no text.
+#: Replacement character for bytes that are not UTF-8.
 _REPLACED = "\ufffd"

@@ -1,22 +1,26 @@
-"""Values that stand in a pickle as text: protocol 0, and floats."""
+"""Parse values that a pickle stores as text (protocol 0), and floats."""
 
 from __future__ import annotations
 
 import codecs
 import struct
 
-#: More digits would take quadratic time.
+#: Most digits of an integer: parsing takes quadratic time.
 _MAX_DIGITS = 1000
 
-#: A place of the memo; no memo has more.
+#: Longest memo number that is read, in characters; no memo has so many values.
 _MAX_NUMBER_LENGTH = 20
 
 
 def value_of_line(operation: str, raw: bytes) -> object:
-    """Return the value of an ``I``, ``L``, ``F``, ``S`` or ``V`` line, without its end.
+    """Return the value of an ``I``, ``L``, ``F``, ``S`` or ``V`` line.
+
+    Args:
+        operation: the operation's letter.
+        raw: the line without its line break.
 
     Raises:
-        TypeError: it is malformed.
+        TypeError: the line is malformed.
     """
     try:
         if operation == "V":
@@ -39,7 +43,7 @@ def number_of_line(raw: bytes) -> int:
     """Return the number of a ``g`` or ``p`` line.
 
     Raises:
-        TypeError: it is malformed.
+        TypeError: the line is malformed.
     """
     digits = raw[:_MAX_NUMBER_LENGTH].strip()
     if not digits.isdigit():
@@ -48,6 +52,6 @@ def number_of_line(raw: bytes) -> int:
 
 
 def float_of_bytes(raw: bytes) -> float:
-    """Return the value of a BINFLOAT: eight bytes, the highest first."""
+    """Return the value of a BINFLOAT: eight bytes, big-endian."""
     (value,) = struct.unpack(">d", raw)
     return float(value)

@@ -1,4 +1,4 @@
-"""What comes out of a pickle that is read without trust: plain values, names, and notes of what was not built."""
+"""Values read from an untrusted pickle: plain values, names, and notes of objects that were not built."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 from rankload._formats.entry import StorageEntry
 from rankload._text import cut, printable
 
-#: How many values a tuple that is a key has, and how long a text is in it, or bytes.
+#: Most values in a tuple that is a dict key, and longest string or bytes in such a key.
 _MAX_KEY_LENGTH = 16
 _MAX_PART_LENGTH = 64
 
-#: Integers hash to themselves up to there (sys.hash_info.modulus on 64-bit machines), and begin again after it.
+#: Integers below this hash to themselves; larger ones repeat those hashes (sys.hash_info.modulus on 64-bit machines).
 _MAX_KEY = (1 << 61) - 1
 
-#: Behind so many keys only texts, whose hashes nobody foresees, and numbers that leave few out, as of parameters.
+#: After so many keys a dict accepts only strings, whose hashes are unpredictable, and integers in a nearly gapless row,
+#: such as the numbers of parameters.
 _MAX_UNUSUAL_KEYS = 256
 _MAX_GAP = 1024
 
@@ -24,9 +25,9 @@ SCALARS = (str, bytes, int, float, bool, type(None))
 
 
 class NotUnderstoodError(ValueError):
-    """The pickle is malformed, too long, or uses what this machine does not know. Not a verdict on the file.
+    """The pickle is malformed, too long, or uses an operation that is not supported here. The file may be fine.
 
-    Its text is logged and shown, and may hold names from the file: unprintable characters are escaped.
+    The text is logged and shown, and may contain names from the file: unprintable characters are escaped.
     """
 
     def __init__(self, text: str) -> None:
@@ -34,7 +35,7 @@ class NotUnderstoodError(ValueError):
 
 
 class GlobalName(NamedTuple):
-    """A class or function that the pickle mentions; never imported."""
+    """The name of a class or function that the pickle mentions; never imported."""
 
     module: str
     name: str
@@ -45,13 +46,13 @@ class GlobalName(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Unbuilt:
-    """An object that was not built.
+    """A note of an object that was not built.
 
     Attributes:
-        function: what would have been called: usually a class.
-        arguments: with what.
-        state: what it would have been given then; None where there is none.
-        items: what would have been put into it then.
+        function: function that torch.load would call, usually a class; None if unknown.
+        arguments: arguments of that call.
+        state: state that torch.load would set after the call; None if there is none.
+        items: items that torch.load would add after the call.
     """
 
     function: GlobalName | None
@@ -61,12 +62,12 @@ class Unbuilt:
 
 
 def display_name(value: Any) -> str:
-    """Return a name as text, and of anything else its type: tuples of tuples may hold each of their items forever."""
+    """Return a GlobalName as text, or the name of another value's type. The repr of nested tuples may be endless."""
     return str(value) if isinstance(value, GlobalName) else type(value).__name__
 
 
 def holds_unbuilt(value: Any) -> bool:
-    """Return whether there is such an object, the bare name of one, or a bare storage, anywhere in nested content."""
+    """Return whether nested content contains an `Unbuilt`, a bare GlobalName or a bare storage."""
     rest, seen = [value], set[int]()
     while rest:
         value = rest.pop()
@@ -78,15 +79,18 @@ def holds_unbuilt(value: Any) -> bool:
     return False
 
 
-#: Makes a value of a call's arguments. It gets whatever the file says: it checks, and raises NotUnderstoodError.
+#: Make a value from the arguments of a call. The file chooses the arguments: a builder checks them, and raises
+#: NotUnderstoodError or BrokenFileError.
 Builder = Callable[[tuple[Any, ...]], Any]
 
 
 def checked_key(key: Any, target: Mapping[Any, Any]) -> Any:
-    """Return another key for a dict, if it is quick to hash, to find and to show.
+    """Return a new key for a dict, if the key is fast to hash, look up and show.
 
-    Tuples of tuples may hold each of their items a million times, and numbers may be such that a dict has to look at
-    all of them for each.
+    Nested tuples may contain each item a million times. Numbers may be chosen such that all their hashes collide.
+
+    Raises:
+        NotUnderstoodError: the key may be slow.
     """
     if type(key) is str:  # as nearly all are
         return key

@@ -1,4 +1,4 @@
-"""Read pickles without trusting them: which operation comes next, and where its argument ends."""
+"""Read pickles without trusting them: decode each operation, and find the end of its argument."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from rankload._formats.broken import BrokenFileError, CutOffError
 from rankload._formats.pickle_stack import PickleStack
 from rankload._formats.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt
 
-#: More than 50,000 tensors' worth. Bounds time (some seconds) and memory (as much as this many stack items).
+#: Most operations, more than 50,000 tensors need. Bounds the time (some seconds) and the number of stack items.
 _MAX_OPERATIONS = 4_000_000
 
 
 class PickleMachine:
-    """Reads pickles that lie one after the other.
+    """A reader of consecutive pickles.
 
     Args:
-        content: all bytes.
-        builders: what may be called, and by what that is replaced. Called with plain values.
-        load_persistent: gives the value of a persistent id, as for ``pickle.Unpickler``.
+        content: all bytes of the pickles.
+        builders: replacement for each function that a pickle may call. Builders get plain values.
+        load_persistent: returns the value of a persistent id, as for ``pickle.Unpickler``.
 
     Attributes:
         position: offset of the next pickle.
@@ -38,7 +38,7 @@ class PickleMachine:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the values so far are what the standard unpickler would have made, but for builders and `Unbuilt`."""
+        """Whether all values so far are what the standard unpickler would make; see `PickleStack`."""
         return self._stack.is_exact
 
     def next_pickle(self) -> Any:
@@ -46,8 +46,8 @@ class PickleMachine:
 
         Raises:
             CutOffError: the content ends before the pickle does.
-            BrokenFileError: there is something in it, anywhere, that no writer makes.
-            NotUnderstoodError: only torch.load can read it.
+            BrokenFileError: the pickle contains something that no writer makes.
+            NotUnderstoodError: only torch.load can read the pickle.
         """
         self._stack.clear()
         try:
@@ -60,7 +60,7 @@ class PickleMachine:
         except BrokenFileError as error:
             name = self._stack.nearest_text  # the key in the dict that was being filled
             raise BrokenFileError(f"{error}, at {name!r}" if name else str(error)) from None
-        except (LookupError, TypeError, AttributeError, ValueError):  # of a list here that holds something else
+        except (LookupError, TypeError, AttributeError, ValueError):  # an operation found another type, or no value
             raise NotUnderstoodError("a malformed pickle") from None
 
     def _run(self) -> None:
@@ -85,7 +85,7 @@ class PickleMachine:
         raise NotUnderstoodError("a pickle of too many operations")
 
     def _argument(self, code: int, start: int) -> tuple[int, int]:
-        """Return where an argument begins and ends whose length stands in the file."""
+        """Return begin and end of an argument whose length is stored in the file."""
         if code in _LINES:
             end = start
             for _ in range(_LINES[code]):
@@ -104,7 +104,7 @@ def _pushing(make: Callable[[], Any]) -> _Meaning:
 
 
 def _harmless(stack: PickleStack, start: int, end: int) -> None:
-    """It tells the reader something, and leaves the stack alone."""
+    """Ignore an operation that does not change the stack."""
 
 
 def _not_understood(name: str) -> _Meaning:
@@ -116,7 +116,7 @@ def _not_understood(name: str) -> _Meaning:
 
 _CUT_OFF = "truncated checkpoint (a pickle in it is cut off)"
 
-#: What an operation does to the stack, by the place of its argument.
+#: Apply an operation to the stack, given begin and end of its argument.
 _Meaning = Callable[[PickleStack, int, int], None]
 
 _MEANINGS: dict[str, _Meaning] = {
@@ -170,7 +170,7 @@ _MEANINGS: dict[str, _Meaning] = {
     **dict.fromkeys(("PROTO", "FRAME"), _harmless),
 }
 
-#: How many lines an argument has, and in how many bytes its length stands, by pickletools' code for it.
+#: Lines of an argument, and size in bytes of its length field, by pickletools' code.
 _TWO_LINES = -100
 _LINES = {pickletools.UP_TO_NEWLINE: 1, _TWO_LINES: 2}
 _LENGTH_BYTES = {
@@ -182,9 +182,9 @@ _LENGTH_BYTES = {
 
 
 def _operation(opcode: pickletools.OpcodeInfo) -> tuple[int, _Meaning | None]:
-    """Return the length of its argument, negative for a code of how it stands in the file; and what it does.
+    """Return the length of an operation's argument, and its effect; None for STOP, which ends a pickle.
 
-    That is nothing for the one with which a pickle ends.
+    A negative length is a code for an argument of variable length (`_LINES`, `_LENGTH_BYTES`).
     """
     argument_bytes = opcode.arg.n if opcode.arg is not None else 0
     if opcode.name in ("GLOBAL", "INST"):

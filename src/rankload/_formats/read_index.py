@@ -1,4 +1,4 @@
-"""From a file, or several, of any format to their index."""
+"""Read the index of a checkpoint of any format, in one file or several."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HEAD_BYTES = 1024
 
 Value = TypeVar("Value")
 
-#: Opens a file beside the first by its name.
+#: Open a part of a checkpoint by its file name.
 OpenPart = Callable[[str], Source]
 
 
@@ -30,14 +30,14 @@ def read_index(source: Source, file: str, open_part: OpenPart, *, is_remote: boo
     """Read the index of a checkpoint; no tensor is read.
 
     Args:
-        source: its file, or the ``*.index.json`` of several.
-        file: its name.
-        open_part: for the others.
-        is_remote: a read costs a round trip.
+        source: the checkpoint's file, or the ``*.index.json`` of a checkpoint in several files.
+        file: name of that file.
+        open_part: opens the other files.
+        is_remote: whether each read costs a round trip.
 
     Raises:
         BrokenFileError: a file contradicts its format.
-        NotUnderstoodError: it is none that has an index.
+        NotUnderstoodError: the format has no index, or only torch.load can read the file.
     """
     if claims_to_be_json(source.read(_HEAD_BYTES, 0)):
         return _sharded(read_weight_map(source), open_part, is_remote=is_remote)
@@ -56,13 +56,13 @@ def _one(source: Source, file: str, *, is_remote: bool) -> Index:
 
 
 def _sharded(weight_map: dict[str, str], open_part: OpenPart, *, is_remote: bool) -> Index:
-    """Put the parts together, in the order of the weight map."""
+    """Merge the indexes of the parts, in the order of the weight map."""
     parts = {file: _one(open_part(file), file, is_remote=is_remote) for file in sorted(set(weight_map.values()))}
     content: dict[str, Any] = {}
     for name, file in weight_map.items():
         of_part = parts[file].content
         if not isinstance(of_part, dict) or name not in of_part:
-            raise BrokenFileError(f"index of a sharded checkpoint that says {name!r} is in {file}, where it is not")
+            raise BrokenFileError(f"index of a sharded checkpoint that puts {name!r} in {file}, which lacks the tensor")
         value = of_part[name]
         content[name] = value.named(name) if isinstance(value, TensorEntry) else value
     return replace(

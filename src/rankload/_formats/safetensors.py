@@ -20,7 +20,7 @@ from rankload._formats.source import Source, read_exactly
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 
-#: Bits of one element. A dtype that is missing here (a newer format's) is left to whoever reads the tensor.
+#: Bits of one element. Dtypes of newer versions of the format are missing; the reader of a tensor rejects them.
 BITS = MappingProxyType(
     {
         "BOOL": 8,
@@ -33,7 +33,7 @@ BITS = MappingProxyType(
     }
 )
 
-#: torch's names of the dtypes, by the format's words.
+#: torch's names of the dtypes, by the format's names.
 TORCH_NAMES = MappingProxyType(
     {
         "BOOL": "bool",
@@ -59,8 +59,8 @@ TORCH_NAMES = MappingProxyType(
     }
 )
 
-#: The format's words are in capitals, torch's names in small letters: no word of a newer format may pass for one of
-#: torch's dtypes, whose sizes would not have been checked.
+#: The format's names are upper case, torch's names lower case. No name of a newer version of the format may equal one
+#: of torch's: the tensor's size would be unchecked.
 _WORD = re.compile(r"[A-Z][A-Z0-9_]*")
 
 
@@ -69,11 +69,11 @@ class SafetensorsEntry:
     """One tensor of the file.
 
     Attributes:
-        name: its key.
-        dtype: the format's word for it, such as ``"BF16"``.
-        shape: its sizes, in elements (two to a byte for ``"F4"``).
-        begin: offset in the file, in bytes, of its first byte.
-        end: offset one past its last byte.
+        name: key of the tensor.
+        dtype: the format's name of the dtype, such as ``"BF16"``.
+        shape: sizes, in elements (two per byte for ``"F4"``).
+        begin: offset of the first byte in the file.
+        end: offset one past the last byte.
     """
 
     name: str
@@ -84,10 +84,10 @@ class SafetensorsEntry:
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
-        """Its sizes as torch counts them: of ``"F4"`` pairs.
+        """Sizes as torch counts them: ``"F4"`` elements in pairs.
 
         Raises:
-            BrokenFileError: a pair would be of two rows.
+            BrokenFileError: a pair would span two rows.
         """
         if self.dtype != "F4" or not self.shape:
             return self.shape
@@ -99,26 +99,31 @@ class SafetensorsEntry:
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """The tensors, in the order in which they lie in the file, and the free-form metadata."""
+    """The header of a safetensors file.
+
+    Attributes:
+        tensors: all tensors, in the order of their bytes.
+        metadata: free-form texts.
+    """
 
     tensors: tuple[SafetensorsEntry, ...]
     metadata: dict[str, str]
 
 
 def claims_to_be_safetensors(head: bytes) -> bool:
-    """Say whether a file that begins so is meant to be safetensors: a length below 2**48, then ``{``."""
+    """Return whether a file's first bytes look like safetensors: a header length below 2**48, then ``{``."""
     return head[6:9] == b"\0\0{"
 
 
 def read_header(source: Source) -> SafetensorsHeader:
-    """Read the header of an open file and hold it against the file's size.
+    """Read the header of an open file, and compare the header with the file's size.
 
     Raises:
         BrokenFileError: the file is truncated, or the header contradicts itself, the format or the file.
     """
     size_bytes = source.size_bytes
     length = int.from_bytes(source.read(PREFIX_BYTES, 0), "little")
-    # Before anything of that size is allocated.
+    # check before allocating memory of this size
     if length > MAX_HEADER_BYTES:
         raise BrokenFileError(f"safetensors file with a header of {length} bytes (100 MB is the format's limit)")
     first_byte = PREFIX_BYTES + length
@@ -149,7 +154,7 @@ def _parse(text: bytes) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise BrokenFileError("safetensors file whose header has a key twice")
+        raise BrokenFileError("safetensors file whose header has a duplicate key")
     return fields
 
 
@@ -157,7 +162,7 @@ def _metadata(fields: Any) -> dict[str, str]:
     if fields is None:
         return {}
     if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
-        raise BrokenFileError("safetensors file whose __metadata__ is not text by text")
+        raise BrokenFileError("safetensors file whose __metadata__ does not map strings to strings")
     return fields
 
 
@@ -169,7 +174,7 @@ def _entry(name: str, fields: Any, first_byte: int) -> SafetensorsEntry:
     except (TypeError, KeyError, ValueError):
         is_sound = False
     if not is_sound or not _WORD.fullmatch(dtype):
-        raise BrokenFileError(f"safetensors file whose header describes {name!r} wrongly")
+        raise BrokenFileError(f"safetensors file whose header has an invalid entry for {name!r}")
     if len(shape) > MAX_DIMENSIONS or not are_sizes(*shape, math.prod(filter(None, shape))):
         raise BrokenFileError(f"safetensors file in which {name!r} has sizes that no tensor can have")
     if not 0 <= begin <= end:
@@ -184,7 +189,7 @@ def _fits(shape: list[int], bits: int, length: int) -> bool:
         return length == 0
     for size in shape:
         bits *= size
-        # A product of huge sizes would take forever.
+        # stop early: a product of huge sizes would take forever
         if bits > 8 * length:
             return False
     return bits == 8 * length

@@ -14,38 +14,38 @@ from rankload._formats.source import Source, read_exactly
 
 _HEAD_BYTES = 64
 
-#: The index of a million tensors has about 100 MB.
+#: Largest index. The index of a million tensors has about 100 MB.
 _MAX_BYTES = 1 << 28
 
-#: Longest component of a path on the file systems in use (NAME_MAX, limits.h).
+#: Longest component of a path (NAME_MAX, limits.h).
 _MAX_COMPONENT_BYTES = 255
 
-#: A part of a fetched index: one component, no hidden file, no option of a command, no dot at the end, which some
-#: filesystems drop. Bounded well below NAME_MAX, since the cache appends its own suffixes.
+#: Name of a part in a fetched index: one component, no hidden file, no command-line option, and no trailing dot, which
+#: some filesystems drop. The length stays well below NAME_MAX: the cache appends its own suffixes.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,199}(?<!\.)")
 
-#: What rankload itself keeps beside a cached file. A part of such a name would take that file's place.
+#: Suffixes of rankload's own files beside a cached file. A part with such a name would take the place of such a file.
 _OWN_SUFFIXES = (".partial", ".journal", ".lease", ".tmp")
 
 
 def is_plain_name(name: str) -> bool:
     """Return whether a part of a *fetched* index may have this name in the cache.
 
-    Stricter than what an index on this machine may name: exactly one component of ASCII letters, digits and ``_.+=-``
-    that starts with a letter, digit or underscore, has at most 200 bytes, no dot at the end and none of rankload's own
-    suffixes. An index from a server must not choose folders, hidden files, or the files with which the cache
-    coordinates.
+    The rules are stricter than for an index on this machine. The name must be a single component of at most 200 ASCII
+    letters, digits and ``_.+=-``. It must start with a letter, digit or underscore, and must not end with a dot or one
+    of rankload's own suffixes. An index from a server must not choose folders, hidden files, or the files with which
+    the cache coordinates.
     """
     return _PLAIN_NAME.fullmatch(name) is not None and not name.lower().endswith(_OWN_SUFFIXES)
 
 
 def claims_to_be_json(head: bytes) -> bool:
-    """Say whether what begins so may be such an index. Never by its name: a cached file may have any."""
+    """Return whether a file's first bytes may begin an index. The name does not count: a cached file may have any."""
     return head.lstrip()[:1] == b"{" and b"\0" not in head
 
 
 def has_weight_map(source: Source) -> bool:
-    """Say whether a file is such an index, be it a damaged one, by all of its content."""
+    """Return whether a file is JSON with a ``weight_map``; the map itself may be damaged."""
     if not claims_to_be_json(source.read(_HEAD_BYTES, 0)):
         return False
     try:
@@ -56,19 +56,19 @@ def has_weight_map(source: Source) -> bool:
 
 
 def part_names(source: Source) -> list[str]:
-    """Return the names of the files that an index is of, sorted.
+    """Return the names of an index's parts, sorted.
 
     Raises:
-        BrokenFileError: it is no such index, or names a file that is not beside it.
+        BrokenFileError: the file is no index, or names a part that is not beside the index.
     """
     return sorted(set(read_weight_map(source).values()))
 
 
 def read_weight_map(source: Source) -> dict[str, str]:
-    """Return the file of each tensor.
+    """Return the file name of each tensor.
 
     Raises:
-        BrokenFileError: it is no such index, or names a file that is not beside it.
+        BrokenFileError: the file is no index, or names a part that is not beside the index.
     """
     weight_map = _weight_map(source)
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -80,14 +80,14 @@ def read_weight_map(source: Source) -> dict[str, str]:
 
 
 def _is_beside(name: str) -> bool:
-    """Return whether a name is the one spelling of a file beside the index, or in a folder there.
+    """Return whether a name is the only spelling of a file beside the index, or in a folder beside the index.
 
-    Unicode is allowed, but nothing that a terminal would not show as it is: no control characters, no bidirectional
+    Unicode is allowed, but only characters that a terminal shows unchanged: no control characters, no bidirectional
     overrides, no blank before or after a component.
     """
     if not name.isprintable() or "\\" in name or "://" in name:
         return False
-    components = name.split("/")  # of an absolute path, the first is empty
+    components = name.split("/")  # an absolute path has an empty first component
     return all(
         component not in ("", ".", "..")
         and component == component.strip()

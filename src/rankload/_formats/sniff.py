@@ -1,6 +1,6 @@
-"""Tell a file's format, and whether it is whole, from its first and last bytes and its headers.
+"""Detect a file's format, and whether the file is complete, from its first and last bytes and its headers.
 
-Never by its name: a safetensors file may be called ``model.pth``, and a web page very often is.
+The name does not count: a safetensors file may be called ``model.pth``, and a web page very often is.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CHECKPOINT_FORMATS: frozenset[Format] = frozenset(
 _HEAD_BYTES = 1024
 _SNIPPET_CHARACTERS = 60
 
-#: Other things that turn up where a checkpoint should be, by their first bytes.
+#: Other kinds of files that turn up in place of a checkpoint, by their first bytes.
 _STRANGERS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for"),
     (b"\x1f\x8b", "gzip-compressed content"),
@@ -57,32 +57,32 @@ _STRANGERS = (
 
 
 def sniff(path: str | os.PathLike[str]) -> Format:
-    """Tell the format by content. A zip archive that is too broken to look into is a ``"zip"``."""
+    """Return a file's format, by content. A zip archive whose directory is broken is a ``"zip"``."""
     with open_regular(path) as file:
         return _Sniffed(file).format
 
 
 def format_of(source: Source) -> Format:
-    """Tell the format of what torch.load would load from an open file: a zip archive of torch's, or a legacy file."""
+    """Return the format of an open file by its first bytes, and by its directory if it is a zip archive."""
     claimed = _claimed_format(source.read(_HEAD_BYTES, 0))
     return torch_zip.read_directory(source).kind if claimed == "zip" else claimed
 
 
 def check_structure(path: str | os.PathLike[str], *, must_be_checkpoint: bool, origin: str) -> Format:
-    """Check that a file is whole, as far as headers and lengths tell, and return its format.
+    """Check a file's headers and lengths, and return its format.
 
-    The tensors themselves are not read: a few milliseconds for a file of 1000 tensors. A file that is cut off
-    anywhere is refused.
+    The tensors themselves are not read; the check takes a few milliseconds for 1000 tensors. A truncated file is
+    always refused.
 
     Args:
-        path: the file.
-        must_be_checkpoint: refuse what torch.load could not load either. Without it every file passes that is not
-            empty and keeps to the format that its first bytes claim.
-        origin: where it came from, for the message; no secrets.
+        path: path of the file.
+        must_be_checkpoint: refuse every format that torch.load or rankload cannot load. Otherwise any file passes that
+            is not empty and follows the format of its first bytes.
+        origin: source of the file, for the message; no secrets.
 
     Raises:
-        NotACheckpointError: the file is empty, broken, or (under must_be_checkpoint) something else.
-        OSError: it cannot be read.
+        NotACheckpointError: the file is empty, broken, or (with must_be_checkpoint) something else.
+        OSError: the file cannot be read.
     """
     with open_regular(path) as file:
         sniffed = _Sniffed(file)
@@ -104,18 +104,18 @@ def check_structure(path: str | os.PathLike[str], *, must_be_checkpoint: bool, o
 
 
 def describe(path: str | os.PathLike[str]) -> str:
-    """Say in words what a file is, for messages: ``"text that begins '<html>…'"``."""
+    """Return a description of a file for messages: ``"text that begins '<html>…'"``."""
     with open_regular(path) as file:
         return _Sniffed(file).name
 
 
 class _Sniffed:
-    """An open file and what is known of it, each header read once.
+    """An open file with its detected format; each header is read once.
 
     Attributes:
-        size_bytes: its length.
-        head: its first bytes.
-        format: what it is.
+        size_bytes: length of the file.
+        head: first bytes of the file.
+        format: detected format.
     """
 
     def __init__(self, file: io.FileIO) -> None:
@@ -138,19 +138,19 @@ class _Sniffed:
 
     @property
     def is_checkpoint(self) -> bool:
-        """A format that torch.load knows; of an archive of one file, that file is one, too."""
+        """Whether the format is a checkpoint's. The only member of an archive must be a checkpoint, too."""
         return self.format in CHECKPOINT_FORMATS and self._stranger_inside is None
 
     @property
     def name(self) -> str:
-        """What it is, in words."""
+        """Description of the file, for messages."""
         return self._stranger_inside or (str(self._broken) if self._broken else _name(self.format, self.head))
 
     def check_lengths(self) -> None:
-        """Hold headers and lengths against each other, as far as the format has any.
+        """Compare the file's headers and lengths with each other, as far as the format has any.
 
         Raises:
-            BrokenFileError: the file is cut off or damaged.
+            BrokenFileError: the file is truncated or damaged.
         """
         if self._broken:
             raise self._broken
@@ -169,7 +169,7 @@ class _Sniffed:
 
     @property
     def _stranger_inside(self) -> str | None:
-        """Name what the only member of an archive is, if its first bytes are no checkpoint's."""
+        """Description of an archive whose only member does not begin like a checkpoint; else None."""
         if self.format != "single_member_zip" or self._directory is None:
             return None
         (member,) = self._directory.members
@@ -181,7 +181,7 @@ class _Sniffed:
 
 
 def _claimed_format(head: bytes) -> Format:
-    """Tell what a file that begins so claims to be; which kind of zip or tar takes a look into it."""
+    """Return the format that a file's first bytes claim. They do not show the kind of a zip or tar archive."""
     if not head:
         return "empty"
     if head.startswith((torch_zip.LOCAL_SIGNATURE, torch_zip.END_SIGNATURE)):
@@ -235,7 +235,7 @@ def _name(file_format: Format, head: bytes) -> str:
 
 
 def _text(head: bytes) -> str | None:
-    """Decode the beginning of a text file; None when it is no text."""
+    """Decode the beginning of a text file; None if it is not text."""
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
     except UnicodeDecodeError:

@@ -15,45 +15,45 @@ class Source(Protocol):
     """Random access to the bytes of one file.
 
     Attributes:
-        size_bytes: its length.
+        size_bytes: length of the file.
     """
 
     size_bytes: int
 
     def read(self, length: int, offset: int) -> bytes:
-        """Return so many bytes from an offset on; fewer only at the end of the file."""
+        """Return ``length`` bytes from an offset on; fewer only at the end of the file."""
 
 
 class LocalSource:
-    """An open file; the descriptor stays the caller's."""
+    """A source that reads an open file. The caller closes the descriptor."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.size_bytes = os.fstat(descriptor).st_size
 
     def read(self, length: int, offset: int) -> bytes:
-        """See `Source`. One read(2) gives 2 GiB at most."""
+        """Read from the descriptor with pread(2), which returns at most 2 GiB."""
         return os.pread(self.descriptor, length, offset)
 
 
 class FileObject:
-    """A file object from where it stands. Reading moves it."""
+    """A source that reads a file object from its current position on. Reading moves the position."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._start = file, file.tell()
         self.size_bytes = file.seek(0, os.SEEK_END) - self._start
 
     def read(self, length: int, offset: int) -> bytes:
-        """See `Source`."""
+        """Seek, then read."""
         self._file.seek(self._start + offset)
         return self._file.read(length)
 
 
 def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
-    """Open a regular file for reading, unbuffered. Opening a pipe, which may stand in its place, could wait forever.
+    """Open a regular file for reading, unbuffered. A pipe in its place is refused; opening one could block forever.
 
     Raises:
-        OSError: it is no regular file, or cannot be opened.
+        OSError: the path is no regular file, or cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
@@ -66,10 +66,10 @@ def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
 
 
 def read_exactly(source: Source, length: int, offset: int) -> bytes:
-    """Return so many bytes.
+    """Return exactly ``length`` bytes from an offset on.
 
     Raises:
-        BrokenFileError: the file does not have them; nothing of a size that is a lie is allocated.
+        BrokenFileError: the file does not have them. The check comes before any memory of that size is allocated.
     """
     if offset < 0 or offset + length > source.size_bytes:
         raise BrokenFileError(f"truncated file (no {length} bytes at byte {offset})")

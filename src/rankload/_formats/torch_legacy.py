@@ -1,8 +1,9 @@
-"""torch's format before 1.6: five pickles one after the other, then the storages.
+"""torch's format before 1.6: five consecutive pickles, then the storages.
 
-Magic number, protocol version, facts about the saving machine, the object, the storages' keys in file order; then per
-storage its number of elements (8 bytes) and its bytes. Nothing in the file says how long it is, and `torch.load` finds
-out late, so a truncated one is found here: by reading the pickles without building what they describe.
+The pickles hold: the magic number, the protocol version, facts about the saving machine, the object, and the storages'
+keys in file order. Each storage is its number of elements (8 bytes), then its bytes. The file does not store its own
+length, and `torch.load` notices a truncation late. This module finds truncations early: it reads the pickles without
+building their objects.
 """
 
 from __future__ import annotations
@@ -21,28 +22,28 @@ from rankload._formats.torch_objects import BUILDERS, storage_type_of
 
 #: ``pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)``, the first bytes of nearly every file.
 MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
-_MAGIC_AS_TEXT = b"L119547037146038801333356L\n."  # the same in pickle protocol 1
+_MAGIC_AS_TEXT = b"L119547037146038801333356L\n."  # the magic number in pickle protocol 1
 _PROTOCOL_VERSION = 1001
 _COUNT_BYTES = 8
 
-#: How much is read at first; then four times as much, until all five pickles are in it.
+#: Size of the first read. Each further read is four times as long, until it contains all five pickles.
 _FIRST_BYTES = 256 << 10
 
 _MAX_BYTES = 256 << 20
 
 
 def claims_to_be_legacy(head: bytes) -> bool:
-    """Say whether a file that begins so was written in this format, with any pickle protocol."""
+    """Return whether a file's first bytes are of this format, with any pickle protocol."""
     if head.startswith(_MAGIC_AS_TEXT):
         return True
     return MAGIC.startswith(head[: len(MAGIC)]) or (head[:1] == b"\x80" and MAGIC[2:] in head[:32])
 
 
 def check_length(source: Source) -> None:
-    """Hold the file's size against what its pickles promise. A file that is not understood is left to torch.
+    """Compare the file's size with the size that its pickles promise. A file that is not understood passes.
 
-    Bytes after the end are allowed: torch.save can write several objects into one file, of which torch.load
-    reads the first.
+    Bytes after the end are allowed: torch.save can write several objects into one file, and torch.load reads the
+    first.
 
     Raises:
         BrokenFileError: the file is truncated.
@@ -52,11 +53,15 @@ def check_length(source: Source) -> None:
 
 
 def read_legacy_index(source: Source, file: str) -> FileIndex:
-    """Read the index.
+    """Read the index of a legacy file.
+
+    Args:
+        source: the file.
+        file: name of the file, for the entries.
 
     Raises:
         BrokenFileError: the file contradicts its format.
-        NotUnderstoodError: only torch.load can read it.
+        NotUnderstoodError: only torch.load can read the file.
     """
     length = _FIRST_BYTES
     while True:
@@ -69,16 +74,16 @@ def read_legacy_index(source: Source, file: str) -> FileIndex:
         except CutOffError:
             if length == source.size_bytes:
                 raise
-            if length >= _MAX_BYTES:  # whole it may be, all the same
-                raise NotUnderstoodError("a legacy checkpoint with so much in it besides its tensors") from None
+            if length >= _MAX_BYTES:  # the file may still be complete
+                raise NotUnderstoodError("a legacy checkpoint with too many bytes besides its tensors") from None
         length *= 4
 
 
 def _check_counts(source: Source, head: bytes, storages: tuple[StorageEntry, ...]) -> None:
-    """Compare the number of elements before each storage with the pickle's.
+    """Compare the number of elements that precedes each storage with the number in the pickle.
 
-    torch.load refuses a file where they differ; here, all later storages would be read from the wrong place. Of a
-    remote file only what has been read is checked: every other count would cost a request.
+    torch.load refuses a file where they differ. Without this check, all later storages would be read from the wrong
+    place. For a remote file only counts in the bytes read so far are checked: every other count would cost a request.
     """
     for storage in storages:
         begin = storage.offset - _COUNT_BYTES
@@ -96,19 +101,19 @@ def _check_counts(source: Source, head: bytes, storages: tuple[StorageEntry, ...
 
 
 class _Pickles:
-    """The pickles in the first bytes of a file. They are read twice: where storages lie comes after the tensors."""
+    """The pickles in the first bytes of a file. They are read twice: storage positions follow the tensors."""
 
     def __init__(self, head: bytes, size_bytes: int, file: str) -> None:
         self._head, self._size_bytes, self._file = head, size_bytes, file
         self._storages: dict[str, StorageEntry] = {}
 
     def index(self) -> FileIndex:
-        """Put together what they say."""
+        """Read the pickles, and return the index."""
         machine = PickleMachine(self._head, BUILDERS, self._first_mention)
         machine.next_pickle()  # the magic number
         if machine.next_pickle() != _PROTOCOL_VERSION:
             raise NotUnderstoodError("another protocol version")
-        machine.next_pickle()  # the saving machine; whatever its byte order, elements are written the lowest byte first
+        machine.next_pickle()  # the saving machine; elements are little-endian whatever its byte order
         begin = machine.position
         machine.next_pickle()
         keys = machine.next_pickle()
@@ -135,7 +140,7 @@ class _Pickles:
         match persistent_id:
             case ("module", GlobalName() as module, *_):
                 return module
-            # in another encoding, torch could see two keys where we see one
+            # only ASCII: in another encoding, torch could see two keys where this reader sees one
             case ("storage", kind, str(key), str(location), int(count), view) if count >= 0 and key.isascii():
                 dtype = storage_type_of(kind)
                 length = count * ITEM_BYTES[dtype]
@@ -148,11 +153,11 @@ class _Pickles:
     def _placed(self, persistent_id: Any) -> Any:
         value = self._first_mention(persistent_id)
         if isinstance(value, StorageEntry) and not value.offset:
-            raise BrokenFileError(f"damaged checkpoint (storage {value.key!r} is nowhere in it)")
+            raise BrokenFileError(f"damaged checkpoint (storage {value.key!r} is missing)")
         return value
 
     def _view(self, storage: StorageEntry, view: Any) -> StorageEntry:
-        """Return the part of a storage that is one of its own (torch 0.3 and before)."""
+        """Return the part of a storage that a view describes (torch 0.3 and before)."""
         match view:
             case None:
                 return storage

@@ -1,7 +1,7 @@
-"""What the pickles of torch.save build: tensors become entries, plain containers stay, all else is `Unbuilt`.
+"""Builders for the pickles of torch.save: tensors become entries, plain containers stay, all else is `Unbuilt`.
 
-The functions are those that torch itself pickles calls to: torch/_utils.py, torch/_tensor.py, torch/storage.py. Their
-arguments come from the file, and are believed nothing.
+They stand for the functions that torch pickles calls to: torch/_utils.py, torch/_tensor.py, torch/storage.py. Their
+arguments come from the file, so every argument is checked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rankload._formats.broken import BrokenFileError
 from rankload._formats.entry import ITEM_BYTES, MAX_DIMENSIONS, StorageEntry, TensorEntry, checked
 from rankload._formats.pickle_values import Builder, GlobalName, NotUnderstoodError, Unbuilt, checked_key, display_name
 
-#: torch's names of dtypes, by the name of the storage class that a persistent id tells.
+#: torch's names of dtypes, by the name of the storage class in a persistent id.
 STORAGE_DTYPES: Mapping[str, str] = MappingProxyType(
     {
         "UntypedStorage": "uint8",
@@ -40,21 +40,21 @@ STORAGE_DTYPES: Mapping[str, str] = MappingProxyType(
     }
 )
 
-#: torch saves tensors of these by `_rebuild_qtensor`, with a scale.
+#: Dtypes whose tensors torch saves by `_rebuild_qtensor`, with a scale.
 QUANTIZED_DTYPES = frozenset({"quint8", "qint8", "qint32", "quint4x2", "quint2x4"})
 
-#: Where such classes are, and were.
+#: Modules in which storage classes are, or were in older torch releases.
 _STORAGE_MODULES = frozenset({"torch", "torch.storage", "torch.cuda"})
 
-#: A short pickle can ask for a copy of one long text a million times.
+#: Longest string that is encoded: a short pickle can request a copy of one long string a million times.
 _MAX_COPY_LENGTH = 64
 
 
 def storage_type_of(value: Any) -> str:
-    """Return the dtype that a storage class stands for.
+    """Return the dtype of a storage class.
 
     Raises:
-        NotUnderstoodError: it is none that is known.
+        NotUnderstoodError: the storage class is unknown.
     """
     is_known = isinstance(value, GlobalName) and value.module in _STORAGE_MODULES and value.name in STORAGE_DTYPES
     if not is_known:
@@ -65,19 +65,19 @@ def storage_type_of(value: Any) -> str:
 def _tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> Any:
     storage, offset, shape, stride, *rest = arguments
     requires_grad, *others = rest or [False]
-    if any(others):  # hooks, or the mark of a view that conjugates or negates what the file has
+    if any(others):  # hooks, or the flag of a view that conjugates or negates the saved elements
         return Unbuilt(GlobalName("torch._utils", "_rebuild_tensor_v2"), arguments)
     if not isinstance(storage, StorageEntry):
         raise NotUnderstoodError("a tensor without a storage")
     dtype = dtype or storage.dtype
-    if dtype in QUANTIZED_DTYPES:  # torch makes a tensor of it that fails, internally, at the first look
+    if dtype in QUANTIZED_DTYPES:  # torch would make a tensor that fails with an internal error at its first use
         raise BrokenFileError("damaged checkpoint (a quantized tensor without its scale)")
     if not (type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= MAX_DIMENSIONS):
         raise NotUnderstoodError("a tensor of unusual dimensions")
     if set(map(type, (offset, *shape, *stride))) != {int}:
         raise NotUnderstoodError("a tensor of unusual sizes")
     entry = TensorEntry("", dtype, shape, stride, storage, offset * ITEM_BYTES[dtype], requires_grad is True)
-    if 0 in shape and entry.storage_offset > storage.length:  # torch loads it, for it has no elements
+    if 0 in shape and entry.storage_offset > storage.length:  # torch loads such a tensor: it has no elements
         raise NotUnderstoodError("an empty tensor beyond its storage")
     return checked(entry)
 
@@ -91,24 +91,24 @@ def _tensor_of_dtype(arguments: tuple[Any, ...]) -> Any:
 
 def _parameter(arguments: tuple[Any, ...]) -> Any:
     data, requires_grad, *_ = arguments
-    if not isinstance(data, TensorEntry):  # a quantised one
+    if not isinstance(data, TensorEntry):  # a quantised tensor
         return Unbuilt(GlobalName("torch.nn.parameter", "Parameter"), arguments)
     return replace(data, requires_grad=requires_grad is True, is_parameter=True)
 
 
 def _parameter_with_more(arguments: tuple[Any, ...]) -> Any:
-    """A parameter that has hooks, or attributes."""
+    """Build a parameter that has hooks or attributes."""
     found = _parameter(arguments)
     is_plain = not any(arguments[2:])
     return replace(found, is_plain=is_plain) if isinstance(found, TensorEntry) else found
 
 
 def _subclass(arguments: tuple[Any, ...]) -> Any:
-    """A tensor of a class of its own: its data are what a plain one's are."""
+    """Build a tensor of a subclass, with the data of the plain tensor inside."""
     function, kind, inner, _ = arguments
     builder = BUILDERS.get(function) if isinstance(function, GlobalName) else None
-    if builder is _subclass or (builder is not None and type(inner) is not tuple):  # torch would call it all the same
-        raise BrokenFileError(f"damaged checkpoint (a tensor of a class of its own that is made by {function})")
+    if builder is _subclass or (builder is not None and type(inner) is not tuple):  # torch would call it unchecked
+        raise BrokenFileError(f"damaged checkpoint (a tensor of a subclass that is made by {function})")
     if builder is None:
         return Unbuilt(kind if isinstance(kind, GlobalName) else None, arguments)
     found = builder(inner)
@@ -116,13 +116,13 @@ def _subclass(arguments: tuple[Any, ...]) -> Any:
 
 
 def _ordered_dict(arguments: tuple[Any, ...]) -> Any:
-    """A dict of pairs, as Python 2 pickled it."""
+    """Build an OrderedDict from a list of pairs, as Python 2 pickled it."""
     if arguments and type(arguments[0]) is not list:
         return Unbuilt(GlobalName("collections", "OrderedDict"), arguments)
     pairs = arguments[0] if arguments else []
     found: OrderedDict[Any, Any] = OrderedDict()
     copied = pairs[:]
-    pairs.clear()  # or a short pickle could have it copied a million times
+    pairs.clear()  # or a short pickle could request a million copies of one list
     for key, value in copied:
         found[checked_key(key, found)] = value
     return found
@@ -133,7 +133,7 @@ def _counter(arguments: tuple[Any, ...]) -> Any:
         return Unbuilt(GlobalName("collections", "Counter"), arguments)
     found: Counter[Any] = Counter()
     dict.update(found, arguments[0])
-    arguments[0].clear()  # for the same reason
+    arguments[0].clear()  # or a short pickle could request a million copies of one dict
     return found
 
 
@@ -144,7 +144,7 @@ def _default_dict(arguments: tuple[Any, ...]) -> Any:
     return defaultdict(factory)
 
 
-#: What defaultdicts are usually made with; in Python 2's name of the module, which torch.save writes, and Python 3's.
+#: Usual factories of defaultdicts, under both names of the module: Python 2's, which torch.save writes, and Python 3's.
 _FACTORIES: Mapping[GlobalName, Callable[[], Any]] = MappingProxyType(
     {
         GlobalName(module, kind.__name__): kind
@@ -156,7 +156,7 @@ _FACTORIES: Mapping[GlobalName, Callable[[], Any]] = MappingProxyType(
 
 
 def _encoded(arguments: tuple[Any, ...]) -> Any:
-    """Bytes, as pickle protocol 2 writes them: text in latin1."""
+    """Build bytes from a string in latin1, as pickle protocol 2 writes them."""
     text, encoding = arguments
     if type(text) is not str or encoding not in ("latin1", "utf-8") or len(text) > _MAX_COPY_LENGTH:
         return Unbuilt(GlobalName("_codecs", "encode"), arguments)
@@ -164,20 +164,21 @@ def _encoded(arguments: tuple[Any, ...]) -> Any:
 
 
 def _byte_array(arguments: tuple[Any, ...]) -> Any:
-    if any(type(argument) is int for argument in arguments[:1]):  # never pickled so: a few bytes ask for gigabytes
-        raise BrokenFileError("damaged checkpoint (a bytearray of a size, without content)")
+    if any(type(argument) is int for argument in arguments[:1]):  # no writer does so: a few bytes request gigabytes
+        raise BrokenFileError("damaged checkpoint (a bytearray with a size, but no content)")
     return Unbuilt(GlobalName("builtins", "bytearray"), arguments)
 
 
 def _without_content(function: GlobalName) -> Builder:
-    """Return what refuses a tensor or storage of which the pickle gives only the size, be it as a tensor.
+    """Return a builder that refuses a tensor or storage if the pickle gives only a size, as numbers or as a tensor.
 
-    torch pickles none. weights_only allows them, and they hold whatever this process had in that memory before.
+    torch writes no such calls, but weights_only allows them. The result would hold old contents of this process's
+    memory.
     """
 
     def build(arguments: tuple[Any, ...]) -> Any:
         if any(isinstance(argument, (int, tuple, TensorEntry)) for argument in arguments[:1]):
-            raise BrokenFileError(f"damaged checkpoint (a {function} of a size, without content)")
+            raise BrokenFileError(f"damaged checkpoint (a {function} with a size, but no content)")
         return Unbuilt(function, arguments)
 
     return build
@@ -196,7 +197,7 @@ def _plain_parameter(arguments: tuple[Any, ...]) -> Any:
     return Unbuilt(GlobalName("torch._utils", "_rebuild_parameter"), arguments) if has_hooks else _parameter(arguments)
 
 
-#: What may be called, and what is done instead: nothing that torch.load would do is left out of these.
+#: Builders by the function that they replace. Their results are exactly those of torch.load.
 EXACT_BUILDERS: Mapping[GlobalName, Builder] = MappingProxyType(
     {
         GlobalName("torch._utils", "_rebuild_tensor_v2"): _tensor,
@@ -214,7 +215,7 @@ _CONSTRUCTORS = (
     *(GlobalName(module, name) for module in sorted(_STORAGE_MODULES) for name in (*STORAGE_DTYPES, "TypedStorage")),
 )
 
-#: The same, and more; tensors of other classes become entries that are not plain.
+#: More builders. Tensors of other classes become entries with ``is_plain=False``.
 BUILDERS: Mapping[GlobalName, Builder] = MappingProxyType(
     {
         **EXACT_BUILDERS,

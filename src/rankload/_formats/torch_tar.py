@@ -1,4 +1,4 @@
-"""torch's first format: a tar archive, written until 2017 (torch 0.1) and still served by old URLs."""
+"""torch's first format: a tar archive, written until 2017 (torch 0.1) and still in use at old URLs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _MAX_MEMBERS = 16
 
 
 def claims_to_be_tar(head: bytes) -> bool:
-    """Say whether a file that begins so is a POSIX tar archive."""
+    """Return whether a file's first bytes are those of a POSIX tar archive."""
     return head[257:262] == b"ustar"
 
 
 class _Bounded:
-    """A file of which tarfile reads no more than there is: lengths in headers may be any."""
+    """A file that limits each read to the bytes that exist: a header may claim any length."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._size_bytes = file, os.fstat(file.fileno()).st_size
@@ -31,12 +31,12 @@ class _Bounded:
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield the members as their headers say; of damaged ones without end, maybe.
+    """Yield the members by their headers. A damaged archive may yield members forever.
 
     Raises:
-        BrokenFileError: they are damaged.
+        BrokenFileError: a header is damaged.
     """
-    file.seek(0)  # tarfile begins where the file stands
+    file.seek(0)  # tarfile starts at the current position
     try:
         with tarfile.open(fileobj=cast(BinaryIO, _Bounded(file)), mode="r:") as archive:
             yield from iter(archive.next, None)
@@ -45,7 +45,7 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def is_legacy_tar(file: BinaryIO) -> bool:
-    """Say whether the first member is one of those that torch wrote."""
+    """Return whether the first member has a name that torch wrote."""
     try:
         first = next(_members(file), None)
     except BrokenFileError:
@@ -54,14 +54,14 @@ def is_legacy_tar(file: BinaryIO) -> bool:
 
 
 def check_length(file: BinaryIO, size_bytes: int) -> None:
-    """Look for all members, and for the end mark.
+    """Check that all members and the end mark are present.
 
     Raises:
         BrokenFileError: the archive is truncated.
     """
     members = list(islice(_members(file), _MAX_MEMBERS))
     end = max((member.offset_data + member.size for member in members), default=0)
-    # torch wrote with tarfile, which fills its last record up: any cut shows.
+    # torch wrote with tarfile, which pads the last record: any truncation is visible
     is_whole = size_bytes % tarfile.RECORDSIZE == 0 and end + 2 * tarfile.BLOCKSIZE <= size_bytes
     missing = _MEMBERS - {member.name for member in members} - {"sys_info"}
     if missing or not is_whole:

@@ -1,4 +1,4 @@
-"""Read the index of torch's zip format: its pickle, and where each storage's record lies."""
+"""Read the index of torch's zip format: its pickle, and the position of each storage's record."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from rankload._formats.source import Source
 from rankload._formats.torch_objects import BUILDERS, EXACT_BUILDERS, storage_type_of
 from rankload._formats.zip_members import check_listing
 
-#: torch.save writes 3; later ones, up to this, are TorchScript's.
+#: Latest version of the format. torch.save writes 3; later versions are TorchScript's.
 _LATEST_VERSION = 10
 
-#: torch.save's keys are numbers. In no key of these characters can torch's reader find another name than we do.
+#: Allowed storage keys; torch.save's are numbers. For a key of these characters torch's reader finds the same member.
 _KEY = re.compile(r"[0-9A-Za-z_.-]+", re.ASCII)
 _MAX_KEY_LENGTH = 1000
 
 
 def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool = False) -> FileIndex:
-    """Read the index.
+    """Read the index of a zip file.
 
     Args:
         source: the file.
-        file: its name, for the entries.
-        is_remote: a read costs a round trip: where payloads begin is inferred from the directory, and only the first
-            and the last are looked up.
-        exactly: every tensor in the index is what torch.load would return; all others stay `Unbuilt`.
+        file: name of the file, for the entries.
+        is_remote: whether each read costs a round trip. If so, payload positions are inferred from the directory, and
+            only the first and the last are looked up.
+        exactly: build only tensors that equal torch.load's; all others stay `Unbuilt`.
 
     Raises:
         BrokenFileError: the file contradicts its format.
-        NotUnderstoodError: only torch.load can read it.
+        NotUnderstoodError: only torch.load can read the file.
     """
     directory = torch_zip.read_directory(source)
     if directory.kind != "torch_zip":
@@ -53,9 +53,9 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool 
 
 
 def check_script(source: Source) -> set[str]:
-    """Compare every storage that the pickles of a TorchScript archive mention with its record; return their tags.
+    """Compare every storage in the pickles of a TorchScript archive with its record. Return the location tags.
 
-    torch.jit.load compares nothing: it takes what lies after a record in memory for weights.
+    torch.jit.load compares nothing: for a record that is too short, it loads the memory after the record as weights.
 
     Raises:
         BrokenFileError: a storage is longer than its record, or a tensor than its storage.
@@ -75,13 +75,13 @@ def check_script(source: Source) -> set[str]:
 
 
 def _members_as_torch_sees_them(directory: torch_zip.Directory) -> dict[bytes, torch_zip.Member]:
-    """Return the members by their raw names, if torch's reader cannot take one for another.
+    """Return the members by their raw names, if torch's reader cannot confuse two names.
 
-    It compares bytes without regard to case, and only up to a NUL (mz_zip_reader_locate_file). Where that could find
-    another record, what we checked would not be what torch.load maps.
+    torch's reader ignores case, and compares only up to a NUL (mz_zip_reader_locate_file). If it found another member,
+    torch.load would map bytes that were not checked.
 
     Raises:
-        NotUnderstoodError: it can.
+        NotUnderstoodError: torch's reader could confuse two names.
     """
     members = {member.raw_name: member for member in directory.members}
     are_unique = len({name.lower() for name in members}) == len(directory.members)
@@ -91,7 +91,7 @@ def _members_as_torch_sees_them(directory: torch_zip.Directory) -> dict[bytes, t
 
 
 def _has_known_version(source: Source, directory: torch_zip.Directory, members: dict[bytes, torch_zip.Member]) -> bool:
-    """Return whether torch's reader would take the archive (caffe2/serialize/versions.h)."""
+    """Return whether torch's reader would accept the archive's version (caffe2/serialize/versions.h)."""
     member = members.get(directory.raw_root + b"/version") or members.get(directory.raw_root + b"/.data/version")
     text = b"" if member is None else torch_zip.member_content(source, directory, member).strip()
     return text.isdigit() and len(text) < 3 and 1 <= int(text) <= _LATEST_VERSION
@@ -101,7 +101,7 @@ class _Records:
     """The storages of an archive.
 
     Attributes:
-        storages: by their keys, in the order in which the pickle mentions them.
+        storages: storages by key, in the order in which the pickle mentions them.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class _Records:
         self._offsets = self._likely_offsets() if is_remote else torch_zip.payload_offsets(source, directory)
 
     def storage(self, persistent_id: Any) -> StorageEntry:
-        """Return the storage that a pickle names."""
+        """Return the storage for a persistent id of the pickle."""
         if type(persistent_id) is not tuple or len(persistent_id) != 5:
             raise NotUnderstoodError("a persistent id of another kind")
         tag, kind, key, location, count = persistent_id
@@ -133,7 +133,7 @@ class _Records:
         dtype = storage_type_of(kind)
         length = count * ITEM_BYTES[dtype]
         if (known := self.storages.get(key)) is not None:
-            if known.length != length:  # torch would take the first, or, where that is empty, any
+            if known.length != length:  # torch would use the first mention, or any if the first is empty
                 raise BrokenFileError(
                     f"damaged checkpoint (storage {key!r} should have {known.length} bytes, and {length})"
                 )
@@ -160,7 +160,7 @@ class _Records:
         likely = [member for member in self._records.values() if member.name in offsets]
         for member in likely[:1] + likely[-1:]:
             if torch_zip.payload_offset(self._source, self._directory, member) != offsets[member.name]:
-                return {}  # a writer with habits of its own
+                return {}  # another writer than torch.save
         return offsets
 
 

@@ -1,4 +1,4 @@
-"""Open local files; unpack torch.hub's legacy zip, an archive of one checkpoint."""
+"""Open local files, and unpack torch.hub's legacy zip: an archive of one checkpoint."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from rankload._platform.scratch import descriptor_path, scratch_file
 
 _CHUNK_BYTES = 1 << 20
 
-#: zipfile unpacks these in chunks of limited size. Of the others a few bytes can become gigabytes at once.
+#: Compression methods that zipfile unpacks in chunks of limited size. Others can turn a few bytes into gigabytes.
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def open_unpacked(path: Path, closing: ExitStack) -> LocalSource:
-    """Open a file, or the only member of an archive of one.
+    """Open a file, or the only member of an archive of one file.
 
     Args:
-        path: the file.
-        closing: closes it, and removes what was unpacked.
+        path: path of the file or archive.
+        closing: closes the file, and removes unpacked bytes.
 
     Raises:
         BrokenFileError: the archive is damaged.
@@ -38,11 +38,14 @@ def open_unpacked(path: Path, closing: ExitStack) -> LocalSource:
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[int]:
-    """Unpack an archive of one member into a file without a name: the archive has no say in where its member goes.
+    """Unpack an archive of one member into a file without a name, so that the archive cannot choose a path.
+
+    Yields:
+        The descriptor of the unpacked file.
 
     Raises:
-        BrokenFileError: it is damaged, or would become too large.
-        CacheError: there is no place for it.
+        BrokenFileError: the archive is damaged, or its member too large.
+        CacheError: there is no room for the unpacked file.
     """
     with scratch_file(f"{path.name} unpacked", unpacked_size(path)) as content:
         unpack(path, content, lambda done: None)
@@ -50,10 +53,10 @@ def unpacked(path: Path) -> Iterator[int]:
 
 
 def unpacked_size(path: Path) -> int:
-    """Return how many bytes the member of an archive of one says that it has.
+    """Return the unpacked size in bytes that an archive of one member declares.
 
     Raises:
-        BrokenFileError: the archive is damaged, or the member would become too large.
+        BrokenFileError: the archive is damaged, or the member too large.
     """
     with _only_member(path) as (_, member):
         return member.file_size
@@ -63,29 +66,29 @@ def unpack(path: Path, target: IO[bytes], look: Callable[[int], None]) -> None:
     """Unpack an archive of one checkpoint.
 
     Args:
-        path: the archive.
-        target: where the checkpoint is written to, and flushed; must have a descriptor.
-        look: called with the bytes written so far, now and then; raises what ends the work.
+        path: path of the archive.
+        target: file that gets the checkpoint; it is flushed, and must have a descriptor.
+        look: called with the bytes written so far after each chunk; an error that it raises ends the work.
 
     Raises:
-        BrokenFileError: the archive is damaged, holds no single checkpoint, or becomes too large.
+        BrokenFileError: the archive is damaged, holds no single checkpoint, or its member is too large.
     """
     with _only_member(path) as (archive, member):
         limit, done = _limit(path), 0
         with archive.open(member) as packed:
             while chunk := packed.read(_CHUNK_BYTES):
                 done += len(chunk)
-                if done > limit:  # whatever it has declared
+                if done > limit:  # the declared size may be wrong
                     raise _too_large(path, done)
                 target.write(chunk)
                 look(done)
         if done != member.file_size:
-            raise BrokenFileError(f"archive of one file that has {done} bytes unpacked, and should have others")
+            raise BrokenFileError(f"archive of one file that has {done} bytes unpacked, but declares another size")
     target.flush()
     inside = sniff(descriptor_path(target.fileno()))
     if inside == "single_member_zip":
         raise BrokenFileError("a zip archive in a zip archive is no checkpoint")
-    if inside == "sharded":  # there is nothing beside it: its names would be those of our own descriptors
+    if inside == "sharded":  # the index has no parts beside it: their names would resolve to our own descriptors
         raise BrokenFileError("the index of a sharded checkpoint in a zip archive is no checkpoint")
 
 

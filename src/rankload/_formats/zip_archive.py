@@ -1,9 +1,9 @@
-"""Zip archives: torch's format since 1.6, TorchScript, and what else comes as a zip.
+"""Read zip archives: torch's format since 1.6, TorchScript, and any other zip.
 
-Stricter than `zipfile` where it matters for checkpoints. `zipfile` takes an end record anywhere in the last
-64 KiB and shifts all offsets to fit, so a file cut off right after an archive *inside* it would pass; here the
-end record has to end the file, and every offset has to be true as written. Only the directory and the local
-headers (30 bytes and the name) are read.
+This reader is stricter than `zipfile`, which accepts an end record anywhere in the last 64 KiB and shifts all offsets
+to fit. With `zipfile`, a file cut off right after an archive *inside* it would pass. Here the end record has to end the
+file (`_find_end_record` names the exception), and every offset has to be true as written. Only the directory and the
+local headers (30 bytes and the name) are read.
 
 Format: APPNOTE.TXT 6.3 (sections 4.3.7, 4.3.12, 4.3.14 to 4.3.16, 4.5.3).
 """
@@ -34,25 +34,26 @@ _IN_EXTRA_FIELD = 0xFFFFFFFF
 _ZIP64_EXTRA = 0x0001
 _IS_UTF8 = 0x0800
 _HAS_DESCRIPTOR = 0x0008
-#: Encrypted, a patch of another file, strongly encrypted, or with a masked directory: no reader of checkpoints can.
+#: Flags of members that no reader of checkpoints can read: encrypted, a patch of another file, strongly encrypted, or
+#: with a masked directory.
 _IS_UNREADABLE = 0x0001 | 0x0020 | 0x0040 | 0x2000
 _STORED, _DEFLATED = 0, 8
 
-#: MS-DOS's. miniz looks at it whatever system the archive says that it is from (mz_zip_reader_is_file_a_directory).
+#: MS-DOS attribute of a folder. miniz checks it whatever system made the archive (mz_zip_reader_is_file_a_directory).
 _FOLDER_ATTRIBUTE = 0x10
 
-#: A directory of a million tensors has about 100 MB. More is a lie, and would be read into memory.
+#: Largest directory, which is read into memory. The directory of a million tensors has about 100 MB.
 _MAX_DIRECTORY_BYTES = 1 << 28
 
-#: The pickle of a checkpoint of a million tensors, likewise.
+#: Largest member that is read as a whole: the pickle of a checkpoint of a million tensors.
 _MAX_MEMBER_BYTES = 1 << 28
 
-#: torch.save's, for all payloads.
+#: torch.save's alignment of all payloads.
 _ALIGNMENT = 64
 
 _MAX_EXTRA_LENGTH = 0xFFFF
 
-#: With and without signature, with lengths of 4 and of 8 bytes.
+#: Sizes of a data descriptor: without and with signature, with lengths of 4 and of 8 bytes.
 _DESCRIPTOR_BYTES = (12, 16, 20, 24)
 
 
@@ -61,14 +62,14 @@ class Member(NamedTuple):
 
     Attributes:
         name: path in the archive.
-        raw_name: its bytes as stored.
-        header_offset: where its local header begins in the file.
-        stored_bytes: its length in the archive.
-        size_bytes: its length unpacked.
-        method: how it is compressed.
-        has_descriptor: its lengths follow its bytes once more.
-        is_folder: torch's reader takes it for a folder, and reads nothing of it.
-        is_encrypted: its bytes are not what was saved, but what takes a key or another file to become that.
+        raw_name: bytes of the name as stored.
+        header_offset: offset of the local header in the file.
+        stored_bytes: length in the archive.
+        size_bytes: unpacked length.
+        method: compression method.
+        has_descriptor: whether a data descriptor, which repeats the lengths, follows the bytes.
+        is_folder: whether torch's reader takes the member for a folder, and reads nothing.
+        is_encrypted: whether restoring the bytes takes a key or another file.
     """
 
     name: str
@@ -83,12 +84,12 @@ class Member(NamedTuple):
 
     @property
     def is_stored(self) -> bool:
-        """Its bytes lie in the archive as they are."""
+        """Whether the bytes are stored uncompressed."""
         return self.method == _STORED
 
     @property
     def is_deflated(self) -> bool:
-        """Its bytes are compressed by deflate."""
+        """Whether the bytes are compressed by deflate."""
         return self.method == _DEFLATED
 
 
@@ -97,11 +98,11 @@ class Directory:
     """The central directory.
 
     Attributes:
-        members: as listed.
-        offset: where the listing begins in the file.
-        is_ambiguous: another reader could see other members than we do. torch's (miniz) searches for the end record
-            from the back and takes an archive comment for it that looks like one; what a zip64 end record has beyond
-            its fields may shift all offsets.
+        members: members in the order of the directory.
+        offset: offset of the directory in the file.
+        is_ambiguous: whether another reader could see other members. torch's reader (miniz) searches for the end record
+            from the back, and accepts an archive comment that looks like one. Extra data in a zip64 end record may
+            shift all offsets.
     """
 
     members: tuple[Member, ...]
@@ -110,17 +111,17 @@ class Directory:
 
     @property
     def root(self) -> str:
-        """The folder that torch puts everything into: the one of the first member."""
+        """Folder of all of torch's members: that of the first member."""
         return self.members[0].name.partition("/")[0] if self.members else ""
 
     @property
     def raw_root(self) -> bytes:
-        """The bytes of `root` as stored: torch's reader compares those, and no decoded text."""
+        """Stored bytes of `root`: torch's reader compares bytes, not decoded text."""
         return self.members[0].raw_name.partition(b"/")[0] if self.members else b""
 
     @property
     def kind(self) -> ZipKind:
-        """What the archive holds, by the names in it."""
+        """Kind of the archive, by the names of its members."""
         names = {member.name for member in self.members}
         if f"{self.root}/constants.pkl" in names or f"{self.root}/code/" in names:
             return "torchscript"
@@ -135,7 +136,7 @@ def read_directory(source: Source) -> Directory:
     """Read the central directory of an open file.
 
     Raises:
-        BrokenFileError: there is none at the end of the file, or it does not fit the file.
+        BrokenFileError: the directory is missing at the end of the file, or does not fit the file.
     """
     offset, length, count, is_ambiguous = _find_directory(source)
     if length > _MAX_DIRECTORY_BYTES:
@@ -148,7 +149,7 @@ def read_directory(source: Source) -> Directory:
 
 
 def payload_offsets(source: Source, directory: Directory) -> dict[str, int]:
-    """Return where each member's bytes begin in the file, by name; touches every local header.
+    """Return the offset of each member's bytes in the file, by name. Reads every local header.
 
     Raises:
         BrokenFileError: a local header is not where the directory says, or two members overlap.
@@ -156,7 +157,7 @@ def payload_offsets(source: Source, directory: Directory) -> dict[str, int]:
     offsets = {}
     free_from = 0
     for member in sorted(directory.members, key=lambda member: member.header_offset):
-        # Holes that a crash or a broken parallel download left in the file show here.
+        # detects holes that a crash or a broken parallel download left in the file
         begin = payload_offset(source, directory, member)
         if member.header_offset < free_from:
             raise BrokenFileError(f"damaged zip archive ({member.name!r} overlaps what is next to it)")
@@ -166,10 +167,10 @@ def payload_offsets(source: Source, directory: Directory) -> dict[str, int]:
 
 
 def likely_offsets(directory: Directory) -> dict[str, int]:
-    """Say where each member's bytes begin without a look at the local headers, as far as that follows from the listing.
+    """Infer the offset of each member's bytes from the directory alone. Members without a unique answer are left out.
 
-    torch.save leaves no gap between members and begins each at a multiple of 64 bytes (PyTorchStreamWriter, in
-    caffe2/serialize/inline_container.cc). Where both hold for one place, that is it.
+    torch.save leaves no gap between members, and aligns each payload to 64 bytes (PyTorchStreamWriter, in
+    caffe2/serialize/inline_container.cc). If exactly one offset satisfies both, it is returned.
 
     Raises:
         BrokenFileError: two members overlap.
@@ -190,17 +191,17 @@ def likely_offsets(directory: Directory) -> dict[str, int]:
 
 
 def ends_of(directory: Directory) -> dict[str, int]:
-    """Return, by name, where what follows each member begins: the next member, or the listing."""
+    """Return the end of each member's space, by name: the offset of the next member, or of the directory."""
     members = sorted(directory.members, key=lambda member: member.header_offset)
     ends = [*(member.header_offset for member in members[1:]), directory.offset]
     return {member.name: end for member, end in zip(members, ends, strict=True)}
 
 
 def payload_offset(source: Source, directory: Directory, member: Member) -> int:
-    """Return where one member's bytes begin, as its local header says.
+    """Return the offset of one member's bytes, from its local header.
 
     Raises:
-        BrokenFileError: it has none, or its bytes reach into the listing.
+        BrokenFileError: the header is missing, or the bytes reach into the directory.
     """
     header = source.read(_LOCAL.size + len(member.raw_name), member.header_offset)
     if header[:4] != LOCAL_SIGNATURE or header[_LOCAL.size :] != member.raw_name:
@@ -213,25 +214,25 @@ def payload_offset(source: Source, directory: Directory, member: Member) -> int:
 
 
 def member_content(source: Source, directory: Directory, member: Member) -> bytes:
-    """Return all bytes of a small member, unpacked.
+    """Return all unpacked bytes of a small member.
 
     Raises:
-        BrokenFileError: it is larger than anything that is read as a whole, or cannot be unpacked.
+        BrokenFileError: the member is too large to be read as a whole, or cannot be unpacked.
     """
     if max(member.stored_bytes, member.size_bytes) > _MAX_MEMBER_BYTES:
         raise BrokenFileError(f"zip archive with {member.name!r} of {member.size_bytes} bytes")
     packed = read_exactly(source, member.stored_bytes, payload_offset(source, directory, member))
     content = packed if member.is_stored else _inflated(packed, member, member.size_bytes)
     if len(content) != member.size_bytes:
-        raise BrokenFileError(f"damaged zip archive ({member.name!r} has another length than it says)")
+        raise BrokenFileError(f"damaged zip archive ({member.name!r} has another length than it declares)")
     return content
 
 
 def member_head(source: Source, directory: Directory, member: Member, length: int) -> bytes:
-    """Return the first bytes of a member, unpacked; none if its compression is an unusual one.
+    """Return the first unpacked bytes of a member; no bytes if its compression method is not supported.
 
     Raises:
-        BrokenFileError: it cannot be unpacked.
+        BrokenFileError: the member cannot be unpacked.
     """
     packed = source.read(min(length, member.stored_bytes), payload_offsets(source, directory)[member.name])
     return packed if member.is_stored else _inflated(packed, member, length)
@@ -241,14 +242,14 @@ def _inflated(packed: bytes, member: Member, length: int) -> bytes:
     if member.method != _DEFLATED:
         return b""
     try:
-        # a limit of 0 would be none
+        # decompress() takes a limit of 0 for no limit
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, length) if length else b""
     except zlib.error as error:
         raise BrokenFileError(f"damaged zip archive ({member.name!r}: {error})") from None
 
 
 def _find_directory(source: Source) -> tuple[int, int, int, bool]:
-    """Return offset, length and number of entries of the central directory, and `Directory.is_ambiguous`."""
+    """Return the central directory's offset, length and number of entries, and `Directory.is_ambiguous`."""
     end_offset, end = _find_end_record(source)
     is_ambiguous = END_SIGNATURE in end[1:]
     _, disk, directory_disk, _, count, length, offset, _ = _END.unpack_from(end)
@@ -273,9 +274,9 @@ def _find_directory(source: Source) -> tuple[int, int, int, bool]:
 
 
 def _find_end_record(source: Source) -> tuple[int, bytes]:
-    """Return offset and bytes of the end record: one that reaches exactly to the end of the file, else the last one.
+    """Return offset and bytes of the end record: the one that ends exactly at the end of the file, else the last one.
 
-    What somebody has appended, a line break say, does not matter to torch's reader either: it takes the last one.
+    torch's reader uses the last one, too, so bytes appended to the file, such as a line break, do no harm.
     """
     tail_length = min(source.size_bytes, _END.size + _MAX_COMMENT_LENGTH)
     tail = read_exactly(source, tail_length, source.size_bytes - tail_length)
@@ -314,16 +315,16 @@ def _entries(listing: bytes, count: int) -> Iterator[Member]:
         yield Member(name, raw_name, header_offset, stored, size, method, has_descriptor, is_folder, is_encrypted)
         position = begin_extra + extra_length + comment_length
     if position != len(listing):
-        raise BrokenFileError("damaged zip archive (its directory has another length than it says)")
+        raise BrokenFileError("damaged zip archive (its directory has another length than it declares)")
 
 
 def _widen(extra: bytes, *narrow: int) -> Iterator[int]:
-    """Replace the fields that did not fit into 32 bits by those of the zip64 extra field, in this order."""
+    """Yield the fields; take those that did not fit into 32 bits from the zip64 extra field, in this order."""
     position = 0
     wide = b""
     while position + 4 <= len(extra):
         tag, length = struct.unpack_from("<HH", extra, position)
-        if tag == _ZIP64_EXTRA:  # the first counts, as for torch's reader (miniz)
+        if tag == _ZIP64_EXTRA:  # the first zip64 field counts, as in torch's reader (miniz)
             wide = extra[position + 4 : position + 4 + length]
             break
         position += 4 + length

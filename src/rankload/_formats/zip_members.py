@@ -1,8 +1,8 @@
-"""Refuse archive members that torch's reader would misread, or unpack to far too much.
+"""Refuse archive members that torch's reader would misread, or unpack to far too many bytes.
 
-For a member that it takes for a folder, of which nothing is packed, or that cannot be inflated, torch's reader (miniz,
-through caffe2/serialize/inline_container.cc) reports success and leaves the memory as it was: what this process had
-there before becomes weights. And nothing bounds what compressed tensors become.
+torch's reader (miniz, through caffe2/serialize/inline_container.cc) reports success, and leaves its output buffer
+unchanged, for a member that looks like a folder, has no packed bytes, or cannot be inflated. Old contents of this
+process's memory would become weights. torch's reader also sets no limit on the unpacked size of tensors.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ _CHUNK_BYTES = 1 << 20
 
 
 def check_listing(directory: Directory, packed_bytes: int) -> None:
-    """Check what the central directory says of each member. Reads nothing.
+    """Check the central directory's facts about each member. Reads nothing.
 
     Args:
-        directory: of an archive in torch's format.
+        directory: directory of an archive in torch's format.
         packed_bytes: size of the archive.
 
     Raises:
         BrokenFileError: torch's reader could see other members, a folder has bytes, a member is encrypted, or the
-            members would take far more room unpacked than the archive.
+            unpacked members would be far larger than the archive.
     """
-    if directory.is_ambiguous:  # those would not have been checked
-        raise BrokenFileError("zip archive that other readers could read in another way")
+    if directory.is_ambiguous:  # torch's reader could see members that were not checked
+        raise BrokenFileError("zip archive in which other readers could see other members")
     unpacked_bytes = 0
     for member in directory.members:
         if member.is_folder and member.size_bytes:
             raise BrokenFileError(f"damaged zip archive ({member.name!r} is a folder, and has bytes)")
-        if member.is_encrypted:  # mapped, it would be weights as it is
+        if member.is_encrypted:  # a mapped member would become weights without decryption
             raise BrokenFileError(f"encrypted zip archive ({member.name!r})")
         if not member.is_stored:
             unpacked_bytes += member.size_bytes
@@ -46,18 +46,18 @@ def check_listing(directory: Directory, packed_bytes: int) -> None:
 
 
 def check_compressed(source: Source, directory: Directory) -> None:
-    """Inflate every compressed member once, keeping nothing.
+    """Inflate every compressed member once, and keep nothing.
 
     Raises:
-        BrokenFileError: one cannot be inflated, or not to the size that it says.
+        BrokenFileError: a member cannot be inflated, or not to its declared size.
     """
     for member in directory.members:
         if not member.is_stored and _inflated_bytes(source, directory, member) != member.size_bytes:
-            raise BrokenFileError(f"damaged zip archive ({member.name!r} has another length than it says)")
+            raise BrokenFileError(f"damaged zip archive ({member.name!r} has another length than it declares)")
 
 
 def _inflated_bytes(source: Source, directory: Directory, member: Member) -> int:
-    """Return how many bytes a member has, counted up to one more than it says."""
+    """Return the number of inflated bytes of a member. Counting stops beyond the declared size."""
     if not member.is_deflated:
         raise BrokenFileError(f"zip archive in which {member.name!r} is not compressed by deflate")
     offset = payload_offset(source, directory, member)
