@@ -1,1 +1,1 @@
-"""From a file on this node to tensors."""
+"""Load tensors from a file on this node, or from another rank."""

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"]):
-    """The tensors of a checkpoint by name; each is read when it is asked for. Use as a context manager, or close it.
+    """The tensors of a checkpoint by name, read on access. Use as a context manager, or call `close`.
 
-    ``list(checkpoint)`` and ``checkpoint.entries`` read nothing, ``checkpoint["fc.weight"]`` reads that tensor's bytes
-    into a new tensor on the CPU, ``dict(checkpoint)`` reads all. Not collective. Not for several threads at once.
+    ``list(checkpoint)`` and ``checkpoint.entries`` read nothing. ``checkpoint["fc.weight"]`` reads that tensor's bytes
+    into a new tensor on the CPU, and ``dict(checkpoint)`` reads all tensors. Not collective. Not thread-safe.
 
     Attributes:
-        entries: name → `TensorEntry`: dtype, shape, stride, file, offset and length in bytes, storage key. Tensors that
-            are tied have the same storage.
-        metadata: the texts in the headers of safetensors files.
-        display_name: where it is, for messages.
+        entries: name → `TensorEntry`: dtype, shape, stride, file, offset and length in bytes, storage key. Tied tensors
+            have the same storage.
+        metadata: texts in the headers of safetensors files.
+        display_name: path or URL of the checkpoint, for messages.
     """
 
     def __init__(self, index: Index, sources: Callable[[str], Source], stack: ExitStack, display_name: str) -> None:
@@ -40,13 +40,13 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         """Read one tensor.
 
         Raises:
-            KeyError: there is none of that name.
-            LoadError: this torch has no such dtype, or the file ended early.
-            FetchError: the origin does not give the bytes.
-            ValueError: it is closed.
+            KeyError: no tensor has that name.
+            LoadError: this torch lacks the tensor's dtype, or the file ended early.
+            FetchError: the bytes could not be fetched from the origin.
+            ValueError: the checkpoint is closed.
         """
         if self._is_closed:
-            raise ValueError(f"{self.display_name}: tensor {name!r} of a closed checkpoint")
+            raise ValueError(f"{self.display_name}: cannot read tensor {name!r} of a closed checkpoint")
         from rankload._load.values.tensors import read_tensor  # imports torch, which a listing does without
 
         entry = self.entries[name]
@@ -54,7 +54,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @property
     def remainder(self) -> Mapping[str, Any]:
-        """Name → value of what is no tensor, as torch.load returns it; what only torch.load builds is `Unbuilt`."""
+        """Values that are not tensors, by name, as torch.load returns them. Others are `Unbuilt`."""
         from rankload._load.module.leaves import with_leaves
         from rankload._load.values.torch_values import built  # imports torch
 
@@ -75,7 +75,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all storages, each counted once."""
+        """Bytes of all storages; each storage counts once."""
         storages = {(entry.file, entry.storage_key): entry.storage.length for entry in self.entries.values()}
         return sum(storages.values())
 

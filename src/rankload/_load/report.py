@@ -22,14 +22,14 @@ class LoadReport:
     Attributes:
         missing_keys: names that the module has and the checkpoint lacks; only with ``strict=False``.
         unexpected_keys: names that the checkpoint has and the module lacks; only with ``strict=False``.
-        path: the verified file on this node; None where the tensors came from another.
-        bytes_read: bytes of tensors that this rank read, mapped, or took out of a broadcast; with a gather only
-            those of its shares.
-        phases: seconds by phase: ``fetch``, ``check``, which ends when all ranks have checked, and ``fill``.
-        delivery: how the tensors came: ``"read"``, ``"broadcast"`` or ``"gather"``.
-        reason: why so.
-        left_on_meta: buffers that no checkpoint holds (``persistent=False``) and that are still on the meta device: the
-            script has to compute them.
+        path: the verified file on this node; None if the tensors came from another node.
+        bytes_read: bytes of tensors that this rank read, mapped, or took out of a broadcast; with a gather, only the
+            bytes of its own shares.
+        phases: seconds by phase: ``fetch``, ``check`` (until all ranks have checked), and ``fill``.
+        delivery: delivery that was used: ``"read"``, ``"broadcast"`` or ``"gather"``.
+        reason: why this delivery was used.
+        left_on_meta: buffers that are still on the meta device, for no checkpoint contains them
+            (``persistent=False``): the script has to compute them.
     """
 
     missing_keys: list[str]
@@ -52,7 +52,7 @@ class LoadReport:
         left_on_meta: Sequence[str],
         remainder: Remainder | None,
     ) -> LoadReport:
-        """Put a report together."""
+        """Build a report. The arguments are the attributes; ``keys`` are the missing and the unexpected names."""
         return cls(
             list(keys[0]),
             list(keys[1]),
@@ -70,25 +70,25 @@ class LoadReport:
 
     @property
     def remainder(self) -> Any:
-        """The rest of a training checkpoint, of a load into ``(module, optimizer)``: epoch, scheduler, random states.
+        """The rest of a training checkpoint after a load into ``(module, optimizer)``: epoch, scheduler, random states.
 
-        It is what torch.load returns, as nested as it was saved and on the CPU, without the keys under which the
-        module's and the optimizer's state are. Every rank has its own.
+        This is the result of torch.load, on the CPU and with its nesting, without the keys of the module's and the
+        optimizer's state. Every rank has its own copy.
 
         Raises:
-            UnsafePickleError: ``weights_only`` refuses what is in it.
-            LoadError: it could not be loaded for another reason.
+            UnsafePickleError: ``weights_only`` refused an object in the rest.
+            LoadError: the rest could not be loaded for another reason.
             ArgumentError: the load was into a module alone.
         """
         if self._remainder is None:
-            raise ArgumentError("report.remainder: only dist_load_into((module, optimizer), …) loads it")
+            raise ArgumentError("report.remainder: not loaded; call dist_load_into((module, optimizer), …) to load it")
         if self._remainder.error is not None:
             raise self._remainder.error
         return self._remainder.content
 
     @property
     def seconds(self) -> float:
-        """Seconds of all phases; the wait for the verdict is not in them."""
+        """Seconds of all phases, without the wait for the verdict."""
         return sum(self.phases.values())
 
     def __repr__(self) -> str:

@@ -70,7 +70,7 @@ def test_more_ranks_than_devices_is_explained(current):
 
 
 def test_unknown_local_rank_among_several_devices_is_explained():
-    with pytest.raises(DeviceError, match=r"torchrun tells no local rank\. Set LOCAL_RANK"):
+    with pytest.raises(DeviceError, match=r"torchrun sets no local rank\. Set LOCAL_RANK"):
         choose_device(cuda(4), rank(local_rank=None))
 
 

@@ -135,7 +135,7 @@ def test_none_does_not_look_for_a_device_when_all_was_on_the_cpu(load, own_devic
 
 def test_none_with_an_unknown_own_device_fails_only_when_one_is_needed(load, eight_devices):
     assert_equal_weights(load(None, WITHOUT_LOCAL_RANK, "cpu"))
-    with pytest.raises(DeviceError, match="pmi tells no local rank"):
+    with pytest.raises(DeviceError, match="pmi sets no local rank"):
         load(None, WITHOUT_LOCAL_RANK, "cpu", "cuda:1")
 
 
@@ -240,7 +240,7 @@ def test_unknown_placeholders_are_named_beside_the_known(template, wrap):
 
 
 def test_a_local_rank_that_nobody_told_is_explained(eight_devices):
-    with pytest.raises(DeviceError, match=r"pmi tells no local rank to rank 5 on node7\. Set LOCAL_RANK"):
+    with pytest.raises(DeviceError, match=r"pmi sets no local rank for rank 5 on node7\. Set LOCAL_RANK"):
         resolve_map_location("cuda:{local_rank}", WITHOUT_LOCAL_RANK)
     assert resolve_map_location("cuda:{rank}", WITHOUT_LOCAL_RANK) == "cuda:5"
 
@@ -250,7 +250,7 @@ def test_a_local_rank_is_no_device_where_each_task_sees_its_own(one_device, form
     with pytest.raises(DeviceError) as caught:
         resolve_map_location(form, RANK_5)
     message = str(caught.value)
-    assert "'cuda:{local_rank}' makes cuda:1 for rank 5 on node7" in message
+    assert "'cuda:{local_rank}' gives cuda:1 for rank 5 on node7" in message
     assert "1 cuda device" in message
     assert '"{device}"' in message
     assert resolve_map_location("{device}", RANK_5) == "cuda:0"

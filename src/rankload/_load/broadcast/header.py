@@ -1,4 +1,4 @@
-"""The header of a broadcast, and the checks before a receiver acts on it. Pure."""
+"""The header of a broadcast, and a receiver's checks of the header. Pure."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any
 from rankload._formats.unpack_limit import unpacked_limit
 from rankload._load.streams.buckets import Range
 
-#: Bytes of a description. A range takes about 32 of them, so this suffices for a million storages twice over; a source
-#: whose description would be longer sends whole files instead.
+#: Largest header. A range takes about 32 bytes, so this suffices for two million storages. A source whose header would
+#: be larger sends whole files instead.
 MAX_HEADER_BYTES = 64 << 20
 
 _MAX_NAME_BYTES = 255  # NAME_MAX of Linux's filesystems
-_MAX_PATH_BYTES = 1024  # names are looked up below a temporary folder, and PATH_MAX is 4096
+_MAX_PATH_BYTES = 1024  # names are resolved below a temporary folder, and PATH_MAX is 4096
 
 
 class BadHeaderError(ValueError):
-    """A description that cannot be right."""
+    """The header of a broadcast is invalid."""
 
 
 @dataclass(frozen=True)
 class BroadcastHeader:
-    """The description.
+    """The source's description of a broadcast.
 
     Attributes:
-        name: of the checkpoint among its files.
-        display_name: what messages call it.
-        sizes: of the files in bytes, by name.
-        is_whole: whether the files come whole, one after the other; if not:
-        kept: which ranges of them come first, by file.
-        ranges: which come after those.
+        name: file name of the checkpoint or its index.
+        display_name: name of the checkpoint in messages.
+        sizes: sizes of the files in bytes, by name.
+        is_whole: whether the source sends whole files, one after the other. If so, ``kept`` and ``ranges`` are empty.
+        kept: byte ranges that come first, by file: headers and small storages.
+        ranges: byte ranges that come after those, by file: tensors.
     """
 
     name: str
@@ -45,44 +45,44 @@ class BroadcastHeader:
     ranges: dict[str, list[Range]]
 
     def as_json(self) -> bytes:
-        """Return what is sent."""
+        """Return the header as JSON, ready to send."""
         return json.dumps(vars(self)).encode()
 
 
 def read_header(text: bytes, announced: Mapping[str, int]) -> BroadcastHeader:
-    """Return the description in a text.
+    """Parse and check a received header.
 
     Args:
-        text: as it came.
-        announced: sizes in bytes of the source's files on disk, by name, as the job's store has them.
+        text: received bytes.
+        announced: sizes in bytes of the source's files on disk, by name, from the job's store.
 
     Raises:
-        BadHeaderError: it cannot be right.
+        BadHeaderError: the header is invalid.
     """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise BadHeaderError("it is no JSON") from None
+        raise BadHeaderError("it is not JSON") from None
     if not isinstance(value, dict) or {*value} != {*BroadcastHeader.__dataclass_fields__}:
         raise BadHeaderError("it has other fields")
     if not isinstance(value["display_name"], str) or type(value["is_whole"]) is not bool:
         raise BadHeaderError("its fields are of other types")
     sizes = _checked_sizes(value["sizes"], announced, is_whole=value["is_whole"])
     if not isinstance(value["name"], str) or value["name"] not in sizes:
-        raise BadHeaderError("the checkpoint is none of its files")
+        raise BadHeaderError("the checkpoint is not among its files")
     kept, ranges = (_checked_ranges(value[field], sizes) for field in ("kept", "ranges"))
     return BroadcastHeader(value["name"], value["display_name"], sizes, value["is_whole"], kept, ranges)
 
 
 def check_names(names: Any) -> None:
-    """Check that names of files stay below the folder that they are looked up in, and apart from each other.
+    """Check that file names stay below their folder, and that no name is a folder of another.
 
     Raises:
-        BadHeaderError: one does not.
+        BadHeaderError: a name is invalid.
     """
     for name in names:
         if not isinstance(name, str) or not _is_plain(name):
-            raise BadHeaderError(f"a file's name is no plain relative one: {str(name)[:80]!r}")
+            raise BadHeaderError(f"a file's name is not a plain relative path: {str(name)[:80]!r}")
         if any(str(parent) in names for parent in PurePosixPath(name).parents):
             raise BadHeaderError(f"a file lies below another one: {name[:80]!r}")
 
@@ -106,23 +106,27 @@ def _is_plain(name: str) -> bool:
 
 def _checked_sizes(sizes: Any, announced: Mapping[str, int], *, is_whole: bool) -> dict[str, int]:
     if not isinstance(sizes, dict) or not all(type(size) is int and size >= 0 for size in sizes.values()):
-        raise BadHeaderError("its sizes are no sizes")
+        raise BadHeaderError("its sizes are invalid")
     if not sizes.keys() <= announced.keys():
         raise BadHeaderError("it names files that were not announced")
     check_names(sizes)
     if is_whole:
         if sizes != announced:
-            raise BadHeaderError("its sizes are not the announced ones")
-    # a legacy archive of one file is unpacked at the source, and may be larger than on disk
+            raise BadHeaderError("its sizes differ from the announced ones")
+    # the source unpacks a legacy archive of one file, which may then be larger than on disk
     elif any(size > unpacked_limit(announced[name]) for name, size in sizes.items()):
         raise BadHeaderError("its sizes are far beyond the announced ones")
     return sizes
 
 
 def _checked_ranges(ranges: Any, sizes: Mapping[str, int]) -> dict[str, list[Range]]:
-    """Return ranges by file, sorted, apart, and within the file."""
+    """Return the ranges by file: sorted, disjoint, and within the file.
+
+    Raises:
+        BadHeaderError: they are not.
+    """
     if not isinstance(ranges, dict) or not ranges.keys() <= sizes.keys():
-        raise BadHeaderError("its ranges are of other files")
+        raise BadHeaderError("its ranges name files that it does not list")
     return {file: _of_one_file(of_file, sizes[file]) for file, of_file in ranges.items()}
 
 
@@ -130,10 +134,10 @@ def _of_one_file(ranges: Any, size: int) -> list[Range]:
     checked: list[Range] = []
     at = 0
     if not isinstance(ranges, list):
-        raise BadHeaderError("its ranges are no ranges")
+        raise BadHeaderError("its ranges are invalid")
     for piece in ranges:
         if not isinstance(piece, list) or len(piece) != 2 or not all(type(edge) is int for edge in piece):
-            raise BadHeaderError("its ranges are no ranges")
+            raise BadHeaderError("its ranges are invalid")
         begin, end = piece
         if not at <= begin < end <= size:
             raise BadHeaderError("its ranges overlap, or lie beyond the end of the file")

@@ -1,7 +1,7 @@
-"""Broadcast a whole checkpoint file into the memory of every node; torch.load then reads it as a file.
+"""Broadcast a whole checkpoint file into the memory of every node; torch.load then reads the copy like a file.
 
-So every format, ties, nesting and whatever else torch.load knows come out as they do at the source; and on the CPU the
-ranks of a node share one copy, as they would share the pages of a file.
+So all formats, ties and nesting load exactly as at the source. On the CPU the ranks of a node share one copy, as they
+would share the pages of a file.
 """
 
 from __future__ import annotations
@@ -39,20 +39,21 @@ def broadcast_files(
     settings: Settings,
     stack: ExitStack,
 ) -> tuple[Path, str]:
-    """Return where this rank finds the source's checkpoint: on disk, or what has come of it in memory. Collective.
+    """Bring the source's checkpoint to every node. Collective.
 
-    And where it is at the source, for messages.
-
-    Ranks under the source's kernel that can open its files use these; of the others one for each node receives the
-    bytes, and the rest of the node opens its memory.
+    Ranks under the source's kernel that can open its files use those. On every other node one rank receives the bytes,
+    and the other ranks open its memory.
 
     Args:
-        path: the checkpoint, or the index of one in several files, at the source; None elsewhere.
-        file: what the source has fetched, of which ``path`` may be a copy; None elsewhere.
-        source: its rank.
-        channel: of the call.
+        path: the checkpoint, or the index of one in several files, at the source; None on other ranks.
+        file: the file that the source fetched, of which ``path`` may be a copy; None on other ranks.
+        source: rank of the source.
+        channel: channel of the call.
         settings: deadlines.
-        stack: lets go of the memory: to be closed when torch.load is through.
+        stack: releases the memory; close it after torch.load.
+
+    Returns:
+        This rank's path of the checkpoint, on disk or in memory; and the path at the source, for messages.
     """
     announced = announce(path, file, source, channel)
     sizes: dict[str, int] = announced["sizes"]
@@ -74,21 +75,21 @@ def broadcast_files(
 
 
 def announce(path: Path | None, file: FetchedFile | None, source: int, channel: Channel) -> dict[str, Any]:
-    """Tell where the source's files are, how large, and with which digests; or hear it.
+    """Announce the source's files to all ranks; on other ranks, wait for the announcement.
 
     Returns:
-        ``path``, what messages call it (``shown``), ``identity``, whether it may stay mapped (``may_map``), and by
-        file name, the checkpoint or its index first, ``sizes`` in bytes, and ``sha256`` where a record vouches for one.
+        ``path``; its name in messages (``shown``); ``identity``; ``may_map``: whether the file may stay mapped; and by
+        file name, with the checkpoint or its index first: ``sizes`` in bytes, and ``sha256`` from trusted records.
 
     Raises:
-        CoordinationError: the source's names are no plain ones.
+        CoordinationError: the source's file names are invalid.
     """
     if path is None or file is None:
         announced = channel.wait_for("broadcast/files", from_rank=source)
         try:
             check_names(announced["sizes"])
         except BadHeaderError as error:
-            raise CoordinationError(f"rank {source} announces files that it cannot have: {error}") from error
+            raise CoordinationError(f"rank {source} announces invalid file names: {error}") from error
         return announced
     files = {name: path.parent / name for name in (path.name, *parts_of(path))}
     digests = {name: _recorded_digest(file.path.parent / name, one.stat()) for name, one in files.items()}
@@ -106,7 +107,7 @@ def announce(path: Path | None, file: FetchedFile | None, source: int, channel: 
 
 
 def find(announced: dict[str, Any], stack: ExitStack) -> Path | None:
-    """Return where this process reads the announced file from the same page cache; None if it cannot."""
+    """Return a path by which this process reads the announced file from the same page cache; None if it cannot."""
     path = Path(announced["path"])
     with suppress(OSError, RankloadError):
         held = hold(path, announced["sha256"].get(path.name), stack)
@@ -125,25 +126,25 @@ def send_files(relay: Relay, folder: Path, sizes: Mapping[str, int]) -> None:
 def receive_files(
     relay: Relay, descriptors: Mapping[str, int], sizes: Mapping[str, int], digests: Mapping[str, str]
 ) -> None:
-    """Receive what `send_files` sends.
+    """Receive the files that `send_files` sends.
 
     Args:
-        relay: from the source.
-        descriptors: of files in memory, by name.
-        sizes: of the files, in bytes.
-        digests: SHA-256 of those of which it is known.
+        relay: relay from the source.
+        descriptors: descriptors of the files in memory, by name.
+        sizes: sizes of the files in bytes, by name.
+        digests: known SHA-256 digests, by name.
 
     Raises:
-        CoordinationError: something between the nodes has changed the bytes.
-        DigestMismatchError: the source did not send the file that was verified when it was fetched.
+        CoordinationError: something between the nodes changed the bytes.
+        DigestMismatchError: the source sent other bytes than were verified when the file was fetched.
     """
     for name, size_bytes in sizes.items():
         with writable(descriptors[name], 0, size_bytes) as whole:
             found = relay.receive(whole)
         if found != digests.get(name, found):
             raise DigestMismatchError(
-                f"{name}: what the source sent has SHA-256 {found}, and its record says {digests[name]}: the file was "
-                "damaged or replaced after it was fetched; remove it there, and load again",
+                f"{name}: the source sent a file with SHA-256 {found}, but its record says {digests[name]}: the file "
+                "was damaged or replaced after it was fetched; remove it on the source's node, and load again",
                 expected=digests[name],
                 got=found,
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from rankload._coordination.channel import Channel
 from rankload._formats.entry import TensorEntry
@@ -31,15 +32,15 @@ from rankload.errors import LoadError
 
 
 class BroadcastReceiver(DeliveryStrategy):
-    """The side of a rank that does not have the file.
+    """A rank that does not have the file, and receives it.
 
     Args:
-        relay: from the source, and on to others.
-        source: its rank.
-        announced: what `announce` returned.
-        channel: of the call.
+        relay: this rank's place in the chain.
+        source: rank of the source.
+        announced: result of `announce`.
+        channel: channel of the call.
         settings: deadlines.
-        stack: lets go of the headers.
+        stack: releases the memory of the headers.
     """
 
     def __init__(
@@ -59,23 +60,25 @@ class BroadcastReceiver(DeliveryStrategy):
             header = self._receive_header(announced["sizes"])
         except BadHeaderError as error:
             raise LoadError(
-                f"{announced['path']}: rank {source}'s description of what it sends cannot be right: {error}: does it "
-                "run another version of rankload?",
+                f"{announced['path']}: rank {source} sent an invalid broadcast header: {error}; check that all ranks "
+                "run the same version of rankload",
                 source_rank=source,
             ) from error
         self._ranges = header.ranges
         self.files = self._receive(header, announced["sha256"], stack)
         self.may_share = not isinstance(self.files, ReceivedFiles)
 
+    @override
     def prepare(self, plan: LoadPlan) -> bool:
-        """Tell the source if this rank needs more than it is going to send."""
+        """Tell the source if this rank needs more tensors than the source is going to send."""
         self._index = plan.index
         if not all(self.files.has(entry) or is_kept(entry, self._ranges) for entry in plan.entries):
             self._channel.post(ALL_KEY, {})
         return False
 
+    @override
     def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:
-        """Take out of the stream what is ours, and pass it on."""
+        """Take this rank's tensors out of the stream, and forward the stream."""
         here = [copy for copy in copies if copy.saved.is_here]
         moved = read_all(here, report, self._limits)
         if not isinstance(self.files, ReceivedFiles):
@@ -102,7 +105,7 @@ class BroadcastReceiver(DeliveryStrategy):
         return read_header(self._receive_bytes(length), sizes)
 
     def _receive(self, header: BroadcastHeader, digests: Mapping[str, str], stack: ExitStack) -> CheckpointFiles:
-        """Receive the headers, or all."""
+        """Receive the headers, or whole files."""
         descriptors = {name: make_memory_file(size_bytes, stack) for name, size_bytes in header.sizes.items()}
         if header.is_whole:
             receive_files(self._relay, descriptors, header.sizes, digests)
@@ -122,11 +125,11 @@ class BroadcastReceiver(DeliveryStrategy):
 
 
 class ReceivedFiles(CheckpointFiles):
-    """Files of which the headers have come.
+    """A checkpoint's files in memory, of which only the headers have arrived.
 
     Args:
-        header: the source's words on them.
-        descriptors: of the files in memory, full of holes.
+        header: the source's description of the broadcast.
+        descriptors: descriptors of the sparse files in memory, by name.
         stack: see `CheckpointFiles`.
     """
 
@@ -136,22 +139,23 @@ class ReceivedFiles(CheckpointFiles):
         self._sources = {file: LocalSource(descriptor) for file, descriptor in descriptors.items()}
         self._content = folder_of(descriptors, stack) / header.name
 
+    @override
     def has(self, entry: TensorEntry) -> bool:
-        """See `CheckpointFiles`."""
         return not entry.length or is_kept(entry, self.kept)
 
+    @override
     def load(self, *, weights_only: bool, mmap: bool | None) -> Any:
-        """Not possible here."""
+        """Raise LoadError: the tensors are not here."""
         raise LoadError(
-            f"{self.display_name}: this rank wants to load all of it, and the source does not: its adapt= differs; "
-            "pass delivery='read', or the same adapt="
+            f"{self.display_name}: this rank has to load the whole file, but the source sends only tensors: the adapt= "
+            "of the ranks differ; pass the same adapt= on all ranks, or delivery='read'"
         )
 
+    @override
     def note_use(self, entry: TensorEntry) -> None:
-        """See `CheckpointFiles`."""
         if not self.has(entry):
             raise LoadError(
-                f"{self.display_name}: tensor {entry.name!r} is wanted before it has come: a hook of the module, or "
-                "adapt=, has to see it on this rank, and not on the source; pass delivery='read'",
+                f"{self.display_name}: tensor {entry.name!r} is needed before it has arrived: a hook of the module, or "
+                "adapt=, reads it on this rank, but not on the source; pass delivery='read'",
                 tensor=entry.name,
             )

@@ -1,12 +1,14 @@
-"""`delivery="broadcast"` into modules: the source sends headers first, then, when all fits, data.
+"""`delivery="broadcast"` into modules: the source sends headers first and, if everything fits, then the data.
 
-The headers are all that the index is read from, so every rank finds out for itself what goes where, as if it had the
-file. Then the data comes by, in buckets that are pieces of the file, and each rank takes out what is its own.
+The headers contain everything that the index is read from. So every rank plans its own load, as if it had the file.
+Then the data follows in buckets, which are pieces of the file, and each rank takes out its own tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from typing_extensions import override
 
 from rankload._coordination.channel import Channel
 from rankload._formats.index import Index
@@ -24,23 +26,24 @@ from rankload._relay.relay import Relay
 from rankload._settings import Settings
 from rankload._types import Progress
 
-#: Of the length of the words that come first.
+#: Size of the header's length, which comes first.
 LENGTH_BYTES = 8
 
-#: The source posts it when the words are on their way: before, it loads, which may take longer than a byte should.
+#: Posted by the source when the header is on its way. Before, the source plans its load, which may take longer than the
+#: longest time without a byte.
 COMING_KEY = "broadcast/coming"
 
-#: A rank posts it that needs tensors which the source does not.
+#: Posted by a rank that needs tensors which the source does not need.
 ALL_KEY = "broadcast/all"
 
 
 class BroadcastSender(DeliveryStrategy):
-    """The source's side. It has the file, and loads from it as if nobody else were there.
+    """The source of a broadcast: it has the file, and loads its own tensors from the file.
 
     Args:
-        files: of the checkpoint.
-        relay: to the others.
-        channel: of the call.
+        files: files of the checkpoint.
+        relay: relay to the other ranks.
+        channel: channel of the call.
         settings: deadlines.
     """
 
@@ -50,19 +53,17 @@ class BroadcastSender(DeliveryStrategy):
         self._index: Index | None = None
         self._kept: dict[str, list[Range]] = {}
         self._ranges: dict[str, list[Range]] = {}
-        channel.report(Progress("loading"))  # in which effort counts
+        channel.report(Progress("loading"))  # not a declared wait: a stuck source must be noticed
 
+    @override
     def prepare(self, plan: LoadPlan) -> bool:
-        """Send the headers: this rank has found that the checkpoint fits.
-
-        Where an index will not do, the whole file goes instead.
-        """
+        """Send the headers, for the checkpoint fits this rank's module. Without an index, send whole files."""
         index, text = plan.index, b""
         if index is not None:
             sizes = {file: self.files.source(file).size_bytes for file in self._file_names(index)}
             self._kept = header_ranges(sizes, index.storages)
             if any(not is_kept(entry, self._kept) for entry in self.files.used):
-                index = None  # a hook, or extra state, has to see tensors, on every rank
+                index = None  # a hook, or extra state, reads tensors early, on every rank
             else:
                 self._ranges = tensor_ranges(plan.entries, self._kept)
                 text = BroadcastHeader(
@@ -78,8 +79,9 @@ class BroadcastSender(DeliveryStrategy):
                 self._relay.send(FileBlock(self.files.source(file).descriptor, begin, end - begin))
         return False
 
+    @override
     def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:
-        """Send the data, then read our own."""
+        """Send the data, then read this rank's own tensors."""
         if self._index is not None:
             tensors = self._index.tensors.values()
             if self._channel.has(ALL_KEY):
@@ -99,5 +101,5 @@ class BroadcastSender(DeliveryStrategy):
 
     def _send_header(self, text: bytes) -> None:
         self._channel.post(COMING_KEY, {})
-        for block in (len(text).to_bytes(LENGTH_BYTES, "little"), text):  # as they are received
+        for block in (len(text).to_bytes(LENGTH_BYTES, "little"), text):  # the receiver expects these two blocks
             self._relay.send(BytesBlock(memoryview(block)))

@@ -1,4 +1,4 @@
-"""`delivery="gather"`: ranks share the reading of what all of them want."""
+"""`delivery="gather"`: ranks share the reading of the tensors that all of them want."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
 from rankload._coordination.channel import Channel
 from rankload._load.delivery.read import ReadDelivery
@@ -33,12 +34,14 @@ _logger = logging.getLogger("rankload")
 
 
 class GatherDelivery(ReadDelivery):
-    """Each rank reads its share of what all want, and its own parts of the rest; or everything, if they do not agree.
+    """Each rank reads its share of the common tensors, and its own parts of the others.
+
+    If the ranks want different tensors, each rank reads everything it needs.
 
     Args:
-        files: of the checkpoint.
-        channel: of the call.
-        group: over which the call is; None for the default one.
+        files: files of the checkpoint.
+        channel: channel of the call.
+        group: process group of the call; None for the default group.
         settings: deadlines.
     """
 
@@ -50,18 +53,19 @@ class GatherDelivery(ReadDelivery):
         self._group, self._settings = group, settings
         self._shared: set[int] = set()
 
+    @override
     def prepare(self, plan: LoadPlan) -> bool:
-        """See `DeliveryStrategy.prepare`.
+        """Compare the wanted tensors with the other ranks'; return whether this rank would gather.
 
         Raises:
-            ArgumentError: a gather is asked for and not possible.
+            ArgumentError: the process group has no backend for the module's device.
         """
         super().prepare(plan)
         device = _device(plan)
         if _backend(self._group, device.type) is None:
             raise ArgumentError(
                 "delivery='gather': there is no process group with a backend for the module's device "
-                f"{device.type!r}: call init_process_group before, with one (backend='nccl' or 'cpu:gloo,cuda:nccl' "
+                f"{device.type!r}: call init_process_group with such a backend first ('nccl' or 'cpu:gloo,cuda:nccl' "
                 "for cuda), or pass delivery='auto'"
             )
         shared = [step for step in plan.steps if _is_shared(step, plan, device)]
@@ -72,15 +76,15 @@ class GatherDelivery(ReadDelivery):
         self.delivery = "gather"
         return True
 
+    @override
     def on_agreement(self, all_would_gather: bool) -> None:
-        """See `DeliveryStrategy.on_agreement`."""
         if self.delivery == "gather" and not all_would_gather:
             self.delivery, self.reason = "read", "another rank has other tensors, another device or another backend"
         self.may_share = self.delivery == "read"
         _logger.debug("rank %d: delivery=%r: %s", self._channel.identity.rank, self.delivery, self.reason)
 
+    @override
     def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:
-        """See `DeliveryStrategy.execute`."""
         if self.delivery == "read":
             return super().execute(copies, report)
         identity = self._channel.identity
@@ -102,7 +106,7 @@ class GatherDelivery(ReadDelivery):
 
 
 def _device(plan: LoadPlan) -> torch.device:
-    """Return the device that most tensors of the module go to."""
+    """Return the device that most bytes of the module go to."""
     bytes_of: Counter[torch.device] = Counter()
     for step in plan.steps:
         bytes_of[_destination(step, plan)] += step.saved.shape.numel() * step.saved.dtype.itemsize

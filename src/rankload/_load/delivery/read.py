@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from rankload._coordination.channel import Channel
 from rankload._load.delivery.strategy import DeliveryStrategy, LoadPlan
 from rankload._load.device.readers import Limits
@@ -16,11 +18,11 @@ from rankload._settings import Settings
 
 
 class ReadDelivery(DeliveryStrategy):
-    """Each rank reads what it wants.
+    """Each rank reads its own tensors.
 
     Args:
-        files: of the checkpoint.
-        channel: of the call.
+        files: files of the checkpoint.
+        channel: channel of the call.
         settings: deadlines.
         reason: see `DeliveryStrategy`.
     """
@@ -33,16 +35,16 @@ class ReadDelivery(DeliveryStrategy):
         self._channel, self._limits = channel, Limits.of(channel.identity, settings)
         self._wanted_bytes = 0
 
+    @override
     def prepare(self, plan: LoadPlan) -> bool:
-        """See `DeliveryStrategy.prepare`."""
         self._wanted_bytes = sum(entry.length for entry in plan.entries)
         return False
 
+    @override
     def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:
-        """See `DeliveryStrategy.execute`."""
         own = sum(copy.region.element_count for copy in copies)
-        if 2 * own >= sum(copy.saved.shape.numel() for copy in copies):  # not one of many shards
+        if 2 * own >= sum(copy.saved.shape.numel() for copy in copies):  # at least half of the tensors, not a shard
             paths = all_files(self.files.path)
-            if 2 * self._wanted_bytes >= sum(path.stat().st_size for path in paths):  # nor a part of the checkpoint
+            if 2 * self._wanted_bytes >= sum(path.stat().st_size for path in paths):  # at least half of the checkpoint
                 read_ahead(paths, self._channel, self._limits.progress_seconds)
         return read_all(copies, report, self._limits)

@@ -33,17 +33,17 @@ def open_strategy(
     settings: Settings,
     stack: ExitStack,
 ) -> DeliveryStrategy:
-    """Open what brings the bytes. Collective.
+    """Choose and open the delivery strategy. Collective.
 
     Args:
         delivery: ``"read"``, ``"broadcast"`` from one rank's file to all, ``"gather"``, or ``"auto"``.
-        path: the checkpoint; None for ranks that did not fetch one.
-        file: what was fetched, of which ``path`` may be a copy.
-        source: the rank that broadcasts.
-        channel: of the call.
-        group: over which the call is; None for the default one.
+        path: path of the checkpoint; None on ranks that did not fetch it.
+        file: the fetched file, of which ``path`` may be a copy.
+        source: rank that broadcasts.
+        channel: channel of the call.
+        group: process group of the call; None for the default group.
         settings: deadlines.
-        stack: closes files.
+        stack: closes the files.
     """
     if channel.identity.world_size == 1:
         assert path is not None

@@ -19,13 +19,13 @@ from rankload._load.streams.run import ReportBytes
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What a rank wants of a checkpoint.
+    """The tensors that a rank wants from a checkpoint.
 
     Attributes:
-        index: the checkpoint's; None where torch.load loads all of it.
-        steps: into the module.
+        index: index of the checkpoint; None if torch.load loads all of it.
+        steps: assignments to the module's tensors.
         others: tensors for the optimizer.
-        device: gives the device for what is on the meta device now.
+        device: returns the device for tensors that are on the meta device now.
     """
 
     index: Index | None
@@ -35,7 +35,7 @@ class LoadPlan:
 
     @property
     def entries(self) -> list[TensorEntry]:
-        """Return the tensors of files that it wants."""
+        """Entries of the wanted tensors that are in files."""
         wanted = [*(step.saved for step in self.steps), *self.others]
         return [saved.in_file.entry for saved in wanted if saved.in_file is not None]
 
@@ -44,11 +44,11 @@ class DeliveryStrategy(ABC):
     """One load, seen from one rank: first the files, then the plan, then the bytes.
 
     Attributes:
-        files: the checkpoint's, or what stands for them.
-        path: the file that this rank has; None for one that receives.
+        files: files of the checkpoint, or the received parts of them.
+        path: this rank's file; None on a receiving rank.
         may_share: whether tensors may be views of the files.
-        delivery: how the bytes come.
-        reason: why so.
+        delivery: name of the delivery: ``"read"``, ``"broadcast"`` or ``"gather"``.
+        reason: why this delivery is used.
     """
 
     path: Path | None
@@ -59,11 +59,11 @@ class DeliveryStrategy(ABC):
 
     @abstractmethod
     def prepare(self, plan: LoadPlan) -> bool:
-        """Take note of what this rank wants, before the ranks meet; return whether it would gather."""
+        """Prepare for a plan, before the ranks agree. Return whether this rank would gather."""
 
     def on_agreement(self, all_would_gather: bool) -> None:  # noqa: B027 - most strategies have nothing to decide
-        """Take note of what the others have returned."""
+        """Decide the delivery from the answers of all ranks to `prepare`."""
 
     @abstractmethod
     def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:
-        """Move the bytes, after the ranks have met; return how many this rank has read, or taken out of a stream."""
+        """Move the bytes, after the ranks have agreed. Return the bytes that this rank read or took from a stream."""

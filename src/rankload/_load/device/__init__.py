@@ -1,1 +1,1 @@
-"""Devices, and the memory through which bytes get there."""
+"""Devices, and the host memory through which bytes reach them."""

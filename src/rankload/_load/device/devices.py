@@ -1,4 +1,4 @@
-"""Which device a rank's tensors belong on, and the map_location that says so to torch.load.
+"""Choose the device for a rank's tensors, and the map_location that puts them there.
 
 Nothing here creates a context on an accelerator: devices are counted and named, not used.
 """
@@ -21,8 +21,8 @@ from rankload.errors import ArgumentError, DeviceError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: Accelerators that torch can name only once their extension (torch_npu, torch_mlu, torch_musa) is imported; files
-#: saved on them reach hosts without it.
+#: Accelerators whose names torch knows only after an import of their extension (torch_npu, torch_mlu, torch_musa).
+#: Files saved on them also reach hosts without the extension.
 _OUT_OF_TREE = ("npu", "mlu", "musa")
 
 #: Accelerators for which torch itself has a module of that name.
@@ -32,9 +32,9 @@ _PLACEHOLDERS = ("device", "local_rank", "rank")
 
 
 class Placement(dict[Any, Any]):
-    """A ``map_location`` that maps the tags of storages and nothing else, each when it is first met.
+    """A ``map_location`` that maps the location tags of storages on first use.
 
-    A dict, although it is empty: torch.load accepts no function for wrapper subclasses, or under FakeTensorMode.
+    It is a dict, although an empty one: torch.load accepts no function for wrapper subclasses, or under FakeTensorMode.
 
     Args:
         device_of: returns the device for a tag, or None for torch's own choice.
@@ -45,7 +45,7 @@ class Placement(dict[Any, Any]):
         self.device_of = device_of
 
     def get(self, tag: Any, default: Any = None) -> Any:
-        """Return the place of what is tagged so; torch passes the device of a wrapper subclass as a torch.device."""
+        """Return the location for a tag. For a wrapper subclass, torch passes a torch.device and gets one back."""
         device = self.device_of(str(tag))
         if device is None:
             return default
@@ -54,7 +54,7 @@ class Placement(dict[Any, Any]):
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What torch tells about this process's accelerator.
+    """Torch's facts about this process's accelerator.
 
     Attributes:
         type: ``"cuda"``, ``"xpu"``, ``"npu"``, …
@@ -73,10 +73,10 @@ def own_device(identity: Identity, group: ProcessGroup | None = None) -> torch.d
     """Return this rank's own accelerator, or the CPU where there is none.
 
     Raises:
-        DeviceError: several devices are visible and nothing tells which one is this rank's.
+        DeviceError: several devices are visible, and none of them is known to be this rank's.
     """
     if identity.local_rank is None and dist.is_available() and dist.is_initialized() and dist.get_rank() == 0:
-        # processes spawned without a launcher: the job's first rank is also the first on its node
+        # processes spawned without a launcher: the first rank of the job is also the first on its node
         identity = replace(identity, local_rank=0)
     return choose_device(visible_accelerator(), identity, _bound_device(group))
 
@@ -88,12 +88,12 @@ def choose_device(
 
     1. the device that the process group is bound to (``init_process_group(device_id=…)``);
     2. the CPU if there is no accelerator;
-    3. the current device, if the accelerator is in use and it is not device 0, where everybody begins;
-    4. the only device that is visible (``srun --gpus-per-task``, CUDA_VISIBLE_DEVICES), whatever the local rank;
-    5. the local rank's.
+    3. the current device, if the accelerator is in use and the device is not 0, which is the default of every process;
+    4. the only visible device (``srun --gpus-per-task``, CUDA_VISIBLE_DEVICES), whatever the local rank;
+    5. the device with the local rank's number.
 
     Raises:
-        DeviceError: the local rank is unknown, or there are not as many devices.
+        DeviceError: the local rank is unknown, or has no device.
     """
     if bound is not None:
         return bound
@@ -109,7 +109,7 @@ def choose_device(
     raise DeviceError(
         f"no {kind} device is known to belong to rank {identity.rank} on {identity.host}: {_seen(accelerator)} and "
         + (
-            f"{identity.launcher} tells no local rank. Set LOCAL_RANK"
+            f"{identity.launcher} sets no local rank. Set LOCAL_RANK"
             if identity.local_rank is None
             else f"local rank {identity.local_rank} has none. Start at most {accelerator.count} ranks on this node"
         )
@@ -130,30 +130,30 @@ def visible_accelerator() -> Accelerator | None:
     if device is None:
         return None
     module = torch.get_device_module(device)
-    # torch.accelerator.is_available() is not asked: on CUDA it ends fork-safety, which counting by NVML does not
+    # not torch.accelerator.is_available(): on CUDA it makes forks unsafe; counting devices by NVML does not
     count = module.device_count()
     if count == 0:
         return None
     is_initialized = hasattr(module, "is_initialized") and bool(module.is_initialized())  # mps has no such state
-    # asking for the current device would initialise the accelerator
+    # a query for the current device would initialise the accelerator
     current_index = torch.accelerator.current_device_index() if is_initialized else 0
     return Accelerator(device.type, count, current_index, is_initialized)
 
 
 def resolve_map_location(map_location: Any, identity: Identity, group: ProcessGroup | None = None) -> Any:
-    """Return what torch.load takes as map_location, right for this rank.
+    """Return a map_location for torch.load that suits this rank.
 
-    ``None`` puts what was saved on an accelerator on this rank's own device: in a job always, in a single process
-    where the device that the file names does not exist here. What was saved on the CPU stays there. The device is
-    looked up when the first such storage is met, so files of CPU tensors need none.
+    ``None`` moves storages saved on an accelerator to this rank's own device: always in a job; in a single process,
+    only if the device in the file does not exist here. Storages saved on the CPU stay on the CPU. The device is looked
+    up at the first storage that needs it, so files of CPU tensors need no device.
 
-    Strings, as such or as values of a dict, may hold ``{device}`` (the rank's own device, as ``cuda:3`` or ``cpu``),
-    ``{local_rank}`` and ``{rank}``. Everything else means what it means to torch.load; a dict may also hold
-    torch.devices as values, and storages whose tags it lacks are restored where they were saved, as in torch.
+    Strings, alone or as values of a dict, may contain ``{device}`` (the rank's own device, as ``cuda:3`` or ``cpu``),
+    ``{local_rank}`` and ``{rank}``. All other values mean what they mean to torch.load. A dict may also have
+    torch.devices as values. Storages whose tags a dict lacks are restored where they were saved, as in torch.
 
     Raises:
         ArgumentError: an unknown placeholder.
-        DeviceError: a placeholder cannot be filled, or what it makes names no device of this process.
+        DeviceError: a placeholder has no value here, or the result names no device of this process.
     """
     if map_location is None:
         own = functools.cache(lambda: own_device(identity, group))
@@ -168,13 +168,13 @@ def resolve_map_location(map_location: Any, identity: Identity, group: ProcessGr
 
 
 def _has_other_ranks(identity: Identity) -> bool:
-    # a call of one rank (a group of one, say) is not alone on its node
+    # a call of one rank (of a group of one, say) may have other ranks on its node
     is_grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return identity.world_size > 1 or (identity.local_world_size or 1) > 1 or is_grouped
 
 
 def _placement_in_job(own: Callable[[], torch.device]) -> Placement:
-    # None for the CPU, meta, and the tags of torch.serialization.register_package
+    # no own device for the CPU, meta, and the tags of torch.serialization.register_package
     return Placement(functools.cache(lambda tag: own() if _accelerator_of(tag) else None))
 
 
@@ -225,7 +225,7 @@ def _fill(template: str, identity: Identity, group: ProcessGroup | None) -> str:
             raise ArgumentError(f"map_location={template!r}: {placeholder[0]} is unknown; {_known()}", value=template)
         if identity.local_rank is None:
             raise DeviceError(
-                f"map_location={template!r}: {identity.launcher} tells no local rank to rank {identity.rank} on "
+                f"map_location={template!r}: {identity.launcher} sets no local rank for rank {identity.rank} on "
                 f'{identity.host}. Set LOCAL_RANK, or pass "{{device}}" or an explicit device',
                 map_location=template,
             )
@@ -239,14 +239,17 @@ def _fill(template: str, identity: Identity, group: ProcessGroup | None) -> str:
 
 
 def _check_exists(location: str, template: str, identity: Identity) -> None:
-    """Explain what torch would only refuse: a local rank is no device index where each task sees its own device."""
+    """Raise DeviceError for a device that does not exist. torch's error would not explain why.
+
+    A local rank is no device index if each task sees only its own device.
+    """
     accelerator = visible_accelerator()
     kind, _, index = location.partition(":")
     if accelerator is None or kind != accelerator.type or not index.isdecimal() or int(index) < accelerator.count:
         return
     raise DeviceError(
-        f"map_location={template!r} makes {location} for rank {identity.rank} on {identity.host}, but "
-        f'{_seen(accelerator)}. Pass "{{device}}", which is right also where each task sees only its own device',
+        f"map_location={template!r} gives {location} for rank {identity.rank} on {identity.host}, but "
+        f'{_seen(accelerator)}. Pass "{{device}}", which also works if each task sees only its own device',
         map_location=template,
         device=location,
         count=accelerator.count,
@@ -254,10 +257,10 @@ def _check_exists(location: str, template: str, identity: Identity) -> None:
 
 
 def _check_kind_exists(location: str) -> None:
-    """Say that it is not the file's fault where this process has no accelerator of the kind that was asked for.
+    """Check that this process has an accelerator of the requested kind. torch's error would blame the file.
 
     Raises:
-        DeviceError: it has none.
+        DeviceError: there is no such accelerator.
     """
     kind = location.partition(":")[0]
     accelerator = visible_accelerator()
@@ -275,7 +278,7 @@ def _check_kind_exists(location: str) -> None:
 
 
 def _known() -> str:
-    return "known are " + ", ".join(f"{{{name}}}" for name in _PLACEHOLDERS)
+    return "known placeholders: " + ", ".join(f"{{{name}}}" for name in _PLACEHOLDERS)
 
 
 def _seen(accelerator: Accelerator) -> str:
@@ -288,7 +291,7 @@ def _seen(accelerator: Accelerator) -> str:
 def _bound_device(group: ProcessGroup | None) -> torch.device | None:
     if not dist.is_available() or not dist.is_initialized():
         return None
-    # a subgroup need not know what the default group is bound to, but it is the same process
+    # a subgroup may lack a bound device, but the default group's device is right: the process is the same
     for candidate in (group, dist.group.WORLD):
         device = getattr(candidate, "bound_device_id", None)
         if isinstance(device, torch.device):

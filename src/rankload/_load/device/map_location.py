@@ -1,4 +1,4 @@
-"""What each form of ``map_location`` means for a storage."""
+"""Apply each form of ``map_location`` to a storage."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch.serialization import default_restore_location
 
 from rankload.errors import ArgumentError
 
-#: Puts a storage, which is on the CPU, where it belongs; its second argument is the tag with which it was saved.
+#: Move a storage from the CPU to its device. The second argument is the location tag from the file.
 Restore = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
 
 _where_it_was: Restore = default_restore_location
 
 
 def goes_by_tags(map_location: Any) -> bool:
-    """Return whether no storage's content, and no caller's own function, has a say in where a storage goes."""
+    """Return whether the location tag alone decides where a storage goes, rather than a function of the caller."""
     return map_location is None or isinstance(map_location, (str, torch.device, dict))
 
 
 def location_of(map_location: Any, tag: str) -> str:
-    """Return where one that `goes_by_tags` puts what is tagged so."""
+    """Return the location that a ``map_location`` that `goes_by_tags` gives to a tag."""
     if isinstance(map_location, dict):
         return str(map_location.get(tag, tag))
     return tag if map_location is None else str(map_location)
@@ -34,7 +34,7 @@ def location_of_script(map_location: Any, tags: Collection[str]) -> Any:
 
     Args:
         map_location: any form that torch.load takes.
-        tags: of all storages in the archive.
+        tags: location tags of all storages in the archive.
 
     Raises:
         ArgumentError: the tensors would go to different devices.
@@ -47,14 +47,14 @@ def location_of_script(map_location: Any, tags: Collection[str]) -> Any:
     if len({*places.values()}) > 1:
         moves = ", ".join(f"{tag} to {place}" for tag, place in sorted(places.items()))
         raise ArgumentError(
-            f"this TorchScript archive has tensors on several devices ({moves}), and torch.jit.load moves all to one: "
+            f"this TorchScript archive has tensors on several devices ({moves}), but torch.jit.load moves all to one: "
             'pass that device, such as map_location="{device}"'
         )
     return next(iter(places.values()))
 
 
 def restore_of(map_location: Any) -> Restore:
-    """Return what torch.load does with each storage (torch/serialization.py, _get_restore_location)."""
+    """Return the function that places a storage as torch.load does (torch/serialization.py, _get_restore_location)."""
     if goes_by_tags(map_location):
         where = functools.cache(lambda tag: location_of(map_location, tag))
         return lambda storage, tag: _where_it_was(storage, where(tag))

@@ -1,7 +1,7 @@
 """Stage bytes through pinned memory: threads fill some buffers while others are copied to the device.
 
-A copy out of pageable memory, which is what a mapped file is, goes at the speed of one core: 7 GB/s where pinned memory
-gives 46 (H100, PCIe 5).
+A copy from pageable memory, such as a mapped file, runs at the speed of one core: 7 GB/s. Pinned memory reaches 46 GB/s
+(H100, PCIe 5).
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from rankload._load.device.readers import Limits, Readers, await_reader
 
 _logger = logging.getLogger("rankload")
 
-#: Of each buffer. 1.19 GB into a module on an H100 took 0.11 s the first time and 0.06 s from then on; with 4 MiB 0.15
-#: and 0.11, with 16 MiB 0.12 and 0.05. (Pinning costs half a millisecond a MiB; torch keeps what is pinned.)
+#: Size of each buffer. 1.19 GB into a module on an H100 took 0.11 s the first time and 0.06 s from then on; with 4 MiB
+#: 0.15 and 0.11, with 16 MiB 0.12 and 0.05. (Pinning costs half a millisecond per MiB; torch caches pinned memory.)
 BUFFER_BYTES = 8 << 20
 
 
 class Job(Protocol):
-    """What is to be read into one buffer."""
+    """The bytes to read into one buffer."""
 
     def __len__(self) -> int:
-        """Return its bytes; at most `BUFFER_BYTES`."""
+        """Return the number of bytes, at most `BUFFER_BYTES`."""
 
     def fill(self, address: int) -> None:
-        """Read them to an address. Called in a thread."""
+        """Read the bytes to an address in memory. Called on a reader thread."""
 
 
 JobType = TypeVar("JobType", bound=Job)
 
 
 def is_staged(device: torch.device) -> bool:
-    """Return whether a device is there, and filled in this way: an accelerator with streams and pinned memory.
+    """Return whether a device exists and is filled through pinned memory: an accelerator with streams.
 
-    Not Apple's: its memory is the CPU's, and what torch pins for it is no memory of the CPU's.
+    Not Apple's MPS, which shares the CPU's memory, and whose pinned memory is not CPU memory.
     """
     if device.type in ("cpu", "meta", "mps"):
         return False
@@ -51,7 +51,7 @@ def is_staged(device: torch.device) -> bool:
 
 
 def use_in_thread(device: torch.device) -> None:
-    """Make a device this thread's: a thread begins on the first one, and would make a context there."""
+    """Make a device the current one of this thread. A new thread starts on device 0, and would make a context there."""
     if device.type != "cpu" and device.index is not None:
         torch.accelerator.set_device_index(device.index)
 
@@ -65,19 +65,19 @@ def staged(
 ) -> Iterator[tuple[JobType, torch.Tensor]]:
     """Yield each job, in order, with its bytes: ``uint8[len(job)]``, pinned.
 
-    Copies out of them that have been put on the device's current stream before the next is asked for may still run
-    then.
+    Enqueue copies out of the bytes on the device's current stream before requesting the next job. The copies may still
+    run afterwards.
 
     Args:
-        jobs: what to read.
-        device: where the copies go: one that `is_staged`, or the CPU, for which nothing is pinned.
-        limits: how many threads read, and how long a file may not answer.
-        check_cancelled: called now and then while a file does not answer; raises what ends the wait.
-        display_name: the checkpoint, for messages.
+        jobs: the bytes to read.
+        device: device of the copies: one that `is_staged`, or the CPU, for which nothing is pinned.
+        limits: number of reader threads, and longest time without progress.
+        check_cancelled: called repeatedly during the wait for a file; an error that it raises ends the wait.
+        display_name: name of the checkpoint, for messages.
 
     Raises:
         ProgressTimeoutError: a file does not answer.
-        Exception: whatever a job has raised.
+        Exception: the error of a job.
     """
     rest = iter(jobs)
     under_way: deque[tuple[JobType, _Buffer, Future[None]]] = deque()
@@ -96,13 +96,13 @@ def staged(
             buffer.note_copies()
             begin_next(buffer)
             if not under_way:
-                buffer.wait()  # what has been copied before this one lies before it in the stream
+                buffer.wait()  # all earlier copies come before this one in the stream
 
 
 class _Buffer:
-    """Pinned memory, and when it may be written to again.
+    """Pinned memory that tracks when it may be written to again.
 
-    The thread that fills it first makes it: pinning takes its time, and others read meanwhile.
+    The thread that fills the buffer first allocates it: pinning takes time, and other threads read meanwhile.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -112,25 +112,25 @@ class _Buffer:
 
     @property
     def content(self) -> torch.Tensor:
-        """Return the memory, ``uint8[BUFFER_BYTES]``."""
+        """The memory, ``uint8[BUFFER_BYTES]``."""
         if self._memory is None:
             self._memory = _pinned() if self._device.type != "cpu" else _unpinned()
         return self._memory
 
     def fill(self, job: Job) -> None:
-        """Read a job's bytes when the copies of what was here before have ended."""
+        """Read a job's bytes, after all copies out of the buffer have ended."""
         use_in_thread(self._device)
         self.wait()
         job.fill(self.content.data_ptr())
 
     def note_copies(self) -> None:
-        """Take note that copies out of it may be under way."""
+        """Record that copies out of the buffer may be running."""
         if self._device.type != "cpu":
             self._copied = torch.Event(self._device)
             self._copied.record(torch.accelerator.current_stream(self._device))
 
     def wait(self) -> None:
-        """Wait until they have ended."""
+        """Wait until the recorded copies have ended."""
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None
@@ -139,7 +139,7 @@ class _Buffer:
 def _pinned() -> torch.Tensor:
     try:
         return torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
-    except RuntimeError as error:  # a limit on locked memory; copies from other memory are slower, and as good
+    except RuntimeError as error:  # a limit on locked memory; copies from pageable memory are slower, but correct
         _logger.debug("%d bytes cannot be pinned: %s", BUFFER_BYTES, error)
         return _unpinned()
 

@@ -1,4 +1,4 @@
-"""Daemon threads that read files: a file server that hangs must not keep a rank from failing."""
+"""Read files on daemon threads: a hanging file server must not keep a rank from failing."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from rankload._settings import Settings
 from rankload._types import Identity
 from rankload.errors import ProgressTimeoutError
 
-#: More than these read a page cache no faster (H100 host of 16 cores: 6 GB/s with one, 19 with 4, 28 with 8, 22 with
-#: 16).
+#: Most reader threads. More do not read the page cache faster (H100 host of 16 cores: 6 GB/s with 1, 19 with 4, 28 with
+#: 8, 22 with 16).
 _MAX_THREADS = 8
 
-#: Between two signs of life while a file does not answer.
+#: Interval between two checks for cancellation while a file does not answer.
 _LOOK_SECONDS = 0.5
 
-#: What one look may count towards the deadline: of an hour for which a scheduler suspends the job, only that.
+#: The most that one check may count towards the deadline, even if a scheduler suspended the job for an hour.
 _MAX_SECONDS = 1.0
 
-#: How long a call that fails waits for its threads: one that wakes in torch while the interpreter ends aborts it.
+#: How long a failing call waits for its threads. A thread that wakes in torch during interpreter exit aborts the
+#: process.
 _LEAVE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a rank may use up while it reads.
+    """Limits on a rank's reads.
 
     Attributes:
-        thread_count: threads.
-        progress_seconds: time without progress.
+        thread_count: number of reader threads.
+        progress_seconds: longest time without progress.
     """
 
     thread_count: int
@@ -42,14 +43,14 @@ class Limits:
 
     @classmethod
     def of(cls, identity: Identity, settings: Settings) -> Limits:
-        """Return a rank's: its share of the cores that it may run on."""
+        """Return the limits of a rank: one thread per core of its share."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = cores // (identity.local_world_size or identity.world_size)
         return cls(max(1, min(_MAX_THREADS, share)), settings.progress_seconds)
 
 
 class Readers:
-    """A few threads, and a queue of what they are to read. Use as a context manager; leaving it cancels the rest."""
+    """Reader threads with a queue of reads. Use as a context manager; leaving it cancels the queued reads."""
 
     def __init__(self, count: int) -> None:
         self._tasks: queue.SimpleQueue[tuple[Callable[[], object], Future[None]] | None] = queue.SimpleQueue()
@@ -57,7 +58,7 @@ class Readers:
         self._count = count
 
     def submit(self, read: Callable[[], object]) -> Future[None]:
-        """Have it called in a thread."""
+        """Queue a read, which a thread then calls."""
         future: Future[None] = Future()
         self._unfinished.add(future)
         future.add_done_callback(self._unfinished.discard)
@@ -91,16 +92,16 @@ class Readers:
 def await_reader(
     future: Future[None], check_cancelled: Callable[[], None], progress_seconds: float, display_name: str
 ) -> None:
-    """Wait until a thread is through with a read; raise what it has raised.
+    """Wait until a thread has finished a read. Raise the read's error, if any.
 
     Args:
         future: the read.
-        check_cancelled: called now and then; raises what another rank has failed with.
-        progress_seconds: the deadline, of time for which this process was awake.
-        display_name: the file, for the message.
+        check_cancelled: called repeatedly; raises another rank's error.
+        progress_seconds: deadline, in seconds during which this process was awake.
+        display_name: name of the file, for the message.
 
     Raises:
-        ProgressTimeoutError: the file has not answered within it.
+        ProgressTimeoutError: the file did not answer before the deadline.
     """
     waited = SuspendAwareTimer(_MAX_SECONDS)
     while not wait([future], timeout=min(_LOOK_SECONDS, progress_seconds)).done:
@@ -108,7 +109,7 @@ def await_reader(
         waited.count()
         if waited.seconds >= progress_seconds:
             raise ProgressTimeoutError(
-                f"{display_name}: no byte of it has come for {waited.seconds:.0f} s: a hung filesystem; raise timeout= "
+                f"{display_name}: no byte was read for {waited.seconds:.0f} s: a hung filesystem; raise timeout= "
                 "if this is normal here",
                 path=display_name,
             )
