@@ -1,1 +1,1 @@
-"""Modules and optimizers: which bytes belong where."""
+"""Loads into modules and optimizers: plan which bytes belong where, and carry the plan out."""

@@ -1,4 +1,4 @@
-"""The files of a checkpoint on this node, opened once each and mapped on request."""
+"""The files of a checkpoint on this node, each opened once, and mapped on request."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from rankload.errors import LoadError
 
 
 class CheckpointFiles:
-    """The files of one folder by their names. They stay open until ``stack`` closes; mappings live on with tensors.
+    """The files of a checkpoint, by name. They stay open until ``stack`` closes; mappings live as long as tensors.
 
     Args:
-        path: the checkpoint, or the index of one in several files, which are beside it.
-        stack: closes them.
-        content: where the checkpoint's bytes are, if not at its path: those of an archive, unpacked.
+        path: path of the checkpoint, or of the index of a checkpoint in several files.
+        stack: closes the files.
+        content: path of the checkpoint's bytes, if they are not at ``path``: those of an unpacked archive.
 
     Attributes:
-        path: see above.
-        name: of the checkpoint among its files.
-        display_name: how to name it in messages.
-        used: tensors of which somebody has wanted to see the elements.
-        is_in_memory: the checkpoint is an archive's, and was unpacked into the node's memory.
-        may_map: whether views of a mapping of the files may be left after the call.
+        path: path of the checkpoint or index.
+        name: file name of the checkpoint or index.
+        display_name: name of the checkpoint in messages.
+        used: tensors whose elements have been requested.
+        is_in_memory: whether the checkpoint was unpacked from an archive into the node's memory.
+        may_map: whether tensors may stay views of the mapped files after the call.
     """
 
     may_map = True
@@ -52,16 +52,16 @@ class CheckpointFiles:
         self._storages: dict[StorageEntry, torch.UntypedStorage] = {}
 
     def source(self, name: str) -> LocalSource:
-        """Open a file; of an archive of one checkpoint, that.
+        """Open a file, or the only member of an archive.
 
         Raises:
-            CacheError: it cannot be opened.
-            LoadError: it is closed.
+            CacheError: the file cannot be opened.
+            LoadError: the load is over, and the files are closed.
         """
-        if self._is_closed:  # and its descriptor may be another file's by now
+        if self._is_closed:  # the descriptor may belong to another file by now
             raise LoadError(
-                f"{self.display_name}: a tensor of it was kept, and is looked at after the load: clone() what a hook "
-                "keeps"
+                f"{self.display_name}: a hook kept a lazy tensor, and used it after the load; clone() tensors that a "
+                "hook keeps"
             )
         if name not in self._sources:
             path = self._content if name == self.name else self.path.parent / name
@@ -70,27 +70,34 @@ class CheckpointFiles:
         return self._sources[name]
 
     def read(self, name: str, address: int, offset: int, length: int, *, what: str) -> None:
-        """Read bytes of a file to an address in memory. Several threads may do so at once, when it has been opened.
+        """Read bytes of a file to an address in memory. Thread-safe once the file is open.
+
+        Args:
+            name: name of the file.
+            address: address in memory, with room for ``length`` bytes.
+            offset: offset of the first byte in the file.
+            length: number of bytes.
+            what: what is read, for the message.
 
         Raises:
-            LoadError: the file ended before, within what is named.
-            CacheError: it cannot be read.
+            LoadError: the file ended early.
+            CacheError: the file cannot be read.
         """
         source = self.source(name)
         with wrap_read_errors(self.display_name):
             found = fill_memory(address, length, source, offset)
         if found != length:
-            raise LoadError(f"{self.display_name}: the file ended within {what}: was it cut off since it was opened?")
+            raise LoadError(f"{self.display_name}: the file ended within {what}: it was truncated after it was opened")
 
     def mapping(self, name: str) -> torch.UntypedStorage:
-        """Map a file privately: what is written there never reaches it.
+        """Map a file privately: writes to the mapping never reach the file.
 
         Raises:
-            LoadError: it cannot be mapped.
+            LoadError: the file cannot be mapped.
         """
         if name not in self._mappings:
             source = self.source(name)
-            path = descriptor_path(source.descriptor)  # the file that was opened, not another of its name
+            path = descriptor_path(source.descriptor)  # the opened file, even if another one has its name now
             try:
                 mapped = torch.UntypedStorage.from_file(path, False, source.size_bytes)
             except RuntimeError as error:
@@ -99,11 +106,11 @@ class CheckpointFiles:
         return self._mappings[name]
 
     def storage(self, entry: TensorEntry) -> torch.UntypedStorage:
-        """Return the storage that a tensor is a view of, mapped or read: for all of its tensors the same one.
+        """Return the storage of a tensor, mapped or read. Tensors that share a storage get the same object.
 
         Raises:
-            LoadError: the file ended within it.
-            CacheError: it cannot be read.
+            LoadError: the file ended within the storage.
+            CacheError: the file cannot be read.
         """
         whole = entry.storage
         if whole not in self._storages:
@@ -125,7 +132,7 @@ class CheckpointFiles:
         return read_checkpoint(path, "cpu", weights_only=weights_only, mmap=mmap, display_name=self.display_name)
 
     def load_structure(self, *, weights_only: bool) -> Any:
-        """Load the whole checkpoint as torch.load does, but with meta tensors: none is read."""
+        """Load the whole checkpoint as torch.load does, but with meta tensors: no tensor is read."""
         return read_checkpoint(self._content, "meta", weights_only=weights_only, display_name=self.display_name)
 
     def _close(self) -> None:
@@ -136,9 +143,9 @@ class CheckpointFiles:
         return True
 
     def note_use(self, entry: TensorEntry) -> None:
-        """Take note that a tensor's elements are wanted.
+        """Record that a tensor's elements are needed.
 
         Raises:
-            LoadError: they are not here.
+            LoadError: the elements are not here.
         """
         self.used.append(entry)

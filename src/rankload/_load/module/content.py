@@ -1,7 +1,7 @@
 """The content of a checkpoint, as load_state_dict gets it.
 
-For torch's own modules stand-ins take the place of tensors, so that nothing is read before it is known to fit. Code of
-the user's finds what torch.load returns, and nothing else.
+torch's own modules get lazy tensors, so that nothing is read before the checkpoint is known to fit. The user's own code
+gets exactly the values that torch.load returns.
 """
 
 from __future__ import annotations
@@ -38,22 +38,21 @@ from rankload.errors import LoadError
 
 _logger = logging.getLogger("rankload")
 
-#: The last part of names of extra state in state dicts (torch/nn/modules/module.py, _EXTRA_STATE_KEY_SUFFIX).
+#: Last part of the names of extra state in state dicts (torch/nn/modules/module.py, _EXTRA_STATE_KEY_SUFFIX).
 _EXTRA_STATE = "_extra_state"
 
 
 @dataclass(frozen=True)
 class CheckpointContent:
-    """What a checkpoint holds.
+    """The content of an opened checkpoint.
 
     Attributes:
-        whole: as saved, with stand-ins for all tensors; None where nobody needs it.
-        of_module: the state dict for the module: what the adapter has made of the whole. It has stand-ins, too, where
-            only code of torch's looks at it.
-        assignments: where it is noted what goes where.
-        found: what the adapter has returned.
-        index: None where torch.load had to load all of it.
-        remainder: what is neither the module's nor the optimizer's, if it is wanted.
+        whole: saved content, with lazy tensors for all tensors; None if not needed.
+        of_module: state dict for the module, from the adapter. Values that only torch's code reads are lazy tensors.
+        assignments: list to which `NotedCopies` adds the steps of the load.
+        found: the adapter's result, unchanged.
+        index: index of the checkpoint; None if torch.load had to load all of it.
+        remainder: values that belong to neither module nor optimizer; None if not needed.
     """
 
     whole: Any
@@ -65,7 +64,7 @@ class CheckpointContent:
 
     @property
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Yield the tensors in the state dict that are no stand-ins."""
+        """Tensors of the state dict that are not lazy."""
         return (value for value in leaves(self.of_module) if isinstance(value, torch.Tensor))
 
 
@@ -81,15 +80,15 @@ def open_content(
 ) -> CheckpointContent:
     """Open a checkpoint for a module.
 
-    Its index is read, and nothing else, where that will do. Where the format has no index, where the adapter may want
-    to see the tensors themselves, or where somebody is to get an object that only torch.load builds, torch.load it is.
+    If possible, only the index is read. torch.load loads the whole file if the format has no index, if the adapter may
+    read tensors, or if the load needs an object that only torch.load builds.
 
     Args:
-        files: the checkpoint's.
-        adapter: applied to the index's content, or to what was loaded.
-        module: the one that it is loaded into.
-        with_optimizer: whether an optimizer's state is wanted, too, and the remainder.
-        assign: the caller's; with True the module gets the checkpoint's own tensors.
+        files: files of the checkpoint.
+        adapter: applied to the index's content, or to the result of torch.load.
+        module: target of the load.
+        with_optimizer: whether the optimizer's state and the remainder are needed, too.
+        assign: the caller's ``assign=``; with True the module gets the checkpoint's own tensors.
         weights_only: for torch.load.
         mmap: for torch.load.
 
@@ -111,7 +110,7 @@ def open_content(
     except LoadError as error:
         if content is None:
             raise
-        return replace(content, remainder=Remainder(error=error))  # it only concerns who asks for that
+        return replace(content, remainder=Remainder(error=error))  # raised only when the caller asks for the remainder
     return _of_loaded(loaded, files, adapter, with_optimizer=with_optimizer)
 
 
@@ -125,7 +124,7 @@ def _of_index(
     assign: bool | None,
     weights_only: bool,
 ) -> CheckpointContent | None:
-    """Return the content without its remainder; None where torch.load has to build some of it."""
+    """Return the content without its remainder; None if torch.load has to build a part of it."""
     assignments: list[Assignment] = []
     whole = with_leaves(index.content, _in_file(index, files, assignments))
     try:
@@ -133,7 +132,7 @@ def _of_index(
     except LoadError:
         if weights_only:
             raise
-        return None  # what it looks for may be in an object that only torch.load builds
+        return None  # the adapter may look for something in an object that only torch.load builds
     is_looked_at = looks_at_state_dict(bare(module)[0])
     is_copied = not (assign or is_looked_at or assigned_modules(found))
     wanted = _wanted(found, module, is_looked_at=is_looked_at)
@@ -159,7 +158,7 @@ def _of_loaded(loaded: Any, files: CheckpointFiles, adapter: Adapter, *, with_op
 
 
 def _read_index(files: CheckpointFiles) -> Index | None:
-    """Return None where there is no index."""
+    """Return the index of a checkpoint; None if the format has none."""
     with wrap_load_errors(files.path, files.display_name):
         try:
             return read_index(files.source(files.name), files.name, files.source, is_remote=False)
@@ -190,10 +189,10 @@ def _in_memory(assignments: list[Assignment]) -> Callable[[Any], Any]:
 
 
 def _checked(found: Any, display_name: str) -> Mapping[str, Any]:
-    """Return what the adapter has made, if it is a state dict.
+    """Return the adapter's result, if it is a state dict.
 
     Raises:
-        LoadError: it is none.
+        LoadError: the result is something else.
     """
     if not isinstance(found, Mapping):
         raise LoadError(f"{display_name}: holds no state dict, but a {type(found).__name__}", path=display_name)
@@ -205,7 +204,7 @@ def _checked(found: Any, display_name: str) -> Mapping[str, Any]:
 
 
 def _wanted(found: Any, module: nn.Module, *, is_looked_at: bool) -> Mapping[Any, Any]:
-    """Return what the module will look at, by name: its tensors and extra state, or everything."""
+    """Return the values that the module will read, by name: its tensors and extra state, or everything."""
     if is_looked_at or not isinstance(found, Mapping):
         return found if isinstance(found, Mapping) else {"all": found}
     inner, prefix = bare(module)
@@ -218,16 +217,16 @@ def _wanted(found: Any, module: nn.Module, *, is_looked_at: bool) -> Mapping[Any
 
 
 def _suffices(name: str, value: Any, index: Index, *, is_copied: bool) -> bool:
-    """Return whether what the index says of a value is as good as what torch.load returns."""
+    """Return whether a value from the index serves as well as the value from torch.load."""
     if isinstance(value, LazyTensor) and not _is_extra_state(str(name)) and (is_copied or value.is_plain):
-        return True  # where its elements are copied, its class does not matter
+        return True  # a copy of the elements does not depend on the tensor's class
     return index.is_exact and is_exact(value)
 
 
 def _with_exact_values(
     state_dict: Mapping[str, Any], wanted: Mapping[Any, Any], *, is_looked_at: bool
 ) -> Mapping[str, Any]:
-    """Return a state dict in which all that code of the user's sees is what torch.load returns."""
+    """Return the state dict, in which all values that the user's code sees are what torch.load returns."""
     content: Any = copy.copy(state_dict) if isinstance(state_dict, dict) else OrderedDict(state_dict)
     made: dict[int, Any] = {}
     for name in wanted:

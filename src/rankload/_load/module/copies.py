@@ -1,4 +1,4 @@
-"""The copies that a load consists of: which region of which saved tensor goes where."""
+"""The copies of a load: which region of a saved tensor goes to which tensor."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rankload._load.module.regions import Region
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorCopy:
-    """One tensor, or a rank's part of it.
+    """The copy of a saved tensor, or of a rank's part of one.
 
     Attributes:
-        saved: it, in the checkpoint.
-        destination: what is to hold the part: of any device and dtype.
-        region: which part of the saved tensor.
+        saved: tensor in the checkpoint.
+        destination: tensor that gets the part, on any device and of any dtype.
+        region: part of the saved tensor to copy.
     """
 
     saved: LazyTensor
@@ -28,12 +28,12 @@ class TensorCopy:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A load that is ready to be carried out.
+    """A load that is ready to run.
 
     Attributes:
-        copies: what has to be moved.
-        bytes_mapped: of tensors that need no copy, for they are views of the mapped file.
-        finish: to be called when all is moved.
+        copies: copies to make.
+        bytes_mapped: bytes of tensors that need no copy, because they are views of the mapped file.
+        finish: called after all copies.
     """
 
     copies: Sequence[TensorCopy]

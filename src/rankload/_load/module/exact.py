@@ -11,7 +11,7 @@ from rankload._load.module.lazy_tensor import LazyTensor
 
 
 def is_exact(content: Any) -> bool:
-    """Return whether nested content is what torch.load returns, apart from stand-ins for plain tensors."""
+    """Return whether nested content is what torch.load returns, apart from lazy tensors for plain tensors."""
     rest, seen = [content], set[int]()
     while rest:
         value = rest.pop()

@@ -1,4 +1,4 @@
-"""A lazy tensor whose elements are in a file (see `lazy_tensor`)."""
+"""Lazy tensors whose elements are in a file (see `lazy_tensor`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from rankload._formats.entry import TensorEntry
 from rankload._formats.index import ByteOrder
@@ -17,20 +18,20 @@ from rankload._load.module.regions import Region, Runs, runs
 from rankload._load.module.slots import holds_plain_elements
 from rankload._load.values.tensors import read_tensor, tensor_on, torch_dtype
 
-#: Shorter runs are copied from the mapped file: a system call each would cost more than it moves.
+#: Shorter runs are copied from the mapped file: a system call costs more than the copy of so few bytes.
 _MIN_RUN_BYTES = 4096
 
 
 class FileTensor(LazyTensor):
-    """One that is still in its file.
+    """A lazy tensor whose elements are still in the file.
 
     Attributes:
-        entry: where it is, and what it looks like.
-        byte_order: of its elements there.
-        files: of the checkpoint.
+        entry: index entry of the tensor.
+        byte_order: byte order of the elements in the file.
+        files: files of the checkpoint.
 
     Raises (the constructor):
-        LoadError: this torch does not have its dtype.
+        LoadError: this torch lacks the tensor's dtype.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class FileTensor(LazyTensor):
         self._display_name = display_name
         self._exact: torch.Tensor | None = None
 
+    @override
     def exact(self) -> torch.Tensor:
-        """See `LazyTensor.exact`; a view of the mapped file where that is possible, and of one storage with others."""
+        """Return what torch.load returns: a view of the mapped file if possible. Tied tensors share one storage."""
         if self._made is not None:
             return self._made
         if self._exact is None:
@@ -61,27 +63,27 @@ class FileTensor(LazyTensor):
         return self._exact
 
     @property
+    @override
     def in_file(self) -> FileTensor | None:
-        """See `LazyTensor.in_file`."""
         return self if self._made is None else None
 
     @property
+    @override
     def position(self) -> tuple[str, int]:
-        """See `LazyTensor.position`."""
         return (self.entry.file, self.entry.offset) if self._made is None else super().position
 
     @property
+    @override
     def is_here(self) -> bool:
-        """See `LazyTensor.is_here`."""
         return self._made is not None or self.files.has(self.entry)
 
     @property
     def is_native(self) -> bool:
-        """Whether its elements' bytes are in this machine's order."""
+        """Whether the elements have this machine's byte order."""
         return self.byte_order == sys.byteorder
 
+    @override
     def view(self) -> torch.Tensor:
-        """See `LazyTensor.view`."""
         if self._made is not None:
             return self._made
         entry = self.entry
@@ -92,8 +94,9 @@ class FileTensor(LazyTensor):
         storage: Any = self.files.mapping(entry.file)[entry.offset : entry.offset + entry.length]
         return torch.empty(0, dtype=self.dtype, device="cpu").set_(storage, 0, entry.shape, entry.stride)
 
+    @override
     def reader(self, destination: torch.Tensor, region: Region) -> Callable[[], int]:
-        """See `LazyTensor.reader`; straight from the file into the destination, where both have the same layout."""
+        """Return the function that fills a tensor; it reads straight into the destination if the layouts match."""
         entry, item_bytes = self.entry, self.dtype.itemsize
         is_alike = self.is_native and entry.is_contiguous and destination.dtype == self.dtype and self._made is None
         if is_alike and destination.device.type == "cpu" and holds_plain_elements(destination):
@@ -114,7 +117,7 @@ class FileTensor(LazyTensor):
         """Read bytes of the file to an address in memory.
 
         Raises:
-            LoadError: the file ended before.
-            CacheError: it cannot be read.
+            LoadError: the file ended early.
+            CacheError: the file cannot be read.
         """
         self.files.read(self.entry.file, address, offset, length, what=f"tensor {self.entry.name!r}")

@@ -1,4 +1,4 @@
-"""Uninitialised lazy modules: undo the shapes that load_state_dict gives them if the load fails."""
+"""Uninitialised lazy modules: if a load fails, undo the shapes that load_state_dict gave them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rankload._load.module.slots import tensor_slots
 
 @contextmanager
 def uninitialised_again_on_error(module: nn.Module) -> Iterator[None]:
-    """Undo that where something does not fit, on this rank or another: nothing is written then."""
+    """Make lazy parameters uninitialised again if the load fails on any rank: a failed load must change nothing."""
     lazy = [(slot.tensor, type(slot.tensor)) for slot in tensor_slots(module) if is_lazy(slot.tensor)]
     try:
         yield

@@ -1,7 +1,7 @@
-"""Stand-ins for tensors that are not read yet; load_state_dict says where they belong.
+"""Lazy tensors: stand-ins for tensors that have not been read yet.
 
-A `LazyTensor` stands in a state dict where a tensor would be. nn.Module.load_state_dict compares its shape, and copies
-it into the parameter; `NotedCopies` only notes that copy, as an `Assignment`.
+A `LazyTensor` takes the place of a tensor in a state dict. nn.Module.load_state_dict compares shapes, and copies the
+lazy tensor into the parameter. `NotedCopies` records that copy as an `Assignment` instead of making it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_map_only
+from typing_extensions import override
 
 from rankload._load.module.regions import Region
 from rankload.adapt import to_dtype
@@ -26,9 +27,9 @@ class Assignment:
     """One step of a load.
 
     Attributes:
-        target: a module's parameter or buffer.
-        saved: what it is to hold.
-        is_replaced: the saved tensor takes its place, as with ``load_state_dict(assign=True)``.
+        target: parameter or buffer of a module.
+        saved: tensor to load into the target.
+        is_replaced: whether the saved tensor replaces the target, as with ``load_state_dict(assign=True)``.
     """
 
     target: torch.Tensor
@@ -37,18 +38,18 @@ class Assignment:
 
 
 class LazyTensor:
-    """Stands for a tensor of a checkpoint, for torch's own code, which copies it.
+    """A stand-in for a tensor of a checkpoint, which torch's own code copies.
 
-    Whatever else is done with it (torch's hooks that convert old checkpoints compute) is done with the tensor itself,
-    which is mapped then; if it is changed in place, that is what the module gets.
+    Any other operation maps the tensor and works on the tensor itself: torch's hooks that convert old checkpoints
+    compute. If an operation changes the tensor in place, the module gets the changed tensor.
 
-    Not an ABC, which are slow to tell what is an instance: that is asked of everything that a module holds.
+    Not an ABC: isinstance() is slow for ABCs, and is called for every value of a module.
 
     Attributes:
         shape: sizes.
-        dtype: as saved.
-        is_meta: True, so that load_state_dict does not warn of meta parameters: they are taken care of later.
-        is_plain: False for a tensor that is of another class, or has attributes, in the file.
+        dtype: saved dtype.
+        is_meta: True, so that load_state_dict does not warn about meta parameters; they are replaced later.
+        is_plain: False if the saved tensor has another class, or attributes.
     """
 
     is_meta = True
@@ -60,57 +61,56 @@ class LazyTensor:
 
     @property
     def in_file(self) -> FileTensor | None:
-        """Return the tensor in a file that its elements come from; None for one in memory."""
+        """The tensor in a file that the elements come from; None for a tensor in memory."""
         return None
 
     @property
     def position(self) -> tuple[str, int]:
-        """Return where it is: file and byte; those in memory come first."""
+        """File name and offset in bytes, to sort by; tensors in memory sort first."""
         return "", 0
 
     @property
     def is_here(self) -> bool:
-        """Whether this process can read it; it may be on its way from another rank."""
+        """Whether this process can read the elements; they may still be on their way from another rank."""
         return True
 
     def view(self) -> torch.Tensor:
-        """Return all of it on the CPU: a view of the mapped file where that is possible. Not to be written to.
+        """Return the tensor on the CPU, as a view of the mapped file if possible. Do not write to the result.
 
         Raises:
-            LoadError: it is not here.
+            LoadError: the elements are not here.
         """
         raise NotImplementedError
 
     def tensor(self) -> torch.Tensor:
-        """Return it for whoever may do anything with it: from now on this is what it holds, and no longer the file's.
+        """Return the tensor for any use, even writes. From now on it replaces the elements of the file.
 
         Raises:
-            LoadError: it is not here.
+            LoadError: the elements are not here.
         """
         if self._made is None:
             self._made = self.view()
         return self._made
 
     def exact(self) -> torch.Tensor:
-        """Return what torch.load returns for it, always the same object; parameters are parameters.
+        """Return what torch.load returns for the tensor, always as the same object. Parameters stay parameters.
 
         Raises:
-            LoadError: it is not here.
+            LoadError: the elements are not here.
         """
         raise NotImplementedError
 
     def reader(self, destination: torch.Tensor, region: Region) -> Callable[[], int]:
-        """Return what fills a tensor, of any device, with one part, and returns the bytes that were read for it.
+        """Return a function that fills a tensor on any device with a region, and returns the bytes that it read.
 
-        How it is to be done is decided now, and not between two reads, which drive all else out of the processor's
-        caches.
+        Pick the copy strategy here: deciding between reads evicts it from the CPU cache.
         """
 
         def read() -> int:
             if region.element_count == 0:
                 return 0
             part = self.view()
-            if region.shape != tuple(self.shape):  # sparse tensors, which are never cut, cannot be narrowed
+            if region.shape != tuple(self.shape):  # sparse tensors cannot be narrowed, but are always loaded whole
                 for dimension, (start, size) in enumerate(zip(region.offset, region.shape, strict=True)):
                     part = part.narrow(dimension, start, size)
             destination.copy_(part)
@@ -118,42 +118,42 @@ class LazyTensor:
 
         return read
 
-    # What can be told without reading it
+    # Methods of torch.Tensor that need no elements
 
     @property
     def ndim(self) -> int:
-        """As a tensor's."""
+        """Number of dimensions."""
         return len(self.shape)
 
     @property
     def device(self) -> torch.device:
-        """As a tensor's."""
+        """Device of the tensor."""
         return torch.device("cpu")
 
     def dim(self) -> int:
-        """As a tensor's."""
+        """Return the number of dimensions."""
         return len(self.shape)
 
     def size(self, dim: int | None = None) -> torch.Size | int:
-        """As a tensor's."""
+        """Return the shape, or the size of one dimension."""
         return self.shape if dim is None else self.shape[dim]
 
     def numel(self) -> int:
-        """As a tensor's."""
+        """Return the number of elements."""
         return self.shape.numel()
 
     def is_floating_point(self) -> bool:
-        """As a tensor's."""
+        """Return whether the dtype is a floating-point one."""
         return self.dtype.is_floating_point
 
     def to(self, *arguments: Any, **keywords: Any) -> Any:
-        """As a tensor's; to another dtype it is converted when it is read."""
+        """Convert like ``torch.Tensor.to``. A conversion to another dtype alone stays lazy."""
         if len(arguments) == 1 and isinstance(arguments[0], torch.dtype) and not keywords:
             return ConvertedTensor(self, arguments[0])
         return self.tensor().to(*arguments, **keywords)
 
     def __deepcopy__(self, memo: Any) -> LazyTensor:
-        return self  # a copy would note where it goes in a list that nobody reads
+        return self  # a copy would add its assignments to a copied list, which nobody reads
 
     def __getitem__(self, index: Any) -> LazyTensor:
         return MemoryTensor(self.tensor()[index], self._assignments)
@@ -167,7 +167,7 @@ class LazyTensor:
     def __torch_function__(
         cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
     ) -> Any:
-        """Call a function with the tensors themselves."""
+        """Call a function with real tensors in the place of lazy ones."""
         arguments, keywords = tree_map_only(LazyTensor, methodcaller("tensor"), (arguments, keywords or {}))
         return function(*arguments, **keywords)
 
@@ -176,7 +176,7 @@ def _operator(name: str) -> Callable[..., Any]:
     return lambda self, *others: getattr(self.tensor(), name)(*others)
 
 
-# Python looks for operators in the class, and finds no `__getattr__` there.
+# Python looks operators up in the class, where `__getattr__` does not apply.
 for _name in (
     *(f"__{name}__" for name in ("neg", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge", "mod")),
     *(
@@ -194,28 +194,28 @@ for _name in (
 
 
 class MemoryTensor(LazyTensor):
-    """One that an adapter, or torch.load, has made already."""
+    """A lazy tensor in memory, made by an adapter or torch.load."""
 
     def __init__(self, tensor: torch.Tensor, assignments: list[Assignment]) -> None:
         super().__init__(tensor.shape, tensor.dtype, assignments)
         self._tensor, self._exact = tensor.detach(), tensor
 
     @property
+    @override
     def device(self) -> torch.device:
-        """See `LazyTensor.device`."""
         return self._tensor.device
 
+    @override
     def view(self) -> torch.Tensor:
-        """See `LazyTensor.view`."""
         return self._tensor
 
+    @override
     def exact(self) -> torch.Tensor:
-        """See `LazyTensor.exact`."""
         return self._exact
 
 
 class ConvertedTensor(LazyTensor):
-    """One that has another dtype than it was saved with."""
+    """A lazy tensor with another dtype than the saved one; it is converted when it is read."""
 
     def __init__(self, saved: LazyTensor, dtype: torch.dtype) -> None:
         super().__init__(saved.shape, dtype, saved._assignments)
@@ -224,35 +224,37 @@ class ConvertedTensor(LazyTensor):
 
     @property
     def original(self) -> LazyTensor:
-        """The one as it was saved."""
+        """The lazy tensor with the saved dtype."""
         return self._saved.original if isinstance(self._saved, ConvertedTensor) else self._saved
 
+    @override
     def exact(self) -> torch.Tensor:
-        """See `LazyTensor.exact`."""
         converted: dict[str, torch.Tensor] = to_dtype(self.dtype)({"": self._saved.exact()})
         return converted[""]
 
     @property
+    @override
     def in_file(self) -> FileTensor | None:
-        """See `LazyTensor.in_file`."""
         return self._saved.in_file if self._made is None else None
 
     @property
+    @override
     def position(self) -> tuple[str, int]:
-        """See `LazyTensor.position`."""
         return self._saved.position if self._made is None else super().position
 
     @property
+    @override
     def is_here(self) -> bool:
-        """See `LazyTensor.is_here`."""
         return self._made is not None or self._saved.is_here
 
+    @override
     def view(self) -> torch.Tensor:
-        """See `LazyTensor.view`; a copy."""
+        """Return the converted tensor, as a copy."""
         return self._saved.view().to(self.dtype) if self._made is None else self._made
 
+    @override
     def reader(self, destination: torch.Tensor, region: Region) -> Callable[[], int]:
-        """See `LazyTensor.reader`; without another copy, where the destination has the new dtype."""
+        """Return the function that fills a tensor; it converts on the way if the destination has the new dtype."""
         if self._made is not None:
             return super().reader(destination, region)
         if destination.dtype == self.dtype:

@@ -1,4 +1,4 @@
-"""Replace the leaves of nested content, without a walk into objects."""
+"""Walk and replace the leaves of nested containers. Objects are leaves."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _DICTS = (dict, OrderedDict, Counter, defaultdict)
 
 
 def with_leaves(content: Any, stand_in: Callable[[Any], Any], made: dict[int, Any] | None = None) -> Any:
-    """Return nested content with other leaves; dicts keep their types and attributes, such as module versions.
+    """Return nested content with replaced leaves. Dicts keep their types and attributes, such as module versions.
 
     Args:
-        content: it; it may contain itself.
-        stand_in: makes the leaves.
-        made: what has been made of containers already, by their ids: each may be in the content many times over.
+        content: nested dicts, lists and tuples; they may contain themselves.
+        stand_in: returns the replacement of a leaf.
+        made: results for containers so far, by id: a container may occur many times.
     """
     made = {} if made is None else made
     if id(content) in made:
@@ -37,7 +37,7 @@ def with_leaves(content: Any, stand_in: Callable[[Any], Any], made: dict[int, An
 
 
 def leaves(content: Any) -> Iterator[Any]:
-    """Yield what is in nested containers, and is none; each container is looked into once."""
+    """Yield the leaves of nested containers. Each container is walked once."""
     rest, seen = [content], set[int]()
     while rest:
         value = rest.pop()

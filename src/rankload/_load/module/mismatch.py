@@ -1,4 +1,4 @@
-"""Describe what does not fit between a checkpoint and a module, and what would help. Pure."""
+"""Describe the mismatch between a checkpoint and a module, with advice. Pure."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _MAX_SHOWN = 20
 def describe_mismatch(
     missing: Sequence[str], unexpected: Sequence[str], unfit: Sequence[str], content: Mapping[str, Any]
 ) -> str:
-    """Return the message.
+    """Return the text for an error message.
 
     Args:
         missing: names that only the module has.
         unexpected: names that only the checkpoint has.
-        unfit: sentences on tensors that both have, and that do not fit.
-        content: the checkpoint's, after ``adapt``, for the advice.
+        unfit: one sentence for each tensor that both have, but that does not fit.
+        content: content of the checkpoint after ``adapt``, for the advice.
     """
     lines = [
         _listed("do not fit", unfit),
@@ -35,7 +35,7 @@ def describe_mismatch(
 def _listed(what: str, items: Sequence[str]) -> str:
     if not items:
         return ""
-    # escaped: a name with a line break in it must not look like two
+    # escape names: a name that contains a line break must not look like two names
     first_lines = [f"    {printable(cut(item, 2 * MAX_SHOWN_NAME_LENGTH))}" for item in items[:_MAX_SHOWN]]
     if len(items) > _MAX_SHOWN:
         first_lines.append(f"    and {len(items) - _MAX_SHOWN} more")
@@ -65,16 +65,16 @@ def _advice(missing: Sequence[str], unexpected: Sequence[str], content: Mapping[
 def _advice_on_shapes(unfit: Sequence[str]) -> str:
     if not any(sentence.startswith("size mismatch for ") for sentence in unfit):  # torch's own words
         return ""
-    return "  To leave out what has another shape: adapt=adapt.match_shapes(module), strict=False"
+    return "  To leave out tensors of another shape: adapt=adapt.match_shapes(module), strict=False"
 
 
 def _common_prefix(short: Sequence[str], long: Sequence[str]) -> str:
-    """Return what most often stands before one of the short names to make a long one; none if that is seldom."""
+    """Return the most frequent prefix that turns short names into long ones; empty if it is rare."""
     wanted = set(short)
     longest = max(map(len, wanted), default=0)
     found: Counter[str] = Counter()
     for name in long:
-        # no part of it that is longer: a name may have any number of dots
+        # skip dots before which the rest is longer than any short name: a name may have any number of dots
         dots = (i for i in range(max(0, len(name) - 1 - longest), len(name)) if name[i] == ".")
         found.update(name[: dot + 1] for dot in dots if name[dot + 1 :] in wanted)
     if not found:

@@ -1,4 +1,4 @@
-"""Plan and carry out a load from an opened checkpoint into a module."""
+"""Plan and run a load from an opened checkpoint into a module."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ _logger = logging.getLogger("rankload")
 
 @dataclass(frozen=True)
 class ModuleLoad:
-    """A load that fits, and of which nothing has been done yet.
+    """The plan of a load that fits. Nothing has been written yet.
 
     Attributes:
-        module: without its wrappers.
-        assignments: one for each tensor of the module that the checkpoint has.
-        missing_keys, unexpected_keys: as ``load_state_dict`` returns them.
-        hooks: the module's own, to be run when all is moved; they may change the keys.
-        misfit: makes the error for keys that are missing or unexpected; None where they may be.
-        warning: what is odd about a load that is no error.
+        module: module without its wrappers.
+        assignments: one step for each tensor of the module that the checkpoint has.
+        missing_keys, unexpected_keys: see ``load_state_dict``.
+        hooks: the module's own post hooks, which run after all copies and may change the keys.
+        misfit: makes the error for missing or unexpected keys; None if they are allowed.
+        warning: text for the log if the load is odd, but no error; else empty.
     """
 
     module: nn.Module
@@ -68,18 +68,18 @@ def plan_load(
     display_name: str,
     may_replace: bool = True,
 ) -> ModuleLoad:
-    """Find out which tensor goes where, and whether everything fits. Writes nothing, but for extra state.
+    """Plan which tensor goes where, and check that everything fits. Writes nothing except extra state.
 
     Args:
-        module: wrapped or not.
-        content: the checkpoint's.
-        strict: every name must be on both sides.
-        assign: the caller's; with True tensors keep the checkpoint's dtype, whatever the module's was.
-        display_name: where the checkpoint is, for messages.
-        may_replace: replace tensors where the state dict says so (`assigned_modules`).
+        module: the module, wrapped or not.
+        content: content of the checkpoint.
+        strict: whether checkpoint and module must have the same names.
+        assign: the caller's ``assign=``; with True tensors keep the checkpoint's dtype, whatever the module's.
+        display_name: name of the checkpoint, for messages.
+        may_replace: whether to replace tensors if the state dict asks for it (`assigned_modules`).
 
     Raises:
-        LoadError: it does not fit; the message lists what, and what would help.
+        LoadError: the checkpoint does not fit; the message lists the mismatches, and gives advice.
     """
     module, prefix = bare(module)
     own = tensor_slots(module)
@@ -107,11 +107,11 @@ def plan_load(
             unfit_count=len(unfit),
         )
 
-    # a hook may have something to say about keys, and runs only when the tensors are there
+    # hooks may change the keys, but run only after the copies: run_post_hooks checks the keys then
     if unfit or (strict and (missing or unexpected) and not hooks):
         raise misfit()
     warning = ""
-    if own and state_dict and not steps:  # strict=False is for some names, and hardly for none
+    if own and state_dict and not steps:  # a load with strict=False that matches no name at all is hardly intended
         warning = f"not one tensor of the {type(module).__name__} was loaded: {misfit().message}"
     return ModuleLoad(
         module, _without_repetitions(steps), missing, unexpected, hooks, misfit if strict else None, warning
@@ -119,16 +119,16 @@ def plan_load(
 
 
 def prepare_load(load: ModuleLoad, device: Callable[[], torch.device], *, may_share: bool) -> Prepared:
-    """Make the tensors that have to be made; say what is to be moved where.
+    """Allocate new tensors, and return the copies to make.
 
-    Tensors on the meta device are replaced, each by one on this rank's device, or, on the CPU, by a view of the mapped
-    file, if its dtype is the module's; tied ones stay tied. So are those of assignments that replace, with the
-    checkpoint's dtype. Each takes its place when all is moved.
+    Each tensor on the meta device is replaced by a tensor on this rank's device. On the CPU that is a view of the
+    mapped file if the dtypes are equal. Assignments that replace do the same with the checkpoint's dtype. Tied tensors
+    stay tied. The new tensors take their places after all copies.
 
     Args:
         load: the plan.
-        device: gives the device for what is on the meta device now.
-        may_share: whether what is replaced may be views of the mapped file.
+        device: returns the device for tensors that are on the meta device now.
+        may_share: whether new tensors may be views of the mapped file.
     """
     replacer = Replacer(load.module, device, may_share=may_share)
     own = {
@@ -149,19 +149,22 @@ def prepare_load(load: ModuleLoad, device: Callable[[], torch.device], *, may_sh
 
 
 def _transfer_in_place(step: Assignment) -> TensorCopy:
-    """Let a backward that needs what the target holds now fail, as after any write in place: reads go past torch."""
+    """Return the copy into a target, and increment the target's version.
+
+    The copy bypasses autograd. A backward pass that needs the old elements must fail, as after any in-place write.
+    """
     copy = TensorCopy(step.saved, *own_part(step.target))
-    for tensor in (step.target, copy.destination):  # a DTensor, and the local one, count for themselves
-        if not tensor.is_inference():  # which have no versions
+    for tensor in (step.target, copy.destination):  # a DTensor and its local tensor have separate versions
+        if not tensor.is_inference():  # inference tensors have no versions
             increment_version(tensor)
     return copy
 
 
 def run_post_hooks(load: ModuleLoad) -> None:
-    """Run what the module has registered to run after load_state_dict: the last step.
+    """Run the module's load_state_dict post hooks, as the last step.
 
     Raises:
-        LoadError: keys are missing or unexpected, and the hooks have left them so.
+        LoadError: keys are still missing or unexpected after the hooks.
     """
     run_hooks(load.hooks, load.missing_keys, load.unexpected_keys)
     if load.misfit is not None and (load.missing_keys or load.unexpected_keys):
@@ -169,80 +172,80 @@ def run_post_hooks(load: ModuleLoad) -> None:
 
 
 def left_on_meta(load: ModuleLoad) -> list[str]:
-    """Return the buffers that the script has to compute, and say so in the log."""
+    """Return the buffers that the script has to compute, and log a warning."""
     names = non_persistent_meta_buffers(load.module)
     if names:
-        _logger.warning("still on the meta device, for no checkpoint holds them: %s", ", ".join(names))
+        _logger.warning("buffers still on the meta device, for no checkpoint has them: %s", ", ".join(names))
     return names
 
 
 def _ask_torch(module: nn.Module, content: Mapping[str, Any]) -> tuple[list[str], list[str], list[str]]:
-    """Return the missing keys, the unexpected ones, and torch's sentences on those that do not fit."""
+    """Call load_state_dict. Return the missing keys, the unexpected keys, and torch's sentences on other mismatches."""
     try:
         keys = module.load_state_dict(content, strict=False)
-    except RuntimeError as error:  # of shapes: then it does not tell the keys
+    except RuntimeError as error:  # shapes differ; torch's error does not list the keys then
         own = {slot.name for slot in tensor_slots(module)}
         unfit = str(error).split("\n\t")[1:] or [str(error)]
         return [name for name in own if name not in content], [name for name in content if name not in own], unfit
-    missing, unexpected = keys or ([], [])  # one that a module has of its own may return nothing
+    missing, unexpected = keys or ([], [])  # a module's own load_state_dict may return None
     return list(missing), list(unexpected), []
 
 
 @contextmanager
 def _without_warnings_of_meta() -> Iterator[None]:
-    """Within, torch does not warn that it copies nothing to the meta device: that is not where it is copied to."""
+    """Suppress torch's warning that copies to the meta device do nothing: rankload replaces those tensors."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter in the checkpoint to a meta")
         yield
 
 
 def _without_wrapper(content: Mapping[str, Any], prefix: str, own: Sequence[TensorSlot]) -> Mapping[str, Any]:
-    """Let a wrapped module take what was saved from a wrapped one: ``ddp.state_dict()`` into ``ddp``."""
+    """Remove a wrapper's prefix, so that a wrapped module can load its own state dict: ``ddp.state_dict()``."""
     if not prefix or not content or not all(name.startswith(prefix) for name in content):
         return content
-    if any(slot.name in content for slot in own):  # it has a child of that name
+    if any(slot.name in content for slot in own):  # the prefix is the name of a child
         return content
     return strip_prefix(prefix)(content)  # type: ignore[no-any-return]
 
 
 def _truly_missing(missing: Sequence[str], own: Sequence[TensorSlot], assignments: Sequence[Assignment]) -> list[str]:
-    """Leave out names of tensors that come under another of their names: files often hold tied tensors once."""
+    """Leave out names of tied tensors that are loaded under another name: files often store tied tensors once."""
     found = {id(step.target) for step in assignments}
     tied = {slot.name for slot in own if id(slot.tensor) in found}
     return [name for name in missing if name not in tied]
 
 
 def _without_repetitions(assignments: Sequence[Assignment]) -> list[Assignment]:
-    """Keep the last for each tensor, as if they were made in order."""
+    """Keep the last assignment to each tensor, as if all were made in order."""
     return list({id(step.target): step for step in assignments}.values())
 
 
 def _problem(step: Assignment) -> str:
     target, saved, is_replaced = step.target, step.saved, step.is_replaced
     if saved.device.type == "meta" and not is_replaced:
-        return "it has no data in the checkpoint, where it is on the meta device"
+        return "it has no data in the checkpoint, for it was saved from the meta device"
     if is_replaced and target.requires_grad and not (saved.dtype.is_floating_point or saved.dtype.is_complex):
-        return f"{saved.dtype} in the checkpoint, and the module's parameter requires a gradient"
+        return f"{saved.dtype} in the checkpoint cannot require a gradient, but the module's parameter does"
     if not is_replaced and not _can_convert(saved.dtype, target.dtype):
         return f"{saved.dtype} in the checkpoint cannot be converted to the module's {target.dtype}"
     if not is_replaced and not target.is_meta and not is_distributed(target) and _overlaps_itself(target):
-        return "several of its elements are one in memory (expand); clone() it to load into it"
+        return "several of its elements share memory (expand); clone() it to load into it"
     try:
         own, _ = own_part(target)
     except ValueError as error:
         return str(error)
     if not is_replaced and not target.is_meta and not has_its_storage(own):
-        return "its memory is not there: its storage has been freed or resized, as FSDP does outside of forward"
+        return "its storage has been freed or resized, as FSDP does outside of forward"
     return "" if is_replaced or target.is_meta or is_distributed(target) else _problem_of_classes(target, saved)
 
 
 def _problem_of_classes(target: torch.Tensor, saved: LazyTensor) -> str:
-    """Return why a copy fails that classes, layouts and quantisation have a say in: only trying it tells."""
+    """Try a copy between unusual classes, layouts or quantisations. Return why it fails; empty if it works."""
     if is_plain(target) and not (isinstance(saved, MemoryTensor) and not is_plain(saved.exact())):
         return ""
     try:
         scratch = target.detach().clone()
-    except Exception:  # of a class that cannot be cloned: then we shall see
+    except Exception:  # the class cannot be cloned: only the real copy can tell
         return ""
     try:
         with torch.no_grad():
@@ -253,7 +256,7 @@ def _problem_of_classes(target: torch.Tensor, saved: LazyTensor) -> str:
 
 
 def _can_convert(saved: torch.dtype, own: torch.dtype) -> bool:
-    """Return whether torch converts so without a loss of kind; masks were bytes once."""
+    """Return whether torch can cast between the dtypes. Masks may be integers: torch once saved them as bytes."""
     is_mask = own == torch.bool and not (saved.is_floating_point or saved.is_complex)
     return is_mask or torch.can_cast(saved, own)
 
@@ -267,9 +270,9 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 def _check_materialised(load: ModuleLoad) -> None:
     missing = set(load.missing_keys)
     if any(step.is_replaced and step.saved.device.type == "meta" for step in load.assignments):
-        return  # as in the checkpoint
+        return  # the checkpoint itself has meta tensors, which are allowed to replace others
     if names := [slot.name for slot in tensor_slots(load.module) if slot.tensor.is_meta and slot.name not in missing]:
         raise LoadError(
-            f"{', '.join(names[:20])}: computed by a hook of the module, and lost, for it is on the meta device; "
-            "call module.to_empty() before"
+            f"{', '.join(names[:20])}: computed by a hook of the module, but lost on the meta device; "
+            "call module.to_empty() before the load"
         )

@@ -1,4 +1,4 @@
-"""The ``_metadata`` of a state dict: versions of modules, and which of them torch assigns to."""
+"""The ``_metadata`` of a state dict: versions of modules, and the modules whose tensors torch replaces."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-#: load_state_dict(assign=True) leaves it in the state dict that it gets; when that is saved and loaded again, torch
-#: assigns again, whatever its argument (torch/nn/modules/module.py, load_state_dict).
+#: load_state_dict(assign=True) leaves this key in its state dict. If that state dict is saved and loaded again, torch
+#: assigns again, whatever the argument (torch/nn/modules/module.py, load_state_dict).
 _ASSIGN = "assign_to_params_buffers"
 
 
 def assigned_modules(state_dict: Any) -> set[str]:
-    """Return the names of the modules whose tensors torch replaces with those of the state dict."""
+    """Return the names of the modules whose tensors torch replaces by those of the state dict."""
     metadata = getattr(state_dict, "_metadata", None)
     items = metadata.items() if isinstance(metadata, Mapping) else ()
     return {str(name) for name, versions in items if isinstance(versions, Mapping) and versions.get(_ASSIGN)}
 
 
 def without_assignment(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the same state dict for a load that copies."""
+    """Return the state dict without the request to replace tensors, for a load that copies."""
     metadata = getattr(state_dict, "_metadata", None)
     if not assigned_modules(state_dict) or metadata is None:
         return state_dict

@@ -1,7 +1,7 @@
 """Record what load_state_dict copies into a module, instead of copying it.
 
-load_state_dict knows names, hooks, module versions and extra state, and writes at once. Here it only says what goes
-where; the bytes are moved afterwards, when all ranks have found that everything fits.
+load_state_dict handles names, hooks, module versions and extra state, but writes at once. Here it only shows what goes
+where. The bytes are moved later, after all ranks have found that everything fits.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _MODULE_LOAD: Any = torch.Tensor.module_load  # torch.__future__.set_swap_module
 
 
 class NotedCopies(TorchFunctionMode):
-    """Within, copies into a module are noted; everything else is done.
+    """A mode that records copies into a module instead of making them. All other functions run normally.
 
     Args:
-        own: tensors of the module: whatever is copied into one of them is noted.
-        saved: tensors of the checkpoint: noted, whatever they are copied into.
-        assignments: where to note it.
+        own: tensors of the module; copies into these are recorded.
+        saved: tensors of the checkpoint; copies of these are recorded.
+        assignments: list that gets the recorded copies.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class NotedCopies(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
     ) -> Any:
-        """Note a copy, or call the function."""
+        """Record a copy, or call the function."""
         if (function is torch.Tensor.copy_ or function is _MODULE_LOAD) and len(arguments) > 1:
             target, source = arguments[:2]
             if isinstance(target, torch.Tensor) and self._is_noted(target, source):

@@ -1,4 +1,4 @@
-"""Plan and carry out the load of an optimizer's state, each rank its own part."""
+"""Plan and run the load of an optimizer's state; each rank loads its own part."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from rankload._load.module.slots import bare, empty_copy, is_distributed, is_pla
 from rankload._text import shown_key
 from rankload.errors import LoadError
 
-#: Larger numbers are of no parameters, and may be such that a set has to look at all of them for each.
+#: Largest number of a parameter. Larger numbers could be crafted such that their hashes collide.
 _MAX_PARAMETERS = 1 << 31
 
 
 @dataclass(frozen=True)
 class OptimizerLoad:
-    """A load that fits, and of which nothing has been done yet.
+    """The plan of an optimizer load that fits. Nothing has been written yet.
 
     Attributes:
-        optimizer: where to.
-        content: for its ``load_state_dict``, with its own numbers of parameters, and stand-ins in the place of tensors.
-        parameters: the optimizer's, by number.
+        optimizer: target of the load.
+        content: state dict for ``optimizer.load_state_dict``, with the optimizer's own parameter numbers, and lazy
+            tensors in the place of tensors.
+        parameters: parameters of the optimizer, by number.
     """
 
     optimizer: torch.optim.Optimizer
@@ -40,7 +41,7 @@ class OptimizerLoad:
 
     @property
     def wanted(self) -> list[LazyTensor]:
-        """Return the tensors that it takes."""
+        """Lazy tensors of the content."""
         found: list[LazyTensor] = []
         _with_tensors(self.content, found.append)
         return found
@@ -49,16 +50,16 @@ class OptimizerLoad:
 def plan_optimizer_load(
     optimizer: torch.optim.Optimizer, whole: Any, module: nn.Module, display_name: str
 ) -> OptimizerLoad:
-    """Find out which state belongs to which parameter, and whether it fits. Writes nothing.
+    """Plan which state belongs to which parameter, and check that everything fits. Writes nothing.
 
     Args:
-        optimizer: of the module's parameters.
-        whole: the checkpoint's content, with stand-ins.
-        module: gives the names, for states that are saved by name.
-        display_name: where the checkpoint is, for messages.
+        optimizer: optimizer of the module's parameters.
+        whole: content of the checkpoint, with lazy tensors.
+        module: module whose parameter names identify states that were saved by name.
+        display_name: name of the checkpoint, for messages.
 
     Raises:
-        LoadError: there is no optimizer's state dict, or it is of other parameters.
+        LoadError: the checkpoint has no optimizer state dict, or one for other parameters.
     """
     saved = _state_dict_in(whole, display_name)
     groups_in_file = _checked_groups(saved["param_groups"], display_name)
@@ -66,7 +67,7 @@ def plan_optimizer_load(
     saved_groups = _matched(groups_in_file, own, display_name)
     numbers = {key: number for number, key in enumerate(key for keys in own for key in keys)}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    # what belongs to no parameter stays as it is, as torch has it; but a number left over would be another's here
+    # state without a parameter stays, as in torch; but a leftover number would mean another parameter here
     state = {
         numbers.get(key, key): values
         for key, values in saved["state"].items()
@@ -88,12 +89,12 @@ def plan_optimizer_load(
 
 
 def prepare_optimizer_load(load: OptimizerLoad) -> Prepared:
-    """Make the tensors of the state, each rank its own: the first step overwrites them. Say what goes into them."""
+    """Allocate this rank's own state tensors, which the first step overwrites. Return the copies to make."""
     copies: list[TensorCopy] = []
 
     def made(saved: LazyTensor, parameter: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(saved, MemoryTensor) and not is_plain(saved.exact()):
-            return saved.exact().detach().clone()  # as 8-bit states are; the first step writes into it
+            return saved.exact().detach().clone()  # such as 8-bit states; the first step writes into the clone
         tensor, copy = _prepared(saved, parameter)
         copies.append(copy)
         return tensor
@@ -111,7 +112,7 @@ def _of_number(parameters: Sequence[torch.Tensor], key: Any) -> torch.Tensor | N
 
 
 def _with_tensors(content: Any, made: Callable[[LazyTensor], Any]) -> Any:
-    """Return nested content with something else in the place of each stand-in."""
+    """Return nested content with each lazy tensor replaced."""
     return with_leaves(content, lambda leaf: made(leaf) if isinstance(leaf, LazyTensor) else leaf)
 
 
@@ -121,15 +122,15 @@ def _state_dict_in(whole: Any, display_name: str) -> Mapping[str, Any]:
         return found if isinstance(found, Mapping) else found[0]
     keys = ", ".join(map(shown_key, islice(whole, 20))) if isinstance(whole, Mapping) else f"a {type(whole).__name__}"
     raise LoadError(
-        f"{display_name}: no optimizer's state dict under any of {', '.join(OPTIMIZER_KEYS)}; it has {keys}"
+        f"{display_name}: no optimizer state dict under any of {', '.join(OPTIMIZER_KEYS)}; the checkpoint has {keys}"
     )
 
 
 def _checked_groups(groups: Any, display_name: str) -> Sequence[Mapping[str, Any]]:
-    """Return the groups that were saved, if their parameters are named, or counted, as torch.optim does.
+    """Return the saved groups, if they list their parameters by name or number, as torch.optim does.
 
     Raises:
-        LoadError: they are not.
+        LoadError: they do not.
     """
     are_groups = type(groups) is list and all(
         isinstance(group, Mapping) and type(group.get("params")) is list for group in groups
@@ -143,7 +144,7 @@ def _checked_groups(groups: Any, display_name: str) -> Sequence[Mapping[str, Any
 def _own_keys(
     optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]], module: nn.Module
 ) -> list[list[Any]]:
-    """Return the keys of the optimizer's own parameters by group: names if those that were saved are, else numbers."""
+    """Return the keys of the optimizer's own parameters, by group: names if the saved keys are names, else numbers."""
     if any(isinstance(key, str) for group in saved for key in group["params"]):
         names = {id(parameter): name for name, parameter in bare(module)[0].named_parameters()}
         return [[names.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups]
@@ -154,10 +155,10 @@ def _own_keys(
 def _matched(
     saved: Sequence[Mapping[str, Any]], own: Sequence[Sequence[Any]], display_name: str
 ) -> list[Mapping[str, Any]]:
-    """Return the saved group for each of the optimizer's: that of the same parameters; numbers tell nothing but order.
+    """Return the saved group for each group of the optimizer: the one with the same parameters.
 
     Raises:
-        LoadError: the parameters are others, or are grouped in another way.
+        LoadError: the parameters or their groups differ.
     """
     keys, own_keys = ([key for group in groups for key in group] for groups in ([g["params"] for g in saved], own))
     missing, unexpected = sorted({*own_keys} - {*keys}, key=str), sorted({*keys} - {*own_keys}, key=str)
@@ -179,7 +180,7 @@ def _problems(number: int, parameter: torch.Tensor, values: Any) -> list[str]:
         f"{key} of parameter {number} has the shape {list(value.shape)}, the parameter {list(parameter.shape)}"
         for key, value in values.items()
         if isinstance(value, LazyTensor) and value.shape.numel() > 1
-        if value.shape != parameter.shape  # how it would be cut into parts, nobody can say
+        if value.shape != parameter.shape  # there is no rule for cutting such a state into parts
     ]
 
 

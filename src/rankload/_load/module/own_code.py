@@ -1,4 +1,4 @@
-"""Detect modules with code of their own that looks at the state dict during a load."""
+"""Detect modules whose own code looks at the state dict during a load."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _WrappedHook
 
-#: What is defined there compares names and shapes, and computes: stand-ins for tensors will do.
+#: Code in these packages only compares names and shapes, and computes: lazy tensors suffice.
 _KNOWN = ("torch.nn.", "torch.distributed.")
 
 
 def looks_at_state_dict(module: nn.Module) -> bool:
-    """Return whether there is such code: it may ask a value for its type, and must find what torch.load returns."""
+    """Return whether a module has such code. It may check the types of values, so it needs torch.load's results."""
     return not all(map(_is_known, _functions(module)))
 
 
@@ -22,7 +22,7 @@ def _functions(module: nn.Module) -> Iterator[Any]:
     for part in module.modules():
         yield part._load_from_state_dict
         for hook in part._load_state_dict_pre_hooks.values():
-            # torch wraps hooks; the wrapper of a copied module looks like a function of torch's
+            # torch wraps hooks; after a copy of the module, the wrapper looks like a function of torch
             yield hook.hook if isinstance(hook, _WrappedHook) else hook
 
 

@@ -1,6 +1,6 @@
 """Run load_state_dict post hooks after the bytes have arrived.
 
-Hooks of torch's own (FSDP's) only take notice of new parameters: they may run at any time, and again.
+torch's own hooks (FSDP's) only register new parameters: they may run at any time, and more than once.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 @dataclass(frozen=True)
 class PostHook:
-    """One, and the module that it was registered for."""
+    """A post hook.
+
+    Attributes:
+        module: module that the hook was registered for.
+        function: the hook.
+    """
 
     module: nn.Module
     function: Callable[[nn.Module, Any], object]
 
     @property
     def is_of_torch(self) -> bool:
-        """Whether it does nothing but torch's own bookkeeping."""
+        """Whether the hook is torch's own, which only does bookkeeping."""
         return str(getattr(self.function, "__module__", "")).startswith("torch.")
 
 
@@ -35,13 +40,13 @@ def run_hooks(hooks: Sequence[PostHook], missing_keys: list[str], unexpected_key
 
 
 def hooks_of_torch(module: nn.Module) -> list[PostHook]:
-    """Return torch's own, in the order in which load_state_dict runs them."""
+    """Return torch's own hooks, in the order in which load_state_dict runs them."""
     return [hook for hook in _hooks(module) if hook.is_of_torch]
 
 
 @contextmanager
 def postponed(module: nn.Module) -> Iterator[list[PostHook]]:
-    """Within, load_state_dict runs torch's own alone; give the others, in the order in which it would run them."""
+    """Make load_state_dict run only torch's own hooks. Yield the other hooks, in the order of load_state_dict."""
     hooks = [hook for hook in _hooks(module) if not hook.is_of_torch]
     registered = [
         (part._load_state_dict_post_hooks, dict(part._load_state_dict_post_hooks))

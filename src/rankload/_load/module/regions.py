@@ -1,4 +1,4 @@
-"""Rectangular regions of a tensor, and where their elements lie in memory. Pure."""
+"""Rectangular regions of a tensor, and the positions of their elements in memory. Pure."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Region:
     """A rectangular part of a tensor, in elements per dimension.
 
     Attributes:
-        offset: of its first element.
-        shape: its sizes; one of them may be 0.
+        offset: index of the first element, per dimension.
+        shape: sizes; a size may be 0.
     """
 
     offset: tuple[int, ...]
@@ -29,7 +29,7 @@ class Region:
 
 
 def whole(shape: tuple[int, ...]) -> Region:
-    """Return the region that is all of a tensor."""
+    """Return the region of a whole tensor."""
     return Region((0,) * len(shape), shape)
 
 
@@ -38,8 +38,8 @@ class Runs:
     """A region as runs of equal length, in the order of the region's own elements.
 
     Attributes:
-        length: elements of each, one after the other in the whole tensor.
-        starts: index of the first element of each, in the whole tensor; iterated once.
+        length: elements per run; they are consecutive in the whole tensor.
+        starts: index of each run's first element in the whole tensor; can be iterated only once.
     """
 
     length: int
@@ -47,10 +47,10 @@ class Runs:
 
 
 def runs(shape: tuple[int, ...], region: Region) -> Runs:
-    """Cut a region of a contiguous tensor of this shape into the longest runs that there are."""
+    """Cut a region of a contiguous tensor of this shape into the longest possible runs."""
     if region.element_count == 0:
         return Runs(0, iter(()))
-    first = len(shape)  # of the dimensions that are in the run
+    first = len(shape)  # first dimension that is part of a run
     while first > 0 and region.shape[first:] == shape[first:]:
         first -= 1
     stride = contiguous_stride(shape)
@@ -61,7 +61,7 @@ def runs(shape: tuple[int, ...], region: Region) -> Runs:
 
 
 def intersection(region: Region, other: Region) -> Region | None:
-    """Return what two regions of one tensor have in common, None for nothing."""
+    """Return the intersection of two regions of one tensor; None if it is empty."""
     starts = tuple(map(max, region.offset, other.offset))
     ends = tuple(
         min(start + size, other_start + other_size)
@@ -74,10 +74,10 @@ def intersection(region: Region, other: Region) -> Region | None:
 
 
 def regions_of_range(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[Region, int]]:
-    """Cut a range of a contiguous tensor's elements into regions, at most two for each dimension.
+    """Cut a range of a contiguous tensor's elements into regions, at most two per dimension.
 
     Yields:
-        Each region, whose elements lie one after the other, and the index of its first element.
+        Each region, whose elements are consecutive, and the index of its first element.
     """
     if begin >= end:
         return
@@ -86,7 +86,7 @@ def regions_of_range(shape: tuple[int, ...], begin: int, end: int) -> Iterator[t
         return
     row = math.prod(shape[1:])
     first, last = -(-begin // row), end // row  # the whole rows
-    if begin % row:  # the end of a row, or, if it ends there too, a part of one
+    if begin % row:  # the end of a row, or a part in the middle of one
         yield from _within(first - 1, shape, row, begin, min(end, first * row))
     if first < last:
         rest = shape[1:]

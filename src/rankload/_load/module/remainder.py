@@ -1,4 +1,4 @@
-"""What a training checkpoint holds besides module and optimizer: epoch, schedulers, random states."""
+"""The rest of a training checkpoint besides module and optimizer: epoch, schedulers, random states."""
 
 from __future__ import annotations
 
@@ -19,20 +19,25 @@ from rankload._load.module.leaves import leaves, with_leaves
 from rankload.adapt import WRAPPERS
 from rankload.errors import LoadError
 
-#: Under which keys training scripts save the optimizer: torch's tutorials, timm, fairseq, Lightning (a list).
+#: Keys under which training scripts save the optimizer: torch's tutorials, timm, fairseq, Lightning (a list).
 OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "optimizer_states")
 
 
 @dataclass(frozen=True)
 class Remainder:
-    """It, or why it could not be loaded."""
+    """The rest of a checkpoint, or the error of loading it.
+
+    Attributes:
+        content: the rest.
+        error: why the rest could not be loaded; None if it was.
+    """
 
     content: Any = None
     error: LoadError | None = None
 
 
 def optimizer_key(whole: Mapping[Any, Any]) -> str | None:
-    """Return the key of the optimizer's state dict; None where there is none."""
+    """Return the key of the optimizer's state dict; None if there is none."""
     for key in OPTIMIZER_KEYS:
         found = whole.get(key)
         if isinstance(found, (list, tuple)) and len(found) == 1:
@@ -43,11 +48,11 @@ def optimizer_key(whole: Mapping[Any, Any]) -> str | None:
 
 
 def without_loaded(whole: Any, of_module: Any) -> Any:
-    """Return a checkpoint without what was the module's and the optimizer's part of it.
+    """Return a checkpoint without the parts of the module and the optimizer.
 
     Args:
-        whole: it, with tensors or stand-ins.
-        of_module: what the adapter has made of it.
+        whole: content of the checkpoint, with tensors or lazy tensors.
+        of_module: the adapter's result.
     """
     if not isinstance(whole, Mapping):
         return whole
@@ -60,17 +65,17 @@ def without_loaded(whole: Any, of_module: Any) -> Any:
 def remainder_of_index(
     index: Index, indexed: Any, of_module: Any, files: CheckpointFiles, *, weights_only: bool
 ) -> Remainder | None:
-    """Return the remainder of a checkpoint that is not loaded by torch.load; None where only that builds its tensors.
+    """Return the remainder from an index; None if only torch.load can build tensors of the remainder.
 
     Args:
-        index: the checkpoint's.
-        indexed: its content with stand-ins.
-        of_module: what the adapter has made of it.
-        files: the checkpoint's.
-        weights_only: for torch.load, which makes objects without reading a tensor.
+        index: index of the checkpoint.
+        indexed: content of the index, with lazy tensors.
+        of_module: the adapter's result.
+        files: files of the checkpoint.
+        weights_only: for torch.load, which builds other objects without reading tensors.
     """
     if not isinstance(indexed, dict):
-        return Remainder()  # there is no optimizer in it, either
+        return Remainder()  # such a checkpoint has no optimizer, either
     rest = without_loaded(indexed, of_module)
     if not index.is_exact or _hides_tensors(rest):
         return None
@@ -86,7 +91,7 @@ def remainder_of_index(
 
 
 def _keys_of_module(whole: Mapping[Any, Any], of_module: Any) -> list[Any]:
-    """Return the keys under which the module's tensors are: as few as have all of them."""
+    """Return the keys of the module's tensors: as few keys as contain all of them."""
     for key, value in whole.items():
         if value is of_module:
             return [key]
@@ -108,7 +113,7 @@ def _identities(content: Any) -> Iterator[int]:
 
 
 def _hides_tensors(content: Any) -> bool:
-    """Return whether a tensor is in an object that only torch.load builds, or is one itself."""
+    """Return whether only torch.load can build some tensor: one that is not plain, or one inside an object."""
     rest, seen = [content], set[int]()
     while rest:
         for value in leaves(rest.pop()):
@@ -125,18 +130,18 @@ def _with_tensors(content: Any) -> Any:
 
 
 def _filled(loaded: Any, rest: Any, made: dict[int, Any]) -> Any:
-    """Return what torch.load has built without tensors, with the tensors in it.
+    """Return content that torch.load built with meta tensors, with real tensors in their places.
 
     Args:
-        loaded: it; its dicts and lists are changed.
-        rest: the same content from the index, with tensors, and notes of what was not built.
-        made: what has been made of loaded containers already, by their ids.
+        loaded: result of torch.load; its dicts and lists are changed.
+        rest: the same content from the index, with tensors, and notes of objects that were not built.
+        made: results for loaded containers so far, by id.
     """
     if isinstance(rest, torch.Tensor):
         return rest
     if id(loaded) in made:
         return made[id(loaded)]
-    if type(loaded) is not type(rest):  # an object that the index only notes
+    if type(loaded) is not type(rest):  # an object; the index has only a note of it
         return loaded
     if isinstance(loaded, dict):
         made[id(loaded)] = loaded

@@ -22,12 +22,15 @@ from rankload._load.module.slots import (
 
 
 class Replacer:
-    """Replaces tensors of one module under all their names, so that tied ones stay tied.
+    """The replacement of a module's tensors, under all their names, so that tied tensors stay tied.
 
     Args:
-        module: without its wrappers.
-        device: gives the device for what is on the meta device now.
-        may_share: on the CPU a tensor may be a view of the mapped file, if the dtype allows it.
+        module: module without its wrappers.
+        device: returns the device for tensors that are on the meta device now.
+        may_share: whether a tensor on the CPU may be a view of the mapped file, if the dtypes are equal.
+
+    Attributes:
+        bytes_mapped: bytes of new tensors that are views of the mapped file.
     """
 
     def __init__(self, module: nn.Module, device: Callable[[], torch.device], *, may_share: bool) -> None:
@@ -36,12 +39,12 @@ class Replacer:
         self.bytes_mapped = 0
 
     def copy(self, step: Assignment) -> TensorCopy | None:
-        """Make what takes the target's place; return what is to be moved into it, None for a view of the file."""
+        """Make the tensor that replaces a step's target. Return the copy into it; None if it needs no copy."""
         target, saved = step.target, step.saved
         device = self._device() if target.is_meta else target.device
         dtype = saved.dtype if step.is_replaced else target.dtype
         if step.is_replaced and isinstance(saved, MemoryTensor) and device.type == "cpu":
-            self._replacements.append((target, saved.exact()))  # of whatever class it is
+            self._replacements.append((target, saved.exact()))  # keeps the tensor's class
             return None
         if self._may_share and device.type == "cpu" and dtype == saved.dtype and not is_distributed(target):
             tensor = saved.exact() if step.is_replaced else saved.view()
@@ -53,7 +56,7 @@ class Replacer:
         return TensorCopy(saved, *own_part(tensor))
 
     def finish(self) -> None:
-        """Put the new tensors in their places, when all has been moved."""
+        """Put the new tensors in their places, after all copies."""
         if not self._replacements:
             return
         by_tensor: dict[int, list[TensorSlot]] = defaultdict(list)
@@ -64,4 +67,4 @@ class Replacer:
             for slot in by_tensor[id(target)]:
                 slot.replace(replacement)
         if any(is_distributed(tensor) for _, tensor in self._replacements):
-            run_hooks(hooks_of_torch(self._module), [], [])  # in which FSDP takes notice of new parameters
+            run_hooks(hooks_of_torch(self._module), [], [])  # FSDP registers its new parameters in a hook
