@@ -1,4 +1,4 @@
-"""How much memory this process may still take before the kernel evicts or kills."""
+"""Estimate how much memory this process may still take before the kernel evicts pages or kills it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Return the least of what the machine has available and what the control groups of this process allow.
+    """Return the available bytes: the minimum over the machine and the control groups of this process.
 
-    None where the system does not tell. Page cache counts as available: proc(5) "MemAvailable"; of a control group,
-    ``inactive_file`` (Documentation/admin-guide/cgroup-v2.rst).
+    The result is None if the system does not tell. Page cache counts as available: proc(5) "MemAvailable", and
+    ``inactive_file`` in a control group (Documentation/admin-guide/cgroup-v2.rst).
 
     Args:
-        root: of the filesystem, for tests.
+        root: root of the filesystem, for tests.
     """
     found = [*_of_machine(root), *_of_control_groups(root)]
     return max(0, min(found)) if found else None
@@ -28,7 +28,7 @@ def _of_machine(root: Path) -> Iterator[int]:
 
 
 def _of_control_groups(root: Path) -> Iterator[int]:
-    """Yield what each group from this process' own up to the top leaves; both versions."""
+    """Yield the available bytes of each control group from this process's own up to the root; versions 1 and 2."""
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, group = line.split(":", 2)
@@ -44,7 +44,7 @@ def _of_group_and_above(top: Path, group: str, names: tuple[str, str, str]) -> I
     limit_name, usage_name, reclaimable_name = names
     directory = top / group.strip("/")
     for one in (directory, *directory.parents):
-        with suppress(OSError, ValueError):  # no limit there ("max"), or in a namespace of its own
+        with suppress(OSError, ValueError):  # no limit ("max"), or a group outside this cgroup namespace
             limit, usage = (int((one / name).read_text()) for name in (limit_name, usage_name))
             reclaimable = dict(line.split() for line in (one / "memory.stat").read_text().splitlines())
             yield limit - usage + int(reclaimable.get(reclaimable_name, 0))

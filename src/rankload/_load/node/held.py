@@ -1,4 +1,4 @@
-"""A checkpoint's files, held open: what was verified is what is loaded, whatever is renamed meanwhile."""
+"""Hold a checkpoint's files open, so that the verified files are loaded even if others get their names meanwhile."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from rankload.errors import LoadError
 
 @dataclass(frozen=True)
 class Held:
-    """Where to load a checkpoint from.
+    """A checkpoint whose files are open.
 
     Attributes:
-        path: the checkpoint's own, or one that leads to the open files.
-        descriptors: of its files by name, its own first.
-        identities: of these when they were opened, by name.
-        is_changeable: another user may write to one of them.
+        path: path of the checkpoint, or a path that leads to the open files.
+        descriptors: descriptors of the files, by name; the checkpoint or its index comes first.
+        identities: identities of the files when they were opened, by name.
+        is_changeable: whether another user may write to one of the files.
     """
 
     path: Path
@@ -40,9 +40,9 @@ class Held:
     is_changeable: bool
 
     def loaded_by_name(self, stack: ExitStack) -> Path:
-        """Return the path to load from; ``stack`` checks that it has led to the open files all the while.
+        """Return the path to load from. When ``stack`` closes, it checks that the path still leads to the open files.
 
-        Another job of this user may publish another version meanwhile, and a local file may be rewritten.
+        Another job of this user may publish another version meanwhile, or a program may rewrite a local file.
         """
         stack.push(self._check_unless_failed)
         return self.path
@@ -56,24 +56,24 @@ class Held:
                 with (
                     wrap_read_errors(path),
                     suppress(FileNotFoundError),
-                ):  # whoever removed it has not changed what is open
+                ):  # removing a file does not change the open one
                     _check_identity(path, FileIdentity.of(path.stat()), opened, self.descriptors[name])
 
 
 def hold(path: Path, sha256: str | None, stack: ExitStack, identity: FileIdentity | None = None) -> Held:
     """Open a checkpoint's files. Not collective.
 
-    The path leads to what is open where another user could put other files in their place.
+    If another user could replace or change the files, the result's path leads to the open files.
 
     Args:
-        path: the checkpoint, or the index of one in several files.
-        sha256: its digest where it has been verified.
-        stack: closes them.
-        identity: of the file that was verified.
+        path: path of the checkpoint, or of the index of a checkpoint in several files.
+        sha256: verified digest; None if the checkpoint was not verified.
+        stack: closes the files.
+        identity: identity of the verified file; None to skip the comparison.
 
     Raises:
-        CacheError: one of them cannot be read, or is no regular file.
-        LoadError: the index is damaged, or another file is there than was verified.
+        CacheError: a file cannot be read, or is no regular file.
+        LoadError: the index is damaged, or the file is not the verified one.
     """
     descriptors = _open_all(path, stack)
     statuses = {name: os.fstat(descriptor) for name, descriptor in descriptors.items()}
@@ -90,7 +90,7 @@ def _check_identity(path: Path, found: FileIdentity, expected: FileIdentity, des
     if not found.is_same(expected, is_exact=is_on_local_disk(descriptor)):
         display_name = printable(str(path))
         raise LoadError(
-            f"{display_name}: it was replaced or rewritten while it was loaded; load it again", path=str(path)
+            f"{display_name}: the file was replaced or rewritten while it was loaded; load it again", path=str(path)
         )
 
 
@@ -107,7 +107,7 @@ def _open_all(path: Path, stack: ExitStack) -> dict[str, int]:
 
 def _open(path: Path, stack: ExitStack) -> int:
     with wrap_read_errors(path):
-        # a pipe in the file's place would wait for its writer, forever
+        # O_NONBLOCK: opening a pipe in the file's place would wait for a writer forever
         descriptor = retry_if_stale(lambda: os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         stack.callback(os.close, descriptor)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -118,7 +118,8 @@ def _open(path: Path, stack: ExitStack) -> int:
 def _may_be_changed(status: os.stat_result, *, is_verified: bool) -> bool:
     """Return whether another user may write to a file.
 
-    A group may be one's own, or colleagues whom one lets write to checkpoints; but then a digest promises nothing.
+    A group-writable file is accepted if no digest was verified: users may let colleagues write to checkpoints. With a
+    verified digest, the group must be private, or the digest would prove nothing.
     """
     if not is_trusted(status.st_uid) or status.st_mode & stat.S_IWOTH:
         return True

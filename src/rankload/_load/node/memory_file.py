@@ -1,4 +1,4 @@
-"""Anonymous files in memory, which torch.load and the index readers open like files on disk."""
+"""Anonymous files in memory. torch.load and the index readers open them like files on disk."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rankload._platform.scratch import descriptor_path, scratch_file, scratch_fo
 
 
 def make_memory_file(size_bytes: int, stack: ExitStack) -> int:
-    """Return the descriptor of a new file, all zeros, that takes memory only where it is written to.
+    """Make a sparse file in memory, filled with zeros, and return its descriptor.
 
-    Pages stay for as long as the descriptor, another process's or a mapping does.
+    The pages stay as long as this descriptor, a descriptor in another process, or a mapping exists.
     """
     try:
         descriptor = os.memfd_create("rankload", os.MFD_CLOEXEC)
-    except (AttributeError, OSError):  # not Linux; or a sandbox that does not know the call
+    except (AttributeError, OSError):  # not Linux, or a sandbox without this system call
         with scratch_file("memory for a checkpoint", size_bytes) as file:
             descriptor = os.dup(file.fileno())
     stack.callback(os.close, descriptor)
@@ -28,7 +28,7 @@ def make_memory_file(size_bytes: int, stack: ExitStack) -> int:
 
 @contextmanager
 def writable(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
-    """Map a part of the file to be written to."""
+    """Map bytes ``begin`` to ``end`` of a file for writing."""
     if begin == end:
         yield memoryview(b"")
         return
@@ -39,18 +39,17 @@ def writable(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
     try:
         yield part
     finally:
-        with suppress(BufferError):  # the frames of an error hold on to pieces of it, and let go with the error
+        with suppress(BufferError):  # the frames of an error keep slices alive; they are released with the error
             part.release()
             whole.release()
             mapping.close()
 
 
 def folder_of(descriptors: Mapping[str, int], stack: ExitStack) -> Path:
-    """Return a folder in which this process finds the files under their names."""
-    # the parts of a checkpoint may lie in folders
+    """Return a folder in which this process can open the files by name. Names may contain folders."""
     return scratch_folder({name: descriptor_path(descriptor) for name, descriptor in descriptors.items()}, stack)
 
 
 def path_for_others(descriptor: int) -> str:
-    """Return a path by which other processes of this user may open it (Linux)."""
+    """Return a path by which other processes of this user can open a descriptor's file (Linux)."""
     return f"/proc/{os.getpid()}/fd/{descriptor}"

@@ -1,9 +1,9 @@
 """Copy files that may change under a mapping into memory that the ranks of a node share.
 
-Pages of a mapped file are the file's until this process writes to them. Whoever cuts the file off kills the process
-(SIGBUS), whoever rewrites it in place changes its weights, and a file server that fails does the former. So only files
-that rankload itself has published, and replaces by rename alone, stay mapped after a call, and those only on a
-filesystem of this machine.
+The pages of a mapping belong to the file until this process writes to them. If another process truncates the file, or
+its file server fails, this process gets SIGBUS. If another process rewrites the file in place, the weights change. So a
+file stays mapped after a call only if rankload published it, since rankload replaces files only by rename, and only on
+a filesystem of this machine.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ from rankload.errors import DigestMismatchError, LoadError
 
 _logger = logging.getLogger("rankload")
 
-#: A stripe is read in one go, in order: what file servers and disks are fast at. So many threads read at a time.
+#: Bytes that one thread reads in order, which is fast on file servers and disks; and the number of threads.
 _STRIPE_BYTES = 16 << 20
 _THREADS = 4
 
-#: Through this much at a time: small enough to stay in a core's cache between the read and the write.
+#: Size of the copy buffer: small enough to stay in a core's cache between the read and the write.
 _BUFFER_BYTES = 256 << 10
 
-#: Of what is free, the part that a copy may take: the job needs memory for other things.
+#: Largest share of the free memory that a copy may take: the job needs memory for other things, too.
 _MAX_SHARE_OF_FREE_MEMORY = 0.8
 
-#: Of the others torch.load makes private copies in any case.
+#: Formats whose files stay mapped. torch.load makes private copies of all others.
 _MAPPED_FORMATS: frozenset[Format] = frozenset({"torch_zip", "safetensors", "sharded"})
 
 
 def why_copied(path: Path, map_location: Any, *, is_published: bool) -> str:
-    """Return why a checkpoint must not stay mapped; empty if it may, or if nothing of it would.
+    """Return why a checkpoint must not stay mapped; empty if it may, or if no tensor would stay mapped.
 
     Args:
-        path: the checkpoint, or the index of one in several files.
+        path: path of the checkpoint, or of the index of a checkpoint in several files.
         map_location: any form that torch.load takes, already resolved for this rank.
-        is_published: rankload has put it there, and its parts.
+        is_published: whether rankload published the file and its parts.
     """
     if is_published and all(map(_is_on_local_disk, all_files(path))):
         return ""
@@ -73,7 +73,7 @@ def why_copied(path: Path, map_location: Any, *, is_published: bool) -> str:
 
 
 def may_change(held: Held, file: FetchedFile) -> bool:
-    """Return whether somebody else may change a file under a mapping, or its server fail."""
+    """Return whether a file may change under a mapping, or its file server fail."""
     return held.is_changeable or not file.is_published or not all(map(_is_on_local_disk, all_files(held.path)))
 
 
@@ -87,24 +87,25 @@ def with_node_copy(
     sha256: str | None = None,
     must_fit: bool = True,
 ) -> Path | None:
-    """Copy a checkpoint into memory that the ranks of this node share; return where it is then.
+    """Copy a checkpoint into memory that the ranks of this node share; return the path of the copy.
 
-    One rank of the node reads it, in large stripes; the others open its memory. If it fails, they raise its error.
+    One rank of the node reads the files, in large stripes; the others open its memory. If that rank fails, they raise
+    its error.
 
     Args:
-        held: the checkpoint's files, open.
-        display_name: where it is, for messages.
-        channel: of the call. Every rank of a node that loads from these files may call this.
-        stack: lets go of the memory. What is mapped stays.
-        progress_seconds: how long the file may not answer.
-        sha256: its digest, 64 hex digits, if the copy is to be verified; the parts of an index have none.
+        held: the checkpoint's open files.
+        display_name: path of the checkpoint, for messages.
+        channel: channel of the call. Every rank of a node that loads from these files may call this.
+        stack: releases the memory; mappings stay.
+        progress_seconds: longest time without an answer of the file.
+        sha256: digest to verify the copy against, 64 hex digits; None to skip. The parts of an index are not verified.
         must_fit: return None, and copy nothing, if there is not enough free memory.
 
     Raises:
-        DigestMismatchError: the copy does not have the digest.
+        DigestMismatchError: the copy has another digest.
         LoadError: the file was changed meanwhile.
         ProgressTimeoutError: the file does not answer.
-        RankloadError: what made the copying rank fail.
+        RankloadError: the copying rank failed.
     """
     name = held.path.name
     with wrap_read_errors(display_name):
@@ -124,12 +125,15 @@ def with_node_copy(
     memory.tell_or_wait(channel)
     copied = folder_of(memory.descriptors, stack) / name
     if {name, *parts_of(copied)} != set(memory.descriptors):
-        raise LoadError(f"{printable(str(display_name))}: it was changed while it was loaded", path=str(display_name))
+        raise LoadError(
+            f"{printable(str(display_name))}: the file was changed while it was loaded; load it again",
+            path=str(display_name),
+        )
     return copied
 
 
 def private_copy(path: Path, stack: ExitStack) -> Path:
-    """Copy a checkpoint into memory of this process; return where it is then. Not collective."""
+    """Copy a checkpoint into memory of this process, and return the path of the copy. Not collective."""
     channel = SingleProcessChannel(identity_from_environment())
     stack.callback(channel.close)
     seconds = Settings.from_environment().progress_seconds
@@ -148,17 +152,17 @@ def settled(
     *,
     mmap: bool | None,
 ) -> Path:
-    """Return where to load a checkpoint from, so that nothing stays mapped that somebody else may change.
+    """Return the path to load a checkpoint from, so that no tensor stays mapped to a file that others may change.
 
-    That is the file itself, opened where another user could put another one in its place (`hold`), or a copy in the
-    node's memory (`with_node_copy`).
+    The path leads to the file itself (opened by `hold` if another user could replace it), or to a copy in the node's
+    memory (`with_node_copy`).
 
     Args:
-        path: the checkpoint.
-        file: how it was fetched.
+        path: path of the checkpoint.
+        file: the fetched file.
         map_location: any form that torch.load takes, already resolved for this rank.
-        channel, closing, progress_seconds: see `with_node_copy`.
-        mmap: the caller's. True keeps a file of this user's own mapped; False makes private copies later.
+        channel, stack, progress_seconds: see `with_node_copy`.
+        mmap: the caller's ``mmap=``. True keeps this user's own file mapped; False makes private copies later.
     """
     held = hold(path, file.sha256, stack, file.identity)
     copy = partial(with_node_copy, held, path, channel, stack, progress_seconds)
@@ -201,7 +205,7 @@ def _copy_stripe(source: int, target: int, begin: int, end: int, display_name: s
     while begin < end:
         count = os.preadv(source, [buffer[: end - begin]], begin)
         if not count:
-            raise LoadError(f"{display_name}: it was cut off while it was loaded")
+            raise LoadError(f"{display_name}: the file was truncated while it was loaded")
         written = 0
         while written < count:
             written += os.pwrite(target, buffer[written:count], begin + written)
@@ -209,7 +213,7 @@ def _copy_stripe(source: int, target: int, begin: int, end: int, display_name: s
 
 
 def _verify(descriptor: int, size_bytes: int, sha256: str, path: Path, owner_uid: int, channel: Channel) -> None:
-    """Hash the copy: what is hashed is what is used."""
+    """Verify the copy, not the file: the hashed bytes must be the loaded bytes."""
     digest, buffer, done = hashlib.sha256(), memoryview(bytearray(_STRIPE_BYTES)), 0
     while count := os.preadv(descriptor, [buffer], done):
         digest.update(buffer[:count])
@@ -219,7 +223,7 @@ def _verify(descriptor: int, size_bytes: int, sha256: str, path: Path, owner_uid
         display_name, owner = printable(str(path)), name_of(owner_uid)
         raise DigestMismatchError(
             f'invalid hash value (expected "{sha256}", got "{digest.hexdigest()}"): {display_name} belongs to {owner}, '
-            "and was changed since it was verified",
+            "and was changed after it was verified",
             expected=sha256,
             got=digest.hexdigest(),
             path=str(path),
@@ -237,13 +241,13 @@ def _is_on_local_disk(path: Path) -> bool:
 
 
 def _stays_on_cpu(path: Path, map_location: Any) -> bool:
-    """Return whether views of a mapping of the file may be left; True where only loading it would tell."""
+    """Return whether tensors may stay views of the mapped file; True if only a load would tell."""
     file_format = sniff(path)
     if file_format not in _MAPPED_FORMATS:
         return False
     if not goes_by_tags(map_location) or visible_accelerator() is None:
         return True
-    if file_format != "torch_zip":  # all that was saved as safetensors is tagged so
+    if file_format != "torch_zip":  # all tensors in safetensors files count as saved on the CPU
         return location_of(map_location, "cpu") == "cpu"
     try:
         with path.open("rb", buffering=0) as file:

@@ -14,12 +14,12 @@ from rankload._platform.host import process_space_id
 
 @dataclass(frozen=True)
 class NodeMemory:
-    """A node's memory for the files.
+    """A node's memory for a checkpoint's files.
 
     Attributes:
-        descriptors: of the files in memory, by name.
-        receiver: the rank that receives into them.
-        is_received_here: whether that is this rank.
+        descriptors: descriptors of the files in memory, by name.
+        receiver: rank that fills the files.
+        is_received_here: whether this rank fills the files.
         purpose: what the memory is for.
     """
 
@@ -38,14 +38,15 @@ class NodeMemory:
         purpose: str = "broadcast",
         fits: Callable[[], bool] | None = None,
     ) -> NodeMemory | None:
-        """Open the memory of the rank of this node that came first; make our own where there is none to be opened.
+        """Open the memory of the first rank of this node. Make this rank's own memory if that is impossible.
 
         Args:
-            sizes: of the files, in bytes, by name.
-            channel: of the call.
-            stack: lets go of the memory; of what others may still have to open, only the end of the call does.
-            purpose: what the memory is for; one call may use memory for several.
-            fits: asked before memory is made. If it says no, this returns None, on all ranks that would have shared it.
+            sizes: sizes of the files in bytes, by name.
+            channel: channel of the call.
+            stack: releases the memory. Memory that others may still have to open is released at the end of the call.
+            purpose: what the memory is for; one call may use memory for several purposes.
+            fits: called before memory is allocated. If it returns False, the result is None, on all ranks that would
+                have shared the memory.
         """
         rank, space = channel.identity.rank, process_space_id()
         first = rank if space is None else channel.claim(f"{purpose}/memory/{space}")
@@ -62,7 +63,7 @@ class NodeMemory:
         kept = stack
         if first == rank:
             kept = ExitStack()
-            channel.on_exit(kept.close)  # after the verdict: a rank that comes late would find nothing to open
+            channel.on_exit(kept.close)  # after the verdict, so that a late rank can still open the memory
         descriptors = {name: make_memory_file(size_bytes, kept) for name, size_bytes in sizes.items()}
         if first == rank:
             paths = {name: path_for_others(descriptor) for name, descriptor in descriptors.items()}
@@ -70,7 +71,7 @@ class NodeMemory:
         return cls(descriptors, rank, is_received_here=True, purpose=purpose)
 
     def tell_or_wait(self, channel: Channel) -> None:
-        """Tell the others of the node that all has come, or wait for that."""
+        """Tell the node's other ranks that the files are complete; on those ranks, wait for that."""
         if self.is_received_here:
             channel.post(f"{self.purpose}/received by {self.receiver}", {})
         else:

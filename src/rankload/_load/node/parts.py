@@ -10,12 +10,12 @@ from rankload._load.values.torch_errors import wrap_load_errors
 
 
 def parts_of(path: Path) -> list[str]:
-    """Return the names of the files that a file is the index of."""
+    """Return the names of an index's parts; empty if the file is no index."""
     with wrap_load_errors(path), path.open("rb", buffering=0) as file:
         source = LocalSource(file.fileno())
         return part_names(source) if has_weight_map(source) else []
 
 
 def all_files(path: Path) -> list[Path]:
-    """Return the paths of a checkpoint's files, its index first."""
+    """Return the paths of a checkpoint's files; the index comes first."""
     return [path, *(path.parent / name for name in parts_of(path))]

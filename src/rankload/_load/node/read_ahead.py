@@ -1,7 +1,7 @@
-"""Read files on network filesystems into the page cache, once a node, before all ranks map them.
+"""Read files on network filesystems into the page cache, once per node, before all ranks map them.
 
-Page faults of several ranks ask a file server for small pieces in no order; large blocks in order, several at a time,
-are what it is fast at.
+Page faults of several ranks request small pieces in no order. A file server is fast with large blocks in order, several
+at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rankload._types import Progress
 
 _logger = logging.getLogger("rankload")
 
-#: What is asked for at a time, and by how many threads.
+#: Size of one read, and number of reader threads.
 _BLOCK_BYTES = 8 << 20
 _THREADS = 4
 
@@ -31,12 +31,12 @@ _THREADS = 4
 def read_ahead(paths: Sequence[Path], channel: Channel, progress_seconds: float) -> None:
     """Read files into this node's page cache if they are on a network filesystem. Collective over a node's ranks.
 
-    One of them reads what is not there yet; the others wait for it.
+    One rank reads the blocks that are missing from the page cache; the others wait.
 
     Args:
-        paths: the files.
-        channel: of the call.
-        progress_seconds: how long a file may not answer.
+        paths: paths of the files.
+        channel: channel of the call.
+        progress_seconds: longest time without an answer of a file.
 
     Raises:
         ProgressTimeoutError: a file does not answer.
@@ -46,7 +46,7 @@ def read_ahead(paths: Sequence[Path], channel: Channel, progress_seconds: float)
     if not remote:
         return
     with wrap_read_errors(remote[0]):
-        status = remote[0].stat()  # not by the path: ranks that keep a file open each have one of their own
+        status = remote[0].stat()  # the key has no path: each rank that holds a file open has its own path to it
     key = f"read ahead/{kernel_id()}/{status.st_dev}-{status.st_ino}"
     reader = channel.claim(key)
     if reader != channel.identity.rank:
@@ -80,7 +80,7 @@ def _read(path: Path, channel: Channel, progress_seconds: float) -> None:
 
 
 def _absent_blocks(descriptor: int) -> list[int]:
-    """Return where the blocks begin of which a page is not in the page cache."""
+    """Return the offsets of the blocks with a page that is not in the page cache."""
     size_bytes = os.fstat(descriptor).st_size
     pages_per_block = _BLOCK_BYTES // mmap.PAGESIZE
     resident = resident_pages(descriptor, size_bytes)

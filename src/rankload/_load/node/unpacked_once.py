@@ -1,4 +1,4 @@
-"""Unpack an archive of one checkpoint once a node, into shared memory."""
+"""Unpack an archive of one checkpoint once per node, into shared memory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _NAME = "unpacked"
 def with_unpacked(path: Path, channel: Channel, stack: ExitStack) -> Path:
     """Return a path to a checkpoint that needs no unpacking. Collective over a node's ranks.
 
-    That is the file itself, unless it is torch.hub's legacy zip: an archive of one checkpoint. Then one rank of the
-    node unpacks it into memory that the others open. If it fails, they raise its error.
+    The path is unchanged unless the file is torch.hub's legacy zip: an archive of one checkpoint. Then one rank of the
+    node unpacks the archive into memory, which the others open. If that rank fails, they raise its error.
 
     Args:
-        path: the file; all ranks of a node that call this have the same one.
-        channel: of the call.
-        stack: lets go of the memory. What is mapped stays.
+        path: path of the file; all calling ranks of a node have the same file.
+        channel: channel of the call.
+        stack: releases the memory; mappings stay.
 
     Raises:
-        LoadError: the archive is damaged, or would become too large.
-        RankloadError: what made the unpacking rank fail.
+        LoadError: the archive is damaged, or its member too large.
+        RankloadError: the unpacking rank failed.
     """
     with wrap_load_errors(path):
         if sniff(path) != "single_member_zip":

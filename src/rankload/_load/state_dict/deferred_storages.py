@@ -1,6 +1,6 @@
-"""Fill storages on accelerators after torch.load has made the tensors, from many threads.
+"""Fill storages on accelerators after torch.load has made the tensors, with several reader threads.
 
-torch.load copies each out of the mapped file, which is pageable memory, at the speed of one core.
+torch.load itself copies each storage out of the mapped file, which is pageable memory, at the speed of one core.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from rankload._load.device.readers import Limits
 
 
 class DeferredStorages:
-    """Puts storages where a ``map_location`` says, but those on accelerators without their content, at first.
+    """A restore function for ``map_location`` that fills storages on accelerators later.
 
-    Only for what does not look at the elements of a tensor before all of them are there.
+    Only for loaders that do not look at elements before `fill`.
 
     Args:
         map_location: one that `goes_by_tags`.
@@ -34,7 +34,7 @@ class DeferredStorages:
         self._pairs: dict[torch.device, list[tuple[torch.UntypedStorage, torch.UntypedStorage]]] = defaultdict(list)
 
     def __call__(self, storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
-        """Return a storage in the right place; see `Restore`."""
+        """Return a storage on its device, empty if that is an accelerator; see `Restore`."""
         device = self._late_device(tag)
         if device is None:
             return self._restore(storage, tag)
@@ -43,12 +43,12 @@ class DeferredStorages:
         return empty
 
     def fill(self, limits: Limits, check_cancelled: Callable[[], None], display_name: str) -> None:
-        """Copy what belongs into the storages that were made.
+        """Fill the empty storages.
 
         Args:
-            limits: how many threads read, and how long a file may not answer.
-            check_cancelled: called now and then while a file does not answer; raises what ends the wait.
-            display_name: the checkpoint, for messages.
+            limits: number of reader threads, and longest time without progress.
+            check_cancelled: called repeatedly during the wait for a file; an error that it raises ends the wait.
+            display_name: name of the checkpoint, for messages.
         """
         for device, pairs in self._pairs.items():
             for job, content in staged(_jobs(pairs), device, limits, check_cancelled, display_name):
@@ -60,7 +60,7 @@ class DeferredStorages:
 
 
 def _late_device(location: str) -> torch.device | None:
-    """Return a location's device, if storages there are filled late."""
+    """Return a location's device if its storages are filled later; else None."""
     try:
         device = torch.device(location)
     except RuntimeError:  # a tag of older files, or of torch.serialization.register_package
@@ -70,7 +70,10 @@ def _late_device(location: str) -> torch.device | None:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes of a storage on a device, and the one in memory that has them, which a thread that reads keeps mapped."""
+    """A range of a storage on a device, and the mapped storage that has its bytes.
+
+    The reference keeps the file mapped while a thread reads.
+    """
 
     storage: torch.UntypedStorage
     source: torch.UntypedStorage
@@ -80,7 +83,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Pieces:
-    """As many as go into a buffer, one after the other."""
+    """Consecutive pieces that fit into one buffer."""
 
     pieces: Sequence[_Piece]
 
@@ -89,7 +92,7 @@ class _Pieces:
 
     @property
     def begins(self) -> list[int]:
-        """Return where each begins in the buffer."""
+        """Offset of each piece in the buffer."""
         begins = [0]
         for piece in self.pieces[:-1]:
             begins.append(begins[-1] + piece.length)

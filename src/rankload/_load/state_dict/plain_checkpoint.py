@@ -1,7 +1,7 @@
-"""Build what torch's zip format holds from its index, where that is tensors and plain values only.
+"""Build the content of a torch zip file from its index, if that is only tensors and plain values.
 
-The index is read in any case, since torch.load checks nothing of a file that it maps. Of 84 tensors, building takes
-1 ms where torch.load, which reads the pickle once more, takes 11.
+The index is read in any case, since torch.load checks nothing in a file that it maps. For 84 tensors, building takes
+1 ms; torch.load, which reads the pickle again, takes 11.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _CONTAINERS = frozenset({dict, OrderedDict, list, tuple})
 
 
 class PlainCheckpoint:
-    """A checkpoint of torch's zip format, mapped; its index is known, and nothing is built yet.
+    """A mapped checkpoint of torch's zip format, whose index has been read, and which is not built yet.
 
     Args:
         source: the file.
-        display_name: what messages call it.
+        display_name: name of the file in messages.
 
     Raises (the constructor):
-        NotUnderstoodError: there is more in it than tensors and plain values, or it cannot be mapped: torch.load knows
-            what to do.
+        NotUnderstoodError: only torch.load can load the file: it contains more than tensors and plain values, or cannot
+            be mapped.
         BrokenFileError: the file contradicts its format.
     """
 
@@ -53,9 +53,10 @@ class PlainCheckpoint:
         self._file = _mapped(source)
 
     def build(self, restore: Restore) -> Any:
-        """Return what was saved, with its tensors on a private mapping of the file, or where they are put instead.
+        """Build and return the saved content. Call this only once: the index is reused for the result.
 
-        Once only: the index becomes that.
+        Args:
+            restore: moves each storage of a private mapping to its device.
         """
         storages = {
             entry.key: restore(self._file[entry.offset : entry.offset + entry.length], entry.location)
@@ -72,32 +73,32 @@ class PlainCheckpoint:
 
 def _mapped(source: LocalSource) -> torch.UntypedStorage:
     try:
-        # the file that was read, whatever its name stands for by now
+        # by descriptor: map the file that was read, even if another one has its name now
         storage = torch.UntypedStorage.from_file(descriptor_path(source.descriptor), False, source.size_bytes)
     except (RuntimeError, CacheError) as error:
-        raise NotUnderstoodError(f"it cannot be mapped so: {error}") from error
+        raise NotUnderstoodError(f"a file that cannot be mapped: {error}") from error
     return cast(torch.UntypedStorage, storage)
 
 
 def _check_torch_would_agree(index: FileIndex) -> None:
-    """Raise NotUnderstoodError where torch.load would make something else of the same index."""
+    """Raise NotUnderstoodError if torch.load would return something else for the same index."""
     if torch._C._len_torch_dispatch_stack() or TracingContext.try_get() is not None:
-        raise NotUnderstoodError("within a mode that makes fake tensors, or watches")
+        raise NotUnderstoodError("a dispatch or tracing mode, such as one for fake tensors, is active")
     if any(entry.offset % ALIGNMENT_BYTES for entry in index.storages):
         raise NotUnderstoodError("tensors that are not aligned")
     if index.byte_order is None and get_default_load_endianness() is not None:
-        raise NotUnderstoodError("elements of which the caller knows the byte order")
+        raise NotUnderstoodError("elements in the default byte order that the caller has set")
     if (index.byte_order or "little") != sys.byteorder:
         raise NotUnderstoodError("elements whose bytes have to be swapped")
     if not index.is_exact:
-        raise NotUnderstoodError("objects that only torch.load makes exactly")
+        raise NotUnderstoodError("objects that only torch.load builds exactly")
 
 
 def _slots_of_tensors(top: list[Any]) -> Iterator[tuple[Any, Any, TensorEntry]]:
-    """Yield each list or dict with a tensor in it, the index or key of that, and the tensor's entry.
+    """Yield the container (list or dict), the index or key, and the entry of each tensor. Build torch's plain values.
 
     Raises:
-        NotUnderstoodError: there is something else than plain values, and tensors of dtypes that this torch has.
+        NotUnderstoodError: the content has other objects, or dtypes that this torch lacks, or an object in a tuple.
     """
     seen: set[int] = set()
     rest: list[Any] = [top]

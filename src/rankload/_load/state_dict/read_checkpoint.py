@@ -1,7 +1,7 @@
 """Read a local checkpoint into this process as `torch.load` would, whatever its format and name.
 
-On the CPU the tensors are views of the mapped file, so that the ranks of one host share its pages; writing to one
-copies the page first (MAP_PRIVATE) and never reaches the file.
+On the CPU the tensors are views of the mapped file, so the ranks of one host share its pages. A write to a tensor
+copies the page first (MAP_PRIVATE), and never reaches the file.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ def read_checkpoint(
     display_name: str | None = None,
     **torch_load_arguments: Any,
 ) -> Any:
-    """Load a checkpoint; equal to ``torch.load`` of it. Not collective.
+    """Load a checkpoint, with the same result as ``torch.load``. Not collective.
 
     Args:
-        path: the file; judged by its content, never by its name.
+        path: path of the file. The format is detected by content, never by name.
         map_location: any form that torch.load takes, already resolved for this rank.
-        weights_only: as for torch.load; True refuses whatever is not tensors and plain containers.
-        mmap: None or True maps the file where its format allows it (torch's zip, safetensors); False gives private
-            copies, for files that may be truncated or rewritten while they are in use.
-        limits: how many threads read what goes to an accelerator, and how long a file may not answer them.
-        check_cancelled: called now and then while they wait for a file; raises what ends the wait.
-        display_name: what messages call the file; default: its path.
-        **torch_load_arguments: passed on (``pickle_module``, ``encoding``, …).
+        weights_only: as for torch.load; True refuses everything but tensors and plain containers.
+        mmap: None or True maps the file if its format allows it (torch's zip, safetensors). False makes private copies,
+            for files that may be truncated or rewritten while they are in use.
+        limits: number of reader threads for accelerators, and longest time without progress.
+        check_cancelled: called repeatedly while those threads wait for a file; an error that it raises ends the wait.
+        display_name: name of the file in messages; default: its path.
+        **torch_load_arguments: passed to torch.load (``pickle_module``, ``encoding``, …).
 
     Raises:
         UnsafePickleError: ``weights_only`` refused the file.
-        LoadError: it could not be loaded for another reason.
+        LoadError: the file could not be loaded for another reason.
     """
     path = Path(path)
     limits = limits or Limits.of(identity_from_environment(), Settings.from_environment())
@@ -88,15 +88,15 @@ class _Options:
     torch_load_arguments: dict[str, Any]
 
     def may_be_built(self, map_location: Any) -> bool:
-        """Tell whether torch.load is asked for nothing special: then a plain checkpoint is the same however made."""
-        # storages on the meta device note where in the file their bytes are
+        """Return whether a plain checkpoint may be built from its index: no argument asks for torch.load itself."""
+        # torch.load gives storages on the meta device an attribute with their offset in the file
         return self.mmap is not False and not self.torch_load_arguments and str(map_location) != "meta"
 
 
 def _read(path: Path, map_location: Any, options: _Options) -> Any:
     file_format = sniff(path)
     if file_format not in CHECKPOINT_FORMATS:
-        # torch.load would take it for a pickle, and talk of weights_only.
+        # torch.load would take the file for a pickle, and fail with a message about weights_only
         raise BrokenFileError(f"expected a checkpoint, got {describe(path)}")
     if file_format == "single_member_zip":
         with unpacked(path) as descriptor:
@@ -134,8 +134,8 @@ def _read(path: Path, map_location: Any, options: _Options) -> Any:
 
 @contextlib.contextmanager
 def _restore(map_location: Any, options: _Options, *, may_defer: bool) -> Iterator[Restore]:
-    """Yield what puts storages where they belong; those on accelerators are filled after the block, if they may be."""
-    if not may_defer or not goes_by_tags(map_location):  # a function may look at what it gets and returns
+    """Yield the function that moves storages to their devices. Fill accelerators after the block, if allowed."""
+    if not may_defer or not goes_by_tags(map_location):  # a function of the caller may look at the storages' bytes
         yield restore_of(map_location)
         return
     deferred = DeferredStorages(map_location)
@@ -144,7 +144,7 @@ def _restore(map_location: Any, options: _Options, *, may_defer: bool) -> Iterat
 
 
 def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, Any]:
-    """Put the state dicts of several files together, in the order of their index."""
+    """Read the state dicts of several files, and merge them in the order of the index."""
     with path.open("rb", buffering=0) as file:
         weight_map = read_weight_map(LocalSource(file.fileno()))
     paths = {name: path.parent / name for name in set(weight_map.values())}
@@ -166,14 +166,14 @@ def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, A
     try:
         return {tensor: parts[name][tensor] for tensor, name in weight_map.items()}
     except (KeyError, TypeError) as error:
-        raise BrokenFileError(f"index of a sharded checkpoint that names what its files do not have: {error}") from None
+        raise BrokenFileError(f"index of a sharded checkpoint whose parts lack a tensor: {error}") from None
 
 
 @contextlib.contextmanager
 def _name_for_torch(path: Path) -> Iterator[str]:
-    """Yield a name that torch.load can open, and judges by content.
+    """Yield a name that torch.load can open, and whose format it detects by content.
 
-    From 2.13 on it hands ``*.safetensors`` to another reader; a name that is not UTF-8 it cannot open.
+    From 2.13 on, torch.load passes ``*.safetensors`` to another reader. It cannot open names that are not UTF-8.
     """
     if path.suffix != ".safetensors" and printable(str(path)) == str(path):
         yield str(path)

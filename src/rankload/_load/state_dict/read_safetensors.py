@@ -1,4 +1,4 @@
-"""Read a safetensors file: tensors are views of one private mapping, placed as by torch.load."""
+"""Read a safetensors file: tensors are views of one private mapping, on the devices that torch.load would choose."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from rankload._load.values.tensors import fill
 from rankload._platform.scratch import descriptor_path
 from rankload.errors import LoadError
 
-#: torch's dtypes by the format's words; those that this torch does not have are left out.
+#: torch's dtypes by the format's names. Dtypes that this torch lacks are left out.
 _DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
     {word: getattr(torch, name) for word, name in TORCH_NAMES.items() if hasattr(torch, name)}
 )
 
-#: The format has no tags.
+#: Location tag of all tensors: the format has no tags.
 _TAG = "cpu"
 
 
 def read_safetensors(path: Path, restore: Restore, *, mmap: bool, display_name: str) -> dict[str, torch.Tensor]:
-    """Return the tensors by name, in the order in which they lie in the file.
+    """Return the tensors by name, in the order of their bytes in the file.
 
     Args:
-        path: the file.
-        restore: puts storages where they belong, as if they had been saved on the CPU.
-        mmap: views of a private mapping; otherwise private copies.
-        display_name: what messages call the file.
+        path: path of the file.
+        restore: moves storages to their devices, as if they had been saved on the CPU.
+        mmap: return views of a private mapping instead of private copies.
+        display_name: name of the file in messages.
 
     Raises:
         BrokenFileError: the header does not fit the file.
-        LoadError: this torch has no such dtype.
+        LoadError: this torch lacks a dtype, or the file ended early.
     """
     with path.open("rb", buffering=0) as file:
         source = LocalSource(file.fileno())
         header = read_header(source)
         _check_dtypes(display_name, header)
         if mmap:
-            name = descriptor_path(file.fileno())  # the file that was read, whatever its name stands for by now
+            name = descriptor_path(file.fileno())  # the file that was read, even if another one has its name now
             whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(name, False, source.size_bytes))
             return {entry.name: _tensor(entry, restore(_view(whole, entry), _TAG)) for entry in header.tensors}
         return {entry.name: _tensor(entry, restore(_copy(source, entry), _TAG)) for entry in header.tensors}
@@ -63,7 +63,7 @@ def _check_dtypes(display_name: str, header: SafetensorsHeader) -> None:
 
 def _view(whole: torch.UntypedStorage, entry: SafetensorsEntry) -> torch.UntypedStorage:
     view = whole[entry.begin : entry.end]
-    # Headers of any length are legal; kernels may rely on whole elements at whole addresses.
+    # headers may have any length, but torch's kernels may rely on aligned elements
     is_aligned = entry.begin % _DTYPES[entry.dtype].itemsize == 0
     return view if is_aligned else cast(torch.UntypedStorage, view.clone())
 
@@ -71,7 +71,7 @@ def _view(whole: torch.UntypedStorage, entry: SafetensorsEntry) -> torch.Untyped
 def _copy(source: LocalSource, entry: SafetensorsEntry) -> torch.UntypedStorage:
     storage = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu").untyped_storage()
     if fill(storage, source, entry.begin) != storage.nbytes():
-        raise LoadError(f"the file ended within tensor {entry.name!r}: it was truncated while being read")
+        raise LoadError(f"the file ended within tensor {entry.name!r}: it was truncated while it was read")
     return storage
 
 

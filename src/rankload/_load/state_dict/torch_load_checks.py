@@ -1,4 +1,4 @@
-"""Check what torch.load does not, so that no bytes are taken for weights that are not theirs."""
+"""Checks that torch.load lacks, so that no foreign bytes become weights."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from rankload._formats.torch_zip import check_script, read_zip_index
 from rankload._formats.zip_members import check_compressed, check_listing
 from rankload._load.device.map_location import Restore, location_of_script, restore_of
 
-#: Tensors are mapped only where each of their elements is aligned, for torch's kernels: the longest are complex128's.
+#: Alignment of mapped tensors: torch's kernels need aligned elements, and complex128 has the largest.
 ALIGNMENT_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known of a file that torch.load is to load.
+    """The result of checking a file for torch.load.
 
     Attributes:
-        map_location: with which it may.
-        doubt: why its storages could not be checked; empty where they were.
+        map_location: the map_location to pass to torch.load.
+        doubt: why the storages could not be checked; empty if they were.
     """
 
     map_location: Any
@@ -35,18 +35,17 @@ class Checked:
 
 
 def checked_for_torch(source: Source, file_format: Format, map_location: Any) -> Checked:
-    """Check what torch.load does not.
+    """Run the checks that torch.load lacks.
 
-    Where torch.load gets fewer bytes than a storage has, it may leave the rest as it was: memory of this process that
-    nothing has been written to.
+    If torch.load gets fewer bytes than a storage has, it may leave the rest uninitialised: old memory of this process.
 
     Args:
         source: the file.
-        file_format: of it.
+        file_format: format of the file.
         map_location: any form that torch.load takes.
 
     Raises:
-        BrokenFileError: the file contradicts itself; no way of loading it would be right.
+        BrokenFileError: the file contradicts itself, so no way of loading it is right.
     """
     if file_format in ("torch_zip", "torchscript"):
         directory = torch_zip.read_directory(source)
@@ -59,7 +58,7 @@ def checked_for_torch(source: Source, file_format: Format, map_location: Any) ->
         if file_format == "torch_zip":
             read_zip_index(source, "", is_remote=False)
         elif file_format == "legacy":
-            read_legacy_index(source, "")  # a storage may be nowhere in the file
+            read_legacy_index(source, "")  # detects storages that are missing from the file
     except NotUnderstoodError as error:
         doubt = str(error)
         if file_format == "torchscript":
@@ -72,20 +71,20 @@ def checked_for_torch(source: Source, file_format: Format, map_location: Any) ->
 def why_not_mapped(source: Source, file_format: Format, doubt: str) -> str:
     """Return why torch.load must read a file instead of mapping it; empty if it may map.
 
-    Mapped, torch.load checks nothing: it takes as many bytes as the pickle says from where a record begins, compressed
-    ones too. So every storage that the pickle mentions is held against its record before. Where the pickle is not
-    understood that is impossible, and torch.load has to read: then it compares the lengths itself.
+    torch.load checks nothing in a mapped file: from the begin of a record, it uses as many bytes as the pickle says,
+    even compressed ones. So rankload compares every storage in the pickle with its record first. If the pickle is not
+    understood, torch.load has to read the file, and compares the lengths itself.
 
     Args:
         source: the file.
-        file_format: of it.
+        file_format: format of the file.
         doubt: see `Checked`.
 
     Raises:
-        BrokenFileError: the file contradicts itself; no way of loading it would be right.
+        BrokenFileError: the file contradicts itself, so no way of loading it is right.
     """
     if file_format != "torch_zip":
-        return f"the format {file_format} cannot be"
+        return f"the format {file_format} cannot be mapped"
     directory = torch_zip.read_directory(source)
     offsets = torch_zip.payload_offsets(source, directory)
     storages = [member for member in directory.members if member.name.startswith(f"{directory.root}/data/")]
@@ -94,16 +93,18 @@ def why_not_mapped(source: Source, file_format: Format, doubt: str) -> str:
     if doubt:
         return f"its tensors cannot be checked: {doubt}"
     if _guesses_offsets():
-        return "torch would guess where its tensors are (calculate_storage_offsets)"
+        return "torch would compute its tensors' offsets without a check (calculate_storage_offsets)"
     return ""
 
 
 def _fixed(restore: Restore, *, is_cleared: bool) -> Restore:
-    """Return what keeps torch from making a storage longer for a tensor that reaches beyond it, as it would here alone.
+    """Return a restore function whose storages torch cannot resize.
+
+    In the legacy format alone, torch would enlarge a storage for a tensor that reaches beyond it.
 
     Args:
-        restore: puts the storages where they belong.
-        is_cleared: clear each before torch fills it from the file, if it does.
+        restore: moves storages to their devices.
+        is_cleared: whether to fill each storage with zeros first, in case torch does not fill it from the file.
     """
 
     def place(storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
@@ -112,11 +113,11 @@ def _fixed(restore: Restore, *, is_cleared: bool) -> Restore:
             return placed
         if is_cleared:
             cast(Any, placed).fill_(0)
-        return cast(torch.UntypedStorage, placed[:])  # a view of all of it, which cannot be resized
+        return cast(torch.UntypedStorage, placed[:])  # a view of the whole storage cannot be resized
 
     return place
 
 
 def _guesses_offsets() -> bool:
-    """Return whether the user has switched on what computes offsets from the pickle alone (torch 2.7)."""
+    """Return whether the user lets torch compute offsets from the pickle alone (torch 2.7)."""
     return bool(getattr(config.load, "calculate_storage_offsets", False))

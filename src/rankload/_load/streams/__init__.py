@@ -1,1 +1,1 @@
-"""Copies, carried out: buckets, threads, devices."""
+"""Run the copies of a load: buckets, threads, devices."""

@@ -8,6 +8,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 import torch
+from typing_extensions import override
 
 from rankload._formats.entry import TensorEntry, contiguous_stride
 from rankload._load.module.copies import TensorCopy
@@ -18,11 +19,11 @@ from rankload.errors import LoadError
 
 
 class TensorAssembler(ABC):
-    """Takes the pieces of one tensor, in order, and puts what is this rank's part where it belongs.
+    """The assembly of one tensor from consecutive pieces, into this rank's part.
 
     Attributes:
-        begin: of the tensor in its file, in bytes.
-        end: one past its last byte.
+        begin: offset of the tensor in its file, in bytes.
+        end: offset one past its last byte.
     """
 
     begin: int
@@ -30,18 +31,23 @@ class TensorAssembler(ABC):
 
     @abstractmethod
     def take(self, begin: int, piece: torch.Tensor) -> None:
-        """Take bytes (``uint8[n]``, good until the next call) that are at ``begin`` in the file, all of the tensor."""
+        """Take the next piece of the tensor.
 
-    def finish(self) -> None:  # noqa: B027 - most have nothing left to do
-        """All has come."""
+        Args:
+            begin: offset of the piece in the file, in bytes.
+            piece: bytes of the tensor, ``uint8[n]``; valid until the next call.
+        """
+
+    def finish(self) -> None:  # noqa: B027 - most assemblers have nothing left to do
+        """Finish the tensor, after its last piece."""
 
 
 def make_assembler(copy: TensorCopy, cuts: Sequence[int]) -> TensorAssembler:
     """Return the assembler for a copy out of a file.
 
     Args:
-        copy: of a tensor in a file.
-        cuts: where the tensor is cut into pieces, in bytes of its file.
+        copy: copy of a tensor that is in a file.
+        cuts: offsets in the file, in bytes, at which the tensor is cut into pieces.
     """
     saved = copy.saved.in_file
     assert saved is not None
@@ -54,7 +60,7 @@ def make_assembler(copy: TensorCopy, cuts: Sequence[int]) -> TensorAssembler:
 
 
 class _Parts(TensorAssembler):
-    """Of a tensor whose elements lie one after the other, in whatever order of its dimensions."""
+    """The assembler for a dense tensor, with its dimensions in any order."""
 
     def __init__(self, copy: TensorCopy, saved: FileTensor, order: Sequence[int]) -> None:
         self.begin, self.end = saved.entry.offset, saved.entry.offset + saved.entry.length
@@ -66,8 +72,8 @@ class _Parts(TensorAssembler):
         self._region = Region(offset, shape)
         self._destination = copy.destination.permute(tuple(order))
 
+    @override
     def take(self, begin: int, piece: torch.Tensor) -> None:
-        """See `TensorAssembler`."""
         elements = _elements(piece, self._saved_dtype).to(self._dtype)
         first = (begin - self.begin) // self._saved_dtype.itemsize
         for region, start in regions_of_range(self._shape, first, first + elements.numel()):
@@ -78,21 +84,21 @@ class _Parts(TensorAssembler):
 
 
 class _Whole(TensorAssembler):
-    """Of a tensor that can be understood only when all of it is there: it is kept so long."""
+    """The assembler for a tensor that can be converted only as a whole: it buffers all pieces."""
 
     def __init__(self, copy: TensorCopy, saved: FileTensor) -> None:
         self.begin, self.end = saved.entry.offset, saved.entry.offset + saved.entry.length
         self._copy, self._saved = copy, saved
         self._bytes: torch.Tensor | None = None
 
+    @override
     def take(self, begin: int, piece: torch.Tensor) -> None:
-        """See `TensorAssembler`."""
         if self._bytes is None:
             self._bytes = torch.empty(self.end - self.begin, dtype=torch.uint8, device="cpu")
         self._bytes.narrow(0, begin - self.begin, piece.numel()).copy_(piece)
 
+    @override
     def finish(self) -> None:
-        """See `TensorAssembler`."""
         assert self._bytes is not None
         saved, region = self._saved, self._copy.region
         storage = self._bytes.untyped_storage()
@@ -122,7 +128,7 @@ class TensorAssemblers:
         self._open: list[TensorAssembler] = []
 
     def take(self, bucket: Bucket, content: torch.Tensor) -> None:
-        """Give a bucket's bytes (``uint8[n]``) to the assemblers that want some."""
+        """Pass a bucket's bytes (``uint8[n]``) to the assemblers of its tensors."""
         rest = self._rest.get(bucket.file, [])
         while rest and rest[-1].begin < bucket.end:
             self._open.append(rest.pop())
@@ -137,29 +143,35 @@ class TensorAssemblers:
         self._open = still_open
 
     def check_empty(self) -> None:
-        """Make sure that nothing is missing.
+        """Check that all tensors are complete.
 
         Raises:
-            LoadError: it is.
+            LoadError: bytes are missing.
         """
         if self._open or any(self._rest.values()):
-            raise LoadError("the source has not sent all tensors of this rank")
+            raise LoadError("the source did not send all tensors of this rank")
 
 
 def _narrowed(tensor: torch.Tensor, its_region: Region, region: Region) -> torch.Tensor:
-    """Return the part that is a region, of a tensor that is another one."""
+    """Return the part of a tensor that a region covers.
+
+    Args:
+        tensor: elements of ``its_region``.
+        its_region: region that ``tensor`` covers.
+        region: wanted region, within ``its_region``.
+    """
     for dimension, (start, origin, size) in enumerate(zip(region.offset, its_region.offset, region.shape, strict=True)):
         tensor = tensor.narrow(dimension, start - origin, size)
     return tensor
 
 
 def is_dense(entry: TensorEntry) -> bool:
-    """Return whether a tensor's elements lie one after the other, in whatever order of its dimensions."""
+    """Return whether a tensor's elements are consecutive in memory, in some order of its dimensions."""
     return _order(entry.shape, entry.stride) is not None
 
 
 def _order(shape: Sequence[int], stride: Sequence[int]) -> list[int] | None:
-    """Return the order of dimensions in which the elements lie one after the other; None where there is none."""
+    """Return the order of dimensions in which the elements are consecutive; None if there is none."""
     order = sorted(range(len(shape)), key=lambda dimension: (-stride[dimension], dimension))
     dense = contiguous_stride([shape[dimension] for dimension in order])
     fits = all(shape[dimension] == 1 or stride[dimension] == step for dimension, step in zip(order, dense, strict=True))
@@ -167,7 +179,7 @@ def _order(shape: Sequence[int], stride: Sequence[int]) -> list[int] | None:
 
 
 def _elements(piece: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return bytes as elements; a copy, where they are not at a whole address."""
+    """Return bytes as elements; copy them first if they are not aligned."""
     if piece.data_ptr() % dtype.itemsize or piece.storage_offset() % dtype.itemsize:
         piece = piece.clone()
     return piece.view(dtype)

@@ -1,4 +1,4 @@
-"""Cut the bytes that travel into buckets. Pure: all ranks cut the same index the same way."""
+"""Cut the transferred bytes into buckets. Pure: all ranks cut the same index in the same way."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from dataclasses import dataclass
 
 from rankload._formats.entry import StorageEntry, TensorEntry
 
-#: A piece; the most that a receiver holds beyond its own tensors.
+#: Size of a bucket, the most that a receiver holds beyond its own tensors.
 BUCKET_BYTES = 8 << 20
 
-#: Bytes between two tensors that are sent along: less than it costs to begin anew.
+#: Largest gap between two tensors that is sent along, because a new range would cost more.
 _GAP_BYTES = 64 << 10
 
-#: Smaller tensors travel with the headers, as long as all of them stay below the other limit.
+#: Largest storage that travels with the headers: the first limit under which all such storages have at most
+#: ``_ALL_SMALL_BYTES``.
 _SMALL_BYTES = (64 << 10, 4 << 10, 0)
 _ALL_SMALL_BYTES = 64 << 20
 
-#: Where a tensor is cut, from its begin: a multiple of every element's size, and of torch.save's alignment.
+#: Tensors are cut at multiples of this, from their first byte: a multiple of every element size, and of torch.save's
+#: alignment.
 _ALIGNMENT_BYTES = 64
 
 #: Begin and end, in bytes of a file.
@@ -31,9 +33,9 @@ class Bucket:
     """A piece of a file.
 
     Attributes:
-        file: its name.
-        begin: its first byte.
-        end: one past its last byte.
+        file: name of the file.
+        begin: offset of the first byte.
+        end: offset one past the last byte.
     """
 
     file: str
@@ -41,16 +43,16 @@ class Bucket:
     end: int
 
     def __len__(self) -> int:
-        """Return its bytes."""
+        """Return the number of bytes."""
         return self.end - self.begin
 
 
 def header_ranges(sizes: Mapping[str, int], storages: Collection[StorageEntry]) -> dict[str, list[Range]]:
-    """Return what is in no storage, by file: all that an index is read from; and storages too small to matter.
+    """Return the ranges outside of storages, by file: everything that an index is read from. Add small storages.
 
     Args:
-        sizes: of the files, in bytes.
-        storages: all of them; those of objects that only torch.load builds, too, which nobody can build from headers.
+        sizes: sizes of the files in bytes, by name.
+        storages: all storages, including those of objects that only torch.load builds: headers cannot replace them.
     """
     small = next(limit for limit in _SMALL_BYTES if not limit or _bytes_up_to(limit, storages) <= _ALL_SMALL_BYTES)
     left_out = defaultdict(list)
@@ -61,7 +63,7 @@ def header_ranges(sizes: Mapping[str, int], storages: Collection[StorageEntry]) 
 
 
 def tensor_ranges(tensors: Iterable[TensorEntry], kept: Mapping[str, Sequence[Range]]) -> dict[str, list[Range]]:
-    """Return what has to travel for the given tensors, by file, beyond what the headers have brought."""
+    """Return the ranges to send for the given tensors, by file, without the ranges that came with the headers."""
     wanted = defaultdict(list)
     for entry in tensors:
         if entry.length and not is_kept(entry, kept):
@@ -70,25 +72,25 @@ def tensor_ranges(tensors: Iterable[TensorEntry], kept: Mapping[str, Sequence[Ra
 
 
 def covers(ranges: Sequence[Range], begin: int, end: int) -> bool:
-    """Return whether one of the ranges, which are sorted and apart, has all the bytes from begin to end."""
-    number = bisect_right(ranges, begin, key=lambda piece: piece[0])  # of those that begin at or before it
+    """Return whether one of the sorted, disjoint ranges contains all bytes from ``begin`` to ``end``."""
+    number = bisect_right(ranges, begin, key=lambda piece: piece[0])  # count of ranges that begin at or before it
     return number > 0 and end <= ranges[number - 1][1]
 
 
 def is_kept(entry: TensorEntry, ranges: Mapping[str, Sequence[Range]]) -> bool:
-    """Return whether ranges, by file, have all the bytes of a tensor."""
+    """Return whether the ranges of a tensor's file contain all its bytes."""
     return covers(ranges.get(entry.file, ()), entry.offset, entry.offset + entry.length)
 
 
 def cut(
     ranges: Mapping[str, Sequence[Range]], tensors: Iterable[TensorEntry], bucket_bytes: int | None = None
 ) -> list[Bucket]:
-    """Cut ranges into buckets, between two elements of the tensor that is cut.
+    """Cut ranges into buckets; a tensor is cut only between two elements.
 
     Args:
-        ranges: by file.
-        tensors: all that lie in them.
-        bucket_bytes: the most that a bucket has; default `BUCKET_BYTES`.
+        ranges: ranges to cut, by file.
+        tensors: all tensors in the ranges.
+        bucket_bytes: most bytes of a bucket; default `BUCKET_BYTES`.
     """
     by_file = defaultdict(list)
     for entry in sorted(tensors, key=lambda entry: entry.offset):

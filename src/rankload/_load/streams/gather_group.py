@@ -1,4 +1,4 @@
-"""The ranks that share the reading of a file and exchange what they read."""
+"""The ranks that share the reading of a file, and exchange their shares."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ if TYPE_CHECKING:
 
     from rankload._settings import Settings
 
-#: While a collective runs: the first sleep, and the longest.
+#: First and longest sleep between two checks of a running collective.
 _SLEEP_SECONDS = (50e-6, 2e-3)
 
-#: The most that one sleep may count towards the deadline: more means that this process was stopped.
+#: The most that one sleep may count towards the deadline: a longer one means that this process was stopped.
 _MAX_SECONDS = 1.0
 
-#: Between two looks for why a collective broke.
+#: Interval between two checks for another rank's error after a collective broke.
 _LOOK_SECONDS = 0.05
 
-#: torch 2.13 gives it another name, and warns of the old one.
+#: torch 2.13 renamed this function, and warns about the old name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 @dataclass(frozen=True)
 class GatherGroup:
-    """The ranks of a process group, or one that is alone.
+    """The ranks of a process group, or a single rank.
 
     Attributes:
-        group: None for a rank that is alone.
-        number: this rank's, among them.
-        count: how many they are.
-        liveness_seconds: how long to wait for word of why a collective broke: by then a rank that was killed is missed.
-        progress_seconds: how long one exchange may take.
-        meet: waits until all of them have come.
+        group: the process group; None for a single rank.
+        number: this rank's number in the group.
+        count: number of ranks in the group.
+        liveness_seconds: how long to wait for another rank's error after a collective broke. A killed rank is noticed
+            within that time.
+        progress_seconds: time limit of one exchange.
+        meet: waits until all ranks have arrived.
     """
 
     group: ProcessGroup | None = None
@@ -62,10 +63,10 @@ class GatherGroup:
         return cls(group, rank, count, settings.liveness_seconds, settings.progress_seconds, meet)
 
     def warm_up(self, device: torch.device, check_cancelled: Callable[[], None]) -> None:
-        """Connect with the others, which may be the first collective of the process group. Collective.
+        """Connect to the other ranks: this may be the first collective of the process group. Collective.
 
-        To be called when all memory has been allocated: who fails for want of it must do so before. Backends connect
-        in C++, deaf to signals and deadlines, so that is left to a thread.
+        Call this after all memory has been allocated: a rank that runs out of memory must fail before. Backends connect
+        in C++, without regard to signals and deadlines, so a thread does it.
 
         Raises:
             RankLostError, ProgressTimeoutError: see `end`.
@@ -83,7 +84,7 @@ class GatherGroup:
 
         Args:
             whole: ``uint8[count * n]``.
-            own: this rank's part of it, ``uint8[n]``.
+            own: this rank's part of ``whole``, ``uint8[n]``.
             check_cancelled: see `end`.
         """
         if self.count == 1:
@@ -92,15 +93,15 @@ class GatherGroup:
             return self._exchange(whole, own)
 
     def end(self, work: dist.Work | None, check_cancelled: Callable[[], None]) -> None:
-        """Wait until all shares are there.
+        """Wait until all shares have arrived.
 
         Args:
-            work: what was begun.
-            check_cancelled: called all the while; raises what another rank has failed with.
+            work: result of `begin`.
+            check_cancelled: called repeatedly during the wait; raises another rank's error.
 
         Raises:
-            RankLostError: the exchange broke, and nobody says why.
-            ProgressTimeoutError: it takes too long.
+            RankLostError: the exchange broke, and no rank reported an error.
+            ProgressTimeoutError: the exchange exceeded its time limit.
         """
         if work is None:
             return
@@ -119,14 +120,14 @@ class GatherGroup:
             work.wait()
 
     def _await(self, is_over: Callable[[], bool], check_cancelled: Callable[[], None]) -> None:
-        """Do what Work.wait() does, but heed signals, deadlines and what another rank has failed with."""
+        """Wait like Work.wait(), but react to signals, deadlines and errors of other ranks."""
         sleep, longest = _SLEEP_SECONDS
         waited = SuspendAwareTimer(_MAX_SECONDS)
         while not is_over():
             check_cancelled()
             if waited.seconds >= self.progress_seconds:
                 raise ProgressTimeoutError(
-                    f"the ranks have not got on with exchanging what they read for {waited.seconds:.0f} s: a hung "
+                    f"the ranks made no progress in exchanging what they read for {waited.seconds:.0f} s: a hung "
                     "filesystem or network; raise timeout= if this is normal here"
                 )
             time.sleep(sleep)
@@ -135,7 +136,7 @@ class GatherGroup:
 
     @contextmanager
     def _broken_means_lost(self, check_cancelled: Callable[[], None]) -> Iterator[None]:
-        """Translate a backend's error, unless another rank tells what it has failed with."""
+        """Translate a backend's error into RankLostError, unless another rank reports its own error."""
         try:
             yield
         except RuntimeError as error:

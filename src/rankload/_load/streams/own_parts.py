@@ -13,12 +13,12 @@ from rankload._load.module.copies import TensorCopy
 from rankload._load.module.file_tensor import FileTensor
 from rankload._load.module.regions import runs
 
-#: Shorter runs cost more system calls than they are worth.
+#: Shortest run that is worth its own system call.
 _MIN_RUN_BYTES = 4096
 
 
 def is_of_long_runs(copy: TensorCopy) -> bool:
-    """Return whether a copy is one of those that this makes faster: of long runs, into memory in their order."""
+    """Return whether `upload_parts` suits a copy: long runs in the file, and a contiguous destination."""
     saved, destination = copy.saved.in_file, copy.destination
     if saved is None or not is_staged(destination.device) or copy.saved.dtype != saved.dtype:
         return False
@@ -33,13 +33,13 @@ def upload_parts(
 ) -> int:
     """Read parts into tensors on one accelerator; return the bytes that were read.
 
-    Beyond the tensors the device holds one buffer at the most, where dtypes are converted.
+    The device holds at most one buffer besides the tensors, and only to convert dtypes.
 
     Args:
-        copies: such as `is_of_long_runs` takes.
-        device: of all destinations.
-        limits: how many threads read, and how long a file may not answer.
-        report: called with the bytes that are done.
+        copies: copies for which `is_of_long_runs` is True.
+        device: device of all destinations.
+        limits: number of reader threads, and longest time without progress.
+        report: called with the bytes done so far.
     """
     display_name = next(copy.saved.in_file.files.display_name for copy in copies if copy.saved.in_file is not None)
     jobs = (job for copy in copies for job in _jobs(copy))
@@ -50,7 +50,7 @@ def upload_parts(
 
     for job, content in staged(jobs, device, limits, check_cancelled, display_name):
         elements = content.view(job.saved.dtype)
-        if job.destination.dtype != elements.dtype:  # converted there: here it would no longer be in pinned memory
+        if job.destination.dtype != elements.dtype:  # convert on the device: a converted copy here would not be pinned
             elements = elements.to(device, non_blocking=True)
         job.destination.copy_(elements, non_blocking=True)
         done += len(job)
@@ -60,12 +60,12 @@ def upload_parts(
 
 @dataclass(frozen=True)
 class _Runs:
-    """As many runs of a tensor as go into a buffer.
+    """Runs of a tensor that fit into one buffer.
 
     Attributes:
         saved: the tensor.
-        pieces: offset in the file and length, both in bytes, of each.
-        destination: where they go, ``[elements]``.
+        pieces: offset in the file and length of each run, both in bytes.
+        destination: destination of the runs, ``[elements]``.
     """
 
     saved: FileTensor
@@ -99,7 +99,7 @@ def _pieces(saved: FileTensor, copy: TensorCopy) -> Iterator[tuple[int, int]]:
 
 
 def _filling(pieces: Iterator[tuple[int, int]], capacity: int) -> Iterator[list[tuple[int, int]]]:
-    """Cut and group pieces so that each group fills a buffer; the capacity is a multiple of every element's size."""
+    """Cut and group pieces so that each group fills a buffer. The capacity must be a multiple of every element size."""
     group: list[tuple[int, int]] = []
     room = capacity
     for offset, length in pieces:

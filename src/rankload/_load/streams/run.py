@@ -1,4 +1,4 @@
-"""Run the copies of a load from files of this node."""
+"""Run the copies of a load from files on this node."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rankload._load.module.copies import TensorCopy
 from rankload._load.streams.own_parts import is_of_long_runs, upload_parts
 from rankload._load.streams.whole_tensors import is_of_whole, upload_whole
 
-#: Called with the bytes that are done.
+#: Receive the bytes done so far.
 ReportBytes = Callable[[int], None]
 
 
 def read_all(copies: Sequence[TensorCopy], report: ReportBytes, limits: Limits) -> int:
-    """Read everything, in the order of the file; return the bytes that were read.
+    """Make all copies, in the order of the file; return the bytes that were read.
 
     Args:
-        copies: into whatever device.
-        report: called with the bytes that are done.
-        limits: how many threads read for an accelerator (into the CPU's memory this one does), and how long a file may
-            not answer them.
+        copies: copies to any devices.
+        report: called with the bytes done so far.
+        limits: number of reader threads for accelerators, and their longest time without progress. This thread itself
+            reads into the CPU's memory.
     """
     direct: list[TensorCopy] = []
     whole, parts = (defaultdict[torch.device, list[TensorCopy]](list) for _ in range(2))

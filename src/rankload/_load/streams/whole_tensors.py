@@ -1,7 +1,7 @@
 """Upload whole tensors to accelerators, bucket by bucket.
 
-Where all ranks of a process group want the same, each reads and uploads its share of every bucket and gets the rest of
-it from the others (all-gather, in place): so each byte crosses PCIe once for all of them, and the file is read once.
+If all ranks of a process group want the same tensors, each rank reads and uploads its share of every bucket, and gets
+the rest from the other ranks (all-gather, in place). So each byte is read once, and crosses PCIe once, for all ranks.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from rankload._load.streams.gather_group import GatherGroup
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-#: Of a bucket in the device's memory, of which there are two.
+#: Size of each of the two buckets in the device's memory.
 _BUCKET_BYTES = 32 << 20
 
-#: A share of a bucket is a multiple of it.
+#: Shares of a bucket are multiples of this.
 _ALIGNMENT_BYTES = 64
 
 
 def is_good_as_it_is(saved: FileTensor) -> bool:
-    """Return whether a tensor's bytes are, wherever they are, its elements one after the other."""
+    """Return whether a tensor's bytes can be used unchanged: here, dense, and in this machine's byte order."""
     return saved.is_here and saved.is_native and is_dense(saved.entry)
 
 
 def is_of_whole(copy: TensorCopy) -> bool:
-    """Return whether a copy is of a whole tensor whose bytes are good as they are."""
+    """Return whether a copy is of a whole tensor whose bytes can be used unchanged."""
     saved = copy.saved.in_file
     return saved is not None and is_good_as_it_is(saved) and copy.region.shape == saved.entry.shape
 
@@ -51,20 +51,20 @@ def upload_whole(
 ) -> int:
     """Read whole tensors into one device; return the bytes that this rank has read. Collective over the sharers.
 
-    Beyond the tensors the device holds two buckets, and a bucket's tensors where dtypes are converted. An error while
-    reading is raised when all collectives are through: the process group can be used afterwards. After any other error
-    it cannot: ranks may be out of step.
+    Besides the tensors, the device holds two buckets, and one bucket's tensors if dtypes are converted. A read error is
+    raised after all collectives, so the process group stays usable. After any other error the process group is not
+    usable: ranks may be out of step.
 
     Args:
-        copies: such as `is_of_whole` takes, in the same order on all sharers.
-        device: of all destinations.
-        limits: how many threads read, and how long a file may not answer.
-        report: called with the bytes that are done; raises what another rank has failed with.
-        sharers: the ranks that make this call together; default: this one alone.
+        copies: copies for which `is_of_whole` is True, in the same order on all sharers.
+        device: device of all destinations.
+        limits: number of reader threads, and longest time without progress.
+        report: called with the bytes done so far; raises another rank's error.
+        sharers: ranks that make this call together; None for this rank alone.
 
     Raises:
         LoadError: the file ended early.
-        CacheError: it cannot be read.
+        CacheError: the file cannot be read.
     """
     sharers = sharers or GatherGroup()
     share_bytes = min(BUFFER_BYTES, _BUCKET_BYTES // sharers.count) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
@@ -106,8 +106,8 @@ class _Share:
     """This rank's share of a bucket.
 
     Attributes:
-        bucket: it.
-        size: bytes of each rank's share; the last ones may be cut off by the bucket's end.
+        bucket: the bucket.
+        size: bytes of each rank's share; the end of the bucket may shorten the last shares.
     """
 
     def __init__(self, files: CheckpointFiles, bucket: Bucket, sharers: GatherGroup) -> None:
@@ -122,7 +122,7 @@ class _Share:
         return self._end - self._begin
 
     def fill(self, address: int) -> None:
-        """Read it; an error is kept."""
+        """Read the share to an address in memory. Keep an error for `raise_error`."""
         try:
             self._files.read(self.bucket.file, address, self._begin, len(self), what="its tensors")
         except Exception as error:
@@ -142,6 +142,6 @@ class _UnderWay:
     work: dist.Work | None
 
     def finish(self, sharers: GatherGroup, assemblers: TensorAssemblers, check_cancelled: Callable[[], None]) -> None:
-        """Copy the tensors out of it when it is whole."""
+        """Wait for the exchange, then copy the tensors out of the bucket."""
         sharers.end(self.work, check_cancelled)
         assemblers.take(self.bucket, self.content)

@@ -1,4 +1,4 @@
-"""Read one tensor out of a file: from its entry to its elements."""
+"""Read one tensor out of a file, given its entry."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rankload.errors import LoadError
 
 
 def read_tensor(source: Source, entry: TensorEntry, byte_order: ByteOrder, display_name: str) -> torch.Tensor:
-    """Read a tensor's bytes, and no others, into a new tensor on the CPU, with its saved shape and strides.
+    """Read only a tensor's own bytes into a new tensor on the CPU, with its saved shape and strides.
 
     Raises:
-        LoadError: this torch does not have its dtype, there is too little memory for it, or the file ended early.
+        LoadError: this torch lacks the dtype, there is not enough memory, or the file ended early.
     """
     dtype = torch_dtype(entry, display_name)
     try:
@@ -28,7 +28,7 @@ def read_tensor(source: Source, entry: TensorEntry, byte_order: ByteOrder, displ
         raise LoadError(text, tensor=entry.name, size_bytes=entry.length) from error
     if fill(storage, source, entry.offset) != entry.length:
         raise LoadError(
-            f"{display_name}: the file ended within tensor {entry.name!r}: was it cut off since it was opened?"
+            f"{display_name}: the file ended within tensor {entry.name!r}: it was truncated after it was opened"
         )
     if byte_order != sys.byteorder:
         storage.byteswap(dtype)  # type: ignore[no-untyped-call]
@@ -36,10 +36,10 @@ def read_tensor(source: Source, entry: TensorEntry, byte_order: ByteOrder, displ
 
 
 def tensor_on(storage: torch.UntypedStorage, entry: TensorEntry, dtype: torch.dtype, offset_bytes: int) -> torch.Tensor:
-    """Return a saved tensor as a view of a storage that holds its elements from an offset on."""
+    """Return a saved tensor as a view of a storage, from an offset in bytes on."""
     tensor = torch.empty(0, dtype=dtype, device=storage.device)
     tensor.set_(storage, offset_bytes // dtype.itemsize, entry.shape, entry.stride)
-    requires_grad = entry.requires_grad and (dtype.is_floating_point or dtype.is_complex)  # others cannot
+    requires_grad = entry.requires_grad and (dtype.is_floating_point or dtype.is_complex)  # other dtypes cannot
     if entry.is_parameter:
         return torch.nn.Parameter(tensor, requires_grad)
     return tensor.requires_grad_() if requires_grad else tensor
@@ -49,9 +49,9 @@ def torch_dtype(entry: TensorEntry, display_name: str) -> torch.dtype:
     """Return a tensor's dtype.
 
     Raises:
-        LoadError: this torch does not have it.
+        LoadError: this torch lacks the dtype.
     """
-    # getattr would import submodules; of other names that torch has for dtypes, nobody has checked the sizes
+    # vars(): getattr would import submodules. ITEM_BYTES: sizes were checked only for these names of dtypes.
     dtype = vars(torch).get(entry.dtype) if entry.dtype in ITEM_BYTES else None
     if not isinstance(dtype, torch.dtype):
         what = f"tensor {entry.name!r} has the dtype {entry.dtype!r}"
@@ -61,15 +61,15 @@ def torch_dtype(entry: TensorEntry, display_name: str) -> torch.dtype:
 
 
 def fill(storage: torch.UntypedStorage, source: Source, offset: int) -> int:
-    """Fill a storage in memory with the bytes from an offset on; return how many there were."""
+    """Fill a storage in memory with bytes from an offset on; return the number of bytes found."""
     return fill_memory(storage.data_ptr(), storage.nbytes(), source, offset)
 
 
 def fill_memory(address: int, length: int, source: Source, offset: int) -> int:
-    """Fill memory with the bytes from an offset on; return how many there were."""
+    """Fill memory with bytes from an offset on; return the number of bytes found."""
     if not length:
         return 0
-    # Straight into its place: neither a second copy in memory, nor numpy for a view of it.
+    # read straight into place: no second copy in memory, and no numpy for a view of the memory
     rest = memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
     if not isinstance(source, LocalSource):
         found = source.read(length, offset)

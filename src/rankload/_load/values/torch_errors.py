@@ -27,14 +27,14 @@ _TRUST = "Pass weights_only=False only if you trust where the file comes from: i
 
 @contextlib.contextmanager
 def wrap_load_errors(path: Path, display_name: str | None = None, opened: IO[bytes] | None = None) -> Iterator[None]:
-    """Raise what goes wrong inside as LoadError or UnsafePickleError, with torch's own text as the cause.
+    """Translate errors inside the context into LoadError or UnsafePickleError; torch's own error is the cause.
 
-    Where there is no file, it is MissingFileError.
+    A file that does not exist becomes MissingFileError, and a device that does not exist DeviceError.
 
     Args:
-        path: of the file.
-        display_name: what messages call it; default: its path.
-        opened: the file itself, where it has no path.
+        path: path of the file.
+        display_name: name of the file in messages; default: its path.
+        opened: the file object, if the file has no path.
     """
     position = _position(opened)
     try:
@@ -42,7 +42,7 @@ def wrap_load_errors(path: Path, display_name: str | None = None, opened: IO[byt
     except RankloadError:
         raise
     except FileNotFoundError as error:
-        missing = error.filename or path  # a part of it, perhaps
+        missing = error.filename or path  # the missing file may be a part of the checkpoint
         raise MissingFileError(
             f"cannot read {printable(str(missing))}: no such file", path=str(missing), errno=error.errno
         ) from error
@@ -58,7 +58,7 @@ def wrap_load_errors(path: Path, display_name: str | None = None, opened: IO[byt
 def _position(opened: IO[bytes] | None) -> int | None:
     try:
         return None if opened is None else opened.tell()
-    except (AttributeError, OSError):  # it cannot seek
+    except (AttributeError, OSError):  # the file object cannot seek
         return None
 
 
@@ -94,10 +94,10 @@ def _translate(error: Exception, path: Path, display_name: str, file: Path | IO[
 
 
 def _refused_names(file: Path | IO[bytes], first: str) -> list[str]:
-    """Return all classes and functions that weights_only refuses in a file: torch's error names only the first."""
+    """Return all classes and functions that weights_only refuses in a file. torch's error names only the first."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # it knows one format, and only files that it can open
+    except Exception:  # torch's function supports only one format, and only files that it can open
         names = []
     names = [printable(name) for name in sorted({first, *names}) if len(name) <= MAX_SHOWN_NAME_LENGTH]
     more = len(names) - _MAX_SHOWN_NAMES
@@ -105,10 +105,11 @@ def _refused_names(file: Path | IO[bytes], first: str) -> list[str]:
 
 
 def _plain(argument: object) -> object:
-    """Return one of torch's texts as it may be shown.
+    """Return a text of torch's in a form that is safe to show.
 
-    torch's own bold type means nothing in a log. What else it quotes from the file is escaped, and later lines
-    are indented: torch escapes no line breaks in names, and none may look like another entry of a log.
+    Escape sequences for bold type are removed. Other unprintable characters, which torch quotes from the file, are
+    escaped. Lines after the first are indented: torch does not escape line breaks in names, and no line may look like
+    another entry of a log.
     """
     if not isinstance(argument, str):
         return argument
@@ -119,7 +120,7 @@ def _plain(argument: object) -> object:
 
 
 def _core(text: str) -> str:
-    """The unpickler's own sentence, without torch's advice before and after it."""
+    """Return the unpickler's own sentence, without torch's advice before and after it."""
     text = text.partition("Check the documentation of torch.load")[0]
     return text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()[-1].rstrip(".") if text.strip() else ""
 

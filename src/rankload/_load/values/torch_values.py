@@ -12,7 +12,7 @@ from rankload._formats.pickle_values import GlobalName, Unbuilt
 
 
 def built(value: Any) -> Any:
-    """Return one of torch's own values for a note of it in an index; anything else as it is."""
+    """Return torch's own value (Size, device, dtype) for its note in an index; return other values unchanged."""
     with suppress(TypeError, ValueError, RuntimeError):
         match value:
             case Unbuilt(GlobalName("torch", "Size"), (sizes,), None, []) if len(sizes) <= MAX_DIMENSIONS:
