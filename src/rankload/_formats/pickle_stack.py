@@ -295,7 +295,7 @@ class PickleStack:
     def add_items(self, start: int, end: int) -> None:
         """Add all values above the mark to a set."""
         items = self._take_to_mark()
-        self._stack[-1].arguments[0].extend(items)  # only EMPTY_SET pushes such
+        self._stack[-1].arguments[0].extend(items)  # EMPTY_SET pushes an Unbuilt whose only argument is a list
 
     # Objects
 

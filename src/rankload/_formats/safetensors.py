@@ -1,7 +1,7 @@
 """The header of a safetensors file: eight bytes of length, JSON, then the tensors without gaps.
 
-The format's own rules (huggingface/safetensors, README "Format"): the header begins with ``{`` and has at most
-100 MB, keys are unique, and the tensors cover the rest of the file with no hole and no overlap.
+The format's own rules (huggingface/safetensors, README "Format"): the header begins with ``{`` and has at most 100 MB.
+Keys are unique. The tensors cover the rest of the file with no hole and no overlap.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Refuse archive members that torch's reader would misread, or unpack to far too many bytes.
 
-torch's reader (miniz, through caffe2/serialize/inline_container.cc) reports success, and leaves its output buffer
-unchanged, for a member that looks like a folder, has no packed bytes, or cannot be inflated. Old contents of this
+Some members look like a folder, have no packed bytes, or cannot be inflated. For these, torch's reader (miniz, through
+caffe2/serialize/inline_container.cc) reports success, but leaves its output buffer unchanged: old contents of this
 process's memory would become weights. torch's reader also sets no limit on the unpacked size of tensors.
 """
 

@@ -2,7 +2,7 @@
 
 The source tags each piece of a block with an HMAC. The key reaches the ranks through the job's store. An attacker
 between two nodes can read the bytes, but cannot change, drop, repeat or reorder pieces unnoticed. A tag covers the
-SHA-256 of the block up to the end of its piece, so one pass over the bytes gives the tags and the block's digest.
+SHA-256 of the block up to the end of its piece: one pass over the bytes gives all tags and the block's digest.
 """
 
 from __future__ import annotations

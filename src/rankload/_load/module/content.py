@@ -80,8 +80,8 @@ def open_content(
 ) -> CheckpointContent:
     """Open a checkpoint for a module.
 
-    If possible, only the index is read. torch.load loads the whole file if the format has no index, if the adapter may
-    read tensors, or if the load needs an object that only torch.load builds.
+    If possible, only the index is read. Otherwise torch.load loads the whole file: for a format without an index, for
+    an adapter that may read tensors, or for an object that only torch.load builds.
 
     Args:
         files: files of the checkpoint.

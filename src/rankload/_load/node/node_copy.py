@@ -1,9 +1,9 @@
 """Copy files that may change under a mapping into memory that the ranks of a node share.
 
 The pages of a mapping belong to the file until this process writes to them. If another process truncates the file, or
-its file server fails, this process gets SIGBUS. If another process rewrites the file in place, the weights change. So a
-file stays mapped after a call only if rankload published it, since rankload replaces files only by rename, and only on
-a filesystem of this machine.
+its file server fails, this process gets SIGBUS. If another process rewrites the file in place, the weights change. So
+only files that rankload published stay mapped after a call: rankload replaces files only by rename. They must also be
+on a filesystem of this machine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Upload whole tensors to accelerators, bucket by bucket.
 
-If all ranks of a process group want the same tensors, each rank reads and uploads its share of every bucket, and gets
-the rest from the other ranks (all-gather, in place). So each byte is read once, and crosses PCIe once, for all ranks.
+If all ranks of a process group want the same tensors, each rank reads and uploads its share of every bucket. The ranks
+exchange their shares by an in-place all-gather. So each byte is read once, and crosses PCIe once, for all ranks.
 """
 
 from __future__ import annotations
