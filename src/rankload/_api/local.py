@@ -14,6 +14,7 @@ import torch
 
 from rankload._api.tracebacks import short_tracebacks
 from rankload._cache.files import check_has_scheme
+from rankload._coordination.call_context import CallContext
 from rankload._coordination.membership import own_identity
 from rankload._coordination.single_process import SingleProcessChannel
 from rankload._formats.broken import BrokenFileError
@@ -109,7 +110,7 @@ def _load_file(
     settings = Settings.from_environment()
     with wrap_load_errors(path), SingleProcessChannel(identity) as channel, ExitStack() as stack:
         file = FetchedFile(path, path.stat().st_size, None, "local")
-        found = settled(path, file, target, channel, stack, settings.progress_seconds, mmap=mmap)
+        found = settled(path, file, target, CallContext(channel, settings, stack=stack), mmap=mmap)
         limits = Limits.of(identity, settings)
         return read_checkpoint(
             found, target, weights_only=weights_only, mmap=mmap, limits=limits, display_name=str(path), **arguments

@@ -159,13 +159,11 @@ def dist_load_into(
             may_map = True
             if file is not None and (_leaves_views(inner, assign, adapter) or file.sha256 is not None):
                 location = str(device()) if _has_meta(inner) else "cpu"
-                path = settled(
-                    file.path, file, location, call.channel, call.stack, call.settings.progress_seconds, mmap=mmap
-                )
+                path = settled(file.path, file, location, call, mmap=mmap)
             elif file is not None:
                 held = hold(file.path, None, call.stack, file.identity)
                 path, may_map = held.loaded_by_name(call.stack), not (mmap is None and may_change(held, file))
-            strategy = open_strategy(chosen, path, file, sender, call.channel, call.group, call.settings, call.stack)
+            strategy = open_strategy(chosen, path, file, sender, call)
             if file is not None:
                 strategy.path, strategy.files.display_name = file.path, printable(str(file.path))
                 strategy.files.may_map = may_map

@@ -187,16 +187,16 @@ def _delivered(
 
     path = None
     if file is not None:
-        path = settled(file.path, file, location, call.channel, call.stack, call.settings.progress_seconds, mmap=mmap)
+        path = settled(file.path, file, location, call, mmap=mmap)
     if delivery == "broadcast":
         from rankload._load.broadcast.whole_file import broadcast_files
 
-        path, display_name = broadcast_files(path, file, source, call.channel, call.settings, call.stack)
-        return with_unpacked(path, call.channel, call.stack), display_name
+        path, display_name = broadcast_files(path, file, source, call)
+        return with_unpacked(path, call), display_name
     assert file is not None and path is not None
     _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", call.identity.rank)
     read_ahead(all_files(path), call.channel, call.settings.progress_seconds)
-    return with_unpacked(path, call.channel, call.stack), str(file.path)
+    return with_unpacked(path, call), str(file.path)
 
 
 def _resolved(map_location: MapLocation, call: CallContext) -> Any:

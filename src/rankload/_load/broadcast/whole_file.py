@@ -16,6 +16,7 @@ from rankload._cache.access import is_trusted
 from rankload._cache.files import wrap_read_errors
 from rankload._cache.layout import Entry
 from rankload._cache.record import find_record
+from rankload._coordination.call_context import CallContext
 from rankload._coordination.channel import Channel
 from rankload._load.broadcast.header import BadHeaderError, check_names
 from rankload._load.node.held import hold
@@ -26,19 +27,11 @@ from rankload._platform.host import kernel_id
 from rankload._relay.blocks import FileBlock
 from rankload._relay.opening import open_relay
 from rankload._relay.relay import Relay
-from rankload._settings import Settings
 from rankload._types import FetchedFile
 from rankload.errors import CoordinationError, DigestMismatchError, RankloadError
 
 
-def broadcast_files(
-    path: Path | None,
-    file: FetchedFile | None,
-    source: int,
-    channel: Channel,
-    settings: Settings,
-    stack: ExitStack,
-) -> tuple[Path, str]:
+def broadcast_files(path: Path | None, file: FetchedFile | None, source: int, call: CallContext) -> tuple[Path, str]:
     """Bring the source's checkpoint to every node. Collective.
 
     Ranks under the source's kernel that can open its files use those. On every other node one rank receives the bytes,
@@ -48,18 +41,16 @@ def broadcast_files(
         path: the checkpoint, or the index of one in several files, at the source; None on other ranks.
         file: the file that the source fetched, of which ``path`` may be a copy; None on other ranks.
         source: rank of the source.
-        channel: channel of the call.
-        settings: deadlines.
-        stack: releases the memory; close it after torch.load.
+        call: context of the call. Its stack releases the memory: close it after torch.load.
 
     Returns:
         This rank's path of the checkpoint, on disk or in memory; and the path at the source, for messages.
     """
-    announced = announce(path, file, source, channel)
+    announced = announce(path, file, source, call.channel)
     sizes: dict[str, int] = announced["sizes"]
-    here = path if path is not None else find(announced, stack)
-    memory = None if here is not None else NodeMemory.claim(sizes, channel, stack)
-    relay = open_relay(channel, source, settings, takes_part=memory is not None and memory.is_received_here)
+    here = path if path is not None else find(announced, call.stack)
+    memory = None if here is not None else NodeMemory.claim(sizes, call.channel, call.stack)
+    relay = open_relay(call.channel, source, call.settings, takes_part=memory is not None and memory.is_received_here)
     if relay is not None:
         relay.bytes_total = sum(sizes.values())
         if path is not None:
@@ -70,8 +61,8 @@ def broadcast_files(
     if here is not None:
         return here, announced["shown"]
     assert memory is not None
-    memory.tell_or_wait(channel)
-    return folder_of(memory.descriptors, stack) / next(iter(sizes)), announced["shown"]
+    memory.tell_or_wait(call.channel)
+    return folder_of(memory.descriptors, call.stack) / next(iter(sizes)), announced["shown"]
 
 
 def announce(path: Path | None, file: FetchedFile | None, source: int, channel: Channel) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from rankload._coordination.channel import Channel
+from rankload._coordination.call_context import CallContext
 from rankload._formats.entry import TensorEntry
 from rankload._formats.index import Index
 from rankload._formats.source import LocalSource
@@ -27,7 +27,6 @@ from rankload._load.streams.assemble import TensorAssemblers
 from rankload._load.streams.buckets import BUCKET_BYTES, cut, is_kept, tensor_ranges
 from rankload._load.streams.run import ReportBytes, read_all
 from rankload._relay.relay import Relay
-from rankload._settings import Settings
 from rankload.errors import LoadError
 
 
@@ -38,24 +37,14 @@ class BroadcastReceiver(DeliveryStrategy):
         relay: this rank's place in the chain.
         source: rank of the source.
         announced: result of `announce`.
-        channel: channel of the call.
-        settings: deadlines.
-        stack: releases the memory of the headers.
+        call: context of the call.
     """
 
-    def __init__(
-        self,
-        relay: Relay,
-        source: int,
-        announced: Mapping[str, Any],
-        channel: Channel,
-        settings: Settings,
-        stack: ExitStack,
-    ) -> None:
-        self._relay, self._channel, self._limits = relay, channel, Limits.of(channel.identity, settings)
+    def __init__(self, relay: Relay, source: int, announced: Mapping[str, Any], call: CallContext) -> None:
+        self._relay, self._channel, self._limits = relay, call.channel, Limits.of(call.identity, call.settings)
         self._index: Index | None = None
         self.path, self.delivery = None, "broadcast"
-        channel.wait_for(COMING_KEY, from_rank=source)
+        call.channel.wait_for(COMING_KEY, from_rank=source)
         try:
             header = self._receive_header(announced["sizes"])
         except BadHeaderError as error:
@@ -65,7 +54,7 @@ class BroadcastReceiver(DeliveryStrategy):
                 source_rank=source,
             ) from error
         self._ranges = header.ranges
-        self.files = self._receive(header, announced["sha256"], stack)
+        self.files = self._receive(header, announced["sha256"], call.stack)
         self.may_share = not isinstance(self.files, ReceivedFiles)
 
     @override

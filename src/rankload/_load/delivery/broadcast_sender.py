@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from rankload._coordination.channel import Channel
+from rankload._coordination.call_context import CallContext
 from rankload._formats.index import Index
 from rankload._load.broadcast.header import MAX_HEADER_BYTES, BroadcastHeader
 from rankload._load.broadcast.whole_file import send_files
@@ -23,8 +23,6 @@ from rankload._load.streams.buckets import Range, cut, header_ranges, is_kept, t
 from rankload._load.streams.run import ReportBytes, read_all
 from rankload._relay.blocks import BytesBlock, FileBlock
 from rankload._relay.relay import Relay
-from rankload._settings import Settings
-from rankload._types import Progress
 
 #: Size of the header's length, which comes first.
 LENGTH_BYTES = 8
@@ -43,17 +41,16 @@ class BroadcastSender(DeliveryStrategy):
     Args:
         files: files of the checkpoint.
         relay: relay to the other ranks.
-        channel: channel of the call.
-        settings: deadlines.
+        call: context of the call.
     """
 
-    def __init__(self, files: CheckpointFiles, relay: Relay, channel: Channel, settings: Settings) -> None:
+    def __init__(self, files: CheckpointFiles, relay: Relay, call: CallContext) -> None:
         self.path, self.files, self.may_share, self.delivery = files.path, files, True, "broadcast"
-        self._relay, self._channel, self._limits = relay, channel, Limits.of(channel.identity, settings)
+        self._relay, self._channel, self._limits = relay, call.channel, Limits.of(call.identity, call.settings)
         self._index: Index | None = None
         self._kept: dict[str, list[Range]] = {}
         self._ranges: dict[str, list[Range]] = {}
-        channel.report(Progress("loading"))  # not a declared wait: a stuck source must be noticed
+        call.report_loading()  # not a declared wait: a stuck source must be noticed
 
     @override
     def prepare(self, plan: LoadPlan) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from typing_extensions import override
 
-from rankload._coordination.channel import Channel
+from rankload._coordination.call_context import CallContext
 from rankload._load.delivery.read import ReadDelivery
 from rankload._load.delivery.strategy import LoadPlan
 from rankload._load.module.checkpoint_files import CheckpointFiles
@@ -23,7 +23,6 @@ from rankload._load.module.slots import is_replicated
 from rankload._load.streams.gather_group import GatherGroup
 from rankload._load.streams.run import ReportBytes, read_all
 from rankload._load.streams.whole_tensors import is_good_as_it_is, upload_whole
-from rankload._settings import Settings
 from rankload._types import Progress
 from rankload.errors import ArgumentError
 
@@ -40,17 +39,11 @@ class GatherDelivery(ReadDelivery):
 
     Args:
         files: files of the checkpoint.
-        channel: channel of the call.
-        group: process group of the call; None for the default group.
-        settings: deadlines.
+        call: context of the call.
     """
 
-    def __init__(
-        self, files: CheckpointFiles, channel: Channel, group: ProcessGroup | None, settings: Settings
-    ) -> None:
-        super().__init__(files, channel, settings)
-        self._channel: Channel = channel
-        self._group, self._settings = group, settings
+    def __init__(self, files: CheckpointFiles, call: CallContext) -> None:
+        super().__init__(files, call)
         self._shared: set[int] = set()
 
     @override
@@ -62,7 +55,7 @@ class GatherDelivery(ReadDelivery):
         """
         super().prepare(plan)
         device = _device(plan)
-        if _backend(self._group, device.type) is None:
+        if _backend(self._call.group, device.type) is None:
             raise ArgumentError(
                 "delivery='gather': there is no process group with a backend for the module's device "
                 f"{device.type!r}: call init_process_group with such a backend first ('nccl' or 'cpu:gloo,cuda:nccl' "
@@ -70,7 +63,7 @@ class GatherDelivery(ReadDelivery):
             )
         shared = [step for step in plan.steps if _is_shared(step, plan, device)]
         self._shared = {id(step.saved) for step in shared}
-        if self._channel.first("gather/wanted", _digest(shared)) != _digest(shared):
+        if self._call.channel.first("gather/wanted", _digest(shared)) != _digest(shared):
             self.reason = "another rank wants other tensors than this one"
             return False
         self.delivery = "gather"
@@ -81,26 +74,26 @@ class GatherDelivery(ReadDelivery):
         if self.delivery == "gather" and not all_would_gather:
             self.delivery, self.reason = "read", "another rank has other tensors, another device or another backend"
         self.may_share = self.delivery == "read"
-        _logger.debug("rank %d: delivery=%r: %s", self._channel.identity.rank, self.delivery, self.reason)
+        _logger.debug("rank %d: delivery=%r: %s", self._call.identity.rank, self.delivery, self.reason)
 
     @override
     def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:
         if self.delivery == "read":
             return super().execute(copies, report)
-        identity = self._channel.identity
+        identity = self._call.identity
         shared = [copy for copy in copies if id(copy.saved) in self._shared]
         others = [copy for copy in copies if id(copy.saved) not in self._shared]
         done = 0
         if shared:
-            watch = self._channel.watch_over(range(1, identity.world_size) if identity.rank == 0 else [0])
-            group = self._group if self._group is not None else dist.group.WORLD
+            watch = self._call.channel.watch_over(range(1, identity.world_size) if identity.rank == 0 else [0])
+            group = self._call.group if self._call.group is not None else dist.group.WORLD
             assert group is not None
             done = upload_whole(
                 shared,
                 shared[0].destination.device,
                 self._limits,
                 lambda done: watch(Progress("loading", done)),
-                GatherGroup.of(group, self._settings, lambda: self._channel.meet("ready to gather")),
+                GatherGroup.of(group, self._call.settings, lambda: self._call.channel.meet("ready to gather")),
             )
         return done + read_all(others, lambda more: report(done + more), self._limits)
 

@@ -1,37 +1,22 @@
-"""Choose the delivery strategy of a call."""
+"""Choose the delivery strategy of a call.
+
+What only a broadcast or a gather needs is imported for one: most calls read.
+"""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rankload._coordination.channel import Channel
-from rankload._load.broadcast.whole_file import announce, find
-from rankload._load.delivery.broadcast_receiver import BroadcastReceiver
-from rankload._load.delivery.broadcast_sender import BroadcastSender
-from rankload._load.delivery.gather import GatherDelivery
+from rankload._coordination.call_context import CallContext
 from rankload._load.delivery.read import ReadDelivery
 from rankload._load.delivery.strategy import DeliveryStrategy
 from rankload._load.module.checkpoint_files import CheckpointFiles
 from rankload._load.node.unpacked_once import with_unpacked
-from rankload._relay.opening import open_relay
-from rankload._settings import Settings
 from rankload._types import FetchedFile
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def open_strategy(
-    delivery: str,
-    path: Path | None,
-    file: FetchedFile | None,
-    source: int,
-    channel: Channel,
-    group: ProcessGroup | None,
-    settings: Settings,
-    stack: ExitStack,
+    delivery: str, path: Path | None, file: FetchedFile | None, source: int, call: CallContext
 ) -> DeliveryStrategy:
     """Choose and open the delivery strategy. Collective.
 
@@ -40,45 +25,41 @@ def open_strategy(
         path: path of the checkpoint; None on ranks that did not fetch it.
         file: the fetched file, of which ``path`` may be a copy.
         source: rank that broadcasts.
-        channel: channel of the call.
-        group: process group of the call; None for the default group.
-        settings: deadlines.
-        stack: closes the files.
+        call: context of the call.
     """
-    if channel.identity.world_size == 1:
+    if call.identity.world_size == 1:
         assert path is not None
-        return ReadDelivery(_files(path, channel, stack), channel, settings, "there is one rank")
+        return ReadDelivery(_files(path, call), call, "there is one rank")
     if delivery == "broadcast":
-        return _open_broadcast(path, file, source, channel, settings, stack)
+        return _open_broadcast(path, file, source, call)
     assert path is not None
-    files = _files(path, channel, stack)
+    files = _files(path, call)
     if delivery == "gather":
-        return GatherDelivery(files, channel, group, settings)
-    return ReadDelivery(
-        files, channel, settings, DeliveryStrategy.reason if delivery == "read" else "each rank reads what it needs"
-    )
+        from rankload._load.delivery.gather import GatherDelivery
+
+        return GatherDelivery(files, call)
+    reason = DeliveryStrategy.reason if delivery == "read" else "each rank reads what it needs"
+    return ReadDelivery(files, call, reason)
 
 
-def _files(path: Path, channel: Channel, stack: ExitStack) -> CheckpointFiles:
-    return CheckpointFiles(path, stack, with_unpacked(path, channel, stack))
+def _files(path: Path, call: CallContext) -> CheckpointFiles:
+    return CheckpointFiles(path, call.stack, with_unpacked(path, call))
 
 
-def _open_broadcast(
-    path: Path | None,
-    file: FetchedFile | None,
-    source: int,
-    channel: Channel,
-    settings: Settings,
-    stack: ExitStack,
-) -> DeliveryStrategy:
-    announced = announce(path, file, source, channel)
-    here = path if path is not None else find(announced, stack)
-    relay = open_relay(channel, source, settings, takes_part=here is None)
+def _open_broadcast(path: Path | None, file: FetchedFile | None, source: int, call: CallContext) -> DeliveryStrategy:
+    from rankload._load.broadcast.whole_file import announce, find
+    from rankload._load.delivery.broadcast_receiver import BroadcastReceiver
+    from rankload._load.delivery.broadcast_sender import BroadcastSender
+    from rankload._relay.opening import open_relay
+
+    announced = announce(path, file, source, call.channel)
+    here = path if path is not None else find(announced, call.stack)
+    relay = open_relay(call.channel, source, call.settings, takes_part=here is None)
     if here is None:
         assert relay is not None
-        return BroadcastReceiver(relay, source, announced, channel, settings, stack)
-    files = _files(here, channel, stack)
+        return BroadcastReceiver(relay, source, announced, call)
+    files = _files(here, call)
     files.may_map = files.may_map and (announced["may_map"] or files.is_in_memory)
     if relay is None:
-        return ReadDelivery(files, channel, settings, "the source's file is within reach")
-    return BroadcastSender(files, relay, channel, settings)
+        return ReadDelivery(files, call, "the source's file is within reach")
+    return BroadcastSender(files, relay, call)

@@ -19,7 +19,7 @@ from typing import Any
 
 from rankload._cache.access import name_of
 from rankload._cache.files import wrap_read_errors
-from rankload._coordination.channel import Channel
+from rankload._coordination.call_context import CallContext
 from rankload._coordination.launchers import identity_from_environment
 from rankload._coordination.single_process import SingleProcessChannel
 from rankload._formats.broken import BrokenFileError
@@ -80,9 +80,7 @@ def may_change(held: Held, file: FetchedFile) -> bool:
 def with_node_copy(
     held: Held,
     display_name: Path,
-    channel: Channel,
-    stack: ExitStack,
-    progress_seconds: float,
+    call: CallContext,
     *,
     sha256: str | None = None,
     must_fit: bool = True,
@@ -95,9 +93,7 @@ def with_node_copy(
     Args:
         held: the checkpoint's open files.
         display_name: path of the checkpoint, for messages.
-        channel: channel of the call. Every rank of a node that loads from these files may call this.
-        stack: releases the memory; mappings stay.
-        progress_seconds: longest time without an answer of the file.
+        call: context of the call. Every rank of a node that loads from these files may call this.
         sha256: digest to verify the copy against, 64 hex digits; None to skip. The parts of an index are not verified.
         must_fit: return None, and copy nothing, if there is not enough free memory.
 
@@ -111,19 +107,23 @@ def with_node_copy(
     with wrap_read_errors(display_name):
         sizes = {one: os.fstat(descriptor).st_size for one, descriptor in held.descriptors.items()}
         memory = NodeMemory.claim(
-            sizes, channel, stack, purpose="node copy", fits=partial(_fits, sizes.values()) if must_fit else None
+            sizes,
+            call.channel,
+            call.stack,
+            purpose="node copy",
+            fits=partial(_fits, sizes.values()) if must_fit else None,
         )
         if memory is None:
             return None
         if memory.is_received_here:
             for one, descriptor in held.descriptors.items():
                 text = printable(str(display_name.parent / one))
-                _copy(descriptor, memory.descriptors[one], sizes[one], text, channel, progress_seconds)
+                _copy(descriptor, memory.descriptors[one], sizes[one], text, call)
             if sha256 is not None:
                 owner_uid = os.fstat(held.descriptors[name]).st_uid
-                _verify(memory.descriptors[name], sizes[name], sha256, display_name, owner_uid, channel)
-    memory.tell_or_wait(channel)
-    copied = folder_of(memory.descriptors, stack) / name
+                _verify(memory.descriptors[name], sizes[name], sha256, display_name, owner_uid, call)
+    memory.tell_or_wait(call.channel)
+    copied = folder_of(memory.descriptors, call.stack) / name
     if {name, *parts_of(copied)} != set(memory.descriptors):
         raise LoadError(
             f"{printable(str(display_name))}: the file was changed while it was loaded; load it again",
@@ -136,8 +136,8 @@ def private_copy(path: Path, stack: ExitStack) -> Path:
     """Copy a checkpoint into memory of this process, and return the path of the copy. Not collective."""
     channel = SingleProcessChannel(identity_from_environment())
     stack.callback(channel.close)
-    seconds = Settings.from_environment().progress_seconds
-    copied = with_node_copy(hold(path, None, stack), path, channel, stack, seconds, must_fit=False)
+    call = CallContext(channel, Settings.from_environment(), stack=stack)
+    copied = with_node_copy(hold(path, None, stack), path, call, must_fit=False)
     assert copied is not None
     return copied
 
@@ -146,9 +146,7 @@ def settled(
     path: Path,
     file: FetchedFile,
     map_location: Any,
-    channel: Channel,
-    stack: ExitStack,
-    progress_seconds: float,
+    call: CallContext,
     *,
     mmap: bool | None,
 ) -> Path:
@@ -161,15 +159,15 @@ def settled(
         path: path of the checkpoint.
         file: the fetched file.
         map_location: any form that torch.load takes, already resolved for this rank.
-        channel, stack, progress_seconds: see `with_node_copy`.
+        call: context of the call (see `with_node_copy`).
         mmap: the caller's ``mmap=``. True keeps this user's own file mapped; False makes private copies later.
     """
-    held = hold(path, file.sha256, stack, file.identity)
-    copy = partial(with_node_copy, held, path, channel, stack, progress_seconds)
+    held = hold(path, file.sha256, call.stack, file.identity)
+    copy = partial(with_node_copy, held, path, call)
     if held.is_changeable and not (mmap is False and file.sha256 is None):
-        return copy(sha256=file.sha256, must_fit=False) or held.loaded_by_name(stack)
+        return copy(sha256=file.sha256, must_fit=False) or held.loaded_by_name(call.stack)
     if mmap is not None or not (reason := why_copied(held.path, map_location, is_published=file.is_published)):
-        return held.loaded_by_name(stack)
+        return held.loaded_by_name(call.stack)
     copied = copy()
     _logger.debug("%s: %s: %s", printable(str(path)), reason, "copied into memory" if copied else "mapped")
     if copied is None:
@@ -177,12 +175,10 @@ def settled(
         advice = "it must not be rewritten in place while this process uses it"
         text = "%s: %s; there is too little free memory for a copy, so it is mapped: %s"
         _logger.log(level, text, printable(str(path)), reason, advice)
-    return copied or held.loaded_by_name(stack)
+    return copied or held.loaded_by_name(call.stack)
 
 
-def _copy(
-    source: int, target: int, size_bytes: int, display_name: str, channel: Channel, progress_seconds: float
-) -> None:
+def _copy(source: int, target: int, size_bytes: int, display_name: str, call: CallContext) -> None:
     begins = range(0, size_bytes, _STRIPE_BYTES)
     with Readers(min(_THREADS, len(begins))) as readers:
         pending = [
@@ -194,9 +190,9 @@ def _copy(
         for number, stripe in enumerate(pending):
 
             def check_cancelled(done: int = number) -> None:
-                channel.report(Progress("loading", done * _STRIPE_BYTES, size_bytes))
+                call.report(Progress("loading", done * _STRIPE_BYTES, size_bytes))
 
-            await_reader(stripe, check_cancelled, progress_seconds, display_name)
+            await_reader(stripe, check_cancelled, call.settings.progress_seconds, display_name)
             check_cancelled()
 
 
@@ -212,13 +208,13 @@ def _copy_stripe(source: int, target: int, begin: int, end: int, display_name: s
         begin += count
 
 
-def _verify(descriptor: int, size_bytes: int, sha256: str, path: Path, owner_uid: int, channel: Channel) -> None:
+def _verify(descriptor: int, size_bytes: int, sha256: str, path: Path, owner_uid: int, call: CallContext) -> None:
     """Verify the copy, not the file: the hashed bytes must be the loaded bytes."""
     digest, buffer, done = hashlib.sha256(), memoryview(bytearray(_STRIPE_BYTES)), 0
     while count := os.preadv(descriptor, [buffer], done):
         digest.update(buffer[:count])
         done += count
-        channel.report(Progress("hashing", done, size_bytes))
+        call.report(Progress("hashing", done, size_bytes))
     if digest.hexdigest() != sha256:
         display_name, owner = printable(str(path)), name_of(owner_uid)
         raise DigestMismatchError(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 
-from rankload._coordination.channel import Channel
+from rankload._coordination.call_context import CallContext
 from rankload._formats.sniff import sniff
 from rankload._formats.unpack import unpack, unpacked_size
 from rankload._load.node.node_memory import NodeMemory
 from rankload._load.values.torch_errors import wrap_load_errors
 from rankload._platform.scratch import descriptor_path
-from rankload._types import Progress
 
 _NAME = "unpacked"
 
 
-def with_unpacked(path: Path, channel: Channel, stack: ExitStack) -> Path:
+def with_unpacked(path: Path, call: CallContext) -> Path:
     """Return a path to a checkpoint that needs no unpacking. Collective over a node's ranks.
 
     The path is unchanged unless the file is torch.hub's legacy zip: an archive of one checkpoint. Then one rank of the
@@ -24,8 +22,7 @@ def with_unpacked(path: Path, channel: Channel, stack: ExitStack) -> Path:
 
     Args:
         path: path of the file; all calling ranks of a node have the same file.
-        channel: channel of the call.
-        stack: releases the memory; mappings stay.
+        call: context of the call. Its stack releases the memory; mappings stay.
 
     Raises:
         LoadError: the archive is damaged, or its member too large.
@@ -34,11 +31,11 @@ def with_unpacked(path: Path, channel: Channel, stack: ExitStack) -> Path:
     with wrap_load_errors(path):
         if sniff(path) != "single_member_zip":
             return path
-        memory = NodeMemory.claim({_NAME: unpacked_size(path)}, channel, stack, purpose="unpacked")
+        memory = NodeMemory.claim({_NAME: unpacked_size(path)}, call.channel, call.stack, purpose="unpacked")
         assert memory is not None
         descriptor = memory.descriptors[_NAME]
         if memory.is_received_here:
             with open(descriptor, "wb", closefd=False) as target:
-                unpack(path, target, lambda done: channel.report(Progress("loading", done)))
-        memory.tell_or_wait(channel)
+                unpack(path, target, call.report_loading)
+        memory.tell_or_wait(call.channel)
         return Path(descriptor_path(descriptor))
