@@ -6,6 +6,7 @@ import argparse
 import io
 import logging
 import re
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,11 @@ def test_a_failure_of_all_ranks_is_printed_once_and_told_in_a_few_lines(
     others = [text for text in shown if _ELSEWHERE in text]
     assert (len(shown), len(others)) == (4, 3), shown
     assert sum(len(text.splitlines()) for text in shown) <= 40, "\n".join(shown)
+    kind = getattr(rankload.errors, name)
     for text in shown:
-        assert f"\nrankload.{name}: " in text and "rankload.errors" not in text  # the name that people import
+        assert f"\n{kind.__module__}.{name}: " in text
+        points_to_docs = f"docs/reference/errors.md#{name.lower()}" in text
+        assert points_to_docs is (text not in others and sys.version_info >= (3, 11))
         assert "in _load\n" in text
     for text in others:
         assert text.count("Traceback") == 1  # no chain: what this rank found by itself is the same

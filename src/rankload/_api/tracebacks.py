@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import pickle
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import ParamSpec, TypeVar
@@ -32,10 +33,19 @@ def short_tracebacks(function: Callable[_Arguments, _Result]) -> Callable[_Argum
             _logger.debug("full traceback of the error raised by %s", function.__name__, exc_info=error)
             cause = _shown_cause(error)
             happened_elsewhere = error.is_from_another_rank or cause is not None
+            if not error.is_from_another_rank:
+                _point_to_documentation(error)
             traceback = _outside_frames(error.__traceback__, keeps_last=not happened_elsewhere)
             raise error.with_traceback(traceback) from cause
 
     return public_call
+
+
+def _point_to_documentation(error: RankloadError) -> None:
+    """Let the traceback end with the page that says what the error means; before Python 3.11 there are no notes."""
+    note = f"What it means and what to do: docs/reference/errors.md#{type(error).__name__.lower()}"
+    if sys.version_info >= (3, 11) and note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
 
 
 def _shown_cause(error: RankloadError) -> BaseException | None:

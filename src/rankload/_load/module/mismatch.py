@@ -24,22 +24,23 @@ def describe_mismatch(
     """
     lines = [
         _listed("do not fit", unfit),
-        _listed("missing in the checkpoint", missing),
-        _listed("not in the module", unexpected),
+        _listed("missing in the checkpoint", missing, on_one_line=True),
+        _listed("not in the module", unexpected, on_one_line=True),
         _advice(missing, unexpected, content),
         _advice_on_shapes(unfit),
     ]
     return "\n".join(line for line in lines if line)
 
 
-def _listed(what: str, items: Sequence[str]) -> str:
+def _listed(what: str, items: Sequence[str], *, on_one_line: bool = False) -> str:
     if not items:
         return ""
     # escape names: a name that contains a line break must not look like two names
-    first_lines = [f"    {printable(cut(item, 2 * MAX_SHOWN_NAME_LENGTH))}" for item in items[:_MAX_SHOWN]]
+    shown = [printable(cut(item, 2 * MAX_SHOWN_NAME_LENGTH)) for item in items[:_MAX_SHOWN]]
     if len(items) > _MAX_SHOWN:
-        first_lines.append(f"    and {len(items) - _MAX_SHOWN} more")
-    return "\n".join([f"  {len(items)} {what}:", *first_lines])
+        shown.append(f"and {len(items) - _MAX_SHOWN} more")
+    head = f"  {len(items)} {what}:"
+    return f"{head} {', '.join(shown)}" if on_one_line else "\n    ".join([head, *shown])
 
 
 def _advice(missing: Sequence[str], unexpected: Sequence[str], content: Mapping[str, Any]) -> str:
