@@ -3,33 +3,33 @@
 ::
 
     RankloadError
-    ├── ArgumentError (ValueError)            an argument is wrong before anything was done
+    ├── ArgumentError (ValueError)            an argument is invalid; nothing was done
     ├── ArgumentMismatchError (ValueError)    ranks passed different arguments to one call
-    ├── FetchError (URLError, an OSError)     the bytes could not be had
+    ├── FetchError (URLError, an OSError)     the file could not be fetched from its origin
     │   ├── HTTPStatusError (HTTPError)       the origin answered 4xx or 5xx; has ``code``
-    │   ├── NetworkError (ConnectionError)    no connection, or it broke
+    │   ├── NetworkError (ConnectionError)    the connection failed or broke
     │   ├── FetchTimeoutError (TimeoutError)  no connection or no byte in time
     │   ├── TruncatedError                    fewer (or more) bytes than the origin promised
     │   ├── ContentChangedError               the origin's file kept changing while it was fetched
-    │   └── OfflineError                      not cached, and offline was asked for
-    ├── VerificationError (RuntimeError)      the bytes are not what they should be
+    │   └── OfflineError                      the file is not cached, and offline mode is on
+    ├── VerificationError (RuntimeError)      the file was fetched, but is not the expected one
     │   ├── DigestMismatchError               SHA-256 or hash prefix differs
     │   └── NotACheckpointError               HTML, a truncated archive, some other file
     ├── CacheError (OSError)                  the cache directory or a file in it cannot be used
-    │   └── MissingFileError (FileNotFoundError)  there is none
+    │   └── MissingFileError (FileNotFoundError)  no such file or directory
     ├── LoadError (RuntimeError)              a verified file could not be turned into tensors
     │   └── UnsafePickleError (UnpicklingError)   weights_only refused what the file wants to import
-    ├── DeviceError (RuntimeError)            no device of this process fits
+    ├── DeviceError (RuntimeError)            this process has no suitable device
     └── CoordinationError (RuntimeError)      the ranks could not act together
         ├── ArrivalTimeoutError (TimeoutError)    some rank never made the call
-        ├── ProgressTimeoutError (TimeoutError)   a rank lives but does not move
+        ├── ProgressTimeoutError (TimeoutError)   a rank is alive but makes no progress
         ├── RankLostError (ConnectionError)       a rank was killed or is frozen
         ├── StoreLostError (ConnectionError)      the store's host is gone
         ├── CallCancelledError                    a rank got a signal and left the call
-        └── RankFailedError                       a rank raised something that is not ours
+        └── RankFailedError                       a rank raised an error that is not rankload's own
 
-Each is also the builtin that people already catch. All of them cross process boundaries: by pickle between
-processes of one host, and as JSON through the store, so that every rank raises the same error.
+Most classes also subclass the builtin (in parentheses) that callers already catch. All errors cross process
+boundaries: by pickle between processes of one host, and as JSON through the store, so every rank raises the same error.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from urllib.error import HTTPError, URLError
 
 from rankload._text import cut, on_one_line, printable, printable_lines
 
-#: Longest text in an error of this process: names in files may have gigabytes.
+#: Longest text in an error of this process: a name in a file may be gigabytes long.
 _MAX_CHARACTERS_HERE = 1 << 16
 
 
@@ -50,24 +50,24 @@ class RankloadError(Exception):
 
     Attributes:
         message: what happened, where, and what to do.
-        fields: the facts in the message, by name. Each is an attribute, too, of the class that declares it; one that
+        fields: facts in the message, by name. Each is also an attribute of the class that declares it. A field that
             the message does not mention is None.
-        rank: the rank where it happened, None while a single process is concerned.
-        host: that rank's host name.
-        is_from_another_rank: whether this process only heard of it. Does not survive pickling.
+        rank: the rank where the error happened; None in a call of a single process.
+        host: host name of that rank.
+        is_from_another_rank: whether the error happened on another rank. Does not survive pickling.
 
-    Texts in an error come from files, servers and other ranks as well. Whatever a terminal or a log would not show as
-    it is gets escaped here, whoever raises the error; only line breaks stay, for messages of several lines. Code that
-    puts a foreign text into a message escapes its line breaks, too: `printable` or ``!r``.
+    The texts in an error may come from files, servers and other ranks. This class escapes every character that a
+    terminal or a log would not show as is. Only line breaks stay, for messages of several lines. Code that puts a
+    foreign text into a message also escapes the text's line breaks, by `printable` or ``!r``.
     """
 
     def __init__(self, message: str, **fields: Any) -> None:
         message = printable_lines(cut(message, _MAX_CHARACTERS_HERE))
-        Exception.__init__(self, message)  # URLError's and OSError's own take other arguments
+        Exception.__init__(self, message)  # __init__ of URLError and OSError takes other arguments
         self.message = message
         self.fields = {name: _printable_field(value) for name, value in fields.items()}
         for name, value in self.fields.items():
-            # another version's may be called as something that an exception has
+            # a field of another rankload version may have the name of an exception's own attribute
             if name in _declared(type(self)) or not hasattr(type(self), name):
                 setattr(self, name, value)
         self.rank: int | None = None
@@ -75,9 +75,9 @@ class RankloadError(Exception):
         self.is_from_another_rank = False
 
     def __str__(self) -> str:
-        """The message, and the rank and host it comes from when there are several.
+        """Return the message; in a call of several ranks also the rank and host where the error happened.
 
-        Another rank's error takes one line, however long it is: that rank prints the rest, and ``message`` has it here.
+        Another rank's error is cut to one line: that rank prints the whole, and ``message`` holds it here.
         """
         if self.rank is None:
             return self.message
@@ -87,18 +87,18 @@ class RankloadError(Exception):
         return f"{on_one_line(self.message)} [{where}; its traceback is there]"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by content: keyword fields do not survive Exception's own way."""
+        """Pickle by content: Exception's own pickling loses the keyword fields."""
         return from_wire, (to_wire(self),)
 
 
 class ArgumentError(RankloadError, ValueError):
-    """An argument is wrong; nothing was done.
+    """An argument is invalid; nothing was done.
 
     Attributes:
         url: the URL, without secrets.
-        variable: the environment variable.
-        value: what it holds.
-        launcher: the launcher that set it.
+        variable: name of the invalid environment variable.
+        value: value of that variable.
+        launcher: the launcher that set the variable.
     """
 
     url: str | None = None
@@ -120,13 +120,13 @@ class ArgumentMismatchError(RankloadError, ValueError):
 
 
 class FetchError(RankloadError, URLError):
-    """The bytes could not be had from the origin.
+    """The file could not be fetched from its origin.
 
     Attributes:
         url: the URL, without secrets.
-        size_bytes: what the origin announces.
-        max_bytes: the caller's limit.
-        is_permanent: another try would not help.
+        size_bytes: size that the origin announces, in bytes.
+        max_bytes: the caller's limit on that size, in bytes.
+        is_permanent: whether another attempt would fail, too.
     """
 
     is_permanent: bool | None = None
@@ -136,7 +136,7 @@ class FetchError(RankloadError, URLError):
 
     @property
     def reason(self) -> str:  # type: ignore[override]  # URLError sets it; here it is the message
-        """URLError's attribute, for code that reads it."""
+        """The message, for code that reads URLError's ``reason``."""
         return self.message
 
 
@@ -144,32 +144,32 @@ class HTTPStatusError(FetchError, HTTPError):
     """The origin answered with an error status.
 
     Attributes:
-        code: the status.
-        retry_after_seconds: how long the origin asks to wait.
+        code: the HTTP status code.
+        retry_after_seconds: how long the origin asks to wait, in seconds.
     """
 
     url: Any = None
     code: int = 0
     retry_after_seconds: float | None = None
 
-    hdrs: Any = None  # an answer's headers and body may be secret, and do not travel between ranks
+    hdrs: Any = None  # a response's headers and body may be secret, and do not travel between ranks
     fp: Any = None
 
     @property
     def msg(self) -> str:  # type: ignore[override]
-        """HTTPError's attribute, for code that reads it."""
+        """The message, for code that reads HTTPError's ``msg``."""
         return self.message
 
     def __getattr__(self, name: str) -> Any:
-        """HTTPError's own asks a file, which is not there."""
+        """Raise AttributeError. HTTPError would look the attribute up in the response's file, which is not kept."""
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def read(self, *_: Any) -> bytes:
-        """As HTTPError's; nothing of the body is kept but what the message shows."""
+        """Return no bytes: only the part of the body that the message shows is kept."""
         return b""
 
     def close(self) -> None:
-        """As HTTPError's; nothing is open."""
+        """Do nothing: no file is open."""
 
 
 class NetworkError(FetchError, ConnectionError):
@@ -180,7 +180,7 @@ class FetchTimeoutError(FetchError, TimeoutError):
     """No connection, or no byte, within the deadline.
 
     Attributes:
-        is_too_slow: bytes came, but fewer than ``minimum_bytes_per_second``.
+        is_too_slow: whether bytes came, but fewer than ``minimum_bytes_per_second``.
     """
 
     is_too_slow: bool | None = None
@@ -190,8 +190,8 @@ class TruncatedError(FetchError):
     """The body's length is not what the origin promised.
 
     Attributes:
-        expected: bytes promised.
-        got: bytes that came.
+        expected: number of bytes that the origin promised.
+        got: number of bytes that came.
     """
 
     expected: int | None = None
@@ -199,31 +199,31 @@ class TruncatedError(FetchError):
 
 
 class ContentChangedError(FetchError):
-    """The file at the origin has changed while it was fetched.
+    """The file at the origin changed while it was fetched.
 
     Attributes:
-        path: the file in the cache.
+        path: path of the file in the cache.
     """
 
     path: str | None = None
 
 
 class OfflineError(FetchError):
-    """The file is not in the cache and offline mode was asked for.
+    """The file is not in the cache, and offline mode is on.
 
     Attributes:
-        path: where it would be.
+        path: path that the file would have in the cache.
     """
 
     path: str | None = None
 
 
 class VerificationError(RankloadError, RuntimeError):
-    """The bytes came, but they are not what they should be.
+    """The file was fetched, but is not the expected one.
 
     Attributes:
-        path: the file.
-        url: where it came from, without secrets.
+        path: path of the file.
+        url: URL of the file, without secrets.
     """
 
     path: str | None = None
@@ -234,9 +234,9 @@ class DigestMismatchError(VerificationError):
     """The SHA-256 (or its prefix) is not the expected one.
 
     Attributes:
-        expected: hex digits.
-        got: hex digits.
-        source: who vouched for what was expected.
+        expected: the expected SHA-256, or its prefix, in hex digits.
+        got: the SHA-256 of the file, in hex digits.
+        source: where the expected digest comes from.
     """
 
     expected: str | None = None
@@ -245,12 +245,12 @@ class DigestMismatchError(VerificationError):
 
 
 class NotACheckpointError(VerificationError):
-    """The file is no checkpoint: a web page, a truncated archive, something else.
+    """The file is not a checkpoint: a web page, a truncated archive, something else.
 
     Attributes:
-        got: what it is.
-        origin: where it came from, without secrets.
-        size_bytes: its size.
+        got: what the file looks like.
+        origin: origin of the file, without secrets.
+        size_bytes: size of the file in bytes.
     """
 
     got: str | None = None
@@ -262,9 +262,9 @@ class CacheError(RankloadError, OSError):
     """The cache directory, or a file in it, cannot be used; ``errno`` says why.
 
     Attributes:
-        path: the file or directory.
-        needed_bytes: room that is needed.
-        free_bytes: room that there is.
+        path: path of the file or directory.
+        needed_bytes: disk space that the file needs, in bytes.
+        free_bytes: free disk space, in bytes.
     """
 
     path: str | None = None
@@ -272,32 +272,32 @@ class CacheError(RankloadError, OSError):
     free_bytes: int | None = None
 
     def __new__(cls, message: str, **fields: Any) -> CacheError:
-        """Make a MissingFileError where that is what ``errno`` says, as OSError does."""
+        """Create a MissingFileError if ``errno`` is ENOENT, as OSError creates a FileNotFoundError."""
         is_missing = cls is CacheError and fields.get("errno") == errno.ENOENT
         return super().__new__(MissingFileError if is_missing else cls, message)
 
     def __init__(self, message: str, **fields: Any) -> None:
         super().__init__(message, **fields)
-        self.errno = fields.get("errno")  # OSError's own attribute hides the field
+        self.errno = fields.get("errno")  # OSError's own attribute would hide the field
 
 
 class MissingFileError(CacheError, FileNotFoundError):
-    """There is no such file, or no such directory."""
+    """No such file or directory."""
 
 
 class LoadError(RankloadError, RuntimeError):
     """A verified file could not be turned into tensors.
 
     Attributes:
-        path: the file.
-        tensor: the tensor's name.
-        dtype: its dtype.
-        size_bytes: its size, or the file's.
-        missing_count: names that the module has and the file lacks.
-        unexpected_count: names that the file has and the module lacks.
-        unfit_count: tensors of another shape or dtype.
+        path: path of the file.
+        tensor: name of the tensor.
+        dtype: dtype of the tensor.
+        size_bytes: size of the tensor, or of the file, in bytes.
+        missing_count: number of names that the module has and the file lacks.
+        unexpected_count: number of names that the file has and the module lacks.
+        unfit_count: number of tensors whose shape or dtype does not fit.
         source_rank: the rank that broadcasts.
-        errno: why the system refused.
+        errno: errno of the failed system call.
     """
 
     path: str | None = None
@@ -312,24 +312,24 @@ class LoadError(RankloadError, RuntimeError):
 
 
 class UnsafePickleError(LoadError, pickle.UnpicklingError):
-    """``weights_only=True`` refused what the file wants to import.
+    """``weights_only=True`` refused a name that the file's pickle imports.
 
     Attributes:
-        refused: the names.
+        refused: the refused names.
     """
 
     refused: str | None = None
 
 
 class DeviceError(RankloadError, RuntimeError):
-    """No device of this process fits.
+    """This process has no suitable device.
 
     Attributes:
-        device: the device.
-        device_type: its type.
-        count: devices of that type that this process has.
-        local_rank: of this rank.
-        map_location: what was asked for.
+        device: the device that is missing.
+        device_type: type of that device, such as ``cuda``.
+        count: number of devices of that type in this process.
+        local_rank: index of this rank among the ranks of its node.
+        map_location: the ``map_location=`` that the caller passed.
     """
 
     device: str | None = None
@@ -343,11 +343,11 @@ class CoordinationError(RankloadError, RuntimeError):
     """The ranks could not act together.
 
     Attributes:
-        place: where the store is.
-        port: the port that something else holds.
+        place: address of the store, or a name for it.
+        port: the relay's port on this host, to which something else keeps connecting.
         unreachable_rank: a rank that others cannot connect to.
-        upstream_rank: the rank before it in the relay.
-        upstream_host: its host.
+        upstream_rank: the previous rank in the relay.
+        upstream_host: host name of the previous rank.
     """
 
     place: str | None = None
@@ -361,7 +361,7 @@ class ArrivalTimeoutError(CoordinationError, TimeoutError):
     """Some rank did not make the call in time.
 
     Attributes:
-        missing: the ranks, such as ``1-3, 7``.
+        missing: the ranks that did not make the call, such as ``1-3, 7``.
     """
 
     missing: str | None = None
@@ -371,10 +371,10 @@ class ProgressTimeoutError(CoordinationError, TimeoutError):
     """A rank is alive but makes no progress.
 
     Attributes:
-        stuck_rank: the rank.
-        stuck_host: its host.
-        phase: what it was doing.
-        path: the file that does not answer.
+        stuck_rank: the rank that makes no progress.
+        stuck_host: host name of that rank.
+        phase: what that rank was doing, such as ``downloading``.
+        path: path of the file whose reads do not return.
     """
 
     stuck_rank: int | None = None
@@ -387,9 +387,9 @@ class RankLostError(CoordinationError, ConnectionError):
     """A rank was killed or is frozen.
 
     Attributes:
-        lost_rank: the rank.
-        lost_host: its host.
-        phase: what it was doing.
+        lost_rank: the rank that was lost.
+        lost_host: host name of that rank.
+        phase: what that rank was doing last, such as ``downloading``.
     """
 
     lost_rank: int | None = None
@@ -398,10 +398,10 @@ class RankLostError(CoordinationError, ConnectionError):
 
 
 class StoreLostError(CoordinationError, ConnectionError):
-    """The store through which the ranks talk is gone.
+    """The store through which the ranks talk does not answer.
 
     Attributes:
-        cause: what its client said.
+        cause: error text of the store's client.
     """
 
     cause: str | None = None
@@ -415,7 +415,7 @@ class RankFailedError(CoordinationError):
     """A rank raised an error that is not rankload's own.
 
     Attributes:
-        cause_type: the class of that error.
+        cause_type: class name of that error.
     """
 
     cause_type: str | None = None
@@ -433,7 +433,7 @@ def to_wire(error: RankloadError) -> dict[str, Any]:
 
 
 def from_wire(wire: dict[str, Any]) -> RankloadError:
-    """Rebuild what to_wire() gave; an unknown type (another version's) becomes a RankFailedError."""
+    """Rebuild an error from `to_wire`'s data. A type that only another version has becomes a RankFailedError."""
     error_type = _subclasses(RankloadError).get(wire["type"], RankFailedError)
     error = error_type(wire["message"], **wire["fields"])
     error.rank, error.host = wire["rank"], wire["host"]
@@ -466,7 +466,7 @@ def _subclasses(base: type[RankloadError]) -> dict[str, type[RankloadError]]:
     return found
 
 
-#: Those that ``rankload`` itself has, too: tracebacks show the shortest name.
+# tracebacks show a class by its __module__: these classes are also in ``rankload``, which is the shortest name
 for _error_type in (
     RankloadError,
     ArgumentError,

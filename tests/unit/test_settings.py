@@ -110,4 +110,6 @@ def test_misspelt_variable_is_warned_of_once(caplog, monkeypatch, tmp_path):
     with caplog.at_level(logging.WARNING, "rankload"):
         for _ in range(2):
             rankload.dist_fetch(file)
-    assert caplog.messages == ["RANKLOAD_STREAM is set, and no setting has this name: is RANKLOAD_STREAMS meant?"]
+    assert caplog.messages == [
+        "RANKLOAD_STREAM is set, but rankload has no setting of that name; did you mean RANKLOAD_STREAMS?"
+    ]

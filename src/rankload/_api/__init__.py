@@ -1,1 +1,1 @@
-"""The public calls, one family a module."""
+"""The public calls: one family per module."""

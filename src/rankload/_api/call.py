@@ -25,7 +25,14 @@ _logger = logging.getLogger("rankload")
 
 @contextmanager
 def collective_call(group: ProcessGroup | None, timeout: float | None) -> Iterator[CallContext]:
-    """Open the channel. What is wrong with the settings is raised within, where the other ranks hear of it."""
+    """Open a collective call, and close it with the verdict of all ranks. Collective.
+
+    A fault in the settings is raised inside the channel: so the other ranks raise it, too.
+
+    Args:
+        group: the ranks of the call; None for the default process group or, without one, the launcher's job.
+        timeout: no-progress deadline in seconds; None for the setting.
+    """
     problem = None
     try:
         settings = _settings(timeout)
@@ -47,11 +54,21 @@ def agree_on_delivery(
     src: int | None,
     deliveries: Sequence[Delivery] = ("auto", "read", "broadcast"),
 ) -> tuple[Delivery, int]:
-    """Agree on all arguments; return the delivery, and the rank in the channel that broadcasts.
+    """Agree on all arguments of the call. Collective.
+
+    Args:
+        call: context of the call.
+        arguments: all other arguments that must be the same on every rank, by name.
+        delivery: the caller's ``delivery=``.
+        src: the caller's ``src=``: a global rank; None for the first rank of the group.
+        deliveries: values of ``delivery`` that the call accepts.
+
+    Returns:
+        The delivery to use, and the rank of the source within the channel.
 
     Raises:
-        ArgumentError: there is no such delivery, or no such rank.
-        ArgumentMismatchError: another rank has said otherwise.
+        ArgumentError: the call has no such delivery, or the group has no such rank.
+        ArgumentMismatchError: another rank passed different arguments.
     """
     if delivery not in deliveries:
         raise ArgumentError(f"delivery={delivery!r}: expected one of {', '.join(map(repr, deliveries))}")
@@ -60,10 +77,10 @@ def agree_on_delivery(
     return "read" if call.identity.world_size == 1 else delivery, source
 
 
-@cache  # once a process
+@cache  # once per process
 def _warn_of_misspelt_variables() -> None:
     for name, meant in misspelt(os.environ).items():
-        _logger.warning("%s is set, and no setting has this name: is %s meant?", name, meant)
+        _logger.warning("%s is set, but rankload has no setting of that name; did you mean %s?", name, meant)
 
 
 def _settings(timeout: float | None) -> Settings:
@@ -83,7 +100,7 @@ def _rank_in_channel(src: int, identity: Identity, group: ProcessGroup | None) -
         try:
             rank = get_group_rank(group, src)
         except (ValueError, RuntimeError) as error:
-            raise ArgumentError(f"src={src!r}: no rank of the group: {error}") from error
+            raise ArgumentError(f"src={src!r}: not a rank of the group: {error}") from error
     if not isinstance(rank, int) or not 0 <= rank < identity.world_size:
-        raise ArgumentError(f"src={src!r}: expected a rank, 0 to {identity.world_size - 1}")
+        raise ArgumentError(f"src={src!r}: expected a rank from 0 to {identity.world_size - 1}")
     return rank

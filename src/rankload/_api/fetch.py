@@ -42,10 +42,10 @@ def dist_fetch(
     max_bytes: int | None = None,
     refresh: bool = False,
 ) -> Path:
-    """Fetch a file into the cache once, verified, and return its path on this node. Loads no tensors.
+    """Fetch and verify a file once for all ranks, and return its path in this node's cache. Loads no tensors.
 
-    **Collective**, with the arguments and errors of `dist_load_state_dict_from_url`. In a single process it does not
-    import torch: the way to prefetch on a login node. Files that are no checkpoints are welcome too.
+    **Collective**, with the arguments and errors of `dist_load_state_dict_from_url`. The file need not be a checkpoint.
+    In a single process this call does not import torch; use it to prefetch on a login node.
     """
     with collective_call(group, timeout) as call:
         request = make_request(
@@ -75,7 +75,7 @@ def fetch_in_this_process(
     settings: Settings | None = None,
     **options: Unpack[RequestOptions],
 ) -> FetchedFile:
-    """Fetch without the other ranks, by the arguments of the public calls. Not collective; does not import torch."""
+    """Fetch in this process only, with the arguments of the public calls. Not collective; does not import torch."""
     settings = settings or Settings.from_environment()
     with open_single_process_channel() as channel:
         request = make_request(url, model_dir, settings, scope="process", **options)
@@ -83,7 +83,11 @@ def fetch_in_this_process(
 
 
 def fetch_for(delivery: Delivery, request: FetchRequest, call: CallContext, source: int) -> FetchedFile | None:
-    """Fetch what a delivery needs; return the file, or None where only the source has one. Collective."""
+    """Fetch the file as the delivery needs it. Collective.
+
+    Returns:
+        The file; None with ``delivery="broadcast"`` on every rank but the source.
+    """
     file = fetch_at(source, request, call) if delivery == "broadcast" else fetch_once(request, call)
     call.report(Progress("loading", 0, None if file is None else file.size_bytes))
     return file

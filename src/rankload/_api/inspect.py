@@ -29,22 +29,26 @@ from rankload.errors import CacheError, LoadError, OfflineError
 
 @short_tracebacks
 def open_checkpoint(url: str | os.PathLike[str], *, headers: Mapping[str, str] | None = None) -> Checkpoint:
-    """Open a checkpoint to see what is in it, and to read single tensors. Not collective.
+    """Open a checkpoint to list its tensors, and to read single ones. Not collective.
 
-    Of a remote one a few ranges are read, usually less than 1 MB in all, and nothing is cached; the bytes are not
-    verified against a digest. Nothing in the file is executed, whatever it holds.
+    For a remote checkpoint, a few byte ranges are read, usually less than 1 MB in all. Nothing is cached, and the bytes
+    are not verified against a digest. Nothing in the file is executed.
 
     Args:
-        url: a file, or a URL as for `dist_load_state_dict_from_url`, of torch.save's formats (zip since 1.6,
-            legacy before; as a file also torch.hub's archive of one checkpoint), safetensors, or Hugging Face's
-            ``*.index.json`` of several files of them, which are opened where they lie.
+        url: a path, or a URL as for `dist_load_state_dict_from_url`. The format is one of torch.save's (zip since
+            torch 1.6, legacy before), safetensors, or Hugging Face's ``*.index.json`` of several such files, which are
+            opened in place. A local file may also be torch.hub's archive of one checkpoint.
         headers: extra request headers.
 
+    Returns:
+        The checkpoint: a mapping from name to tensor, which reads a tensor when it is accessed. Use it as a context
+        manager, or close it.
+
     Raises:
-        LoadError: the file is broken, or of a format without an index (TorchScript, compressed, tar).
-        FetchError: the origin does not give the bytes. It must serve ranges.
+        LoadError: the file is broken, or its format has no index (TorchScript, compressed, tar).
+        FetchError: the origin does not serve the bytes. It must support range requests.
         CacheError: the file cannot be read.
-        OfflineError: RANKLOAD_OFFLINE is set, and it is no local file.
+        OfflineError: offline mode is on (RANKLOAD_OFFLINE), and the checkpoint is not a local file.
     """
     location = Url.parse(os.fspath(url))
     path = location.local_path
@@ -63,14 +67,14 @@ def open_checkpoint(url: str | os.PathLike[str], *, headers: Mapping[str, str] |
         except BrokenFileError as error:
             raise LoadError(f"{display_name}: {error}", path=display_name) from None
         except NotUnderstoodError as error:
-            text = f"{display_name}: {error}: it has no index that can be read without loading it"
+            text = f"{display_name}: {error}: the file has no index that can be read without loading it"
             raise LoadError(text, path=display_name) from None
         unless_opened.pop_all()
     return Checkpoint(index, sources, stack, display_name)
 
 
 class _Sources:
-    """The files of a checkpoint, each opened once."""
+    """The files of a checkpoint by name. Each is opened once."""
 
     def __init__(self, open_one: Callable[[str, ExitStack], Source], stack: ExitStack) -> None:
         self._open_one, self._stack = open_one, stack
@@ -98,7 +102,9 @@ def _remote_opener(url: str, headers: Mapping[str, str]) -> Callable[[str, ExitS
     settings, checked = Settings.from_environment(), checked_headers(headers)
     (first,) = checked_urls(url)
     if settings.offline or is_switched_off(first):
-        raise OfflineError(f"{first}: offline, and this is no local file; fetch it first, and open the file")
+        raise OfflineError(
+            f"{first}: offline mode is on, and this is not a local file; fetch it first, and open its path"
+        )
 
     def open_one(name: str, stack: ExitStack) -> Source:
         is_first = name == urlsplit(first.raw).path.rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""`load`: torch.load in one process, with a map_location that is right for the rank."""
+"""`load`: torch.load in one process, with a map_location that fits the rank."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _HEAD_BYTES = 1024
 
-#: What the first bytes may look like of what torch.load loads from open files.
+#: Formats, as the first bytes show them, that torch.load loads from open files.
 _FORMATS_OF_TORCH: frozenset[Format] = frozenset(
     {"torch_zip", "torchscript", "single_member_zip", "zip", "legacy", "legacy_tar", "tar"}
 )
@@ -53,26 +53,29 @@ def load(
     mmap: bool | None = None,
     **torch_load_arguments: Any,
 ) -> Any:
-    """Load a local checkpoint in this process, as torch.load does. Not collective, and no other rank is waited for.
+    """Load a local checkpoint in this process, as torch.load does. Not collective: the call waits for no other rank.
 
-    What differs from torch.load: ``map_location=None`` and its templates are those of `dist_load_state_dict_from_url`,
-    files are mapped wherever their format allows it, safetensors files are loaded, whatever their name, and what goes
-    wrong is an error that names the file.
+    The call differs from torch.load in four ways. ``map_location=None`` and per-rank templates work as in
+    `dist_load_state_dict_from_url`. Files are mapped wherever their format allows. Safetensors files are loaded, too,
+    whatever their name. Every error names the file.
 
     Args:
-        f: a path, a file URL, or an open binary file, such as a ``BytesIO``, that can seek; it is read from where it
-            stands. Of safetensors files a temporary copy is made.
-        map_location: any form that torch.load takes.
-        weights_only: refuse whatever is not tensors and plain containers.
-        mmap: map the file; default: wherever its format allows. Not for open files.
-        **torch_load_arguments: torch.load's others: ``pickle_module``, ``encoding``, …
+        f: a path, a file URL, or an open, seekable binary file such as a ``BytesIO``. An open file is read from its
+            current position; if its format is safetensors, a temporary copy is made.
+        map_location: any form that torch.load takes, or a per-rank template.
+        weights_only: refuse everything but tensors and plain containers.
+        mmap: map the file; default: wherever the format allows. Not for open files.
+        **torch_load_arguments: other arguments of torch.load: ``pickle_module``, ``encoding``, …
+
+    Returns:
+        What torch.load returns: usually ``dict[str, Tensor]``, shapes and dtypes as saved.
 
     Raises:
         UnsafePickleError: ``weights_only`` refused the file.
-        MissingFileError: there is no such file: a FileNotFoundError.
-        LoadError: it could not be loaded for another reason.
+        MissingFileError: the file does not exist. Also a FileNotFoundError.
+        LoadError: the file could not be loaded for another reason.
         DeviceError: ``map_location`` names a device that this process does not have.
-        ArgumentError: it is at a URL: see `dist_load_state_dict_from_url`.
+        ArgumentError: ``f`` is a remote URL; `dist_load_state_dict_from_url` loads from those.
     """
     identity = own_identity()
     target = resolve_map_location(map_location, identity)
@@ -86,7 +89,7 @@ def load(
         check_has_scheme(location.raw, path)
         return _load_file(path, target, identity, weights_only=weights_only, mmap=mmap, **torch_load_arguments)
     if mmap:
-        raise ArgumentError("load(…, mmap=True): an open file cannot be mapped; give its path")
+        raise ArgumentError("load(…, mmap=True): an open file cannot be mapped; pass its path")
     display_name = printable(str(getattr(f, "name", "an open file")))
     with wrap_load_errors(Path(display_name), opened=f):
         if (head := _head(f)) is not None:
@@ -98,7 +101,7 @@ def load(
                         path, target, weights_only=weights_only, mmap=mmap, display_name=display_name
                     )
             if file_format not in _FORMATS_OF_TORCH:
-                # torch.load would take it for a pickle, and talk of weights_only
+                # torch.load would read the file as a pickle, and give misleading advice on weights_only
                 raise BrokenFileError(f"expected a checkpoint, got {got}")
             target = _checked(f, target)
         return torch.load(f, target, weights_only=weights_only, **torch_load_arguments)
@@ -118,7 +121,7 @@ def _load_file(
 
 
 def _checked(f: IO[bytes], target: Any) -> Any:
-    """Check what torch.load does not, and return its map_location; leave the file where it stands.
+    """Run the checks that torch.load lacks, and return the map_location to pass. The file keeps its position.
 
     Raises:
         BrokenFileError: the file contradicts itself.
@@ -126,12 +129,12 @@ def _checked(f: IO[bytes], target: Any) -> Any:
     position = f.tell()
     try:
         source = FileObject(f)
-    except (OSError, ValueError):  # it cannot say where it ends
+    except (OSError, ValueError):  # the file's size is unknown
         return target
     try:
         file_format = format_of(source)
         if file_format in ("zip", "single_member_zip"):
-            # torch's reader tells no capitals from small letters: it may find a checkpoint in it all the same
+            # torch's zip reader ignores case in member names: it might find a checkpoint in this archive nevertheless
             raise BrokenFileError("expected a checkpoint, got a zip archive that torch.save did not write")
         return checked_for_torch(source, file_format, target).map_location
     finally:
@@ -139,7 +142,7 @@ def _checked(f: IO[bytes], target: Any) -> Any:
 
 
 def _head(f: IO[bytes]) -> bytes | None:
-    """Return a file's first bytes from where it stands, and leave it there; None if it cannot do that."""
+    """Return the bytes after a file's position, and keep that position; None if the file cannot do that."""
     try:
         position = f.tell()
         head = f.read(_HEAD_BYTES)
@@ -151,7 +154,7 @@ def _head(f: IO[bytes]) -> bytes | None:
 
 @contextmanager
 def _copied(f: IO[bytes]) -> Iterator[Path]:
-    """Give the rest of a file a path."""
+    """Copy the rest of an open file to a temporary file, and yield the copy's path."""
     with scratch_file("a copy of a file object") as copy:
         shutil.copyfileobj(f, copy, length=1 << 20)
         copy.flush()

@@ -70,63 +70,65 @@ def dist_load_into(
     max_bytes: int | None = None,
     refresh: bool = False,
 ) -> LoadReport:
-    """Load the checkpoint at a URL into a module on every rank: each reads the bytes of its own parameters, no others.
+    """Load the checkpoint at a URL into a module on every rank. Each rank reads only the bytes of its own parameters.
 
-    **Collective** over the ranks of ``group``, else of the default process group, else of the launcher's job, as
-    `dist_load_state_dict_from_url` is. Nothing is written before all ranks have found that everything fits: if one
-    finds that it does not, all raise. (Extra state and what a module's own hooks compute is set while that is found.
-    Where a module has post-hooks of its own, which may have a say in missing and unexpected names, these are judged
-    after them, when the tensors are written, as ``load_state_dict`` does.)
+    **Collective** over the ranks of ``group``, else of the default process group, else of the launcher's job, like
+    `dist_load_state_dict_from_url`. No tensor is written before all ranks have checked that everything fits. If the
+    check fails on one rank, all ranks raise. (Extra state, and whatever a module's own hooks compute, is set during
+    that check. A module's own post-hooks may change the missing and unexpected names. If a module has any, those names
+    are judged after them, when the tensors are written, as ``load_state_dict`` does.)
 
     The module may be plain, wrapped in DistributedDataParallel or by torch.compile (the names are then those of the
-    module within), sharded by ``fully_shard`` (FSDP2), or tensor-parallel, on any mesh. Its hooks, ``_version`` and
-    extra state work as in ``load_state_dict``, and find in the state dict exactly what torch.load returns. One limit:
-    what a module does after its own ``super()._load_from_state_dict(…)`` is done before the tensors are there, unlike
-    what its post-hooks do.
+    inner module), sharded by ``fully_shard`` (FSDP2), or tensor-parallel, on any mesh. The module's hooks, ``_version``
+    and extra state work as in ``load_state_dict``, and see in the state dict exactly what torch.load returns. There is
+    one limit: code after a module's own ``super()._load_from_state_dict(…)`` runs before the tensors are loaded. Its
+    post-hooks run after that.
 
-    Tensors are converted to the dtypes and devices of the module's. What is on the meta device is materialised on the
-    device of the rest of the module, else on this rank's own; on the CPU as views of the mapped file, of which the
-    ranks of a host share one copy. Tied parameters stay tied, and it is enough if the file has them under one of their
+    Tensors are converted to the dtypes and devices of the module's tensors. A tensor on the meta device is materialised
+    on the device of the rest of the module, else on this rank's own device. On the CPU it becomes a view of the mapped
+    file, of which the ranks of a host share one copy. Tied parameters stay tied; the file may contain only one of their
     names.
 
     Args:
-        module: where to; the same on all ranks, but for how it is sharded. ``(module, optimizer)`` loads both from a
-            training checkpoint such as ``{"model": model.state_dict(), "optimizer": optimizer.state_dict()}``, by
-            whichever of the usual names it has them, the optimizer's state by numbers or, as
-            ``torch.distributed.checkpoint.state_dict`` gives it, by names; of sharded parameters each rank reads its
-            part of the state.
-        url, model_dir, progress, check_hash, file_name, sha256, headers, timeout, scope, group, offline, sidecar,
-        verify: as in `dist_load_state_dict_from_url`.
-        weights_only: for what torch.load builds: files that have no index, and objects that the module, the optimizer
-            or ``report.remainder`` wants. Nothing else is built, and cannot run code.
+        module: the module to load into: the same on all ranks, except for its sharding. ``(module, optimizer)`` loads
+            both from a training checkpoint such as
+            ``{"model": model.state_dict(), "optimizer": optimizer.state_dict()}``, under any of the usual names. The
+            optimizer's state may be keyed by numbers or by names, as in ``torch.distributed.checkpoint.state_dict``.
+            For sharded parameters, each rank reads its part of the state.
+        url, model_dir, progress, check_hash, file_name, sha256, headers, scope, group, offline, sidecar, verify: as in
+            `dist_load_state_dict_from_url`.
+        timeout: no-progress deadline in seconds, as in `dist_load_state_dict_from_url`.
+        weights_only: as in torch.load, for everything that torch.load builds: files without an index, and objects that
+            the module, the optimizer or ``report.remainder`` needs. Nothing else is built, so nothing else can run
+            code.
         strict: raise if names are missing or unexpected. Shapes must fit in any case.
-        assign: replace the module's tensors instead of writing into them, with the checkpoint's dtypes, as
-            ``load_state_dict(assign=True)`` does: on the CPU without a copy. Make the optimizer afterwards.
-            None replaces only what is on the meta device; and, as in torch, everything where the state dict had been
-            loaded with ``assign=True`` before it was saved.
-        delivery, src: as in `dist_load_state_dict_from_url`, and ``"gather"``: the ranks share the reading of what all
-            of them want. Each reads and uploads its share and gets the others' by all-gathers of the process group,
-            which must have a backend for the module's device; a device holds two buckets beyond its own tensors, 64 MiB
-            at the most. Sharded tensors are read by their owners.
-            ``"auto"`` is ``"read"``: gathering has yet to be seen on several accelerators.
-            With ``"broadcast"`` each rank takes its own bytes out of what comes by, and holds 8 MiB beyond its own
-            tensors, and up to 64 MiB of ones that are too small to be sent one by one. Where the source itself has to
-            load the whole file (it has no index, an ``adapt`` of your own or code of the module's own sees tensors, or
-            the remainder holds large ones), each receiver gets all of it first.
-        mmap: False makes private copies of what would be views of the mapped file.
-        adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt` are applied
-            to the index, before a byte is read; your own get the tensors, mapped. With an optimizer they are applied
-            to the whole checkpoint, and give the module's part; default: ``adapt.unwrap()``.
+        assign: replace the module's tensors by the checkpoint's, with their dtypes, instead of writing into them, as
+            ``load_state_dict(assign=True)`` does. On the CPU this makes no copy. Create the optimizer afterwards.
+            None replaces only tensors on the meta device. As in torch, None replaces all tensors if the saved state
+            dict had been loaded with ``assign=True``.
+        delivery, src: as in `dist_load_state_dict_from_url`, and ``"gather"``: the ranks share the reading of the
+            tensors that all of them need. Each rank reads and uploads its share, and gets the other shares by
+            all-gathers of the process group, which must have a backend for the module's device. A device holds two
+            buckets beyond its own tensors: at most 64 MiB. Sharded tensors are read by their owners.
+            ``"auto"`` is ``"read"``, because ``"gather"`` has not been tested on several accelerators yet.
+            With ``"broadcast"``, each rank takes its own bytes out of the stream. A rank holds 8 MiB beyond its own
+            tensors, and up to 64 MiB of tensors that are too small to be sent one by one. Each receiver gets the whole
+            file first if the source itself has to load the whole file: if the file has no index, if an ``adapt``
+            of your own or the module's own code sees tensors, or if the remainder holds large ones.
+        mmap: False makes private copies of tensors that would be views of the mapped file.
+        adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt` are applied to the index, before
+            a byte is read. Your own functions get the mapped tensors. With an optimizer, the functions are applied
+            to the whole checkpoint, and return the module's part; default: ``adapt.unwrap()``.
         max_bytes, refresh: as in `dist_load_state_dict_from_url`.
 
     Returns:
         A `LoadReport`, which unpacks into ``missing_keys, unexpected_keys``. With an optimizer, ``report.remainder`` is
-        the rest of the checkpoint, such as ``{"epoch": 3, "scheduler": {…}, "rng": …}``: as torch.load returns it, as
-        nested as it was saved, on every rank. A rank holds the tensors in it.
+        the rest of the checkpoint on every rank, such as ``{"epoch": 3, "scheduler": {…}, "rng": …}``: as torch.load
+        returns it, with the nesting that it was saved with. Each rank holds the remainder's tensors in memory.
 
     Raises:
-        LoadError: the checkpoint does not fit; the message lists what, and what may help.
-        RankloadError: whatever went wrong, on every rank the same.
+        LoadError: the checkpoint does not fit; the message lists the misfits, and what may help.
+        RankloadError: any other failure; the same error on every rank.
     """
     phases: dict[str, float] = {}
     with collective_call(group, timeout) as call:
@@ -208,7 +210,7 @@ def dist_load_into(
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
-    """Return whether a module is a FullyShardedDataParallel; importing its class would take a while."""
+    """Return whether a module is a FullyShardedDataParallel. The check is by name, as importing the class is slow."""
     return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
 
 
@@ -217,9 +219,9 @@ def _has_meta(module: nn.Module) -> bool:
 
 
 def _leaves_views(module: nn.Module, assign: bool | None, adapter: Adapter) -> bool:
-    """Return whether tensors of the module may become views of the checkpoint, or a caller's function gets some.
+    """Return whether the module's tensors may become views of the checkpoint, or the caller's code may get such views.
 
-    Shards never do: each rank reads its own.
+    Shards never become views: each rank reads its own.
     """
     whole = [slot.tensor for slot in tensor_slots(module) if not is_distributed(slot.tensor)]
     if not is_lazy(adapter) or looks_at_state_dict(module):
@@ -236,13 +238,14 @@ def _checked_targets(module: Any, assign: bool | None) -> tuple[nn.Module, Optim
         raise ArgumentError(f"dist_load_into({given}, …): expected a torch.nn.Module, or (module, optimizer)")
     if any(map(_is_fsdp1, target.modules())):
         raise ArgumentError(
-            "dist_load_into: FullyShardedDataParallel keeps its parameters flat and frees them: load into the module "
+            "dist_load_into: FullyShardedDataParallel flattens its parameters and frees them: load into the module "
             "before it is wrapped, or shard it with torch.distributed.fsdp.fully_shard"
         )
     if optimizers and (assign or any(slot.tensor.is_meta for slot in tensor_slots(target))):
         raise ArgumentError(
-            "dist_load_into((module, optimizer), …): parameters on the meta device, and all with assign=True, are "
-            "replaced, and the optimizer would keep the old ones; materialise the module first (module.to_empty)"
+            "dist_load_into((module, optimizer), …): this call would replace parameters (those on the meta device, or "
+            "all with assign=True), and the optimizer would keep the old ones; materialise the module first "
+            "(module.to_empty), and do not pass assign=True"
         )
     return target, optimizers[0] if optimizers else None
 

@@ -58,67 +58,70 @@ def dist_load_state_dict_from_url(
     max_bytes: int | None = None,
     refresh: bool = False,
 ) -> dict[str, Any]:
-    """Load the checkpoint at a URL into every rank: downloaded once, verified, the same result or error everywhere.
+    """Load the checkpoint at a URL on every rank: downloaded once, verified, the same result or error everywhere.
 
     **Collective** over the ranks of ``group``, else of the default process group, else of the launcher's job (torchrun,
-    mpirun, srun): all of them make the call, in the same order. In a single process it is torch.hub's function.
+    mpirun, srun). All these ranks make the call, in the same order. In a single process it works like torch.hub's
+    function.
 
-    The first seven arguments are torch.hub.load_state_dict_from_url's.
+    The first seven arguments are those of torch.hub.load_state_dict_from_url.
 
     Args:
-        url: URL (http, https, file, or a scheme of fsspec's such as s3, gs and hf), a plain path, or several mirrors
-            in order of preference: where one breaks off, the next goes on, if a digest tells that it has the same
-            file. Local files are used in place, never copied. Of an index of several files (``*.index.json``) these
-            are fetched, too, into a folder of their own.
+        url: a URL (http, https, file, or an fsspec scheme such as s3, gs and hf), a plain path, or several mirrors in
+            order of preference. If one mirror breaks off, the next one continues, provided that a digest shows that
+            both have the same file. Local files are used in place, never copied. If the URL names an index of several
+            files (``*.index.json``), those files are fetched, too, into a folder of their own.
         model_dir: cache directory; default ``torch.hub.get_dir()/checkpoints``. ``~`` is expanded. May differ between
             nodes.
-        map_location: as in torch.load, and also with per-rank templates, ``"{device}"`` or ``"cuda:{local_rank}"``, as
-            dict values too. None: CPU tensors stay on the CPU; tensors saved on an accelerator come to this rank's
-            own device, never another rank's.
-        progress: show a bar on stderr of the downloading rank, or, where that is no terminal, a line at the start,
-            every 30 s and at the end.
-        check_hash: compare the SHA-256 with the hash prefix in the file name (``name-<prefix>.ext``); a name
-            without one is an error.
-        file_name: the file's name in the cache; default: the URL's.
-        weights_only: as in torch.load. False lets the file run code: only for sources you trust.
-        sha256: the full digest, 64 hex digits.
-        headers: extra request headers, e.g. ``{"Authorization": "Bearer …"}``, for the first URL's host; mirrors on
-            other hosts, and hosts that it redirects to, get the ``User-Agent`` alone. Never logged or recorded.
-            GH_TOKEN, GITHUB_TOKEN and HF_TOKEN are sent to their own hosts without being asked for.
-        timeout: deadline in seconds on *no progress* (no byte, no new phase); default 120. Never a limit on the
-            total time.
-        scope: who shares one download: ``"job"`` (a directory shared by all nodes), ``"node"``, ``"process"``, or
-            ``"auto"``, which finds out.
-        delivery: ``"read"``: every rank maps the file. ``"broadcast"``: one rank fetches it, and it travels on from
-            node to node, over TCP in a chain, into memory that the ranks of a node share; nothing is cached on the
-            other nodes, and no directory need be shared. ``"auto"`` is ``"read"``; ``"gather"`` is for
+        map_location: as in torch.load, or a per-rank template such as ``"{device}"`` or ``"cuda:{local_rank}"``, also
+            as a dict's value. None leaves CPU tensors on the CPU, and puts tensors saved on an accelerator on this
+            rank's own device, never another rank's.
+        progress: show a progress bar on stderr of the downloading rank. If stderr is not a terminal, print a line at
+            the start, every 30 s and at the end.
+        check_hash: compare the SHA-256 with the hash prefix in the file name (``name-<prefix>.ext``). A name without a
+            hash prefix is an error.
+        file_name: name of the file in the cache; default: the URL's file name.
+        weights_only: as in torch.load. False lets the file run code: use it only for sources that you trust.
+        sha256: full SHA-256 digest of the file: 64 hex digits.
+        headers: extra request headers for the first URL's host, e.g. ``{"Authorization": "Bearer …"}``. Mirrors on
+            other hosts, and hosts that a redirect leads to, get only the ``User-Agent``. Headers are never logged or
+            recorded. GH_TOKEN, GITHUB_TOKEN and HF_TOKEN are sent to their own hosts by default.
+        timeout: no-progress deadline in seconds; default 120. A new byte or a new phase is progress. The total time
+            has no limit.
+        scope: which ranks share one download: ``"job"`` (all nodes share the directory), ``"node"``, ``"process"``, or
+            ``"auto"``, which detects the ranks that share the directory.
+        delivery: ``"read"``: every rank maps the file. ``"broadcast"``: one rank fetches the file and sends it from
+            node to node, in a chain of TCP connections, into memory that the ranks of a node share. The other nodes
+            cache nothing, and no directory need be shared. ``"auto"`` is ``"read"``. ``"gather"`` is only for
             `dist_load_into`.
-        src: the rank that fetches and sends with ``"broadcast"``, a global one as in torch.distributed.broadcast;
-            default: the first of the group.
+        src: global rank of the source, which fetches and sends the file with ``"broadcast"``, as in
+            torch.distributed.broadcast; default: the first rank of the group.
         group: the process group whose ranks make this call.
-        offline: never open a socket to an origin; what is not cached is an error. Default: ``RANKLOAD_OFFLINE``; for
-            hf URLs ``HF_HUB_OFFLINE`` and ``TRANSFORMERS_OFFLINE``, too.
-        sidecar: the file ``<url>.sha256`` at the origin must vouch for the file.
-        verify: when to hash a cached file: ``"once"`` (again only when it was touched), ``"always"``, or ``"never"``.
+        offline: never open a socket to an origin; a file that is not cached is an error. Default:
+            ``RANKLOAD_OFFLINE``; for hf URLs also ``HF_HUB_OFFLINE`` and ``TRANSFORMERS_OFFLINE``.
+        sidecar: require that the file ``<url>.sha256`` at the origin vouches for the file.
+        verify: when to hash a cached file: ``"once"`` (again only after the file was touched), ``"always"``, or
+            ``"never"``.
         mmap: map the file, so that the ranks of a host share one copy; default: wherever the format allows. False
             gives each rank a private copy.
-        adapt: applied to what was loaded: a function, or several in order, such as those of `rankload.adapt`:
+        adapt: a function to apply to the loaded checkpoint, or several in order, such as those of `rankload.adapt`:
             ``[adapt.unwrap(), adapt.strip_prefix("module.")]``. May differ between ranks.
-        max_bytes: the most that this call may download, in bytes: a file that is larger, or an index with parts that
-            are together, is refused with a FetchError, by its announced length before the first byte is written. No
-            mirror is asked then. What is cached does not count. Only the rank that downloads applies it. Default:
+        max_bytes: the most that this call may download, in bytes. A larger file, or an index whose files are larger
+            together, raises a FetchError; the announced length decides, before the first byte is written. No mirror is
+            asked then. Cached files do not count. Only the rank that downloads applies this limit. Default:
             ``RANKLOAD_MAX_BYTES``, else no limit.
-        refresh: ask the origin once whether a cached file is still its file (``If-None-Match``, ``If-Modified-Since``,
-            else length and digest), and fetch the new one if not. Without it, as in torch.hub, a cached name is used
-            forever. Not with ``sha256``, which says which file is wanted. Also ``RANKLOAD_REFRESH=1``.
+        refresh: ask the origin once whether a cached file is still current (``If-None-Match``, ``If-Modified-Since``,
+            else length and digest), and fetch the new file if not. Without ``refresh``, a cached name is used forever,
+            as in torch.hub. ``refresh`` has no effect with ``sha256``, which says which file is wanted.
+            ``RANKLOAD_REFRESH=1`` is the same for all calls.
 
     Returns:
         What torch.load returns: usually ``dict[str, Tensor]``, shapes and dtypes as saved.
 
     Raises:
-        RankloadError: on every rank the same, naming the rank and host where it happened. The subclasses are drawn in
-            `rankload.errors`; the usual ones are FetchError (an OSError), VerificationError and LoadError
-            (RuntimeErrors), RankLostError (a ConnectionError).
+        RankloadError: the same error on every rank; the message names the rank and host where it happened.
+            `rankload.errors` draws the tree of subclasses. The usual ones are FetchError (an OSError),
+            VerificationError and LoadError (RuntimeErrors), and RankLostError (a ConnectionError).
     """
     with collective_call(group, timeout) as call:
         adapter = as_adapter(adapt)
@@ -156,11 +159,11 @@ def load_in_this_process(
     file_name: str | None,
     weights_only: bool,
 ) -> Any:
-    """Load without the other ranks: torch.hub's callers often stand under ``if rank == 0:``. Not collective.
+    """Load in this process only, since torch.hub's function is often called under ``if rank == 0:``. Not collective.
 
-    Processes that share the directory still download once, through the lease.
+    Processes that share the directory still download once: the lease sees to that.
     """
-    settings = replace(Settings.from_environment(), hash_prefix_digits=1)  # torch.hub takes any prefix for a hash
+    settings = replace(Settings.from_environment(), hash_prefix_digits=1)  # torch.hub accepts a prefix of any length
     file = fetch_in_this_process(
         url, model_dir, settings, progress=progress, check_hash=check_hash, file_name=file_name
     )
@@ -179,7 +182,11 @@ def _delivered(
     mmap: bool | None,
     call: CallContext,
 ) -> tuple[Path, str]:
-    """Return where this rank is to load from, and what messages call it. Collective."""
+    """Deliver the checkpoint to this rank. Collective.
+
+    Returns:
+        The path to load from, and the checkpoint's name in messages.
+    """
     from rankload._load.node.node_copy import settled  # imports torch
     from rankload._load.node.parts import all_files
     from rankload._load.node.read_ahead import read_ahead

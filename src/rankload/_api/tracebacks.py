@@ -1,4 +1,4 @@
-"""Shorten tracebacks: print a failure that all ranks share once, without rankload's own frames."""
+"""Shorten tracebacks: one traceback for a failure that all ranks share, without rankload's own frames."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _Result = TypeVar("_Result")
 
 
 def short_tracebacks(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Decorate a public function: its errors show the caller's frames and where the failure happened, nothing between.
+    """Decorate a public function so that its errors show only the caller's frames and the frame that failed.
 
-    An error from another rank shows the caller's frames alone; its traceback is printed on that rank. The full
+    An error from another rank shows the caller's frames only: that rank prints the traceback of the failure. The full
     traceback, with all causes, is logged at DEBUG.
     """
 
@@ -49,9 +49,9 @@ def _point_to_documentation(error: RankloadError) -> None:
 
 
 def _shown_cause(error: RankloadError) -> BaseException | None:
-    """Return the cause that says something new, without repetitions in its own chain; None if there is none.
+    """Return the error's cause if it adds information, without repetitions in its own chain; else None.
 
-    What is hidden remains in ``__context__``, for debuggers.
+    Hidden exceptions stay in ``__context__``, for debuggers.
     """
     printed: BaseException = error
     while (chained := _chained(printed)) is not None:
@@ -73,7 +73,7 @@ def _says_nothing_new(error: BaseException, chained: BaseException) -> bool:
     if not isinstance(error, RankloadError):
         return False
     if error.is_from_another_rank:
-        # ranks that read the same file find the same fault by themselves; the first one's error is raised
+        # ranks that read the same file find the same fault themselves; all raise the first rank's error
         if isinstance(chained, RankloadError):
             return type(chained) is type(error) and (
                 isinstance(error, ArgumentMismatchError) or chained.message == error.message
@@ -81,10 +81,10 @@ def _says_nothing_new(error: BaseException, chained: BaseException) -> bool:
         return f"{type(chained).__name__}: {chained}" == error.message
     if isinstance(chained, RankloadError):
         return chained.message in error.message
-    if isinstance(error, RankFailedError):  # raised by the caller's own code: where in there is what counts
+    if isinstance(error, RankFailedError):  # raised by the caller's own code: its traceback shows where
         return False
     if isinstance(error, UnsafePickleError) and isinstance(chained, pickle.UnpicklingError):
-        return True  # torch's advice, which our message gives too
+        return True  # torch's message repeats the advice in ours
     text = chained.strerror if isinstance(chained, OSError) and chained.strerror else str(chained)
     return text in error.message
 
