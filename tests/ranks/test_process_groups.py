@@ -170,7 +170,7 @@ def test_a_rank_outside_group_is_told_so(origin: Origin, checkpoint: CheckpointF
     url = origin.add(checkpoint.name, checkpoint.path)
     results = run_ranks(_not_a_member, 3, args=(url, cache_dir))
     assert [result.value for result in results[:2]] == [digest_of(checkpoint.content)] * 2
-    assert "no member of group=" in results[2].value
+    assert "not a member of group=" in results[2].value
 
 
 def _load_in_one_of_two_worlds(rank: int, urls: list[str], model_dir: str) -> str:

@@ -1,1 +1,1 @@
-"""The ranks of a job: who they are, how they meet, agree, wait and fail together."""
+"""Coordinate the ranks of a job: identity, rendezvous, agreement, waits, and one verdict per call."""

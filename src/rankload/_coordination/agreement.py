@@ -1,4 +1,4 @@
-"""Agree on the way into a call: who has come, and whether all made the same call."""
+"""Agree at the start of a call: which ranks have made the call, and whether all passed the same arguments."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from rankload.errors import ArgumentMismatchError
 
 _KEY = "arrived"
 
-#: Rank 0 asks for each rank that it misses, several times in a row.
+#: Least time between two reads of the counter. Rank 0 asks once for each absent rank, several times in a row.
 _LOOK_SECONDS = 0.2
 
 
 class Agreement:
-    """One operation a rank: each adds one, and a digest of its arguments in the bits above, to one counter.
+    """Agreement by one store operation per rank, on one counter.
 
-    Where all so far agree, the sum is what this rank has added, times their number. Otherwise at least the first rank
-    to differ sees it, and compares with the arguments of the first one to come. That one publishes them only in a call
-    that lasts, with its first sign of life.
+    Each rank adds one, and a digest of its arguments in the higher bits. If all ranks so far agree, the sum is this
+    rank's own summand times their number. Otherwise at least the first rank that differs notices, and compares its
+    arguments with those of the first rank to arrive. That first rank publishes its arguments only in a call that takes
+    longer, with its first heartbeat.
 
-    The count tells a rank that was killed before its first sign of life from one that has not come yet.
+    The count also distinguishes a rank that was killed before its first heartbeat from one that has not arrived yet.
 
     Attributes:
-        have_all_come: whether this rank knows that every rank has made the call.
+        have_all_come: whether every rank is known to have made the call.
     """
 
     def __init__(self, store: RankStore, key: Callable[[str], str], identity: Identity, call: int) -> None:
@@ -43,10 +44,10 @@ class Agreement:
         self.have_all_come = False
 
     def enter(self, arguments: dict[str, Any]) -> bool:
-        """Say that this rank has come; return whether it agrees with all that have come before."""
+        """Count this rank in; return whether its arguments agree with those of all ranks that came before."""
         self._mine = {"rank": self._identity.rank, "host": self._identity.host, "arguments": arguments}
         digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).digest()
-        # a sum of world_size digests fits into what a signed number of 64 bits has left
+        # so the sum of world_size digests and the count fit into a signed 64-bit integer
         digest_bits = 62 - 2 * self._count_bits
         own = 1 + ((int.from_bytes(digest[:8], "big") >> (64 - digest_bits)) << self._count_bits)
         total = self._store.add(self._key(_KEY), own)
@@ -56,7 +57,10 @@ class Agreement:
         return total == count * own
 
     def compare(self, first: dict[str, Any]) -> None:
-        """Compare this rank's arguments with those of the first one to come.
+        """Compare this rank's arguments with those of the first rank to arrive.
+
+        Args:
+            first: rank, host and arguments of the first rank, as `support` published them.
 
         Raises:
             ArgumentMismatchError: they differ.
@@ -71,14 +75,14 @@ class Agreement:
             )
 
     def support(self) -> None:
-        """Publish what others may want to compare with, if this rank was the first to come."""
+        """Publish this rank's arguments for comparison if this rank was the first to arrive."""
         with self._publishing:
             if self._to_publish is not None:
                 self._store.set(self._key("arguments"), json.dumps(self._to_publish))
                 self._to_publish = None
 
     def look(self) -> bool:
-        """Return whether all ranks have come, as of a moment ago."""
+        """Return whether all ranks have made the call, as of the last read of the counter."""
         if not self.have_all_come and time.monotonic() - self._looked_at >= _LOOK_SECONDS:
             self._looked_at = time.monotonic()
             self.have_all_come = self._count(self._store.add(self._key(_KEY), 0)) == self._identity.world_size

@@ -1,4 +1,4 @@
-"""`CallContext`: what all steps of one call share."""
+"""`CallContext`: the objects that all steps of one call share."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class CallContext:
     """One call, collective or not, on this rank.
 
     Attributes:
-        channel: to the other ranks of the call.
+        channel: channel to the other ranks of the call.
         settings: deadlines and limits, with the call's own ``timeout=``.
-        group: the process group that the caller passed; None for the default one, or for none at all.
+        group: process group that the caller passed; None if the caller passed none.
         stack: releases files and memory at the end of the call, before its verdict.
     """
 
@@ -32,7 +32,7 @@ class CallContext:
 
     @property
     def identity(self) -> Identity:
-        """Who this process is among the ranks of the call."""
+        """Identity of this process among the ranks of the call."""
         return self.channel.identity
 
     def report(self, progress: Progress) -> None:
@@ -40,5 +40,5 @@ class CallContext:
         self.channel.report(progress)
 
     def report_loading(self, bytes_done: int = 0) -> None:
-        """Publish that this rank is loading, and how many bytes it has read."""
+        """Publish that this rank is loading, with the number of bytes read so far."""
         self.channel.report(Progress("loading", bytes_done))

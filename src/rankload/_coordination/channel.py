@@ -1,4 +1,4 @@
-"""`Channel`: the ranks of one call, as the rest of rankload sees them."""
+"""`Channel`: the interface through which one call talks to the other ranks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from rankload._types import Identity, Progress
 
 
 class Channel(ABC):
-    """The ranks of one call. A context manager: leaving it is the verdict, the same on every rank.
+    """The ranks of one call. A context manager: its exit waits for the verdict, which is the same on every rank.
 
-    All ranks enter a call in the same order. Within it, `post` and `wait_for` carry values from one rank to others.
-    Every method that waits raises RankloadError when another rank has failed meanwhile; `wait_for` lists the errors.
+    All ranks make their calls in the same order. Within a call, `post` and `wait_for` carry values from one rank to
+    others. Every method that waits raises a RankloadError if another rank fails meanwhile; `wait_for` lists the errors.
 
-    While the call lasts, SIGTERM raises an exception on the main thread, so that leases and partial files are released.
+    During the call, SIGTERM raises an exception on the main thread, so that leases and partial files are released.
 
     Args:
-        identity: who this process is among the ranks of the call.
+        identity: identity of this process among the ranks of the call.
     """
 
     def __init__(self, identity: Identity) -> None:
@@ -36,7 +36,7 @@ class Channel(ABC):
         """Announce this rank, and check that every rank passed the same arguments. Collective.
 
         Raises:
-            ArgumentMismatchError: they differ; names both ranks and both values.
+            ArgumentMismatchError: the arguments differ; the message names two ranks and both values.
         """
 
     @abstractmethod
@@ -44,7 +44,7 @@ class Channel(ABC):
         """Publish this rank's progress (see `Report`).
 
         Raises:
-            RankloadError: whatever made another rank fail.
+            RankloadError: another rank failed; that rank's error.
         """
 
     @abstractmethod
@@ -53,68 +53,84 @@ class Channel(ABC):
 
     @abstractmethod
     def wait_for(self, key: str, from_rank: int) -> dict[str, Any]:
-        """Wait for a posted value, and watch the rank that is to post it.
+        """Wait for a value that ``from_rank`` posts, and watch that rank meanwhile.
 
         Raises:
             RankLostError: that rank was killed or is frozen.
-            ProgressTimeoutError: it lives but makes no progress.
-            ArrivalTimeoutError: it never made the call.
-            RankloadError: whatever made another rank fail meanwhile.
+            ProgressTimeoutError: that rank is alive but makes no progress.
+            ArrivalTimeoutError: that rank did not make the call in time.
+            RankloadError: another rank failed meanwhile; that rank's error.
         """
 
     @abstractmethod
     def has(self, key: str) -> bool:
-        """Return whether a value was posted, without waiting."""
+        """Return whether a value was posted under a key, without waiting."""
 
     @abstractmethod
     def first(self, key: str, value: str) -> str:
-        """Return the value that the first rank passed for a key."""
+        """Pass a value for a key; return the value of the rank that passed one first."""
 
     def claim(self, key: str) -> int:
-        """Return the rank that claimed the key first; this one, if nobody did before."""
+        """Claim a key for this rank; return the rank that claimed it first."""
         return int(self.first(key, str(self.identity.rank)))
 
     @abstractmethod
     def answer(self, question: str, respond: Callable[[], dict[str, Any]]) -> None:
-        """Answer a question of another rank whenever this one waits for others."""
+        """Answer another rank's question while this rank waits for others.
+
+        Args:
+            question: name of the question.
+            respond: returns the answer, a JSON-able value.
+        """
 
     @abstractmethod
     def ask(self, question: str, of_rank: int) -> dict[str, Any]:
-        """Return a rank's answer to a question. That rank has called `answer` before; raises like `wait_for`."""
+        """Ask a rank a question, and wait for the answer. Raises like `wait_for`.
+
+        The other rank must call `answer` with the same question.
+        """
 
     @abstractmethod
     def meet(self, key: str, *, agrees: bool = False) -> bool:
-        """Wait until every rank has come here: none goes on if one fails before. Collective.
+        """Wait until every rank has reached this point. If one fails before, none goes on. Collective.
+
+        Args:
+            key: name of the meeting point.
+            agrees: this rank's vote.
 
         Returns:
-            Whether all of them agree.
+            Whether all ranks voted True.
         """
 
     @abstractmethod
     def watch_over(self, ranks: Iterable[int]) -> Callable[[Progress], None]:
-        """Return a function to call repeatedly during a wait of another kind, such as one on a socket.
+        """Return a function to call repeatedly during another kind of wait, such as one on a socket.
 
-        It publishes this rank's progress, and raises when another rank has failed or one of the given ones is lost.
+        The function publishes this rank's progress. It raises if another rank failed, or if one of ``ranks`` is lost.
         """
 
     @property
     @abstractmethod
     def store_host(self) -> str | None:
-        """Host of the job's store, which every rank can reach; None where it is not known."""
+        """Host of the job's store, which every rank can reach; None if unknown."""
 
     @abstractmethod
     def remember(self, fact: str, value: str | None = None) -> str | None:
-        """Keep a fact for later calls of the same ranks, or recall it (None when it is not known).
+        """Remember a value for later calls of the same ranks, and return it. Without a value, return the known one.
 
-        A call that fails leaves nothing on any rank.
+        A failed call remembers nothing on any rank.
+
+        Args:
+            fact: name of the value.
+            value: value to remember; None to look it up.
         """
 
     def on_exit(self, callback: Callable[[], None]) -> None:
-        """Run a callback when the call ends on this rank, after the verdict; OSErrors are ignored."""
+        """Register a callback for the end of the call on this rank, after the verdict. Its OSErrors are ignored."""
         self._on_exit.append(callback)
 
     def close(self) -> None:
-        """Run the callbacks of `on_exit`; for a channel that is not used as a context manager."""
+        """Run the callbacks of `on_exit`. Call this only on a channel that is not used as a context manager."""
         for callback in self._on_exit:
             with suppress(OSError):
                 callback()
@@ -125,4 +141,4 @@ class Channel(ABC):
 
     @abstractmethod
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """End the call; raise what another rank failed with first, if this one did not fail."""
+        """End the call. If another rank failed first, raise that rank's error."""

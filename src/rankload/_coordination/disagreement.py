@@ -7,15 +7,16 @@ from typing import Any
 
 from rankload._urls import scheme_of
 
-#: What says the same as the URL, to be compared only.
+#: Arguments derived from the URL: they are compared, but not shown.
 _OF_THE_URL = ("origin", "query")
 
 
 def describe_disagreement(first: Mapping[str, Any], first_rank: int, mine: Mapping[str, Any], own_rank: int) -> str:
-    """Return e.g. ``url: rank 0 has [...], rank 1 has [...]``; empty where the arguments are equal.
+    """Return e.g. ``url: rank 0 has [...], rank 1 has [...]``; empty if the arguments are equal.
 
     Args:
-        first, mine: the arguments of two ranks, by name. Of a query they have names and digests, no values.
+        first, mine: arguments of two ranks, by name. A URL's query is given by parameter names and digests, without
+            values.
         first_rank, own_rank: the two ranks.
     """
     differing = [name for name in sorted(first.keys() | mine.keys()) if first.get(name) != mine.get(name)]
@@ -33,7 +34,7 @@ def describe_disagreement(first: Mapping[str, Any], first_rank: int, mine: Mappi
 
 
 def advice_on(first: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
-    """Return what to call where ranks want different files, to be appended to a message; empty where they do not."""
+    """Return advice to append to a message if the ranks want different files; else an empty string."""
     if all(first.get(name) == mine.get(name) for name in ("url", *_OF_THE_URL)):
         return ""
     is_local = any(scheme_of(url) in (None, "file") for url in mine.get("url", []))

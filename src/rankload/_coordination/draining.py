@@ -1,4 +1,4 @@
-"""Tell late ranks why rank 0 cannot host the store, and keep the store until they know."""
+"""Tell late ranks why rank 0 failed to join, and keep rank 0's store until they have read the reason."""
 
 from __future__ import annotations
 
@@ -15,24 +15,32 @@ from rankload._settings import Settings
 from rankload._types import Identity
 from rankload.errors import CoordinationError, RankloadError, StoreLostError
 
-#: How long rank 0 waits at its end for those that have come. They look more often.
+#: How long rank 0 waits at exit for the other ranks to read the reason. They poll more often than that.
 _FAREWELL_SECONDS = 2.0
 
-#: Where the word is, until rank 0 tries again or its process ends.
+#: Rendezvous that hold a reason, until rank 0 tries again or its process ends.
 _left: list[Rendezvous] = []
 
 
 def leave_word(error: RankloadError, root: str, port: int, identity: Identity, call: int, settings: Settings) -> None:
-    """Host a store that says why there is none to meet at: rank 0 could not resolve its address, but others can.
+    """Host a store that only says why rank 0 failed: rank 0 cannot resolve its own address, but other ranks can.
 
-    Its process ends when all have come, or after the liveness limit.
+    The process of rank 0 exits when all ranks have come, or after the liveness limit.
+
+    Args:
+        error: error of rank 0.
+        root: prefix of the rendezvous's keys.
+        port: port of the store.
+        identity: identity of rank 0.
+        call: number of the call that failed.
+        settings: deadlines.
     """
     try:
         store = host_store("localhost", port, settings)
-    except CoordinationError:  # the port is taken: the others find out for themselves
+    except CoordinationError:  # the port is taken: the other ranks notice that themselves
         return
     rendezvous = Rendezvous(store, root)
-    with suppress(StoreLostError):  # the error that is being raised says more
+    with suppress(StoreLostError):  # the error that is being raised is more useful
         prove(store, identity)
         rendezvous.request_to_join()
         rendezvous.tell_failure(as_shared_error(error, identity), call, to_all=True)
@@ -40,13 +48,13 @@ def leave_word(error: RankloadError, root: str, port: int, identity: Identity, c
 
 
 def keep_word(rendezvous: Rendezvous, identity: Identity, settings: Settings) -> None:
-    """Keep a store in which this rank 0 has told of its failure, until it tries again or its process ends."""
+    """Keep a store in which this rank 0 has published its failure, until it tries again or its process ends."""
     _left.append(rendezvous)
     atexit.register(_stay, rendezvous, identity.world_size, settings.liveness_seconds)
 
 
 def forget_word() -> None:
-    """Free the port for another attempt."""
+    """Close the kept stores, so that their port is free for another attempt."""
     _left.clear()
 
 

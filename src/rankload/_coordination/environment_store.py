@@ -1,6 +1,7 @@
-"""The store of a job without a process group: at the environment's address, hosted by rank 0.
+"""The store of a job without a process group: rank 0 hosts it at the address from the environment.
 
-Any listener there will not do: MASTER_PORT may be another job's. Rank 0 proves itself with a key in its store.
+A listener at that address is no proof: MASTER_PORT may belong to another job. So rank 0 writes a key that proves whose
+store it is.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ from rankload.errors import ArrivalTimeoutError, CoordinationError
 
 _PROOF_KEY = "rankload/host"
 
-#: The most that one round of waiting for the proof counts: more, and this process was stopped.
+#: Longest time that one round of waiting may count. A longer round means that this process was stopped.
 _MAX_ROUND_SECONDS = 2.0
 
 
 def store_from_environment(identity: Identity, settings: Settings) -> RankStore | None:
-    """Open the job's store without a process group, hosting it in rank 0 where nobody else does.
+    """Open the job's store without a process group. Rank 0 hosts the store unless torchrun's agent does.
 
-    Returns None when the environment names no meeting point: then ranks meet through the lease only.
+    Returns:
+        The store; None if the environment gives no address. Then only the lease prevents a second download.
 
     Raises:
         ArrivalTimeoutError: rank 0 did not open the store in time.
-        CoordinationError: rank 0 cannot listen at the address that the environment gives; on the other ranks, that
-            address cannot be resolved, or somebody else listens there.
+        CoordinationError: rank 0 cannot listen at the environment's address. On the other ranks: that address cannot be
+            resolved, or something else listens there.
     """
     endpoint = endpoint_of(os.environ)
     if endpoint is not None and uses_agent_store(os.environ):
@@ -54,20 +56,20 @@ def store_from_environment(identity: Identity, settings: Settings) -> RankStore 
 
 
 def environment_endpoint(identity: Identity) -> tuple[str, int] | None:
-    """Return where rank 0 hosts the store: MASTER_ADDR and MASTER_PORT, or a place made from the SLURM step's id."""
+    """Return host and port of rank 0's store: MASTER_ADDR and MASTER_PORT, else derived from the SLURM step's id."""
     endpoint = endpoint_of(os.environ)
     return slurm_step_endpoint(os.environ) if endpoint is None and identity.launcher == "slurm" else endpoint
 
 
 def prove(store: RankStore, identity: Identity) -> None:
-    """Say in the store that it is hosted by rank 0 of a job like this one."""
+    """Write the proof key: rank 0 of a job of this size hosts this store."""
     store.set(_PROOF_KEY, json.dumps({"world_size": identity.world_size, "host": identity.host, "pid": os.getpid()}))
 
 
 def _await_listener(host: str, port: int, identity: Identity, settings: Settings) -> None:
-    """Wait until rank 0 listens. TCPStore's own wait sits in C++, where no Python signal handler runs.
+    """Wait until rank 0 listens. TCPStore's own wait runs in C++, where no Python signal handler can run.
 
-    A name that cannot be resolved is waited for as long as a connection may take.
+    A name that cannot be resolved is tried again for as long as a connection attempt may take.
     """
     problem: OSError | None = None
     unresolved = SuspendAwareTimer(2 * _MAX_ROUND_SECONDS)
@@ -95,11 +97,11 @@ def _await_listener(host: str, port: int, identity: Identity, settings: Settings
 
 
 def _await_proof(store: RankStore, identity: Identity, settings: Settings) -> None:
-    """Wait until rank 0 has proved itself, which it does as soon as it hosts.
+    """Wait for rank 0's proof key, which rank 0 writes as soon as it hosts the store.
 
     Raises:
-        CoordinationError: somebody else hosts a store there.
-        StoreLostError: the store has gone.
+        CoordinationError: another job, or something else, hosts the store.
+        StoreLostError: the store does not answer.
     """
     waited = SuspendAwareTimer(_MAX_ROUND_SECONDS)
     for _ in backoff(identity.world_size):
@@ -111,7 +113,7 @@ def _await_proof(store: RankStore, identity: Identity, settings: Settings) -> No
             raise CoordinationError(
                 f"the store at {store.place} is not one that rank 0 of this job hosts for rankload: another job, an "
                 "earlier one that has not ended, or rank 0's process group holds the port. Set MASTER_PORT to a free "
-                "port, alike on all ranks, and call init_process_group on all of them or on none",
+                "port, the same on all ranks, and call init_process_group on all of them or on none",
                 place=store.place,
             )
 
@@ -119,8 +121,8 @@ def _await_proof(store: RankStore, identity: Identity, settings: Settings) -> No
 def _check_proof(proof: dict[str, Any], store: RankStore, identity: Identity) -> None:
     if proof["world_size"] != identity.world_size:
         raise CoordinationError(
-            f"the store at {store.place} belongs to another job: one of {proof['world_size']} ranks, whose rank 0 is "
-            f"process {proof['pid']} on {proof['host']}; this one has {identity.world_size}. Set MASTER_PORT to a "
-            "free port, alike on all ranks",
+            f"the store at {store.place} belongs to another job with {proof['world_size']} ranks, whose rank 0 is "
+            f"process {proof['pid']} on {proof['host']}; this job has {identity.world_size}. Set MASTER_PORT to a "
+            "free port, the same on all ranks",
             place=store.place,
         )

@@ -1,4 +1,4 @@
-"""Heartbeats: what a rank publishes about itself during a long call, and how others judge it."""
+"""Heartbeats: the status that a rank publishes during a long call, and how other ranks judge it."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ from rankload._settings import Settings
 from rankload._types import DECLARED_WAITS, Identity, Phase, Progress
 from rankload.errors import CoordinationError, ProgressTimeoutError, RankFailedError, RankloadError, RankLostError
 
-#: How often a rank looks around in a call, at most.
+#: Longest time between two looks of a rank at the others, except in large jobs.
 _LOOK_SECONDS = 0.5
 
-#: The least between two looks, however short the deadlines are.
+#: Least time between two looks, however short the deadlines are.
 _MIN_TICK_SECONDS = 0.05
 
-#: A rank's own deadline and others' judgement of it are at least so far apart.
+#: Least time between a rank's own no-progress deadline and the moment when other ranks judge it as stuck.
 _MIN_MARGIN_SECONDS = 5.0
 
-#: Phases that a warm call goes through in milliseconds: they are published with the first beat that they outlast.
+#: Phases that a warm call goes through in milliseconds: the next heartbeat publishes them, not their beginning.
 _USUALLY_SHORT: frozenset[Phase] = frozenset({"looking", "loading"})
 
 
 @dataclass(frozen=True)
 class Status:
-    """One sign of life.
+    """One heartbeat of a rank, as it is published.
 
     Attributes:
-        beat: counts the signs; a rank whose beat stands still is dead or frozen.
-        effort: counts work that progress does not show (page faults, blocks read, CPU time while loading).
+        host: host name of the rank.
+        pid: process id of the rank.
+        progress: phase, bytes and file that the rank works on.
+        beat: number of the heartbeat. A rank whose number does not change is dead or frozen.
+        effort: counter of work that ``progress`` does not show: page faults, blocks read, units of 50 ms of CPU time.
     """
 
     host: str
@@ -56,11 +59,19 @@ class Status:
 
 
 class Heartbeat:
-    """Publishes this rank's status in the background while a call lasts, and looks around for it.
+    """Thread that publishes this rank's status during a call, and looks at the other ranks meanwhile.
 
-    The first sign comes after half a second: a warm call, which is over by then, publishes none, and a rank that is
-    killed later is known to have made the call. The look around tells a rank deep in a download that nobody needs it
-    any more.
+    The first heartbeat comes after half a second. A warm call is over by then and publishes none. A rank that is killed
+    later is known to have made the call. By looking at the others, a rank in the middle of a download notices that the
+    call has failed.
+
+    Args:
+        store: store to publish in.
+        key: key of this rank's status.
+        identity: identity of this rank.
+        interval_seconds: time between two heartbeats.
+        look_around: looks at the other ranks; raises if one is lost.
+        on_error: called with the error that ended the thread.
     """
 
     def __init__(
@@ -76,7 +87,7 @@ class Heartbeat:
         self._interval_seconds, self._look_around, self._on_error = interval_seconds, look_around, on_error
         self._progress = Progress("looking")
         self._beats = 0
-        self._publishing = threading.Lock()  # or an older status could overwrite a newer one
+        self._publishing = threading.Lock()  # without the lock, an older status could overwrite a newer one
         self._thread = threading.Thread(target=self._run, name="rankload-heartbeat", daemon=True)
         self._stop_requested = threading.Event()
         self._ticked_at, self._longest_still_seconds = time.monotonic(), 0.0
@@ -87,23 +98,24 @@ class Heartbeat:
         self._thread.start()
 
     def take_longest_still_seconds(self) -> float:
-        """Return for how long this process stood still at the most since the last call of this method.
+        """Return the longest time that this process stood still since the last call of this method, in seconds.
 
-        A process that is stopped, or whose threads get no time, shows no sign of life: the others may take it for lost.
+        A process that is stopped, or whose threads get no CPU time, publishes no heartbeat: the others may have judged
+        it as lost.
         """
         longest = max(self._longest_still_seconds, time.monotonic() - self._ticked_at)
         self._longest_still_seconds, self._ticked_at = 0.0, time.monotonic()
         return longest
 
     def beat(self, progress: Progress) -> None:
-        """Take note of the progress; publish a new phase at once, unless it is one that is usually over at once."""
+        """Record the progress for the next heartbeat. Publish a new phase at once, unless it is usually short."""
         is_new_phase = progress.phase != self._progress.phase and progress.phase not in _USUALLY_SHORT
         self._progress = progress
         if is_new_phase:
             self._publish()
 
     def stop(self, patience_seconds: float = 2.0) -> None:
-        """End the thread; the last status stays readable. A thread that a dead store holds is left to itself."""
+        """Stop the thread; the last status stays readable. A thread that waits for a dead store is left behind."""
         self._stop_requested.set()
         if self._thread.ident is not None:
             self._thread.join(patience_seconds)
@@ -123,7 +135,7 @@ class Heartbeat:
                 self._look_around()
         except RankloadError as error:
             self._on_error(error)
-        except Exception as error:  # silent, this rank would count as lost
+        except Exception as error:  # otherwise the heartbeats would end silently, and this rank count as lost
             self._on_error(RankFailedError(f"{type(error).__name__}: {error}", cause_type=type(error).__name__))
 
     def _publish(self) -> None:
@@ -134,17 +146,19 @@ class Heartbeat:
 
 
 class PeerMonitor:
-    """Judges one other rank by what it publishes.
+    """Judges one other rank by its published status.
 
     Args:
-        store: where it publishes.
-        key: its status.
-        rank: it.
-        settings: how long it may be silent, or stand still.
-        has_come: tells whether the rank is known to have made the call, whatever it has published.
+        store: store in which the rank publishes.
+        key: key of the rank's status.
+        rank: rank to judge.
+        settings: deadlines: how long the rank may be silent, or make no progress.
+        has_come: returns whether a rank is known to have made the call, even if it has published nothing.
 
     Attributes:
+        rank: the judged rank.
         is_absent: whether the rank may not have made the call yet, as of the last look.
+        status: last status read; None before the first one.
     """
 
     def __init__(
@@ -160,11 +174,11 @@ class PeerMonitor:
         """Read the rank's status and judge it.
 
         Args:
-            elapsed_seconds: since the last look, as far as this process was awake.
+            elapsed_seconds: time since the last look, without time in which this process was stopped.
 
         Raises:
-            RankLostError: its beat stands still for ``liveness_seconds``.
-            ProgressTimeoutError: it beats but does not move, for longer than it needs to tell of its own deadline.
+            RankLostError: the rank's heartbeat has stopped for longer than `silence_limit_seconds`.
+            ProgressTimeoutError: the rank is alive but makes no progress, and has not reported its own deadline either.
         """
         text = self._store.peek(self._key)
         self.is_absent = text is None and self.is_absent and not self._has_come(self.rank)
@@ -182,9 +196,9 @@ class PeerMonitor:
             raise error
 
     def describe(self) -> str:
-        """Name the rank, its host and what it does, for a log line."""
+        """Return the rank, its host and its progress, for a log line."""
         if self.status is None:
-            return f"rank {self.rank} ({'has not made this call yet' if self.is_absent else 'silent'})"
+            return f"rank {self.rank} ({'has not made this call yet' if self.is_absent else 'no heartbeat yet'})"
         return f"rank {self.rank} on {self.status.host}: {describe(self.status.progress)}"
 
     def _judge_silence(self, elapsed_seconds: float) -> None:
@@ -222,11 +236,11 @@ class PeerMonitor:
 
 
 class RollCall:
-    """Asks ranks for another sign of life than the one that they have given last.
+    """Checks that ranks publish a new heartbeat, other than the last one at construction.
 
     Args:
-        store: where they publish.
-        keys: their statuses.
+        store: store in which the ranks publish.
+        keys: keys of the ranks' statuses.
     """
 
     def __init__(self, store: RankStore, keys: Iterable[str]) -> None:
@@ -234,7 +248,7 @@ class RollCall:
         self._before = {key: store.peek(key) for key in keys}
 
     def is_complete(self) -> bool:
-        """Return whether all of them have given one."""
+        """Return whether every rank has published a new heartbeat."""
         self._before = {key: text for key, text in self._before.items() if self._store.peek(key) == text}
         return not self._before
 
@@ -251,9 +265,10 @@ def describe(progress: Progress) -> str:
 
 
 def _stillness_limit_seconds(settings: Settings) -> float:
-    """Return after how long without progress a rank counts as stuck: its own deadline, which tells more, comes first.
+    """Return the time without progress after which other ranks judge a rank as stuck.
 
-    What it raises then is known to the others once its threads and files are closed.
+    The rank's own deadline passes first, since its error says more. The margin gives the rank time to close its threads
+    and files before it reports that error.
     """
     return settings.progress_seconds + max(0.25 * settings.progress_seconds, _MIN_MARGIN_SECONDS)
 
@@ -265,5 +280,5 @@ def _position(status: Status) -> tuple[object, ...]:
 
 def _effort() -> int:
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    # 50 ms of CPU time count as work: the heartbeat itself needs far less between two beats
+    # 50 ms of CPU time count as work: the heartbeat thread itself uses far less between two heartbeats
     return usage.ru_majflt + usage.ru_inblock + int((usage.ru_utime + usage.ru_stime) / 0.05)

@@ -16,18 +16,19 @@ from rankload.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Launcher:
-    """The variables in which one launcher tells a process who it is. Of several names, the first one set counts.
+    """The environment variables by which one launcher identifies a process. The first one set of several names counts.
 
     Attributes:
-        name: what ``Identity.launcher`` says.
-        rank: the launcher is present where one of these is set (and `applies` agrees). No other variable makes it
-            so: batch scripts export WORLD_SIZE for tasks that take their rank from SLURM_PROCID.
-        world_size: empty if the launcher does not tell; it is then enough for an error, not for an identity.
-        local_rank: index among the ranks on this node.
-        local_world_size: number of ranks on this node.
-        node_rank: index of this node.
-        tasks_per_node: number of ranks on every node in SLURM's notation, where there is no local_world_size.
-        applies: False where the variables were set for another process, or another launcher tells more.
+        name: value of ``Identity.launcher``.
+        rank: variables for the rank. The launcher is present if one of these is set (and `applies` agrees). No other
+            variable counts: batch scripts export WORLD_SIZE for tasks that take their rank from SLURM_PROCID.
+        world_size: variables for the number of ranks. Empty if the launcher sets none: then it identifies no process,
+            and its rank alone is an error.
+        local_rank: variables for the index among the ranks on this node.
+        local_world_size: variables for the number of ranks on this node.
+        node_rank: variables for the index of this node.
+        tasks_per_node: variables for the number of ranks on every node in SLURM's notation, without local_world_size.
+        applies: returns False if the variables were set for another process, or another launcher's say more.
     """
 
     name: str
@@ -40,8 +41,8 @@ class Launcher:
     applies: Callable[[Launcher, Mapping[str, str]], bool] = lambda launcher, environ: True
 
 
-#: What srun's MPI plugins leave (mpi/pmix/pmixp_info.c, mpi/pmi2, mpi/cray_shasta): the name of the step,
-#: ``<job>.<step>``. Other launchers set these variables otherwise or not at all.
+#: Marks of srun's MPI plugins (mpi/pmix/pmixp_info.c, mpi/pmi2, mpi/cray_shasta): the step's name, ``<job>.<step>``.
+#: Other launchers set these variables to other values, or not at all.
 _SRUN_MARKS = {
     "PMIX_NAMESPACE": re.compile(r"slurm\.pmix\.\d+\.\d+"),
     "PMI_JOBID": re.compile(r"\d+\.\d+"),
@@ -50,14 +51,14 @@ _SRUN_MARKS = {
 
 
 def _not_by_srun(launcher: Launcher, environ: Mapping[str, str]) -> bool:
-    """Return whether MPI variables are an MPI launcher's, not those of ``srun --mpi=pmix``, ``pmi2``, ``cray_shasta``.
+    """Return whether an MPI launcher set the variables, not ``srun --mpi=pmix``, ``pmi2`` or ``cray_shasta``.
 
-    srun's are incomplete (Cray's and PMIx's have no size) and leak into chained batch scripts. The SLURM variables
-    beside them tell more, or tell that this is no step.
+    srun's MPI variables are incomplete (Cray's and PMIx's have no size) and leak into chained batch scripts. The SLURM
+    variables say more, or show that this process is not in a step.
     """
     if not any(mark.fullmatch(environ.get(name, "")) for name, mark in _SRUN_MARKS.items()):
         return True
-    # an mpiexec that runs in a task of srun inherits the mark, but sets ranks of its own
+    # an mpiexec inside a task of srun inherits the mark, but sets its own ranks
     rank, world_size = _first_set(launcher.rank, environ), _first_set(launcher.world_size, environ)
     return in_slurm_step(environ) and (
         (rank is not None and environ[rank] != environ.get("SLURM_PROCID"))
@@ -65,10 +66,10 @@ def _not_by_srun(launcher: Launcher, environ: Mapping[str, str]) -> bool:
     )
 
 
-#: In order: whoever is closest to the process first. torchrun's workers see their agent's variables as well.
+#: The launcher closest to the process comes first. torchrun's workers also see the variables of their agent's launcher.
 LAUNCHERS = (
-    # https://docs.pytorch.org/docs/stable/elastic/run.html, "Environment Variables". torch's env:// believes RANK
-    # and WORLD_SIZE wherever they come from, so we do.
+    # https://docs.pytorch.org/docs/stable/elastic/run.html, "Environment Variables". torch's env:// trusts RANK and
+    # WORLD_SIZE whoever sets them, and so does rankload.
     Launcher(
         "torchrun",
         rank=("RANK",),
@@ -77,7 +78,7 @@ LAUNCHERS = (
         local_world_size=("LOCAL_WORLD_SIZE",),
         node_rank=("GROUP_RANK",),
     ),
-    # https://docs.open-mpi.org/en/v5.0.x/tuning-apps/environment-var.html. OMPI_COMM_WORLD_NODE_RANK is no node
+    # https://docs.open-mpi.org/en/v5.0.x/tuning-apps/environment-var.html. OMPI_COMM_WORLD_NODE_RANK is not a node
     # rank: it counts the processes of all jobs on this node.
     Launcher(
         "ompi",
@@ -86,8 +87,8 @@ LAUNCHERS = (
         local_rank=("OMPI_COMM_WORLD_LOCAL_RANK",),
         local_world_size=("OMPI_COMM_WORLD_LOCAL_SIZE",),
     ),
-    # PMIx_Init(3): namespace and rank come from the environment, all else from the PMIx server. So a plain prterun
-    # tells us that this is one rank of several, but not of how many.
+    # PMIx_Init(3): namespace and rank come from the environment, everything else from the PMIx server. So under a
+    # plain prterun this process is one rank of an unknown number.
     Launcher("pmix", rank=("PMIX_RANK",), world_size=(), applies=_not_by_srun),
     # HPE PALS (mpiexec on Cray EX under PBS), pals.h, "Environment variables available for applications".
     Launcher(
@@ -130,17 +131,18 @@ LAUNCHERS = (
 
 
 def identity_from_environment(environ: Mapping[str, str] | None = None, host: str | None = None) -> Identity:
-    """Find out who this process is in its job; without a launcher it is a job of its own.
+    """Return this process's identity in its job. Without a launcher, the process is a job of its own.
 
-    What the first launcher present does not tell (local rank, ranks on the node, node rank) is taken from later ones
-    that agree with it on rank and world size: for ``RANK`` and ``WORLD_SIZE`` exported by a script under srun, say.
+    The first launcher present may not set the local rank, the ranks on the node, or the node rank. These then come from
+    later launchers with the same rank and world size: for example, if a script under srun exports ``RANK`` and
+    ``WORLD_SIZE``.
 
     Args:
-        environ: the environment, by default this process's.
-        host: the host name, by default this machine's.
+        environ: environment variables; default: this process's.
+        host: host name; default: this machine's.
 
     Raises:
-        ArgumentError: the variables are incomplete, contradict each other, or are no numbers.
+        ArgumentError: the variables are incomplete, contradict each other, or are not numbers.
     """
     environ = os.environ if environ is None else environ
     host = socket.gethostname() if host is None else host
@@ -178,7 +180,7 @@ def _fill(identity: Identity, launcher: Launcher, environ: Mapping[str, str]) ->
     try:
         return _fill_from(identity, _read(launcher, environ, identity.host))
     except ArgumentError:
-        return identity  # this launcher did not start the rank: what it left need not make sense
+        return identity  # this launcher did not start the rank: its variables need not make sense
 
 
 def _fill_from(identity: Identity, other: Identity) -> Identity:
@@ -198,7 +200,7 @@ def _number(launcher: Launcher, names: tuple[str, ...], environ: Mapping[str, st
         return None
     text = environ[name].strip()
     if not (text.isascii() and text.isdecimal()):
-        raise _wrong(launcher, name, environ, "is not a number from 0 up")
+        raise _wrong(launcher, name, environ, "is not a non-negative integer")
     return int(text)
 
 
@@ -214,7 +216,7 @@ def _check_below(
 def _incomplete(launcher: Launcher, environ: Mapping[str, str]) -> ArgumentError:
     name = _first_set(launcher.rank, environ) or launcher.rank[0]
     size = " or ".join(launcher.world_size)
-    missing = f"{size} is not set" if size else "no variable tells of how many"
+    missing = f"{size} is not set" if size else "no variable gives their number"
     advice = "WORLD_SIZE" if launcher.name == "torchrun" else "RANK and WORLD_SIZE"
     problem = f"says that this is one rank of several, but {missing}: export {advice} as well, or unset {name}"
     return _wrong(launcher, name, environ, problem)

@@ -1,4 +1,4 @@
-"""Which ranks take part in a call, and the session that they share."""
+"""Find the ranks that take part in a call, and the session that they share."""
 
 from __future__ import annotations
 
@@ -30,19 +30,25 @@ from rankload.errors import ArgumentError, ArrivalTimeoutError, CoordinationErro
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: torch.testing's backend for one process that plays a job of many: the others do not exist.
+#: torch.testing's backend for one process that simulates a job of many: the other ranks do not exist.
 _FAKE_BACKEND = "fake"
 
-#: What stands for the group's name where there is none.
+#: Name of the ranks in keys if there is no process group.
 _ENVIRONMENT = "environment"
 
-#: How long a rank that cannot join tries to tell the others.
+#: How long a rank that cannot join tries to publish its error.
 _LAST_WORD_SECONDS = 2.0
 
 
 @dataclass
 class _Membership:
-    """What this process keeps of one set of ranks."""
+    """State of this process for one set of ranks.
+
+    Attributes:
+        calls: calls made with these ranks.
+        session: present session; None before a join.
+        former: session before that, if any.
+    """
 
     calls: Calls = field(default_factory=Calls)
     session: Session | None = None
@@ -56,12 +62,12 @@ _environments: dict[tuple[Identity, str], _Membership] = {}
 def open_channel(group: ProcessGroup | None, settings: Settings) -> Channel:
     """Open the channel for one call: of the given group, else of the default group, else of the launcher's job.
 
-    Collective over those ranks. Without a store to meet at, or with a single rank, the channel is a lone one; so it is
-    in a DataLoader's worker, which has its rank's environment and, if forked, its process group.
+    Collective over those ranks. Without a store, or with one rank, the channel is that of a single process. The same
+    holds in a DataLoader's worker, which has the environment of its rank and, if forked, the process group.
 
     Raises:
-        ArgumentError: this rank is no member of the group.
-        ArrivalTimeoutError: rank 0 does not make the call.
+        ArgumentError: this rank is not a member of the group.
+        ArrivalTimeoutError: rank 0 did not make the call in time.
     """
     if _is_dataloader_worker():
         return open_single_process_channel()
@@ -76,14 +82,15 @@ def open_channel(group: ProcessGroup | None, settings: Settings) -> Channel:
 
 
 def open_single_process_channel() -> SingleProcessChannel:
-    """Open the channel of a process that acts without the others. Not collective."""
+    """Open the channel of a process that acts without other ranks. Not collective."""
     return SingleProcessChannel(replace(own_identity(), rank=0, world_size=1, job_size=None))
 
 
 def own_identity() -> Identity:
-    """Find out who this process is in the job, which the default process group knows best.
+    """Return this process's identity in the job: from the default process group, else from the launcher.
 
-    Devices are chosen by it: to a launcher that has not started the others, every rank is local rank 0.
+    Devices are chosen by this identity. The process group comes first: a launcher that did not start the other ranks
+    would make every rank local rank 0.
     """
     world = _default_group()
     if world is None:
@@ -109,7 +116,7 @@ def _session_of_group(group: ProcessGroup, settings: Settings) -> Session | None
     import torch.distributed as dist
 
     if dist.get_rank(group) < 0:
-        raise ArgumentError("this rank is no member of group=: call it on the group's members only")
+        raise ArgumentError("this rank is not a member of group=: make this call on the group's members only")
     if dist.get_world_size(group) == 1 or dist.get_backend(group) == _FAKE_BACKEND:
         return None
     identity = _identity_in_group(group)
@@ -118,7 +125,7 @@ def _session_of_group(group: ProcessGroup, settings: Settings) -> Session | None
 
 
 def _next_session(member: _Membership, identity: Identity, join_anew: Callable[[], Session | None]) -> Session | None:
-    """Count one more call, and return the session that it belongs to; None where there is no place to meet."""
+    """Count one more call; return its session, or None if the ranks cannot meet: without a store, or after a fork."""
     last = member.session or member.former
     if last is not None and last.pid != os.getpid():
         return None
@@ -140,7 +147,7 @@ def _join_group(group: ProcessGroup, identity: Identity, settings: Settings, mem
     try:
         store = store_of_group(group, settings)
     except BaseException as error:
-        # no connection of our own, no thread to wait for one: the group's client can still tell the others
+        # there may be no connection or thread of our own: the group's client can still publish the error
         with suppress(Exception):
             own_client = RankStore(client_of_group(group), "the group", False, _LAST_WORD_SECONDS)
             tell_joining_failure(own_client, name, as_shared_error(error, identity), member.calls)
@@ -167,7 +174,8 @@ def _join_by_environment(identity: Identity, settings: Settings, member: _Member
     except StoreLostError as lost:
         if identity.rank == 0 or uses_agent_store(os.environ) or lost.fields.get("place") != _place(identity):
             raise
-        # a process group's store at the same port, which rank 0 was about to destroy: now it opens its own
+        # the lost store was a process group's at the same port, which rank 0 was about to destroy: rank 0 now opens
+        # its own there
         hurried = replace(settings, arrival_seconds=min(settings.arrival_seconds, settings.liveness_seconds))
         try:
             return _join_at_endpoint(identity, hurried, member)
@@ -194,18 +202,18 @@ def _place(identity: Identity) -> str:
 
 
 def _has_namesake(name: str, group: ProcessGroup | None) -> bool:
-    """Return whether another group of that name exists: requests to join from now on mean that one."""
+    """Return whether another group of that name exists. Further requests to join are meant for that group."""
     from torch.distributed import distributed_c10d
 
     for other in list(distributed_c10d._world.pg_map):
-        with suppress(KeyError, ValueError):  # it is being destroyed
+        with suppress(KeyError, ValueError):  # the other group is being destroyed
             if other is not group and _name_of(other) == name:
                 return True
     return False
 
 
 def _identity_in_group(group: ProcessGroup) -> Identity:
-    """Take rank and size from the group, and what the group does not know from the launcher."""
+    """Return this process's identity: rank and size from the group, everything else from the launcher."""
     import torch.distributed as dist
 
     launched = _launched_identity()
@@ -221,7 +229,7 @@ def _identity_in_group(group: ProcessGroup) -> Identity:
 
 
 def _launched_identity() -> Identity:
-    """Return what the launcher tells, for a process that has a group: it counts more than variables that say half."""
+    """Return the launcher's identity for a process with a group. The group counts more than incomplete variables."""
     try:
         return identity_from_environment()
     except ArgumentError:
@@ -229,7 +237,7 @@ def _launched_identity() -> Identity:
 
 
 def _name_of(group: ProcessGroup) -> str:
-    """Name the group alike on all its members, and unlike any group of other ranks."""
+    """Return a name for the group: the same on all members, and different for groups of other ranks."""
     import torch.distributed as dist
 
     members = ",".join(map(str, dist.get_process_group_ranks(group)))

@@ -1,6 +1,6 @@
-"""Polling: how often, and for how long. Every wait in rankload is a loop of short ones.
+"""Polling: how often, and for how long. Every wait in rankload is a loop of short waits.
 
-Between two polls Python's signal handlers run.
+Python's signal handlers run between two polls.
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ from rankload.errors import ArrivalTimeoutError
 
 _logger = logging.getLogger("rankload")
 
-#: The most that one round of polling may count. A connection attempt takes up to 5 s; more means that we were stopped.
+#: Longest time that one round of polling may count. A connection attempt takes up to 5 s; a longer round means that
+#: this process was stopped.
 _MAX_ROUND_SECONDS = 6.0
 
 
 def backoff(world_size: int, sleep: Callable[[float], object] = time.sleep) -> Iterator[float]:
-    """Yield forever, sleeping between two rounds; yields the sleep.
+    """Yield forever, and sleep between two rounds. Yields the length of the next sleep in seconds.
 
-    The sleep grows from 1 ms by a third, so that the time lost by it stays below a third of the time waited; to 10 ms
-    in the first second, which is as long as most waits between ranks are, and to 100 ms then. In large jobs it grows on
-    until all ranks together make 4000 rounds a second, a few percent of what a TCPStore serves.
+    The sleep grows from 1 ms by a third each round, so that the time lost stays below a third of the time waited. It
+    grows to 10 ms in the first second, since most waits between ranks are over by then, and to 100 ms afterwards. In
+    large jobs the sleep grows further, until all ranks together make 4000 rounds per second: a few percent of what a
+    TCPStore can serve.
+
+    Args:
+        world_size: number of ranks that poll the same store.
+        sleep: called with the seconds to sleep.
     """
     delay, slept, shortest = 0.001, 0.0, world_size / 4000
     while True:
@@ -36,10 +42,10 @@ def backoff(world_size: int, sleep: Callable[[float], object] = time.sleep) -> I
 
 
 def until_rank_0_comes(identity: Identity, settings: Settings) -> Iterator[float]:
-    """Yield like `backoff` while there is hope that rank 0 makes the call, logging that it has not.
+    """Yield like `backoff` while this rank waits for rank 0 to make the call, and log the wait.
 
     Raises:
-        ArrivalTimeoutError: after ``settings.arrival_seconds``.
+        ArrivalTimeoutError: ``settings.arrival_seconds`` have passed.
     """
     waited, reported = SuspendAwareTimer(_MAX_ROUND_SECONDS), 0.0
     for delay in backoff(identity.world_size):
@@ -59,7 +65,7 @@ def until_rank_0_comes(identity: Identity, settings: Settings) -> Iterator[float
 
 
 def is_voice_of_node(identity: Identity, awaited: Container[int]) -> bool:
-    """Return whether this rank speaks for its node in a wait: the first local rank that is not itself waited for."""
+    """Return whether this rank logs for its node in a wait: the first local rank that is not itself awaited."""
     if identity.local_rank is None or not identity.is_whole_job:
         return True
     first = identity.rank - identity.local_rank
@@ -75,9 +81,9 @@ def is_on_own_node(identity: Identity, rank: int) -> bool:
 
 
 def silence_limit_seconds(settings: Settings) -> float:
-    """Return after how long a silence somebody counts as lost.
+    """Return the time without a heartbeat after which a rank counts as lost.
 
-    A fifth less than ``liveness_seconds``, which bounds the time from the death to the error on the last rank: the
-    silence is noticed at the next look, and the news travels.
+    ``liveness_seconds`` bounds the time from a rank's death to the error on the last rank. The limit is a fifth less:
+    another rank notices the silence only at its next look, and the error has to reach all ranks.
     """
     return 0.8 * settings.liveness_seconds

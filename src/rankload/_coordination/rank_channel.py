@@ -1,8 +1,8 @@
-"""One call of all ranks: agreement on the way in, values between ranks on the way, one verdict on the way out.
+"""One call of all ranks: agreement at the start, values between ranks in the middle, one verdict at the end.
 
-A warm call costs a rank six store operations: the agreement, the leader's word (where the file is, who shares it),
-the fetched file, its own success, the verdict, and "seen" where the store lives in rank 0's process. A wait costs
-one operation a poll. Rank 0 also counts who is through.
+A warm call costs a rank six store operations: the agreement, the leader's message (where the file is, who shares it),
+the fetched file, the rank's own success, the verdict, and ``seen`` if the store lives in rank 0's process. A wait costs
+one operation per poll. Rank 0 also counts the ranks that are through.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from rankload.errors import (
     StoreLostError,
 )
 
-#: How long rank 0 keeps the store open at the end of a call that failed for ranks that have not read the verdict.
-#: Its process then waits at its end.
+#: How long rank 0 keeps the store open after a failed call, for ranks that have not read the verdict. If some still
+#: have not, rank 0's process waits again at exit.
 _FAREWELL_SECONDS = 5.0
 
-#: The same after SIGTERM (schedulers kill soon after), and when a rank is lost that is never going to read it. Waiters
-#: poll every 0.1 s.
+#: The same after SIGTERM (schedulers kill soon after), and after the loss of a rank, which will never read the verdict.
+#: Waiting ranks poll every 0.1 s.
 _HURRIED_SECONDS = 0.3
 
-#: How often a wait looks for a failure too: one that is shorter is a warm call's.
+#: How often a wait also looks for a failure. Waits of a warm call are shorter.
 _LOOK_SECONDS = 0.05
 
-#: What one vote counts in a counter of ranks.
+#: Amount that one vote adds to a counter of ranks.
 _VOTE = 1 << 32
 
-#: Errors after which rank 0 waits for nobody any more.
+#: Errors after which rank 0 waits for no other rank.
 _GIVING_UP = (ArrivalTimeoutError, RankLostError)
 
 
 class RankChannel(Channel):
-    """The channel of one call in one rank of several, over the job's store.
+    """The channel of one call of several ranks, over the job's store.
 
     Args:
-        session: of this rank with the others; outlasts the call.
+        session: session of this rank with the others; outlasts the call.
         settings: deadlines.
     """
 
@@ -75,11 +75,11 @@ class RankChannel(Channel):
             self._store,
             self._status_key(self.identity.rank),
             self.identity,
-            min(settings.heartbeat_seconds, settings.progress_seconds / 4),  # or it would seem not to move
+            min(settings.heartbeat_seconds, settings.progress_seconds / 4),  # rarer ones would show no progress in time
             self._look_around,
             self._note_failure,
         )
-        # whoever downloads waits for nobody, and would learn last that others are gone
+        # a rank that downloads waits for no other rank, and would otherwise be the last to notice a lost one
         self._watchdog_meanwhile = self._watchdog_over(self._watched, while_working=True)
 
     @override
@@ -111,7 +111,7 @@ class RankChannel(Channel):
 
     @override
     def meet(self, key: str, *, agrees: bool = False) -> bool:
-        # one counter counts both: how many have come, and above that how many of them agree
+        # one counter holds both numbers: the ranks that have come and, in the higher bits, those that agree
         agreeing, come = divmod(self._store.add(self._key(f"met/{key}"), 1 + _VOTE * agrees), _VOTE)
         if come == self.identity.world_size:
             self.post(f"met/{key}/all", {"agree": agreeing == come})
@@ -172,7 +172,7 @@ class RankChannel(Channel):
                 self._termination.restore()
 
     def _conclude(self, error: BaseException | None) -> None:
-        """Return if the call succeeded everywhere, or if this rank's own error is to fly on; else raise the cause."""
+        """Return after success on all ranks, or to let this rank's own error propagate; else raise the first cause."""
         if error is None:
             try:
                 self._await_verdict()
@@ -184,7 +184,7 @@ class RankChannel(Channel):
             self._tell(error)
 
     def _await_verdict(self) -> None:
-        """Say that this rank is through, and wait until all are or one has failed."""
+        """Count this rank as through, and wait until all ranks are through or one has failed."""
         self._raise_failure()
         self._wait_until(self._session.has_left_rendezvous, self._watched, Progress("done"))
         self._verdict.count_through()
@@ -195,16 +195,17 @@ class RankChannel(Channel):
         self._raise_failure()
         if not self._verdict.outlast_readers(silence_limit_seconds(self._settings)) and not self._verdict.has_readers():
             raise RankLostError(
-                "every rank was through, but none of the others has read that the call succeeded: they were killed, or "
-                "gave up rank 0 while it stood still",
+                "every rank finished its part, but no other rank has read that the call succeeded: the others were "
+                "killed, or gave rank 0 up as lost while its process was stopped",
                 lost_rank=self._watched[0],
             )
 
     def _may_succeed(self) -> bool:
-        """Tell on rank 0 whether every rank is through, and none can have given this one up.
+        """Return, on rank 0, whether every rank is through and none can have given rank 0 up.
 
-        A rank gives rank 0 up when it has stood still for the silence limit. After half of that, rank 0 asks for
-        another sign of life from everybody: who has left the call gives none, and counts as lost in due time.
+        A rank gives rank 0 up when rank 0 was silent for the silence limit. If rank 0 stood still for half of that
+        limit, it waits for a new heartbeat of every rank. A rank that has left the call sends none, and counts as lost
+        in due time.
         """
         if not self._verdict.are_all_through():
             return False
@@ -217,17 +218,17 @@ class RankChannel(Channel):
             self.post(f"answer/{question}", self._answers.pop(question)())
 
     def _tell(self, error: BaseException) -> None:
-        """Tell the other ranks why this one fails; if another failed first, raise its error."""
+        """Publish why this rank fails. If another rank failed first, raise that rank's error."""
         if isinstance(error, _GIVING_UP):
             self._session.give_up_absent_ranks()
         patience_seconds = _HURRIED_SECONDS if isinstance(error, _GIVING_UP) else _FAREWELL_SECONDS
         if isinstance(error, Terminated):
             patience_seconds = _HURRIED_SECONDS
             self._verdict.hurry(patience_seconds)
-        has_lost_store = isinstance(error, StoreLostError) and error.rank is None  # not one that another rank tells of
+        has_lost_store = isinstance(error, StoreLostError) and error.rank is None  # not another rank's StoreLostError
         mine = as_shared_error(error, self.identity)
         self._session.calls.note_failure(mine)
-        with suppress(StoreLostError):  # nobody can be told any more; our own error says more than that
+        with suppress(StoreLostError):  # no rank can be told any more; this rank's own error is more useful
             if not has_lost_store:
                 self._verdict.fail(mine)
             if not self._verdict.outlast_readers(patience_seconds) and not isinstance(mine, _GIVING_UP):
@@ -244,7 +245,7 @@ class RankChannel(Channel):
                 raise first from error
 
     def _look_around(self) -> None:
-        """Look for the verdict and at those whom this rank watches; the heartbeat thread does it."""
+        """Look for the verdict, and at the ranks that this rank watches. Runs on the heartbeat thread."""
         self._agreement.support()
         self._verdict.look()
         self._session.raise_joining_failure()
@@ -256,7 +257,8 @@ class RankChannel(Channel):
 
     def _raise_failure(self) -> None:
         self._termination.check()
-        # once there is a verdict, what the heartbeat thread has noted counts no more: others may have gone on, and left
+        # once there is a verdict, a failure that the heartbeat thread noted no longer counts: the other ranks may have
+        # gone on, and left the call
         if failure := self._verdict.failure if self._verdict.is_known else self._failure:
             raise failure
 
@@ -273,7 +275,7 @@ class RankChannel(Channel):
         return json.loads(text)  # type: ignore[no-any-return]
 
     def _wait_until(self, is_there: Callable[[], bool], ranks: Iterable[int], progress: Progress) -> None:
-        """Poll for something that the given ranks are to do, watching over them."""
+        """Poll until ``is_there`` returns True, and watch the ranks that are to bring that about."""
         watchdog, looked_at = self._watchdog_over(ranks), time.monotonic()
         for _ in backoff(self.identity.world_size):
             if is_there():

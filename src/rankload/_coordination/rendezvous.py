@@ -1,4 +1,4 @@
-"""Sessions: the same ranks, told apart from whoever used the store before (see `admission`)."""
+"""Sessions: keep a set of ranks apart from all former users of the store (see `admission`)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from rankload.errors import (
     StoreLostError,
 )
 
-#: The field of an error that kept a rank from joining.
+#: Name of a field that marks an error as one that kept a rank from joining.
 _WHILE_JOINING = "while_joining"
 
-#: Failed calls that are told to ranks that come late: nobody is so many calls behind.
+#: Number of failed calls that late ranks can read of. No rank is more calls behind.
 _FAILURES_KEPT = 8
 
 
@@ -35,19 +35,19 @@ _FAILURES_KEPT = 8
 class Calls:
     """The calls that this process has made with one set of ranks, since their last session ended.
 
-    Every rank makes every call, so all count alike, also over calls in which some could not even join. A rank that
-    comes late to a call that has failed is told so, and does not take the others' next call for it.
+    Every rank makes every call. So all ranks count the same number, even over calls that some could not join. A rank
+    that comes late to a failed call learns of the failure, and does not mistake the others' next call for that call.
 
     Attributes:
-        made: their number, with the present one.
-        failures: of the last calls that failed, by number, why.
+        made: number of calls, including the present one.
+        failures: errors of the last failed calls, by call number.
     """
 
     made: int = 0
     failures: dict[int, RankloadError] = field(default_factory=dict)
 
     def restart(self) -> None:
-        """Count from the beginning: the ranks part, and one of them may be succeeded by another process."""
+        """Count from zero again: the ranks' session has ended, and a new process may replace one of the ranks."""
         self.made = 0
         self.failures.clear()
 
@@ -60,17 +60,17 @@ class Calls:
 
 @dataclass
 class Session:
-    """What the calls of one set of ranks share.
+    """State that the calls of one set of ranks share.
 
     Attributes:
-        store: the ranks' store.
-        identity: who this rank is among them.
-        prefix: start of every key of this session.
-        calls: those that this rank has made, also before this session.
-        rendezvous_host: on rank 0, while it admits ranks.
-        pid: the process that joined; a forked child must not use its parent's connection.
-        remembered: facts that stay true for the session (which directories are shared).
-        is_over: the next call needs another session.
+        store: store of the ranks.
+        identity: identity of this rank among them.
+        prefix: prefix of every key of this session.
+        calls: calls that this rank has made, also before this session.
+        rendezvous_host: thread that admits ranks; on rank 0, until all have joined.
+        pid: process that joined: a forked child must not use its parent's connection.
+        remembered: facts that stay true for the session, such as which directories are shared.
+        is_over: whether the next call needs another session.
     """
 
     store: RankStore
@@ -84,16 +84,16 @@ class Session:
     _joined: dict[int, int] = field(default_factory=dict)
 
     def call_prefix(self, number: int) -> str:
-        """Return the start of every key of a call."""
+        """Return the prefix of every key of a call."""
         return f"{self.prefix}/{number}"
 
     @property
     def id(self) -> str:
-        """Return what tells this session from others of the same ranks."""
+        """Return the random id that distinguishes this session from others of the same ranks."""
         return self.prefix.rpartition("/")[2]
 
     def announce(self) -> None:
-        """Announce that this rank has joined, for which call, and which calls before that have failed.
+        """Publish that this rank has joined, for which call, and which earlier calls failed.
 
         Raises:
             CoordinationError: another process has joined as the same rank.
@@ -105,8 +105,8 @@ class Session:
         if first != mine:
             mine, first = (text.partition(" ")[2] for text in (mine, first))
             raise CoordinationError(
-                f"{mine} and {first} both say that they are rank {self.identity.rank}: two jobs share the store at "
-                f"{self.store.place}. Give each a MASTER_PORT of its own",
+                f"{mine} and {first} both claim to be rank {self.identity.rank}: two jobs share the store at "
+                f"{self.store.place}. Give each job its own MASTER_PORT",
                 place=self.store.place,
             )
         self.store.add(f"{self.prefix}/joined")
@@ -116,7 +116,7 @@ class Session:
         return self.store.add(f"{self.prefix}/joined", 0) >= self.identity.world_size
 
     def has_begun(self, rank: int) -> bool:
-        """Return whether a rank is known to have begun the present call: whether it has joined for that."""
+        """Return whether a rank is known to have begun the present call, because it joined for this call."""
         if rank not in self._joined:
             if (text := self.store.peek(self._joined_key(rank))) is None:
                 return False
@@ -124,15 +124,15 @@ class Session:
         return self._joined[rank] == self.calls.made
 
     def raise_joining_failure(self) -> None:
-        """Raise what has kept a rank from joining for the present call; on rank 0."""
+        """Raise the error that kept a rank from joining for the present call, if any. Has an effect only on rank 0."""
         if self.rendezvous_host is not None and (failure := self.rendezvous_host.failure_of(self.calls.made)):
             raise failure
 
     def has_left_rendezvous(self) -> bool:
-        """Leave the meeting point if everybody has joined; tell whether nothing is left to be left.
+        """Close a temporary store for the rendezvous once every rank has joined; return whether none is open.
 
-        Rank 0 calls it before the first call can end anywhere: the next step of any rank may be init_process_group at
-        the same address, which must find it free, and find no store that closes soon.
+        Rank 0 calls this before the first call can end on any rank. The next step of a rank may be init_process_group
+        at the same address: that address must be free, and not serve a store that closes soon.
         """
         if (
             self.rendezvous_host is not None
@@ -143,11 +143,11 @@ class Session:
         return self.rendezvous_host is None or not self.rendezvous_host.is_at_temporary_store
 
     def is_ended_by(self, failure: RankloadError | None) -> bool:
-        """Return whether the ranks have to meet anew after a call that failed so: they may have lost each other.
+        """Return whether the ranks must join a new session after this failure, because they may have lost each other.
 
-        All have read the same verdict, except those that have lost the store: rank 0, frozen for a while, has
-        seen nothing of that. A rank that never came has lost nothing, unless rank 0's store was lost to it; nor have
-        the others lost anything where a rank could not join.
+        All ranks have read the same verdict, except those that lost the store: a rank 0 that was frozen for a while
+        does not know of those. A rank that never arrived has lost nothing, unless it lost the store of rank 0. If a
+        rank could not join, the other ranks have lost nothing either.
         """
         if failure is not None and _WHILE_JOINING in failure.fields:
             return False
@@ -156,12 +156,12 @@ class Session:
         return isinstance(failure, (RankLostError, ProgressTimeoutError, StoreLostError))
 
     def close(self) -> None:
-        """Welcome nobody any more."""
+        """Stop admitting ranks."""
         if self.rendezvous_host is not None:
             self.rendezvous_host.stop()
 
     def give_up_absent_ranks(self) -> None:
-        """Let this process end without them."""
+        """Let this process exit without waiting for ranks that have not joined."""
         if self.rendezvous_host is not None:
             self.rendezvous_host.drain_seconds = 0.0
 
@@ -180,22 +180,22 @@ def join(
 ) -> Session:
     """Agree on a session with rank 0. Collective over the ranks of the group, but rank 0 does not wait.
 
-    A meeting point that rank 0 hosts itself is left again: its address is the one where init_process_group hosts its
-    own store, and a second process group fails on the keys of the first if they share a server.
+    A store that rank 0 hosts only for the rendezvous is closed later. init_process_group hosts its own store at the
+    same address, and a second process group fails on the keys of the first if both share a server.
 
     Args:
-        store: where the ranks find each other.
-        identity: who this rank is among them.
-        group_name: the same on all of them.
-        settings: gives the deadline.
-        calls: what this rank has made of calls.
-        is_current: tells whether new requests may mean this session. The group may have a namesake over
-            the same store, whose ranks must not get it.
-        former: the session that these ranks had before, if any.
+        store: store at which the ranks meet.
+        identity: identity of this rank among them.
+        group_name: name of the ranks in keys, the same on all of them.
+        settings: deadlines.
+        calls: calls that this rank has made with these ranks.
+        is_current: returns whether new requests may be meant for this session. The group may have a namesake over the
+            same store, whose ranks must not get this session.
+        former: former session of these ranks, if any.
 
     Raises:
         ArrivalTimeoutError: rank 0 did not answer within ``settings.arrival_seconds``.
-        RankloadError: why a rank failed to join; the others that are waiting raise the same.
+        RankloadError: a rank failed to join; all waiting ranks raise that rank's error.
     """
     rendezvous = Rendezvous(store, root_of(group_name))
     number = rendezvous.request_to_join()
@@ -213,7 +213,7 @@ def join(
         shared = as_shared_error(error, identity)
         shared.fields[_WHILE_JOINING] = True
         tell_joining_failure(store, group_name, shared, calls)
-        if identity.rank == 0 and store.is_temporary:  # the others read it there
+        if identity.rank == 0 and store.is_temporary:  # the other ranks read the failure from this store
             keep_word(rendezvous, identity, settings)
         if error is shared or not isinstance(error, Exception):
             raise
@@ -222,13 +222,13 @@ def join(
 
 
 def tell_joining_failure(store: RankStore, group_name: str, error: RankloadError, calls: Calls) -> None:
-    """Tell the ranks that are meeting why one cannot join them, if the store is still there."""
+    """Publish why this rank cannot join, for the ranks that are joining. A lost store is ignored."""
     with suppress(StoreLostError):
         Rendezvous(store, root_of(group_name)).tell_failure(error, calls.made)
 
 
 def root_of(group_name: str) -> str:
-    """Return the start of every key of a group."""
+    """Return the prefix of every key of a group."""
     return f"rankload/{group_name}"
 
 

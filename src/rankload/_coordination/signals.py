@@ -1,4 +1,4 @@
-"""SIGTERM during a call: clean up, tell the other ranks, then die of the signal as before."""
+"""SIGTERM during a call: clean up, tell the other ranks, then let the signal end the process."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rankload._coordination.thread_signals import call_on_sigterm, is_at_default
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. Not an Exception: nothing but clean-up may catch it."""
+    """SIGTERM arrived. Not an Exception: only clean-up code may catch it."""
 
 
 class TerminationAsException:
-    """Turns SIGTERM into an exception while a call lasts, where SIGTERM is at its default: never a user's own handler.
+    """Turns SIGTERM into an exception during a call. A handler of the user's own is never replaced.
 
-    On the main thread it is raised at once, on others by the next `check`.
+    The exception is raised at once on the main thread, and by the next `check` on other threads.
 
     Attributes:
-        has_arrived: whether SIGTERM has.
+        has_arrived: whether SIGTERM has arrived.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class TerminationAsException:
         self._raises = True
 
     def install(self) -> None:
-        """Install the handler where that is right."""
+        """Install the handler if SIGTERM has its default action."""
         self._is_on_main_thread = threading.current_thread() is threading.main_thread()
         if not self._is_on_main_thread:
             self._is_installed = call_on_sigterm(id(self), self._note)
@@ -38,24 +38,24 @@ class TerminationAsException:
             signal.signal(signal.SIGTERM, self._on_signal)
 
     def check(self) -> None:
-        """Raise, once, if SIGTERM has arrived during a call on another thread than the main one."""
+        """Raise Terminated, once, if SIGTERM has arrived during a call on another thread than the main one."""
         if self.has_arrived and self._raises and not self._is_on_main_thread:
             self._raises = False
             raise Terminated
 
     def defer(self) -> None:
-        """Let no signal interrupt what follows; `restore` comes back to it."""
+        """Let SIGTERM no longer interrupt the call; `restore` acts on a signal that arrives from now on."""
         self._raises = False
 
     def restore(self) -> None:
-        """Remove the handler; if SIGTERM came, let it end the process now, or when all calls are through."""
+        """Remove the handler. If SIGTERM arrived, let it end the process now, or after the last call has ended."""
         if not self._is_installed:
             return
         self._is_installed = False
         is_last = True
         if not self._is_on_main_thread:
             is_last = stop_waiting(id(self))
-        elif signal.getsignal(signal.SIGTERM) == self._on_signal:  # else somebody set one of their own meanwhile
+        elif signal.getsignal(signal.SIGTERM) == self._on_signal:  # else other code set a handler meanwhile
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.has_arrived and is_last:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -64,7 +64,7 @@ class TerminationAsException:
         self.has_arrived = True
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        # once: a second one, from an impatient scheduler, must not interrupt the clean-up of the first
+        # raise only once: a second signal, from an impatient scheduler, must not interrupt the clean-up
         if self._raises and not self.has_arrived:
             self.has_arrived = True
             raise Terminated

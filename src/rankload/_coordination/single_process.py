@@ -13,7 +13,7 @@ from rankload._types import Progress
 
 
 class SingleProcessChannel(Channel):
-    """The channel of a single process: there is nobody to agree with, to tell or to wait for."""
+    """The channel of a single process: there are no other ranks to agree with, to inform or to wait for."""
 
     @override
     def agree(self, arguments: dict[str, Any]) -> None:

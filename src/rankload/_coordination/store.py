@@ -1,7 +1,7 @@
 """The torch.distributed store through which the ranks of one job talk.
 
-Never the process group's own client: a blocking operation on it would block everybody else who uses it. Never
-anything accelerator-bound either: a store needs neither a backend nor a device.
+rankload never uses the process group's own client, except to report that it could not open one: a blocking operation
+would block every other user of that client. It uses no collectives either: a store needs no backend and no device.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: compare_set() with an expected value that no key ever holds reads a key without blocking and without creating it:
-#: it returns the expected value when the key is missing (TCPStore.cpp compareSetHandler; same in HashStore, FileStore).
+#: An expected value that no key ever holds. compare_set() with this value reads a key without blocking or creating it:
+#: a missing key returns the expected value (TCPStore.cpp compareSetHandler; same in HashStore, FileStore).
 _ABSENT = "\0absent"
 
-#: After this long without a connection, look why. torch itself retries silently until its timeout.
+#: Time without a connection after which rankload looks for the reason. torch retries silently until its timeout.
 _LOOK_AFTER_SECONDS = 1.0
 
-#: How long a severed call may take to end.
+#: How long a store operation may take to end after its connection was shut down.
 _SEVERED_SECONDS = 2.0
 
-#: What a process that has run out of descriptors gets.
+#: Error numbers in a process, or on a host, that has run out of file descriptors.
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
 @dataclass(frozen=True)
 class RankStore:
-    """Operations on a torch store that wait for no key. Every failure is a StoreLostError.
+    """Operations on a torch store. None waits for a key. Every failure is a StoreLostError.
 
     Attributes:
-        store: a client of our own.
-        place: how to name the store in messages.
-        dies_with_rank_0: the server runs in rank 0's process (not in torchrun's agent, not in a file).
+        store: rankload's own client of the store.
+        place: name of the store in messages, usually ``host:port``.
+        dies_with_rank_0: whether the server runs in rank 0's process (not in torchrun's agent, not in a file).
         patience_seconds: how long the server may take to answer before it counts as lost.
-        is_temporary: hosted where init_process_group is going to host its own.
+        is_temporary: whether rank 0 hosts the store at the address at which init_process_group will host its own.
     """
 
     store: Store
@@ -62,11 +62,11 @@ class RankStore:
 
     @property
     def host(self) -> str | None:
-        """Return the host that the store is on, as this process reaches it; None for one in a file or in memory."""
+        """Host of the store, as this process reaches it; None for a store in a file or in memory."""
         return getattr(_without_prefixes(self.store), "host", None)
 
     def in_a_hurry(self, patience_seconds: float) -> RankStore:
-        """Return the same store for a process that is about to end."""
+        """Return the same store with less patience, for a process that is about to exit."""
         return replace(self, patience_seconds=min(patience_seconds, self.patience_seconds))
 
     def peek(self, key: str) -> str | None:
@@ -79,7 +79,7 @@ class RankStore:
         self._call(lambda: self.store.set(key, value))
 
     def set_first(self, key: str, value: str) -> str:
-        """Write a key unless somebody has; return the value that it holds now."""
+        """Write a key unless it exists; return the key's value."""
         return self._call(lambda: self.store.compare_set(key, "", value)).decode()
 
     def add(self, key: str, amount: int = 1) -> int:
@@ -90,7 +90,7 @@ class RankStore:
         try:
             return self._calls.call(operation, self.patience_seconds)
         except TimeoutError as error:
-            atexit.unregister(self.sever)  # once is enough
+            atexit.unregister(self.sever)  # register only once
             atexit.register(self.sever)
             raise self._lost(error) from error
         except (RuntimeError, ConnectionError) as error:  # torch's DistError is a RuntimeError
@@ -105,18 +105,18 @@ class RankStore:
         )
 
     def sever(self) -> None:
-        """See `_sever`."""
+        """End a call that the server has not answered (see `_sever`), at the exit of the process."""
         _sever(getattr(_without_prefixes(self.store), "port", None), self._calls)
 
 
 def _sever(port: int | None, calls: DeadlineThread) -> None:
-    """End a call that a server has not answered, by shutting down this process's connections to its port.
+    """End a call that a server has not answered, by shutting down this process's connections to the server's port.
 
-    For the end of the process: should the server answer while the interpreter is torn down, the thread that waits
-    inside torch would need the interpreter's lock, and C++ ends the process by SIGABRT.
+    Runs at exit. If the server answered while the interpreter is torn down, the thread that waits inside torch would
+    need the interpreter's lock, and C++ would end the process by SIGABRT.
     """
     deadline = time.monotonic() + _SEVERED_SECONDS
-    while not calls.ends_overdue_call(0) and time.monotonic() < deadline:  # torch connects again, for a while
+    while not calls.ends_overdue_call(0) and time.monotonic() < deadline:  # torch reconnects for a while
         with suppress(OSError):  # no /proc
             for descriptor in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208 - numbers, not paths
                 with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
@@ -126,12 +126,12 @@ def _sever(port: int | None, calls: DeadlineThread) -> None:
 
 
 def store_of_group(group: ProcessGroup, settings: Settings) -> RankStore:
-    """Open our own client to the store behind a process group, with the group's prefixes.
+    """Open rankload's own client to the store of a process group, with the group's key prefixes.
 
-    They tell worlds apart that share a server; torch's `Store.clone`, which keeps them, is younger than torch 2.6.
+    The prefixes separate worlds that share a server. torch's `Store.clone` keeps them, but is newer than torch 2.6.
 
     Raises:
-        StoreLostError: the server has gone, or does not answer within the liveness limit.
+        StoreLostError: the server is gone, or does not answer within the liveness limit.
     """
     from torch._C._distributed_c10d import TCPStore  # torch.distributed re-exports it untyped
 
@@ -175,18 +175,18 @@ def connect(
     limit_seconds: float,
     make_client: Callable[[], Store] | None = None,
 ) -> RankStore:
-    """Open a client to a TCPStore that has been seen to listen.
+    """Open a client to a TCPStore that is known to listen.
 
     Args:
-        host: its host.
-        port: its port.
+        host: host of the store.
+        port: port of the store.
         settings: deadlines.
-        dies_with_rank_0: see `RankStore`.
-        limit_seconds: how long it may take to answer.
-        make_client: makes the client in another way than torch's constructor.
+        dies_with_rank_0: whether the server runs in rank 0's process (see `RankStore`).
+        limit_seconds: how long the server may take to answer.
+        make_client: makes the client; default: torch's constructor.
 
     Raises:
-        StoreLostError: nobody listens there any more, or who listens does not answer as a store does.
+        StoreLostError: nothing listens there any more, or the listener does not answer like a store.
     """
     from torch._C._distributed_c10d import TCPStore
 
@@ -201,7 +201,7 @@ def connect(
         nonlocal look_at, pause_seconds
         if time.monotonic() >= look_at:
             _check_listener(host, port)
-            pause_seconds *= 2  # each look is a connection more, whose name the server may have to look up
+            pause_seconds *= 2  # each look costs the server a connection, and perhaps a name lookup
             look_at = time.monotonic() + pause_seconds
 
     try:
@@ -212,16 +212,16 @@ def connect(
         whose = f"rank 0 on {host}" if dies_with_rank_0 else "the launcher"
         raise StoreLostError(
             f"cannot reach the store of {whose} at {place}: {error}. Its process has ended or is frozen, or something "
-            "else listens at that port, or name lookups hold it up (RANKLOAD_CONNECT_SECONDS; see docs/faults.md)",
+            "else listens at that port, or name lookups are slow (RANKLOAD_CONNECT_SECONDS; see docs/faults.md)",
             place=place,
         ) from error
     return RankStore(store, place, dies_with_rank_0, silence_limit_seconds(settings), _calls=calls)
 
 
 def _check_listener(host: str, port: int) -> None:
-    """Raise what a plain connection says of a place where nobody listens, or of a process out of descriptors.
+    """Try a plain connection; raise its error if nothing listens there, or if file descriptors have run out.
 
-    torch's client retries both until its timeout. A slow connection is not judged: the name server may be slow.
+    torch's client retries in both cases until its timeout. A slow connection is no error: the name server may be slow.
     """
     try:
         socket.create_connection((host, port), timeout=0.5).close()
@@ -233,12 +233,12 @@ def _check_listener(host: str, port: int) -> None:
 
 
 def is_agent_endpoint(host: str, port: int, environ: Mapping[str, str]) -> bool:
-    """Return whether torchrun's agent hosts the store there."""
+    """Return whether torchrun's agent hosts the store at an address."""
     return uses_agent_store(environ) and endpoint_of(environ) == (host, port)
 
 
 def endpoint_of(environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """Return MASTER_ADDR and MASTER_PORT."""
+    """Return MASTER_ADDR and MASTER_PORT; None if they are not set."""
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT", "")
     return (host, int(port)) if host and port.isdigit() else None
 

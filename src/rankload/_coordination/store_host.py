@@ -16,17 +16,22 @@ from rankload._platform.daemon_threads import DeadlineThread
 from rankload._settings import Settings
 from rankload.errors import CoordinationError
 
-#: Listening sockets, with their ports: a forked child must not keep a port busy that its parent has left.
+#: Descriptors and ports of listening sockets: a forked child must not keep a port busy that its parent has left.
 _listeners: list[tuple[int, int]] = []
 
-#: A listening socket's state in /proc/net/tcp (include/net/tcp_states.h).
+#: State of a listening socket in /proc/net/tcp (include/net/tcp_states.h).
 _TCP_LISTEN = "0A"
 
 
 def host_store(host: str, port: int, settings: Settings) -> RankStore:
-    """Host a TCPStore in this process, at all addresses of this host, and open a client to it at ``host``.
+    """Host a TCPStore in this process, at all addresses of this host, and open a client to it.
 
-    Whoever hosts at the same port in this process (init_process_group) shares the server, unless ``port`` is 0.
+    Other code in this process that hosts at the same port (init_process_group) shares the server, unless ``port`` is 0.
+
+    Args:
+        host: name or address by which the client reaches this host.
+        port: port to listen at; 0 for any free port.
+        settings: deadlines.
 
     Raises:
         CoordinationError: ``host`` cannot be resolved, or the port is taken.
@@ -38,10 +43,10 @@ def host_store(host: str, port: int, settings: Settings) -> RankStore:
 
     def make_store() -> TCPStore:
         nonlocal is_taken
-        socket.getaddrinfo(host, port)  # torch would try for a minute and a half
+        socket.getaddrinfo(host, port)  # fail early: torch would retry for a minute and a half
         listener = _listen(port)
         if listener is None:
-            is_taken = True  # perhaps by this very process, which torch knows
+            is_taken = True  # perhaps by this process: then torch shares the server
             return TCPStore(host, port, is_master=True, multi_tenant=True, wait_for_workers=False, timeout=timeout)
         bound_port = listener.getsockname()[1]
         _listeners.append((listener.fileno(), bound_port))
@@ -61,14 +66,14 @@ def host_store(host: str, port: int, settings: Settings) -> RankStore:
         problem = f"the port is taken, probably by {_who_holds(port)}" if is_taken else str(error)
         raise CoordinationError(
             f"rank 0 cannot open a store at {host}:{port}: {problem}. Set MASTER_ADDR to rank 0's host and "
-            "MASTER_PORT to a free port, alike on all ranks",
+            "MASTER_PORT to a free port, the same on all ranks",
             place=f"{host}:{port}",
         ) from error
     return RankStore(store, f"{host}:{store.port}", True, silence_limit_seconds(settings), _calls=calls)
 
 
 def host_neighbour(rendezvous: RankStore, settings: Settings) -> tuple[RankStore, int]:
-    """Host another store on this host; return it and its port."""
+    """Host another store on this host, at a free port; return the store and that port."""
     place: Any = rendezvous.store
     store = host_store(place.host, 0, settings)
     hosted: Any = store.store
@@ -76,26 +81,29 @@ def host_neighbour(rendezvous: RankStore, settings: Settings) -> tuple[RankStore
 
 
 def neighbour(rendezvous: RankStore, port: int, settings: Settings) -> RankStore:
-    """Open a client to what `host_neighbour` hosts on rank 0."""
+    """Open a client to the store that `host_neighbour` hosts on rank 0."""
     place: Any = rendezvous.store
     limit_seconds = silence_limit_seconds(settings)
     return connect(place.host, port, settings, dies_with_rank_0=True, limit_seconds=limit_seconds)
 
 
 def _who_holds(port: int) -> str:
-    """Say what listens at a port of this host, as far as this user may know it."""
+    """Return, for a message, which process listens at a port of this host, as far as this user may know."""
     sockets = _listening_sockets(port)
     with suppress(OSError):
         for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # another user's, or it has ended
+            with suppress(OSError):  # another user's process, or one that has ended
                 if any(str(link.readlink()) in sockets for link in (process / "fd").iterdir()):
-                    # not the command line, which may hold a token
+                    # the command line could contain a token
                     return f"process {process.name} ({(process / 'comm').read_text().strip()!r})"
     return "another job on this host, or an earlier one that has not ended"
 
 
 def _listening_sockets(port: int) -> set[str]:
-    """Return what listens at a port, as links in /proc/<pid>/fd name it (proc_pid_net(5), proc_pid_fd(5))."""
+    """Return the sockets that listen at a port, named as in the links of /proc/<pid>/fd.
+
+    See proc_pid_net(5) and proc_pid_fd(5).
+    """
     sockets = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError):
@@ -119,7 +127,7 @@ def _listen(port: int) -> socket.socket | None:
 
 
 def _let_go_of_listeners() -> None:
-    """Drop the inherited listening sockets, in a forked child. A number may belong to something else by now."""
+    """Close inherited listening sockets in a forked child. A descriptor may belong to another file by now."""
     for descriptor, port in _listeners:
         with suppress(OSError):
             with socket.socket(fileno=os.dup(descriptor)) as inherited:
@@ -127,7 +135,7 @@ def _let_go_of_listeners() -> None:
                 if not is_listening or inherited.getsockname()[1] != port:
                     continue
             null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-            os.dup2(null, descriptor, inheritable=False)  # torch may yet close the number
+            os.dup2(null, descriptor, inheritable=False)  # keep the number in use: torch may close it later
             os.close(null)
     _listeners.clear()
 

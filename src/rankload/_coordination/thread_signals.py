@@ -1,12 +1,11 @@
-"""SIGTERM for calls that are made on other threads than the main one.
+"""Handle SIGTERM for calls on other threads than the main one.
 
-Only the main thread may install a Python signal handler, and only there it runs. The handlers of `faulthandler` can be
-installed from any thread: they write a few lines to a file, which is a pipe here, and a thread of ours reads it.
+Only the main thread may install a Python signal handler, and the handler runs only there. A handler of `faulthandler`
+can be installed from any thread. It writes a few lines to a file: here, a pipe that one of rankload's threads reads.
 
-They write nothing on a thread that Python does not know, and a thread that is just being started is one: it can take
-a signal that the kernel has sent to the process before the main thread wakes up. So the threads that a call starts, of
-which there are many, leave SIGTERM to the others. What another thread of the process starts at that very moment can
-still lose it.
+Such a handler writes nothing on a thread that Python does not know, and a thread that is just starting is one. That
+thread can receive a signal to the process before the main thread wakes up. So the many threads that a call starts block
+SIGTERM, and leave it to other threads. A thread that other code starts at that moment can still lose the signal.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-#: How long calls get to clean up before the process dies of the signal all the same.
+#: How long calls may clean up before the signal ends the process in any case.
 _GRACE_SECONDS = 5.0
 
 _lock = threading.Lock()
@@ -28,7 +27,7 @@ _pipe: _Pipe | None = None
 
 
 def is_at_default(signum: signal.Signals) -> bool:
-    """Return whether nobody handles a signal: no Python code, and no library that asked the kernel itself."""
+    """Return whether a signal has no handler, neither of Python code nor of a C library."""
     if signal.getsignal(signum) is not signal.SIG_DFL:
         return False
     with suppress(OSError, ValueError):  # no /proc
@@ -39,13 +38,16 @@ def is_at_default(signum: signal.Signals) -> bool:
 
 
 def call_on_sigterm(token: int, on_signal: Callable[[], None]) -> bool:
-    """Have a function called, on a thread of its own, when SIGTERM arrives; False if somebody else handles it.
+    """Call a function on a separate thread when SIGTERM arrives.
 
-    Until `stop_waiting`, which the same thread calls, this thread and those that it starts leave the signal to others.
+    This thread and the threads that it starts block the signal until this thread calls `stop_waiting`.
 
     Args:
-        token: for `stop_waiting`.
-        on_signal: must only take note.
+        token: identifies the function for `stop_waiting`.
+        on_signal: called once the signal arrives. It must return at once.
+
+    Returns:
+        False if other code handles SIGTERM, or if no pipe or thread can be made.
     """
     global _pipe  # noqa: PLW0603  # a process has one handler for a signal
     with _lock:
@@ -54,7 +56,7 @@ def call_on_sigterm(token: int, on_signal: Callable[[], None]) -> bool:
                 return False
             try:
                 _pipe = _Pipe()
-            except (OSError, RuntimeError):  # no descriptors, or no threads: the call itself says so, if it needs some
+            except (OSError, RuntimeError):  # out of descriptors or threads: the call itself fails if it needs some
                 return False
         _waiting[token] = on_signal
         _block_in_call.enter()
@@ -62,7 +64,7 @@ def call_on_sigterm(token: int, on_signal: Callable[[], None]) -> bool:
 
 
 def stop_waiting(token: int) -> bool:
-    """Forget a function; the last one takes the handler away. Return whether no call waits for the signal any more."""
+    """Forget a function, and remove the handler after the last one. Return whether no call waits for the signal."""
     global _pipe  # noqa: PLW0603
     _block_in_call.leave()
     with _lock:
@@ -75,6 +77,8 @@ def stop_waiting(token: int) -> bool:
 
 
 class _Pipe:
+    """The pipe that faulthandler's SIGTERM handler writes to, and the thread that reads it."""
+
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._writer, False)  # a signal handler must not wait
@@ -87,7 +91,7 @@ class _Pipe:
         faulthandler.register(signal.SIGTERM, file=self._writer, all_threads=False, chain=False)
 
     def close(self) -> None:
-        """Put the default back, unless a handler was installed meanwhile, and end the thread."""
+        """Restore the default action, unless a handler was installed meanwhile, and end the thread."""
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             faulthandler.unregister(signal.SIGTERM)
         os.close(self._writer)
@@ -107,9 +111,9 @@ class _Pipe:
 
 
 class _Block(threading.local):
-    """Blocks SIGTERM on the thread that enters; those that it starts are born so."""
+    """Blocks SIGTERM on the thread that enters. Threads that it starts inherit the block."""
 
-    _own: set[int | signal.Signals] | None = None  # what the thread had blocked itself
+    _own: set[int | signal.Signals] | None = None  # signals that the thread had blocked before
 
     def enter(self) -> None:
         if self._own is None:
@@ -125,17 +129,17 @@ _block_in_call, _block_in_fork = _Block(), _Block()
 
 
 def _block_before_fork() -> None:
-    """Keep SIGTERM from a child that still has the handler: it would write to its parent's pipe."""
+    """Block SIGTERM during a fork: the child still has the handler, which would write to the parent's pipe."""
     if _pipe is not None:
         _block_in_fork.enter()
 
 
 def _forget_in_child() -> None:
-    """Drop the handler in a forked child, where nobody reads the pipe."""
+    """Drop the handler in a forked child, which has no thread to read the pipe."""
     global _pipe, _lock
     if _pipe is not None:
         faulthandler.unregister(signal.SIGTERM)
-    _pipe, _lock = None, threading.Lock()  # a thread that held it does not exist here
+    _pipe, _lock = None, threading.Lock()  # a thread that held the lock does not exist in the child
     _waiting.clear()
     _block_in_fork.leave()
     _block_in_call.leave()

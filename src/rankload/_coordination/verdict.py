@@ -1,7 +1,7 @@
-"""The verdict: the one outcome of a call on all ranks. All are through, or the first cause of failure counts.
+"""The verdict: the one outcome of a call on all ranks. Either all ranks are through, or the first failure counts.
 
-It is one key that is written once. Any rank may write a failure; success is rank 0's to write, for it alone knows
-whether it stood still for so long that others have given it up. Every rank acts on what it reads back.
+The verdict is one write-once key. Any rank may write a failure. Only rank 0 may write success: it alone knows whether
+it stood still for so long that others have given it up. Every rank acts on the value that it reads back.
 """
 
 from __future__ import annotations
@@ -23,44 +23,50 @@ _SUCCESS = "{}"
 
 
 class Verdict:
-    """One call's verdict as this rank knows it. The heartbeat thread may look for it while the rank's own thread works.
+    """One call's verdict, as far as this rank knows it.
+
+    The heartbeat thread may look for the verdict while the rank's own thread works.
 
     Attributes:
-        is_known: whether this rank has read it.
-        failure: the first cause, where it is one.
+        is_known: whether this rank has read the verdict.
+        failure: the first failure; None if there is none, or the verdict is not known yet.
     """
 
     def __init__(self, store: RankStore, key: Callable[[str], str], identity: Identity) -> None:
         self._store, self._key, self._identity = store, key, identity
-        self._looking = threading.Lock()  # or two threads would both acknowledge
+        self._looking = threading.Lock()  # without the lock, two threads could both acknowledge
         self.is_known = False
         self.failure: RankloadError | None = None
 
     def look(self) -> bool:
-        """Return whether there is a verdict; reads and acknowledges it the first time."""
+        """Return whether there is a verdict. The first time, read and acknowledge it."""
         with self._looking:
             if not self.is_known and (text := self._store.peek(self._key(_KEY))) is not None:
                 self._take(text)
             return self.is_known
 
     def count_through(self) -> None:
-        """Say that this rank is through with its part."""
+        """Count this rank as through with its part of the call."""
         self._store.add(self._key("through"))
 
     def are_all_through(self) -> bool:
-        """Return whether every rank is through with its part."""
+        """Return whether every rank is through with its part of the call."""
         return self._store.add(self._key("through"), 0) >= self._identity.world_size
 
     def succeed(self) -> None:
-        """Say that the call has succeeded, on rank 0; afterwards `failure` says if a rank has failed before."""
+        """Write success, on rank 0. Afterwards `failure` holds the error of a rank that failed before."""
         self._decide(_SUCCESS)
 
     def fail(self, error: RankloadError) -> None:
-        """Say why this rank fails; afterwards `failure` holds the first cause, unless the call succeeded before."""
+        """Write this rank's failure. Afterwards `failure` holds the first one, unless the call succeeded before."""
         self._decide(_text_of_failure(error))
 
     def outlast_readers(self, patience_seconds: float) -> bool:
-        """Keep the store's host here until the others have read the verdict, for the store dies with it; tell if so."""
+        """If the store dies with this process, wait up to a limit until all other ranks have read the verdict.
+
+        Returns:
+            Whether the process may exit: all others have read the verdict, or the store is elsewhere.
+        """
         if not self._store.dies_with_rank_0 or self._identity.rank != 0:
             return True
         deadline = time.monotonic() + patience_seconds
@@ -73,11 +79,11 @@ class Verdict:
         return False
 
     def has_readers(self) -> bool:
-        """Tell on rank 0 whether any other rank has read the verdict."""
+        """Return, on rank 0, whether any other rank has read the verdict."""
         return self._store.add(self._key("seen"), 0) > 0
 
     def hurry(self, patience_seconds: float) -> None:
-        """Wait no longer than this for the store from now on: the process is about to end."""
+        """Limit every further wait for the store: the process is about to exit."""
         self._store = self._store.in_a_hurry(patience_seconds)
 
     def _decide(self, text: str) -> None:
@@ -96,7 +102,7 @@ class Verdict:
 
 
 def tell_failure(store: RankStore, prefix: str, error: RankloadError) -> None:
-    """Give the verdict of a call that has failed without this session, for ranks that have yet to make it."""
+    """Write the verdict of a call that failed before this session, for ranks that have yet to make that call."""
     store.set_first(f"{prefix}/{_KEY}", _text_of_failure(error))
 
 
@@ -105,7 +111,7 @@ def _text_of_failure(error: RankloadError) -> str:
 
 
 def as_shared_error(error: BaseException, identity: Identity) -> RankloadError:
-    """Return what the other ranks are to raise, naming this one if it is the first to."""
+    """Return the error that the other ranks will raise. It names this rank, unless it already names another."""
     if isinstance(error, RankloadError):
         shared: RankloadError = error
     elif isinstance(error, Exception):
@@ -121,5 +127,5 @@ def as_shared_error(error: BaseException, identity: Identity) -> RankloadError:
 def _text_of(error: Exception) -> str:
     try:
         return str(error)
-    except Exception as problem:  # the others are to hear of it all the same
+    except Exception as problem:  # the failure itself must reach the other ranks
         return f"(no text: {type(problem).__name__} in its __str__)"

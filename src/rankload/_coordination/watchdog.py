@@ -1,4 +1,4 @@
-"""Watch over one long wait: which ranks, how often, and what is logged."""
+"""Watch other ranks during one long wait: which ranks, how often, and what to log."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from rankload.errors import ArrivalTimeoutError
 
 _logger = logging.getLogger("rankload")
 
-#: Keys that a rank reads at most, a percent of what a TCPStore serves; and while it has work of its own to do.
+#: Most keys that a rank reads per second: a percent of what a TCPStore can serve. A rank that works reads fewer.
 _LOOKS_PER_SECOND = 500
 _LOOKS_PER_SECOND_AT_WORK = 200
 
 
 class Watchdog:
-    """Watches over other ranks during one wait, and logs it once per ``report_seconds``.
+    """Watches other ranks during one wait, and logs the wait once per ``report_seconds``.
 
-    The node's voice logs at WARNING, the other ranks at DEBUG.
+    One rank per node logs at WARNING (`is_voice_of_node`), the others at DEBUG.
 
-    Only rank 0 watches everybody; the others watch rank 0 or their leader. A look is due every heartbeat, less often
-    in a large job: rank 0 reads one key a rank.
+    Only rank 0 watches all ranks. The others watch rank 0 or their leader. A look is due every heartbeat, and less
+    often in a large job: rank 0 reads one key per rank.
 
-    Time counts only as far as this process is awake: in a job that a scheduler suspends and resumes, everybody's beat
-    is unchanged after an hour, and nobody is dead.
+    Only time in which this process is awake counts. A scheduler may suspend and resume the job: then all heartbeats are
+    unchanged after an hour, and no rank is dead.
 
     Args:
-        watches: over whom.
+        watches: monitors of the watched ranks.
         settings: deadlines.
-        identity: this rank's.
-        while_working: this rank does not wait for them, it works: it looks less often, logs nothing, and nobody is too
-            late yet.
+        identity: identity of this rank.
+        while_working: whether this rank works instead of waiting. Then it looks less often and logs nothing, and no
+            rank can be too late.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Watchdog:
         self._watches, self._identity, self._settings, self._is_working = watches, identity, settings, while_working
         looks_per_second = _LOOKS_PER_SECOND_AT_WORK if while_working else _LOOKS_PER_SECOND
         self._interval_seconds = max(min(settings.heartbeat_seconds, 0.5), len(watches) / looks_per_second)
-        # more than that between two looks, and this process was stopped or starved: others may have been as well
+        # a longer time between two looks means that this process was stopped or starved, and others perhaps, too
         self._watched = SuspendAwareTimer(max(2 * self._interval_seconds, silence_limit_seconds(settings) / 4))
         self._reported_at = 0.0
         self._bytes_reported = 0
@@ -53,11 +53,12 @@ class Watchdog:
         return self._watched.uncounted_seconds >= self._interval_seconds
 
     def look(self) -> None:
-        """Read and judge everybody's status.
+        """Read and judge the status of every watched rank.
 
         Raises:
-            ArrivalTimeoutError: some have shown no sign in this call for ``arrival_seconds``.
-            RankLostError, ProgressTimeoutError: see `PeerMonitor.look`.
+            ArrivalTimeoutError: some ranks have not made this call within ``arrival_seconds``.
+            RankLostError: a rank was killed or is frozen (see `PeerMonitor.look`).
+            ProgressTimeoutError: a rank makes no progress (see `PeerMonitor.look`).
         """
         elapsed = self._watched.count()
         for watch in self._watches:
@@ -87,7 +88,7 @@ class Watchdog:
             done = first.status.progress.bytes_done
             rate = (done - self._bytes_reported) / elapsed_seconds / 1e6
             self._bytes_reported = done
-            # a rank that downloads shows its progress itself
+            # a rank on this node that downloads shows its own progress bar
             is_shown = first.status.progress.phase == "downloading" and is_on_own_node(self._identity, first.rank)
             doing = first.describe() + (f", {rate:.0f} MB/s" if rate >= 0.5 else "")
             more = f" (and {len(busy) - 1} more ranks)" if len(busy) > 1 else ""
@@ -99,7 +100,7 @@ class Watchdog:
 
 
 def _ranges(ranks: list[int], limit: int = 20) -> str:
-    """Return e.g. ``1-3, 7``."""
+    """Return ranks as text, such as ``1-3, 7``."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][1] + 1:
