@@ -1,12 +1,12 @@
-"""A checkpoint from a URL into every rank of a distributed PyTorch job.
+"""Load a checkpoint from a URL into every rank of a distributed PyTorch job.
 
-Downloaded once, verified, loaded lean, failing together instead of hanging::
+The checkpoint is downloaded once, verified, and loaded with little memory. Ranks fail together instead of hanging::
 
     from rankload import dist_load_state_dict_from_url
 
     state_dict = dist_load_state_dict_from_url("https://host/resnet50-0676ba61.pth", check_hash=True)
 
-Public names are imported when they are first used: ``import rankload`` alone does not import torch.
+Public names are imported on first use: ``import rankload`` alone does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``rankload``: the command line. ``rankload prefetch`` fills the cache on a node that has internet."""
+"""The command line, ``rankload``. ``rankload prefetch`` fills the cache on a node with internet access."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rankload.errors import RankloadError
 
 app = typer.Typer(
     name="rankload",
-    help="A checkpoint from a URL into every rank of a distributed PyTorch job.",
+    help="Load a checkpoint from a URL into every rank of a distributed PyTorch job.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # a traceback with local variables would show headers and signed URLs
@@ -36,7 +36,7 @@ class VerifyChoice(str, Enum):
 def prefetch(
     urls: Annotated[list[str], typer.Argument(help="URLs of the files.", metavar="URL...")],
     mirror: Annotated[
-        list[str] | None, typer.Option(help="Another URL of the same file; with one URL.", metavar="URL")
+        list[str] | None, typer.Option(help="Another URL of the same file; only with one URL.", metavar="URL")
     ] = None,
     model_dir: Annotated[
         Path | None,
@@ -45,39 +45,42 @@ def prefetch(
         ),
     ] = None,
     file_name: Annotated[
-        str | None, typer.Option(help="Name in the cache; with one URL.", show_default="the URL's")
+        str | None, typer.Option(help="File name in the cache; only with one URL.", show_default="the URL's file name")
     ] = None,
-    sha256: Annotated[str | None, typer.Option(help="Expected digest, 64 hex digits; with one URL.")] = None,
-    check_hash: Annotated[bool, typer.Option("--check-hash", help="Compare with the prefix in the file name.")] = False,
+    sha256: Annotated[str | None, typer.Option(help="Expected SHA-256, 64 hex digits; only with one URL.")] = None,
+    check_hash: Annotated[
+        bool, typer.Option("--check-hash", help="Compare the SHA-256 with the hash prefix in the file name.")
+    ] = False,
     verify: Annotated[VerifyChoice, typer.Option(help="When to hash a cached file again.")] = VerifyChoice.ONCE,
     sidecar: Annotated[
-        bool, typer.Option("--sidecar", help="The file URL.sha256 at the origin must vouch for the file.")
+        bool, typer.Option("--sidecar", help="Require that the file URL.sha256 at the origin vouches for the file.")
     ] = False,
     header: Annotated[
         list[str] | None,
-        typer.Option(help="Extra request header, for one server: 'Name: value', or '@FILE' for those in a file."),
+        typer.Option(help="Extra request header for one server: 'Name: value', or '@FILE' for headers in a file."),
     ] = None,
     max_bytes: Annotated[
-        int | None, typer.Option(help="Refuse to download more.", show_default="RANKLOAD_MAX_BYTES, else no limit")
+        int | None,
+        typer.Option(help="Refuse to download more bytes per URL.", show_default="RANKLOAD_MAX_BYTES, else no limit"),
     ] = None,
     refresh: Annotated[
-        bool, typer.Option("--refresh", help="Ask the origin whether a cached file is still its file.")
+        bool, typer.Option("--refresh", help="Ask the origin whether a cached file is still current.")
     ] = False,
-    any_file: Annotated[bool, typer.Option("--any-file", help="Accept what is no checkpoint, too.")] = False,
+    any_file: Annotated[bool, typer.Option("--any-file", help="Accept files that are not checkpoints.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
-    """Fetch files into the cache, verified, and print their paths. Compute nodes then load them offline.
+    """Fetch and verify files, and print their paths in the cache. Compute nodes can then load them offline.
 
-    Exits with 1 if one could not be fetched; the others are fetched all the same.
+    If a file cannot be fetched, the others are still fetched, and the exit status is 1.
     """
     from rankload._api.fetch import fetch_in_this_process
 
     for option, value in (("--mirror", mirror), ("--file-name", file_name), ("--sha256", sha256)):
         if value and len(urls) > 1:
-            raise typer.BadParameter("it is about one file; pass one URL", param_hint=option)
+            raise typer.BadParameter("this option is for one file; pass one URL", param_hint=option)
     headers = dict(map(_split, _lines(header or [])))
     if headers and len({server_of(url) or scheme_of(url) for url in urls}) > 1:
-        raise typer.BadParameter("it is for one server, and the URLs are on several", param_hint="--header")
+        raise typer.BadParameter("headers are for one server, but the URLs are on several", param_hint="--header")
     has_failed = False
     for url in urls:
         try:
@@ -106,14 +109,14 @@ def prefetch(
 
 @app.callback(invoke_without_command=True)
 def common(version: bool = typer.Option(False, "--version", help="Show the version and exit.")) -> None:
-    """See the help of each command."""
+    """Load checkpoints into distributed PyTorch jobs. Each command has its own --help."""
     if version:
         typer.echo(__version__)
         raise typer.Exit
 
 
 def main() -> None:
-    """Run the command line. Errors of ours are one line on stderr and exit status 1."""
+    """Run the command line. A RankloadError becomes one line on stderr and exit status 1."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
         app()
@@ -123,7 +126,7 @@ def main() -> None:
 
 
 def _lines(headers: list[str]) -> Iterator[str]:
-    """Yield them one by one. A command line can be read by everybody on the host; a file need not be."""
+    """Yield headers, those in ``@FILE`` one by one. Every user of the host can read a command line; a file is safer."""
     for header in headers:
         if not header.startswith("@"):
             yield header
@@ -131,7 +134,7 @@ def _lines(headers: list[str]) -> Iterator[str]:
         try:
             yield from filter(str.strip, Path(header[1:]).read_text().splitlines())
         except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is no text"
+            why = error.strerror if isinstance(error, OSError) else "it is not a text file"
             raise typer.BadParameter(f"cannot read {header[1:]}: {why}", param_hint="--header") from None
 
 

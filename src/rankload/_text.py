@@ -1,20 +1,20 @@
-"""Texts that come from files, servers and other ranks, made fit for messages and logs."""
+"""Make texts from files, servers and other ranks safe for messages and logs."""
 
 from __future__ import annotations
 
-#: Longest error text that travels between ranks. A store value of more than 8 MiB resets the connection, and
-#: nobody reads that much (a compiler log in an exception text has been seen).
+#: Longest error text that travels between ranks. A store value of more than 8 MiB resets the connection, and such long
+#: texts occur: one exception held a compiler's log.
 MAX_MESSAGE_CHARACTERS = 4000
 
-#: Longest line that a message of several lines is joined to, where another rank prints all of it.
+#: Longest line to which `on_one_line` joins a message; another rank prints the whole message.
 _MAX_JOINED_LENGTH = 500
 
-#: Longer names from files are cut in messages.
+#: Longest name from a file in a message; longer names are cut.
 MAX_SHOWN_NAME_LENGTH = 200
 
 
 def cut(text: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
-    """Shorten a text, keeping its beginning (what) and its end (the innermost cause)."""
+    """Shorten a text, but keep its beginning (what happened) and its end (the innermost cause)."""
     if len(text) <= limit:
         return text
     half = limit // 2
@@ -22,12 +22,12 @@ def cut(text: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Return a text from a file or a server as it may stand in a message or a log.
+    r"""Escape a text from a file or a server for a message or a log.
 
     Characters that are not printable (`str.isprintable`) are escaped as in a Python literal: ``\x1b``, ``\n``,
-    ``\u202e``. That covers control characters, line separators, bidirectional overrides, invisible characters and lone
-    surrogates, so that no name can forge a log line, move the cursor or show as another one. Ordinary texts come back
-    unchanged, and what this function returned always does.
+    ``\u202e``. These are control characters, line separators, bidirectional overrides, invisible characters and lone
+    surrogates. So no name can forge a log line, move the cursor or look like another name. An ordinary text is returned
+    unchanged, and so is a text that this function has returned.
     """
     if text.isprintable():
         return text
@@ -38,7 +38,7 @@ def printable(text: str) -> str:
 
 
 def on_one_line(message: str) -> str:
-    """Join the lines of a message, and cut what becomes long; a message of one line comes back unchanged."""
+    """Join the lines of a message, and cut the result. A message of one line is returned unchanged."""
     first, *others = map(str.strip, message.split("\n"))
     if not others:
         return message
@@ -49,10 +49,10 @@ def on_one_line(message: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """Return a text of several lines with each of them `printable`."""
+    """Make each line of a text `printable`, and keep the line breaks."""
     return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
 
 
 def shown_key(key: object) -> str:
-    """Show a dict's key in a message; of what is neither text nor number, and may be endless, its type."""
+    """Return a dict's key for a message; for neither text nor number its type, since its repr may be huge."""
     return cut(repr(key), 200) if isinstance(key, (str, int, float, bool)) else type(key).__name__

@@ -1,8 +1,8 @@
-"""URLs: parsed in one place, so that all of rankload agrees on what a URL means.
+"""Parse URLs in one place, so that all of rankload agrees on what a URL means.
 
-Whatever two parsers could read differently is refused before anything is asked (`why_refused`). The rest is read with
-the standard library's parser, which also tells the HTTP library where to connect; `origins.http` checks that the two
-agree before it sends anything that belongs to a server.
+A URL that two parsers could read differently is refused before any request (`why_refused`). The standard library parses
+all others, and also determines where the HTTP library connects. `origins.http` checks that both agree before it sends
+credentials to a server.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ WEB_SCHEMES = ("http", "https")
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
-#: A scheme, and a slash at least unless it is the web's. ``runs:7/last.pth`` is a path; ``https:host`` is a slip.
+#: A scheme, followed by at least one slash except for http and https. ``runs:7/last.pth`` is a path; ``https:host`` is
+#: a mistyped URL.
 _SCHEME = re.compile(r"(?:(https?):/*|([a-z][a-z0-9+.:-]*):/+)", re.IGNORECASE)
 
-#: What may stand between ``//`` and the path (RFC 3986, 3.2): perhaps a user, a host name or an IPv6 address, perhaps a
-#: port. Host names may be of any alphabet (IDNA). An ``@`` in a password has to be percent-encoded.
+#: The authority between ``//`` and the path (RFC 3986, 3.2): optional user, host name or IPv6 address, optional port.
+#: Host names may use any alphabet (IDNA). An ``@`` in a password must be percent-encoded.
 _AUTHORITY = re.compile(r"(?:[^@/\\?#\[\]]*@)?(?:\[[0-9A-Fa-f:.]+\]|[^@:/\\?#\[\]%]+)(?::[0-9]{0,5})?")
 
 
-#: Between the URLs of a chain of fsspec's: ``zip://inner.pth::https://host/outer.zip``.
+#: Separator between the URLs of an fsspec chain: ``zip://inner.pth::https://host/outer.zip``.
 _NEXT_OF_CHAIN = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.-]*:/)")
 
-#: A port that is no number: that may be the beginning of a password with a slash in it.
+#: A port that is not a number. It may be the beginning of a password that contains a slash.
 _ODD_PORT = re.compile(r"[^@/?#]*:(?![0-9]*(?:[/?#]|$))[^@/?#]*(?:[/?#]|$)")
 
 
 class Server(NamedTuple):
-    """Where a web URL leads: what credentials belong to."""
+    """The server of a web URL. Credentials belong to one server."""
 
     scheme: str
     host: str
@@ -49,14 +50,14 @@ class Server(NamedTuple):
 
 @dataclass(frozen=True)
 class Url:
-    """A URL, or a path, parsed once. As a string it is fit for messages.
+    """A parsed URL or path. ``str()`` of it is safe for messages.
 
     Attributes:
-        raw: as the user gave it; may hold secrets.
-        display_name: the same without secrets (`redact`).
-        key: tells it from other origins (`url_key`).
-        scheme: in lower case; None for a path.
-        local_path: what a path or a file URL means; None for a remote file.
+        raw: the URL as the user passed it; may hold secrets.
+        display_name: the URL without secrets (`redact`).
+        key: digest that distinguishes the URL from other origins (`url_key`).
+        scheme: scheme in lower case; None for a path.
+        local_path: local path of a file URL or a plain path; None for a remote file.
     """
 
     raw: str = field(repr=False)
@@ -70,7 +71,7 @@ class Url:
         """Parse a URL or a path.
 
         Raises:
-            ArgumentError: a malformed URL, one that libraries may read differently, or a path that cannot be one.
+            ArgumentError: the URL is malformed, libraries may read it differently, or the path is invalid.
         """
         if (why := _why_malformed(raw)) is not None:
             raise ArgumentError(f"url={redact(raw)!r}: malformed URL: {why}")
@@ -90,13 +91,13 @@ class Url:
 
 
 def scheme_of(url: str) -> str | None:
-    """Return the scheme of what looks like a URL, malformed or not, in lower case; None for a path."""
+    """Return the scheme of a URL, even of a malformed one, in lower case; None for a path."""
     match = _SCHEME.match(url)
     return (match[1] or match[2]).lower() if match else None
 
 
 def server_of(url: str) -> Server | None:
-    """Return the server of an http or https URL; None for anything else, and for what parsers may disagree on."""
+    """Return the server of an http or https URL; None for other URLs, and for those that parsers read differently."""
     if why_refused(url) is not None:
         return None
     try:
@@ -110,10 +111,10 @@ def server_of(url: str) -> Server | None:
 
 
 def why_refused(url: str) -> str | None:
-    """Return what makes a URL ambiguous or unprintable, in words; None for one that is neither.
+    """Return why a URL is ambiguous or unprintable, for a message; None for a URL that is neither.
 
-    Two libraries once read ``https://:@evil.example\\@good.example/`` differently: one decided that it was
-    good.example's, the other connected to evil.example.
+    Two libraries once read ``https://:@evil.example\\@good.example/`` differently: one took good.example for the host,
+    the other connected to evil.example.
     """
     if not url.isprintable():
         return "it has control characters or line breaks"
@@ -130,7 +131,7 @@ def why_refused(url: str) -> str | None:
 
 
 def _why_malformed(url: str) -> str | None:
-    """Return what is wrong with a URL, in words; None for a well-formed one, and for a path."""
+    """Return why a URL is malformed, for a message; None for a well-formed URL, and for a path."""
     scheme = scheme_of(url)
     if scheme is None:
         return None
@@ -139,18 +140,18 @@ def _why_malformed(url: str) -> str | None:
     try:
         parts = urlsplit(url)
         is_complete = bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets that do not match, a port that is no number
+    except ValueError:  # unbalanced brackets, or a port that is not a number
         is_complete = False
-    return None if is_complete else "it has no host, or its port is no number"
+    return None if is_complete else "it has no host, or its port is not a number"
 
 
 def has_ambiguous_characters(text: str) -> bool:
-    """Return whether a web URL, or a relative reference, has characters that parsers drop, move or take for others."""
+    """Return whether a web URL, or a relative reference, has characters that parsers drop, move or replace."""
     return not text.isprintable() or "\\" in text or any(character.isspace() for character in text)
 
 
 def without_user(url: str) -> str:
-    """Return a web URL without its user and password; any other URL as it is."""
+    """Return a web URL without its user and password; any other URL unchanged."""
     parts = urlsplit(url)
     if parts.scheme not in WEB_SCHEMES:
         return url
@@ -158,17 +159,18 @@ def without_user(url: str) -> str:
 
 
 def user_of(url: str) -> tuple[str, str] | None:
-    """Return the user and password that a URL carries, percent-decoded; the password may be empty. None for no user."""
+    """Return the user and password in a URL, percent-decoded; None without a user. The password may be empty."""
     user, at, _ = _authority_of(url).rpartition("@")
     name, _, password = user.partition(":")
     return (unquote(name), unquote(password)) if at else None
 
 
 def redact(url: str) -> str:
-    """Return a URL fit for logs, errors and records: no password, no query; on the web no user and no fragment either.
+    """Return a URL without secrets, for logs, errors and records. Never raises.
 
-    Elsewhere these tell which file it is: ``abfs://container@account/file``, ``gs://bucket/file#generation``. Of a
-    malformed URL everything up to its last ``@`` may be a password. Never raises.
+    The result has no password and no query. An http or https URL also loses its user and fragment. For other schemes
+    these identify the file: ``abfs://container@account/file``, ``gs://bucket/file#generation``. In a malformed URL,
+    everything up to the last ``@`` may be a password.
     """
     match, scheme = _SCHEME.match(url), scheme_of(url)
     if match is None:  # a path
@@ -193,12 +195,12 @@ def redact(url: str) -> str:
 
 
 def redact_text(text: str, url: str = "") -> str:
-    """Return a library's error text without the passwords and queries of URLs that it may show.
+    """Return a library's error text without the passwords and queries of URLs in it.
 
     Args:
-        text: the error's.
-        url: what was asked for. Its password and query are taken out wherever they stand: a library may take a user
-            and password for the name of a bucket, and show that.
+        text: text of the error.
+        url: the requested URL. Its password and query are removed everywhere: a library may mistake a user and password
+            for the name of a bucket, and show that name.
     """
     _, _, password = _authority_of(url).rpartition("@")[0].partition(":")
     for secret in sorted({password, unquote(password), url.partition("?")[2]}, key=len, reverse=True):
@@ -207,40 +209,40 @@ def redact_text(text: str, url: str = "") -> str:
 
 
 def file_name_of(url: str) -> str:
-    """Return torch.hub's file name for a URL: the last part of its path, without the query, percent-encoded as it is.
+    """Return torch.hub's file name for a URL: the last part of its path, without the query, still percent-encoded.
 
     Raises:
-        ArgumentError: the URL ends in a slash or has no path, or in a name that rankload's own files have.
+        ArgumentError: the URL ends in a slash, has no path, or ends in a name that is reserved for rankload's files.
     """
-    name = posixpath.basename(urlparse(url).path)  # not urlsplit: torch drops ``;parameters`` as well
+    name = posixpath.basename(urlparse(url).path)  # not urlsplit: torch drops ``;parameters``, too
     if name in ("", ".", "..") or is_own_name(name):
         why = "has the name of one of rankload's own files" if name and is_own_name(name) else "names no file"
         raise ArgumentError(f"{redact(url)} {why}: pass file_name=", url=redact(url))
     return name
 
 
-#: rankload's own directory inside a cache directory. What lies beside it and is rankload's own begins so, too,
+#: rankload's own directory inside a cache directory. Names of rankload's other files beside it also begin so.
 OWN_DIRECTORY = ".rankload"
 
-#: or has this in its name: it belongs to a download in progress, or to one that was broken off. In groups its machine,
-#: process id and the time that process began.
+#: Part of a partial file's name, for a running or interrupted download. The groups are the owner's machine, process id
+#: and start time.
 OF_A_PARTIAL_FILE = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}\.partial")
 
 
 def is_own_name(name: str) -> bool:
-    """Return whether a file name is one of rankload's own, on any filesystem.
+    """Return whether a file name is reserved for rankload's own files, on any filesystem.
 
-    Nothing else may be called so: a download would go on with what has the name of a partial file.
+    Other files may not have such a name: a download would resume any file that is named like a partial file.
     """
     folded = name.casefold()
     return folded.startswith(OWN_DIRECTORY) or OF_A_PARTIAL_FILE.search(folded) is not None
 
 
 def local_path_of(url: str) -> Path | None:
-    """Return the path that a ``file://`` URL or a plain path means, ``~`` expanded; None for anything else.
+    """Return the local path of a ``file://`` URL or a plain path, with ``~`` expanded; None for a remote URL.
 
     Raises:
-        ArgumentError: a file URL names another host; there is no such home directory; no path has zero bytes.
+        ArgumentError: a file URL names another host, the home directory is unknown, or the path has a zero byte.
     """
     scheme = scheme_of(url)
     if scheme == "file":
@@ -252,22 +254,22 @@ def local_path_of(url: str) -> Path | None:
 
 
 def hint_on_scheme(location: str) -> str:
-    """Return what to do about a missing file that looks like a URL without a scheme, to be appended to a message."""
+    """Return advice to append to a message on a missing file that looks like a URL without a scheme."""
     found = _HOST_AND_FOLDER.match(location)
     return f"; if a URL is meant, write https://{found['host']}…" if found else ""
 
 
-#: ``example.com/``, or ``localhost:8000/``, perhaps with a user
+#: ``example.com/`` or ``localhost:8000/``, optionally with a user.
 _HOST_AND_FOLDER = re.compile(
     r"(?:[^/@]+@)?(?P<host>(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}(?::[0-9]+)?/|[A-Za-z0-9.-]+:[0-9]+/)"
 )
 
 
 def expanded(path: str | os.PathLike[str], *, is_url: bool = False) -> Path:
-    """Return a user's path, with its ``~`` expanded; none in a URL.
+    """Return a user's path with ``~`` expanded, except in the path of a URL.
 
     Raises:
-        ArgumentError: there is no such home directory, or the path has a zero byte.
+        ArgumentError: the home directory is unknown, or the path has a zero byte.
     """
     if "\0" in os.fspath(path):
         raise ArgumentError(f"{os.fspath(path)!r}: a path cannot have a zero byte")
@@ -278,7 +280,7 @@ def expanded(path: str | os.PathLike[str], *, is_url: bool = False) -> Path:
 
 
 def beside(url: str, name: str) -> str:
-    """Return the URL of another file in the same folder; a query is meant for the first alone."""
+    """Return the URL of another file in the same folder. A query is dropped unless it grants the whole folder."""
     parts = urlsplit(url)
     folder = parts.path.rpartition("/")[0]
     file = quote(name) if parts.scheme in WEB_SCHEMES else name
@@ -287,10 +289,10 @@ def beside(url: str, name: str) -> str:
 
 
 def url_key(url: str) -> str:
-    """Return a digest that tells two origins apart: hex SHA-256 of the URL without signatures (`_SIGNED_QUERIES`).
+    """Return a digest that identifies an origin: hex SHA-256 of the URL without signatures (`_SIGNED_QUERIES`).
 
-    On the web it is without the user, too. Elsewhere what stands before the ``@`` says which file it is, even behind a
-    colon (``github://org:repo@main/file``), and so does what looks like a query: a ``?`` may stand in a key of S3.
+    The user of an http or https URL is left out, too. For other schemes, the part before the ``@`` identifies the file,
+    even after a colon (``github://org:repo@main/file``). So does an apparent query: a key in S3 may contain a ``?``.
     """
     parts = urlsplit(url)
     kept = parts.scheme + url[len(parts.scheme) :]
@@ -300,8 +302,8 @@ def url_key(url: str) -> str:
     return hashlib.sha256(kept.encode(errors="surrogateescape")).hexdigest()
 
 
-#: Queries that sign a request differ from request to request for the same file. A query is a signed one if it has all
-#: of the first names; then all names of both kinds are left out. Names are compared exactly, without regard to case.
+#: Parameters of signed queries, which differ between requests for the same file. A query is signed if it has all names
+#: of a first set; then the names of the second set are left out. Names must match exactly, except for case.
 _SIGNED_QUERIES: tuple[tuple[frozenset[str], frozenset[str]], ...] = tuple(
     (frozenset(required.split()), frozenset(f"{required} {others}".split()))
     for required, others in (
@@ -325,7 +327,7 @@ _SIGNED_QUERIES: tuple[tuple[frozenset[str], frozenset[str]], ...] = tuple(
             "sig sv",
             "ss srt sr st se sp sip spr si sdd ses saoid suoid scid skoid sktid skt ske sks skv",
         ),
-        # Alibaba OSS, signature version 4. Not x-oss-process: it asks for other bytes.
+        # Alibaba OSS, signature version 4. x-oss-process is not listed: it changes the bytes.
         (
             "x-oss-signature",
             "x-oss-signature-version x-oss-credential x-oss-date x-oss-expires x-oss-additional-headers "
@@ -339,21 +341,21 @@ _SIGNED_QUERIES: tuple[tuple[frozenset[str], frozenset[str]], ...] = tuple(
     )
 )
 
-#: Parameters that authorise by themselves.
+#: Parameters that authorise a request by themselves.
 _TOKENS = frozenset(
     ("access_token", "auth_token", "private_token", "job_token", "token", "api_key", "api-key", "apikey", "jwt")
 )
 
 
-#: After a semicolon, another parameter.
+#: Another parameter after a semicolon.
 _NEXT_PARAMETER = re.compile(r";[^=;]+=")
 
 
 def _without_signature(query: str) -> str:
-    """Return a query without what signs or authorises the request; the rest keeps its bytes and their order.
+    """Return a query without the parameters that sign or authorise the request. The others keep their bytes and order.
 
-    A semicolon separates parameters for some servers: ``token=x;file=a`` is not left out, since it names a file there.
-    Nor is a name without a value: ``?token`` is a file of that name.
+    For some servers a semicolon separates parameters: ``token=x;file=a`` is kept, because it names a file there. A name
+    without a value is kept, too: ``?token`` may be a file of that name.
     """
     if not query:
         return query
@@ -368,15 +370,15 @@ def _without_signature(query: str) -> str:
     return "&".join(itertools.compress(pieces, kept))
 
 
-#: Longer names in queries are not shown.
+#: Longest parameter name that a message shows.
 _MAX_PARAMETER_LENGTH = 40
 
 
 def query_digests(url: str) -> list[list[str]]:
-    """Return name and digest of each parameter of a URL's query, without what signs or authorises the request.
+    """Return name and digest of each parameter of a URL's query, except those that sign or authorise the request.
 
-    Enough to say which parameters of two URLs differ; any value may be a secret. What has no value may be one itself,
-    and its name is left empty.
+    That is enough to name the parameters in which two URLs differ, without values, which may be secrets. A name without
+    a value may be a secret itself, and is returned as an empty string.
     """
     query = url.partition("#")[0].partition("?")[2]
     digests = []
@@ -388,15 +390,15 @@ def query_digests(url: str) -> list[list[str]]:
 
 
 def _authority_of(url: str) -> str:
-    """Return what stands between ``//`` and the first character that ends it for any parser."""
+    """Return the text between ``//`` and the first character that ends the authority for any parser."""
     scheme, colon, rest = url.partition("://")
     return re.split(r"[/\\?#]", rest, maxsplit=1)[0] if colon and "/" not in scheme else ""
 
 
 def _grants_folder(query: str) -> bool:
-    """Return whether a query is a shared access signature of Azure's for a container, a directory or an account.
+    """Return whether a query is an Azure shared access signature for a container, a directory or an account.
 
-    (``sr`` and ``srt`` in learn.microsoft.com, "Create a service SAS" and "Create an account SAS".)
+    See ``sr`` and ``srt`` in learn.microsoft.com, "Create a service SAS" and "Create an account SAS".
     """
     parameters = dict(parse_qsl(query))
     return "sig" in parameters and (parameters.get("sr") in ("c", "d") or "o" in parameters.get("srt", ""))

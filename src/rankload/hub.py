@@ -1,9 +1,9 @@
-"""torch.hub's download surface with rankload's safety: ``import rankload.hub as hub`` is a drop-in.
+"""Drop-in for torch.hub's downloads, with rankload's safety: ``import rankload.hub as hub``.
 
-Signatures, cache directory, file names and error texts are torch.hub's; what is not here is torch.hub's own (``load``,
-``list``, ``help``). **Not collective**: any rank may call, alone or
-with others, as scripts do under ``if rank == 0:``. Processes that share the cache directory download once, through the
-lease between them. What differs: README, "Differences from torch.hub".
+Signatures, cache directory, file names and error texts are those of torch.hub. All other names (``load``, ``list``,
+``help``) are torch.hub's own functions. **Not collective**: any rank may make a call, alone or with others, as scripts
+do under ``if rank == 0:``. Processes that share the cache directory download once: the lease between them sees to that.
+README, "Differences from torch.hub", lists the differences.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["download_url_to_file", "get_dir", "load_state_dict_from_url", "set_d
 
 
 def __getattr__(name: str) -> Any:
-    """Give what else torch.hub has: load, list, help, … Its ``load`` and ``list`` download repositories themselves."""
+    """Return torch.hub's own attribute: load, list, help, … torch.hub downloads repositories itself."""
     return getattr(torch.hub, name)
 
 
@@ -42,11 +42,12 @@ def load_state_dict_from_url(
 ) -> dict[str, Any]:
     """Load the serialized object at a URL, as torch.hub.load_state_dict_from_url does. Not collective.
 
-    Args and return value are torch's; ``map_location=None`` never puts a tensor on another rank's device.
+    Arguments and return value are those of torch.hub's function, but ``map_location=None`` never puts a tensor on
+    another rank's device.
 
     Raises:
-        RankloadError: as `rankload.dist_load_state_dict_from_url`; a wrong hash is a RuntimeError in torch's words, a
-            failed request a urllib.error.URLError with ``code``.
+        RankloadError: as in `rankload.dist_load_state_dict_from_url`. A wrong hash is a RuntimeError with torch's
+            message. A failed request is a urllib.error.URLError; after an error status it has a ``code``.
     """
     return load_in_this_process(  # type: ignore[no-any-return]
         url,
@@ -61,15 +62,15 @@ def load_state_dict_from_url(
 
 @short_tracebacks
 def download_url_to_file(url: str, dst: str, hash_prefix: str | None = None, progress: bool = True) -> None:
-    """Download a URL to a local path, replacing what is there, as torch.hub.download_url_to_file does. Not collective.
+    """Download a URL to a local path and replace any file there, like torch.hub.download_url_to_file. Not collective.
 
     Args:
         url: http or https URL.
-        dst: full path of the file; ``~`` is expanded. It appears complete and verified, or not at all.
-        hash_prefix: what the SHA-256 must start with.
-        progress: show a bar on stderr, or lines if that is no terminal.
+        dst: full path of the file; ``~`` is expanded. The file appears complete and verified, or not at all.
+        hash_prefix: first hex digits of the expected SHA-256.
+        progress: show a bar on stderr, or lines if stderr is not a terminal.
 
     Raises:
-        RankloadError: as above.
+        RankloadError: as in `load_state_dict_from_url`.
     """
     download_to(url, Path(dst), hash_prefix, progress=progress)

@@ -44,7 +44,7 @@ def test_headers_from_a_file_that_is_no_text(cache, tmp_path):
     headers.write_bytes(b"Authorization: \xff")
     done = prefetch("https://host.invalid/model.pth", "--model-dir", cache, "--header", f"@{headers}")
     assert done.returncode == 2
-    assert "it is no text" in done.stderr and "Traceback" not in done.stderr
+    assert "it is not a text file" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_header_without_a_value(cache):
@@ -75,7 +75,7 @@ def test_header_is_not_for_several_servers(origin, cache, checkpoint):
     with Origin() as other:
         urls = origin.add("a.pth", checkpoint.path), other.add("b.pth", checkpoint.path)
         done = prefetch(*urls, "--model-dir", cache, "--header", f"Authorization: {TOKEN}")
-        assert done.returncode == 2 and "it is for one server" in done.stderr and "SECRET" not in done.stderr
+        assert done.returncode == 2 and "headers are for one server" in done.stderr and "SECRET" not in done.stderr
         assert origin.request_count() == other.request_count() == 0
 
 
