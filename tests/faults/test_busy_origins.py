@@ -175,7 +175,7 @@ def test_every_pause_is_told(origin, cache, big_content, one_stream, monkeypatch
     assert rankload.dist_fetch(url + "?sig=SECRET", cache).read_bytes() == big_content
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(told) == 2 and all(url in text and "HTTP Error 503" in text and "SECRET" not in text for text in told)
-    assert "trying again in 0." in told[0] and told[0].endswith("(1 of 5)") and told[1].endswith("(2 of 5)")
+    assert "retrying in 0." in told[0] and told[0].endswith("(1 of 5)") and told[1].endswith("(2 of 5)")
 
 
 @pytest.mark.fault(10)

@@ -192,7 +192,7 @@ def test_file_that_is_not_ready_yet(origin, cache, checkpoint):
 def test_partial_answer_to_a_request_for_everything(origin, cache, big_content):
     """206 and no Content-Range, asked for a range or not: what part it is cannot be known."""
     url = origin.add("file.bin", big_content, status=206, ranges="ignored")
-    expect(errors_of(fetch, url, cache), rankload.FetchError, url, "asked for the whole file", "Content-Range '(none)'")
+    expect(errors_of(fetch, url, cache), rankload.FetchError, url, "requested the whole file", "Content-Range '(none)'")
     assert ranges_asked(origin) == [None]
     assert files_in(cache) == []
 
@@ -284,7 +284,7 @@ def test_one_error_of_the_origin_does_not_cost_its_ranges(origin, cache, big_con
 def test_open_checkpoint_says_that_ranges_are_refused(origin, tmp_path):
     torch.save({"w": torch.zeros(100_000)}, tmp_path / "model.pth")
     url = origin.add("model.pth", tmp_path / "model.pth", Reply(range_status=403))
-    with pytest.raises(rankload.FetchError, match="serves the file as a whole only"):
+    with pytest.raises(rankload.FetchError, match="serves only the whole file"):
         rankload.open_checkpoint(url)
 
 

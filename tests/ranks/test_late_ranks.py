@@ -118,6 +118,6 @@ def test_a_download_that_stands_for_a_minute_prints_a_few_lines_and_who_waits_no
     assert [result.value for result in results] == [digest_of(checkpoint.content)] * 2
     downloaded, waited = (result.stderr.splitlines() for result in results)
     retried = [line for line in downloaded if not line.startswith("rankload: ")]
-    assert len(retried) <= 2 and all("not a byte came" in line and "trying again in" in line for line in retried)
+    assert len(retried) <= 2 and all("not a byte came" in line and "retrying in" in line for line in retried)
     assert len(downloaded) - len(retried) == 4  # at the start, after 30 s, after 60 s, at the end
     assert waited == []

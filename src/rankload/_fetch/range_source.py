@@ -1,4 +1,4 @@
-"""Ranges of a file at an origin, for those who need a few of its bytes: a checkpoint's index, one tensor."""
+"""Random access to a file at an origin, for callers that need few of its bytes: a checkpoint's index, one tensor."""
 
 from __future__ import annotations
 
@@ -6,37 +6,40 @@ import functools
 from contextlib import ExitStack
 from types import TracebackType
 
+from typing_extensions import override
+
 from rankload._fetch.bounded_read import read_bounded
 from rankload._fetch.origins.credentials import Headers
 from rankload._fetch.origins.origin import UnusableRange, Version
 from rankload._fetch.origins.registry import origin_for
+from rankload._formats.source import Source
 from rankload._settings import Settings
 from rankload._urls import Url
 from rankload.errors import FetchError
 
-#: Small reads get so much, and what is not needed now is kept: the next one is often close by.
+#: Least number of bytes to request. Surplus bytes are kept: the next read is often close by.
 _MIN_BYTES = 32 << 10
 
-#: Of all together. What comes later, tensors, is seldom asked for twice.
+#: Most bytes to keep. Tensors come after that, and are seldom read twice.
 _MAX_KEPT_BYTES = 4 << 20
 
 _FETCH_IT = "fetch it with dist_fetch, and open the file"
 
 
-class RemoteSource:
-    """See `rankload._formats.source.Source`. Use as a context manager. Nothing is written to disk.
+class RemoteSource(Source):
+    """Random access to a file at an origin. Use as a context manager. Writes nothing to disk.
 
     Args:
-        url: of the file.
-        headers: the caller's, for its server.
-        settings: deadlines, retries.
+        url: URL of the file.
+        headers: the caller's headers, for the URL's server.
+        settings: deadlines and retries.
 
     Attributes:
-        size_bytes: its length.
+        size_bytes: length of the file.
 
     Raises:
-        FetchTimeoutError: see `read_bounded`.
-        FetchError: it cannot be asked, or its length is not known.
+        FetchTimeoutError: a deadline passed (see `read_bounded`).
+        FetchError: the origin does not serve a range of the file, or does not give its length.
     """
 
     def __init__(self, url: Url, headers: Headers, settings: Settings) -> None:
@@ -54,18 +57,19 @@ class RemoteSource:
             if size_bytes is None:
                 display_name = self._origin.display_name
                 raise FetchError(
-                    f"{display_name}: the origin does not say how long the file is; {_FETCH_IT}", url=display_name
+                    f"{display_name}: the origin does not give the file's length; {_FETCH_IT}", url=display_name
                 )
             self.size_bytes = size_bytes
             unless_asked.pop_all()
 
+    @override
     def read(self, length: int, offset: int) -> bytes:
-        """Return so many bytes from an offset on; fewer only at the end of the file.
+        """Return ``length`` bytes from an offset on; fewer only at the end of the file.
 
         Raises:
-            ContentChangedError: the file is another one than at the first read.
-            FetchTimeoutError: see `read_bounded`.
-            FetchError: the origin does not give them.
+            ContentChangedError: the file changed since the first read.
+            FetchTimeoutError: a deadline passed (see `read_bounded`).
+            FetchError: the origin does not serve the bytes.
         """
         end = min(offset + length, self.size_bytes)
         if offset >= end:
@@ -79,7 +83,7 @@ class RemoteSource:
         return piece[: end - offset]
 
     def close(self) -> None:
-        """Close connections."""
+        """Close all connections."""
         self._origin.close()
 
     def __enter__(self) -> RemoteSource:
@@ -92,7 +96,7 @@ class RemoteSource:
         display_name = self._origin.display_name
         if self._serves_whole:
             raise FetchError(
-                f"{display_name}: the origin serves the file as a whole only; {_FETCH_IT}", url=display_name
+                f"{display_name}: the origin serves only the whole file, no ranges; {_FETCH_IT}", url=display_name
             )
         try:
             answer = read_bounded(
@@ -100,7 +104,7 @@ class RemoteSource:
             )
         except UnusableRange as error:
             raise FetchError(f"{error}; {_FETCH_IT}", url=display_name) from None
-        except BaseException:  # a request may still be under way, on a thread that nobody waits for
+        except BaseException:  # a request may still be running on a thread that was left behind
             self._origin.close()
             self._origin = self._new_origin()
             raise

@@ -193,7 +193,7 @@ def test_file_that_cannot_be_read_back(descriptor, monkeypatch):
     monkeypatch.setattr(os, "preadv", broken)
     hasher = started(descriptor)
     hasher.adopt(0, 1000)
-    with pytest.raises(CacheError, match="read back what was downloaded") as caught:
+    with pytest.raises(CacheError, match="read back the downloaded bytes") as caught:
         hasher.finish(ignore, 30)
     assert caught.value.errno == 5
 

@@ -1,1 +1,1 @@
-"""Origins: one module a protocol, and the interface that they share."""
+"""Origins: the interface, and one module per protocol."""

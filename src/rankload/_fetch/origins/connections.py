@@ -19,22 +19,23 @@ from requests.cookies import RequestsCookieJar
 from rankload._fetch.origins.trust import Trust
 from rankload._urls import server_of
 
-#: What is read of a redirect's body, so that its connection can be used again.
+#: Most bytes to read of a redirect's body, so that the connection can be reused.
 _MAX_OF_A_REDIRECT_BYTES = 64 << 10
 
-#: The most that all cookies of a session may take, with their paths and other attributes. Servers take no request with
-#: half as many; an origin that sets more and more of them would fill the memory.
+#: Largest size of all cookies of a session, with their paths and other attributes. Servers reject requests with half as
+#: many. An origin that keeps setting cookies would otherwise fill the memory.
 _MAX_COOKIE_BYTES = 64 << 10
 
 
 class BreakableSession(requests.Session):
-    """A session whose requests `break_off` can end, that follows no redirects, and that keeps cookies apart.
+    """A requests session that `break_off` can end, that follows no redirects, and that separates cookies by port.
 
-    Cookies know hosts but not ports (RFC 6265, 8.5): what a server has set after a login would go to whoever listens on
-    another port of its host. Here they go to the scheme and port that they came from alone; which hosts, they say.
+    A cookie is bound to hosts, but not to a port (RFC 6265, 8.5). So a login cookie would also go to a server on
+    another port of the same host. This session sends a cookie only to the scheme and port that set it; the cookie
+    itself names the hosts.
 
     Args:
-        trust: whose certificates are believed.
+        trust: certificates to trust.
     """
 
     def __init__(self, trust: Trust) -> None:
@@ -46,7 +47,7 @@ class BreakableSession(requests.Session):
         self.mount("http://", adapter)
 
     def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
-        """Return the request with the cookies of its server; those that its answer sets are kept for that server."""
+        """Prepare a request with the cookies of its server. Cookies in the response are kept for the same server."""
         cookies = itertools.chain.from_iterable(self._cookies.values())
         if sum(len(str(vars(cookie))) for cookie in cookies) > _MAX_COOKIE_BYTES:
             self._cookies.clear()
@@ -60,15 +61,15 @@ class BreakableSession(requests.Session):
         requests would read the body of a redirect into memory, to its end, even with ``allow_redirects=False``.
         """
         if resp.is_redirect:
-            with contextlib.suppress(urllib3.exceptions.HTTPError, OSError):  # the headers are all that matters
+            with contextlib.suppress(urllib3.exceptions.HTTPError, OSError):  # only the headers matter
                 resp.raw.read(_MAX_OF_A_REDIRECT_BYTES, decode_content=False)
 
 
 def break_off(session: requests.Session) -> None:
-    """End a session's requests now, in whatever phase they are; the session cannot be used again.
+    """End a session's requests now, in any phase. The session cannot be used again.
 
-    A socket's timeout bounds only the wait for the next byte. An origin that sends one header byte every few seconds,
-    or ``100 Continue`` forever, would keep a thread and a connection as long as it likes.
+    A socket's timeout bounds only the wait for the next byte. Without this function, an origin that sends one header
+    byte every few seconds, or ``100 Continue`` forever, could keep a thread and a connection forever.
     """
     for adapter in session.adapters.values():
         if isinstance(adapter, _BreakableAdapter):
@@ -102,14 +103,14 @@ class _BreakableAdapter(HTTPAdapter):
         super().__init__()
 
     def build_connection_pool_key_attributes(self, request: Any, verify: Any, cert: Any = None) -> Any:
-        """Return what makes a pool for a request, with the certificates to believe."""
+        """Return the key of a request's connection pool, with the certificates to trust."""
         host, options = super().build_connection_pool_key_attributes(request, verify, cert)
         if host["scheme"] == "https":
             options["ssl_context"] = self._trust.context
         return host, options
 
     def get_connection_with_tls_context(self, *arguments: Any, **keywords: Any) -> Any:
-        """Return the pool for a request, with connections that can be broken off."""
+        """Return a request's connection pool, with connections that can be broken off."""
         pool: Any = super().get_connection_with_tls_context(*arguments, **keywords)
         if not isinstance(pool.ConnectionCls, functools.partial):
             pool.ConnectionCls = functools.partial(_breakable(pool.ConnectionCls), self.connections)
@@ -118,7 +119,7 @@ class _BreakableAdapter(HTTPAdapter):
 
 @functools.cache
 def _breakable(base: Any) -> Any:
-    """Return a subclass of one of urllib3's connection classes: plain, TLS, or through a SOCKS proxy."""
+    """Return a breakable subclass of one of urllib3's connection classes: plain, TLS, or through a SOCKS proxy."""
 
     class Breakable(base):  # type: ignore[misc]
         def __init__(self, connections: _Connections, **keywords: Any) -> None:
@@ -131,7 +132,7 @@ def _breakable(base: Any) -> Any:
         def connect(self) -> None:
             try:
                 super().connect()
-                # http.client forgets its socket once it has the headers of a response without a length
+                # keep the socket: http.client drops it after the headers of a response without a length
                 self._open_socket = weakref.ref(self.sock)
             finally:
                 if self._connecting is not None:
@@ -142,7 +143,7 @@ def _breakable(base: Any) -> Any:
 
         def _new_conn(self) -> socket.socket:
             new: socket.socket = super()._new_conn()
-            # a TLS handshake takes the descriptor away from `new` long before there is another object to shut down
+            # keep a duplicate: a TLS handshake takes the descriptor from `new` long before a new object owns it
             self._connecting = new.dup()
             if self._connections.are_broken_off:
                 self.break_off()
@@ -151,10 +152,10 @@ def _breakable(base: Any) -> Any:
         def break_off(self) -> None:
             opened = self._open_socket() if self._open_socket is not None else None
             for one in (self._connecting, opened):
-                # closed meanwhile, or (TLS within TLS) no plain socket
+                # the socket may be closed by now or, with TLS within TLS, not be a plain socket
                 with contextlib.suppress(OSError, TypeError):
                     if one is not None:
-                        # not SSLSocket's own: it takes the TLS state away from under the thread that reads
+                        # SSLSocket.shutdown would remove the TLS state while another thread reads
                         socket.socket.shutdown(one, socket.SHUT_RDWR)
 
     return Breakable

@@ -1,4 +1,4 @@
-"""Which headers go to which host: a token goes to the host that it was made for, and to no other."""
+"""Decide which headers go to which server. A token goes only to the hosts that it was made for."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ Headers = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class TokenRule:
-    """Where a token is looked for, and to whom it is sent.
+    """Sources of a token, and the servers that get it.
 
     Attributes:
-        hosts: host names, without port. Only over https.
-        variables: environment variables, the first that is set counts.
-        endpoint_variable: names a server of the user's own that takes the token too, over whatever scheme it says.
+        hosts: host names, without port. The token is sent to them only over https.
+        variables: environment variables that may hold the token. The first one set counts.
+        endpoint_variable: environment variable that names the user's own server. The server gets the token, too, over
+            the scheme in the variable.
     """
 
     hosts: frozenset[str]
@@ -42,13 +43,13 @@ TOKEN_RULES = (
 
 
 class Credentials:
-    """What belongs to one URL's server, and to the servers that redirects lead to.
+    """Credentials for one URL's server, and for the servers that its redirects lead to.
 
     Args:
-        url: the one that the caller's headers, its own user and password, and ~/.netrc's entry are meant for.
-        given: the caller's headers.
-        environ: where tokens are looked for.
-        server: the URL's, if it is written differently where it is asked.
+        url: URL that the caller's headers are meant for. Its user and password and its entry in ~/.netrc count, too.
+        given: headers that the caller passed.
+        environ: environment variables that may hold tokens.
+        server: server of the URL as requests are sent to it, if its spelling differs from the URL's.
     """
 
     def __init__(
@@ -58,11 +59,11 @@ class Credentials:
         self._user = user_of(url)
 
     def headers_for(self, server: Server) -> Headers:
-        """Return what to send to a server beside the protocol's own headers.
+        """Return the headers to send to a server besides the protocol's own.
 
-        The caller's headers, user and netrc entry go to their own scheme, host and port alone, but for the User-Agent;
-        tokens to the hosts of `TOKEN_RULES`. What the caller gives comes first, then the URL's user, then a token, then
-        netrc.
+        The caller's headers, user and netrc entry go only to their own scheme, host and port. The User-Agent goes to
+        every server. Tokens go to the hosts of `TOKEN_RULES`. The order of precedence is: the caller's headers, the
+        URL's user, a token, netrc.
         """
         is_own = server == self._server
         sent = self._given if is_own else _without_credentials(self._given)
@@ -79,10 +80,10 @@ class Credentials:
 
 
 def headers_of(request: FetchRequest, url: Url) -> Headers:
-    """Return the caller's headers for one of a request's URLs: all but the User-Agent are for the first one's server.
+    """Return the caller's headers for one of a request's URLs. Only the first URL's server gets more than User-Agent.
 
-    A token for one origin is no mirror's business. Nor is it the same host's over another scheme: what goes over https
-    is not to be sent in the clear.
+    A mirror must not get the token of another origin. Nor may the same host get it over another scheme: a token for
+    https must not be sent in the clear.
     """
     if url == request.url:
         return request.headers
@@ -92,12 +93,12 @@ def headers_of(request: FetchRequest, url: Url) -> Headers:
 
 
 def basic_authorization(user: str, password: str) -> str:
-    """Return the value of an Authorization header (RFC 7617); UTF-8, as it recommends."""
+    """Return the value of an Authorization header, in UTF-8 as RFC 7617 recommends."""
     return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
 
 
 def _without_credentials(headers: Headers) -> Headers:
-    """Return what is sent to any server: the name of the client, as browsers and curl send it along redirects, too."""
+    """Return only the User-Agent, which any server may get: browsers and curl also keep it across redirects."""
     return tuple((name, value) for name, value in headers if name.lower() == "user-agent")
 
 
@@ -107,13 +108,13 @@ def _token_for(server: Server, environ: Mapping[str, str]) -> str | None:
         if server == endpoint or (server.scheme == "https" and server.port == 443 and server.host in rule.hosts):
             found = next((environ[name].strip() for name in rule.variables if environ.get(name, "").strip()), None)
             found = found or (_hugging_face_login(environ) if rule.endpoint_variable else None)
-            # what cannot stand in a header is no token; the HTTP library's complaint would show it
+            # a text that is invalid in a header is no token, and the HTTP library's error would show it
             return found if found and found.isascii() and found.isprintable() else None
     return None
 
 
 def _hugging_face_login(environ: Mapping[str, str]) -> str | None:
-    """Return what ``hf auth login`` has stored, unless its use is switched off."""
+    """Return the token that ``hf auth login`` stored, unless its use is switched off."""
     if environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in ("1", "ON", "YES", "TRUE"):
         return None
     cache = environ.get("XDG_CACHE_HOME", "~/.cache")
@@ -121,5 +122,5 @@ def _hugging_face_login(environ: Mapping[str, str]) -> str | None:
     path = Path(environ.get("HF_TOKEN_PATH") or f"{home}/token")
     try:
         return path.expanduser().read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError, RuntimeError):  # RuntimeError: no such user's home directory
+    except (OSError, UnicodeDecodeError, RuntimeError):  # RuntimeError: the home directory is unknown
         return None

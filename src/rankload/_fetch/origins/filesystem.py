@@ -1,4 +1,4 @@
-"""Ranges of a file on whatever fsspec reaches: s3, gs, memory, …"""
+"""The origin for all schemes that fsspec supports: s3, gs, memory, …"""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
+from typing_extensions import override
 
 from rankload._fetch.origins.http_errors import raise_alone
-from rankload._fetch.origins.origin import NotModified, Version
+from rankload._fetch.origins.origin import Body, NotModified, Origin, Version
 from rankload._urls import Url, redact_text
 from rankload.errors import ContentChangedError, FetchError, NetworkError
 
-#: One read. Every one is a request of its own, so it should not be small.
+#: Size of one read. Every read is a separate request, so it should not be small.
 _READ_BYTES = 8 << 20
 
-#: The package that a scheme needs, and the extra of ours that brings it.
+#: rankload's extra that installs the package for a scheme.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
 
-#: botocore's and google-auth's, by name: neither need be installed. No second try finds credentials.
+#: Errors of botocore and google-auth, by name, as neither need be installed. A retry would not find credentials either.
 _WITHOUT_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"})
 
 
-class FilesystemOrigin:
-    """A file at an fsspec URL. Credentials and endpoints are for fsspec to find, as it always does."""
+class FilesystemOrigin(Origin):
+    """A file at an fsspec URL. fsspec itself finds credentials and endpoints."""
 
     def __init__(self, url: Url) -> None:
         self.url, self.display_name, self.may_answer_once = url, url.display_name, False
 
+    @override
     def close(self) -> None:
-        """See `Origin`. fsspec keeps its filesystems for the life of the process."""
+        """Do nothing: fsspec keeps its filesystems for the life of the process."""
 
+    @override
     @contextlib.contextmanager
     def open(
         self, begin: int, end: int | None, version: Version | None, *, unless: Version | None = None
     ) -> Iterator[FilesystemBody]:
-        """See `Origin`."""
         found = self.check_version(version)
         if unless is not None and unless.is_same_as(found):
             raise NotModified(self.display_name)
@@ -52,17 +54,17 @@ class FilesystemOrigin:
             yield FilesystemBody(found, begin, min(end, size_bytes), False, self, read)
 
     def check_version(self, expected: Version | None) -> Version:
-        """Ask for the file's version now.
+        """Request the file's present version.
 
         Raises:
-            ContentChangedError: it is another than expected.
-            FetchError: there was no answer, or an error.
+            ContentChangedError: the version differs from ``expected``.
+            FetchError: the filesystem failed, or did not answer.
         """
         with wrap_any_errors(self.url.raw, self.display_name):
             found = _version_of(*self._found)
         if expected is not None and not expected.is_same_as(found):
             raise ContentChangedError(
-                f"{self.display_name}: the file has changed while it was fetched", url=self.display_name
+                f"{self.display_name}: the file changed while it was fetched", url=self.display_name
             )
         return found
 
@@ -79,9 +81,10 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def wrap_any_errors(url: str, display_name: str) -> Iterator[None]:
-    """Translate whatever a filesystem raises; each has its own kinds of errors.
+    """Translate any error of a filesystem; each filesystem has its own error classes.
 
-    Theirs may hold the whole URL, or a request with its headers. As in `wrap_http_errors`, nothing leads there.
+    The original errors may hold the whole URL, or a request with its headers. So the new error is not chained to them,
+    as in `wrap_http_errors`.
     """
     try:
         yield
@@ -102,13 +105,13 @@ def _translated(error: Exception, url: str, display_name: str) -> FetchError:
         advice = f"; pip install 'rankload[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
         return FetchError(f"{display_name}: {text}{advice}", url=display_name)
     if type(error).__name__ in _WITHOUT_CREDENTIALS:
-        return FetchError(f"{display_name}: no credentials for it: {text}", url=display_name)
+        return FetchError(f"{display_name}: no credentials for this URL: {text}", url=display_name)
     return NetworkError(f"{display_name}: {type(error).__name__}: {text}", url=display_name)
 
 
 @dataclass
-class FilesystemBody:
-    """See `Body`."""
+class FilesystemBody(Body):
+    """The bytes of a file on an fsspec filesystem, from one offset to another."""
 
     version: Version
     begin: int
@@ -121,21 +124,21 @@ class FilesystemBody:
     def __post_init__(self) -> None:
         self._position = self.begin
 
+    @override
     def read(self) -> bytes:
-        """See `Body`."""
         count = _READ_BYTES if self.end is None else min(_READ_BYTES, self.end - self._position)
         with wrap_any_errors(self._origin.url.raw, self._origin.display_name):
             piece = self._read(self._position, count) if count > 0 else b""
         self._position += len(piece)
         is_at_end = self._position == self.end
-        if is_at_end if piece else not is_at_end:  # its last piece, or its end came earlier than was known
-            self._origin.check_version(
-                self.version
-            )  # a read names no version: it may be of one that came after the first look
+        if is_at_end if piece else not is_at_end:  # the last piece, or the file ended early
+            # a read names no version: the bytes may be of one that is newer than `version`
+            self._origin.check_version(self.version)
         return piece
 
+    @override
     def break_off(self) -> None:
-        """See `Body`. No filesystem can: the read ends when it ends, and nobody waits for it."""
+        """Do nothing: fsspec cannot break a read off. The caller leaves its thread behind."""
 
 
 def _read_range(filesystem: Any, path: str, begin: int, count: int) -> bytes:
@@ -143,7 +146,7 @@ def _read_range(filesystem: Any, path: str, begin: int, count: int) -> bytes:
 
 
 def _version_of(filesystem: Any, path: str) -> Version:
-    filesystem.invalidate_cache()  # listings of earlier looks: an object may have been replaced since
+    filesystem.invalidate_cache()  # drop earlier listings: an object may have been replaced since
     found = filesystem.info(path)
     if found.get("type") == "directory":
         raise FileNotFoundError(path)

@@ -1,4 +1,4 @@
-"""Ranges of a file over HTTP."""
+"""The origin for http and https URLs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from urllib.parse import urljoin
 
 import requests
 from requests.adapters import HTTPAdapter
+from typing_extensions import override
 from urllib3.util import parse_url
 
 from rankload._fetch.origins.advice import ANSWERED_BEFORE, advice_for
@@ -27,7 +28,7 @@ from rankload._fetch.origins.http_headers import (
     version_of,
 )
 from rankload._fetch.origins.logs import without_queries
-from rankload._fetch.origins.origin import Claim, NotModified, UnusableRange, Version
+from rankload._fetch.origins.origin import Claim, NotModified, Origin, UnusableRange, Version
 from rankload._fetch.origins.trust import Trust
 from rankload._settings import Settings
 from rankload._text import printable
@@ -46,47 +47,48 @@ from rankload.errors import ContentChangedError, FetchError, FetchTimeoutError, 
 
 _MAX_REDIRECTS = 10
 
-#: Servers make them of some 20 to 100.
+#: Longest validator to send back. Servers use 20 to 100 characters.
 _MAX_VALIDATOR_CHARACTERS = 1024
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
-#: With these a body is the file, or a range of it. 202 is not among them: "come back later", say servers that pack an
-#: archive first; nor is a redirect that does not say where.
+#: Statuses whose body is the file, or a range of it. 202 is not among them: with it, servers that first pack an archive
+#: say "come back later". A redirect without a target is not among them either.
 _SUCCESSES = frozenset({200, 203, 206})
 
-#: What a signed URL answers when it has expired, depending on who signed it. 400 is S3's (of temporary credentials) and
-#: Google Cloud Storage's: ExpiredToken.
+#: Statuses of an expired signed URL, depending on the service. S3 (for temporary credentials) and Google Cloud Storage
+#: use 400: ExpiredToken.
 _EXPIRED = frozenset({400, 401, 403, 404, 410})
 
-#: Errors that say nothing of ranges: of credentials, of too many requests, of files that are gone. 416 has other uses.
+#: Errors that have nothing to do with ranges: credentials, too many requests, files that are gone. 416 is handled
+#: separately.
 _NOT_ABOUT_RANGES = frozenset({401, 407, 408, 410, 416, 425, 429})
 
 
 @dataclass(frozen=True)
 class _Target:
-    """Where redirects have led.
+    """The target of a URL's redirects.
 
     Attributes:
-        url: to ask directly from now on.
-        claim: a digest that was given on the way.
+        url: URL to request directly from now on.
+        claim: digest that a redirect gave on the way.
     """
 
     url: str
     claim: Claim | None = None
 
 
-class HttpOrigin:
-    """A file at an http or https URL. Threads may share it: each request has a connection to itself.
+class HttpOrigin(Origin):
+    """A file at an http or https URL. Thread-safe: each request has its own connection.
 
-    Connections are kept alive for the next request, whoever makes it: threads come and go as the pace changes.
+    Connections are kept alive for the next request of any thread: threads come and go as the number of streams changes.
 
-    Proxies, certificates (`Trust`) and netrc are taken from the environment. Bodies come as stored
-    (``Accept-Encoding: identity``): digests are of the file's bytes.
+    Proxies, certificates (`Trust`) and netrc come from the environment. Bodies come as stored
+    (``Accept-Encoding: identity``), since digests are of the file's bytes.
 
     Args:
-        url: the file.
-        headers: the caller's, for this URL's server alone.
+        url: URL of the file.
+        headers: the caller's headers, for this URL's server only.
         settings: deadlines.
     """
 
@@ -103,18 +105,23 @@ class HttpOrigin:
         self._trust = Trust.from_environment()
         self._is_client_named = any(name.lower() == "user-agent" for name, _ in headers)
 
+    @override
     def close(self) -> None:
-        """Close all connections, and end the requests that are still under way in threads left behind."""
+        """Close all connections, and end requests that are still running in threads left behind."""
         for session in self._sessions:
             break_off(session)
             _close_connections(session)
             session.close()
 
+    @override
     @contextlib.contextmanager
     def open(
         self, begin: int, end: int | None, version: Version | None, *, unless: Version | None = None
     ) -> Iterator[HttpBody]:
-        """See `Origin`. Once redirects have been followed, where they led is asked, until it refuses or fails."""
+        """Request a range (see `Origin.open`).
+
+        After the first redirects, requests go directly to their target, until the target refuses or fails.
+        """
         with self._session() as session, contextlib.ExitStack() as stack:
             headers = {**_range_headers(begin, end, version), **_conditions(unless)}
             response = self._ask(stack, session, headers)
@@ -132,7 +139,7 @@ class HttpOrigin:
                     raise ContentChangedError(
                         f"{self.display_name}: the file ends before byte {begin} now", url=self.display_name
                     )
-                response = self._ask(stack, session, {})  # an empty file has no first byte
+                response = self._ask(stack, session, {})  # no range of an empty file is satisfiable
             if response.status_code not in _SUCCESSES:
                 raise self._status_error(response)
             body = self._body_of(response, begin, end, version)
@@ -148,10 +155,10 @@ class HttpOrigin:
                 self._is_sending_whole = False
 
     def _may_be_about_ranges(self, code: int) -> bool:
-        """Return whether to ask for the whole file because a range was refused.
+        """Return whether to request the whole file because the origin refused a range.
 
-        Some firewalls and gateways answer any range with an error, and would give the file. What is usually a passing
-        trouble of the origin's has to come three times: a file that comes whole comes over one connection.
+        Some firewalls and gateways answer any range with an error, but serve the whole file. An error that is usually
+        temporary must come three times: a whole file comes over only one connection, which is slower.
         """
         is_answered = self._has_served_ranges or self._is_sending_whole
         if code < 400 or code in _NOT_ABOUT_RANGES or is_answered:
@@ -178,7 +185,7 @@ class HttpOrigin:
     def _follow(
         self, stack: contextlib.ExitStack, session: requests.Session, range_headers: dict[str, str]
     ) -> requests.Response:
-        """Send a request, follow redirects, and remember where they led."""
+        """Send a request, follow redirects, and remember their target."""
         target = self._target
         for _ in range(_MAX_REDIRECTS + 1):
             response = self._send(stack, session, target.url, range_headers)
@@ -192,10 +199,10 @@ class HttpOrigin:
         raise FetchError(f"{self.display_name}: too many redirects", url=self.display_name)
 
     def _redirected(self, url: str, location: str) -> str:
-        """Return where a redirect leads.
+        """Return the URL that a redirect leads to.
 
         Raises:
-            FetchError: to something that is not a plain http or https URL, or from https to http.
+            FetchError: the target is not a plain http or https URL, or the redirect leads from https to http.
         """
         if has_ambiguous_characters(location):
             raise FetchError(f"{self.display_name}: it redirects to a malformed URL: refused", url=self.display_name)
@@ -213,8 +220,8 @@ class HttpOrigin:
             )
         if (before.scheme, server.scheme) == ("https", "http"):
             raise FetchError(
-                f"{self.display_name}: it redirects from https to {redact(target)}, which anybody on the way could "
-                "alter; use that URL itself if you trust it",
+                f"{self.display_name}: it redirects from https to {redact(target)}, which anyone on the network path "
+                "could alter; use that URL itself if you trust it",
                 url=self.display_name,
             )
         return target
@@ -236,13 +243,13 @@ class HttpOrigin:
         return stack.enter_context(response)
 
     def _server_that_is_asked(self, request: requests.PreparedRequest) -> Server:
-        """Return where a request is going to be sent: whose credentials it may carry.
+        """Return the server that a request will be sent to, whose credentials the request may carry.
 
-        The HTTP library connects by its own reading of the URL that it has prepared (with the standard library's parser
-        since requests 2.32, with urllib3's before), so both have to agree with ours on that very URL.
+        The HTTP library itself parses the prepared URL to connect (with the standard library's parser since requests
+        2.32, with urllib3's before). So both parsers must agree with `server_of` on that URL.
 
         Raises:
-            FetchError: they do not.
+            FetchError: the parsers disagree.
         """
         url = request.url or ""
         server, found = server_of(url), parse_url(url)
@@ -253,7 +260,7 @@ class HttpOrigin:
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[requests.Session]:
-        """Lend a session, one of the last used that are idle: its connection is the most likely to be alive."""
+        """Lend the most recently used idle session, whose connection is most likely alive; else a new one."""
         try:
             session = self._idle_sessions.pop()
         except IndexError:
@@ -268,15 +275,15 @@ class HttpOrigin:
             self._idle_sessions.append(session)
 
     def _close_idle_connections(self) -> None:
-        """Make way for requests that are waiting: some servers serve one connection at a time, idle or not."""
-        with contextlib.suppress(IndexError):  # none is left; other threads take them, too
+        """Close idle connections for the sake of waiting requests: some servers serve one connection at a time."""
+        with contextlib.suppress(IndexError):  # none is left; other threads take idle sessions, too
             while True:
                 _close_connections(self._idle_sessions.pop())
 
     def _body_of(self, response: requests.Response, begin: int, end: int | None, version: Version | None) -> HttpBody:
         if coding := coding_of(response.headers):
             raise FetchError(
-                f"{self.display_name}: sent with Content-Encoding {coding} although identity was asked for: the bytes "
+                f"{self.display_name}: sent with Content-Encoding {coding}, although identity was requested: the bytes "
                 "are not the file's, so they cannot be verified",
                 url=self.display_name,
             )
@@ -286,9 +293,9 @@ class HttpOrigin:
         found = version_of(response.headers, size_bytes, self._target.claim)
         if version is not None and (not version.is_same_as(found) or (is_whole and end is not None)):
             raise ContentChangedError(
-                f"{self.display_name}: the file has changed while it was fetched", url=self.display_name
+                f"{self.display_name}: the file changed while it was fetched", url=self.display_name
             )
-        response.raw.enforce_content_length = False  # our own check says how much is missing
+        response.raw.enforce_content_length = False  # rankload's own check reports how many bytes are missing
         return HttpBody(
             found,
             first,
@@ -304,10 +311,10 @@ class HttpOrigin:
         got = f"got status 206 and Content-Range {response.headers.get('Content-Range', '(none)')[:80]!r}"
         if end is None and found is not None and found[:1] + found[2:] == (0, found[1]):
             return found
-        if end is None:  # there is no other way left to ask
-            raise FetchError(f"{self.display_name}: asked for the whole file, {got}", url=self.display_name)
+        if end is None:  # no other kind of request is left
+            raise FetchError(f"{self.display_name}: requested the whole file, {got}", url=self.display_name)
         if found is None or found[0] != begin or found[1] > end:
-            raise UnusableRange(f"{self.display_name}: asked for bytes {begin}-{end - 1}, {got}")
+            raise UnusableRange(f"{self.display_name}: requested bytes {begin}-{end - 1}, {got}")
         return found
 
     def _status_error(self, response: requests.Response) -> HTTPStatusError:
@@ -326,20 +333,22 @@ class HttpOrigin:
 
 
 def _server_as_asked(url: str) -> Server | None:
-    """Return a URL's server with its host as requests carry it: a name of another alphabet goes in ASCII (IDNA)."""
+    """Return a URL's server, with the host name as requests sends it: another alphabet is encoded in ASCII (IDNA)."""
     try:
         return server_of(requests.Request("GET", url).prepare().url or "")
-    except ValueError:  # requests' own subclasses: nothing can be sent there
+    except ValueError:  # requests' own subclasses: no request can be sent to this URL
         return None
 
 
 def _close_connections(session: requests.Session) -> None:
-    """Close a session's idle connections now. Its own close() leaves that to the garbage collector (urllib3 2.x): they
-    would stay open as long as somebody holds an error, whose traceback leads to them.
+    """Close a session's idle connections now.
+
+    Session.close() leaves that to the garbage collector (urllib3 2.x). The connections would stay open as long as an
+    error is kept whose traceback refers to them.
     """
     adapters = [adapter for adapter in session.adapters.values() if isinstance(adapter, HTTPAdapter)]
     for manager in [one for adapter in adapters for one in (adapter.poolmanager, *adapter.proxy_manager.values())]:
-        for key in manager.pools.keys():  # noqa: SIM118 - it is no dict, and cannot be iterated over
+        for key in manager.pools.keys():  # noqa: SIM118 - not a dict, and not iterable
             if (pool := manager.pools.get(key)) is not None:
                 pool.close()
 
@@ -349,7 +358,7 @@ def _range_headers(begin: int, end: int | None, version: Version | None) -> dict
         return {}
     headers = {"Range": f"bytes={begin}-{end - 1}"}
     if version is not None:
-        # only a strong validator may stand in If-Range (RFC 9110, 13.1.5); of weak ones the answer's is compared
+        # If-Range takes only a strong validator (RFC 9110, 13.1.5); a weak one is compared with the response's
         validator = version.etag if version.etag and not version.etag.startswith("W/") else version.last_modified
         if validator and _can_be_sent(validator) and not (version.etag or "").startswith("W/"):
             headers["If-Range"] = validator
@@ -357,17 +366,17 @@ def _range_headers(begin: int, end: int | None, version: Version | None) -> dict
 
 
 def _conditions(unless: Version | None) -> dict[str, str]:
-    """Return the header that asks for another version only (RFC 9110, 13.1.2 and 13.1.3)."""
+    """Return the header that requests only another version (RFC 9110, 13.1.2 and 13.1.3)."""
     found = {"If-None-Match": unless.etag, "If-Modified-Since": unless.last_modified} if unless is not None else {}
     usable = [(name, value) for name, value in found.items() if value and _can_be_sent(value)]
     return dict(usable[:1])
 
 
 def _can_be_sent(validator: str) -> bool:
-    """Return whether an origin's text, or what stands in a record, may go into a request, perhaps to another server.
+    """Return whether a validator from an origin or a record may be sent in a request, perhaps to another server.
 
-    It may hold control characters, or be longer than servers take; in a record of another user's, be no header's text
-    at all.
+    The validator may hold control characters, or be longer than servers accept. In another user's record it may be any
+    text.
     """
     return validator.isascii() and validator.isprintable() and len(validator) <= _MAX_VALIDATOR_CHARACTERS
 

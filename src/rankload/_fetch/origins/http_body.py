@@ -1,4 +1,4 @@
-"""The body of an HTTP answer."""
+"""The body of an HTTP response."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rankload._fetch.origins.http_errors import wrap_http_errors
-from rankload._fetch.origins.origin import Version
+from typing_extensions import override
 
-#: One read from the socket. Small enough to lie in a core's second-level cache (1 MiB, and less) from the copy out of
-#: the socket to the copy into the page cache: with 1 MiB a fetch of 1 GB took 2.0 s, with 256 KiB 1.1 s.
+from rankload._fetch.origins.http_errors import wrap_http_errors
+from rankload._fetch.origins.origin import Body, Version
+
+#: Size of one read from the socket. The bytes should stay in a core's second-level cache (1 MiB or less) between the
+#: copy from the socket and the copy to the page cache. A fetch of 1 GB took 2.0 s with 1 MiB, and 1.1 s with 256 KiB.
 _READ_BYTES = 256 << 10
 
 
 @dataclass
-class HttpBody:
-    """See `Body`."""
+class HttpBody(Body):
+    """The bytes of an HTTP response."""
 
     version: Version
     begin: int
@@ -26,12 +28,13 @@ class HttpBody:
     _read1: Callable[[int], bytes]
     _shut_down: Callable[[], None]
 
+    @override
     def read(self) -> bytes:
-        """See `Body`. A body in chunks that ends early is a TruncatedError."""
+        """Return the next bytes (see `Body.read`). Raise TruncatedError if a body in chunks ends early."""
         with wrap_http_errors(self._display_name):
             return self._read1(_READ_BYTES)
 
+    @override
     def break_off(self) -> None:
-        """See `Body`."""
-        with contextlib.suppress(OSError, RuntimeError, ValueError):  # the body has ended already
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # the body has already ended
             self._shut_down()

@@ -20,8 +20,8 @@ _PROXY = "the proxy that the environment names"
 class wrap_http_errors:
     """Translate the exceptions of requests, urllib3 and sockets.
 
-    Theirs hold the full URL, with its signatures and tokens, and so do the tracebacks of what they are chained to. The
-    error that is raised instead is therefore chained to nothing, not even as its context.
+    The original exceptions, and the tracebacks of their causes, hold the full URL with its signatures and tokens. So
+    the new error is chained to none of them, not even as its context.
 
     Args:
         display_name: the URL for messages, without secrets.
@@ -34,7 +34,7 @@ class wrap_http_errors:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(error, FetchError):  # an OSError, too, and already ours
+        if isinstance(error, FetchError):  # already translated; a FetchError is an OSError, too
             return
         if isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)):
             raise_alone(_translated(error, self._display_name))
@@ -63,13 +63,13 @@ def _translated(error: Exception, display_name: str) -> FetchError:
         text = f"{display_name}: {what} within the deadline; raise timeout= or pass a mirror"
         return FetchTimeoutError(text, url=display_name)
     if isinstance(error, requests.exceptions.InvalidProxyURL):
-        return FetchError(f"{display_name}: {_PROXY} is no URL of one: correct it, or unset it", url=display_name)
+        return FetchError(f"{display_name}: {_PROXY} has an invalid URL: correct it, or unset it", url=display_name)
     if isinstance(error, requests.exceptions.InvalidSchema):
         if "SOCKS" in str(error):
-            return FetchError(f"{display_name}: {_PROXY} speaks SOCKS: pip install 'requests[socks]'", url=display_name)
+            return FetchError(f"{display_name}: {_PROXY} uses SOCKS: pip install 'requests[socks]'", url=display_name)
         return FetchError(f"{display_name}: it redirects to a URL that is not http or https", url=display_name)
-    if isinstance(error, ValueError):  # requests' own subclasses, and what urllib.parse raises out of a redirect
-        return FetchError(f"{display_name}: not a URL that can be fetched, or it redirects to one", url=display_name)
+    if isinstance(error, ValueError):  # requests' own subclasses, and errors of urllib.parse in a redirect
+        return FetchError(f"{display_name}: this URL, or a redirect from it, cannot be fetched", url=display_name)
     if isinstance(error, urllib3.exceptions.ProtocolError) and "IncompleteRead" in str(error):
         return TruncatedError(f"{display_name}: the body ended in the middle of a chunk", url=display_name)
     who = f"{_PROXY}: " if is_proxys else ""
@@ -86,20 +86,20 @@ def _words(cause: BaseException) -> str:
     if isinstance(cause, ConnectionResetError):
         return "connection reset by the origin"
     if isinstance(cause, ssl.SSLCertVerificationError):
-        advice = f"if the site has certificates of its own, name them in one of {', '.join(CERTIFICATE_VARIABLES)}"
+        advice = f"if the site has its own certificates, name them in one of {', '.join(CERTIFICATE_VARIABLES)}"
         return f"{type(cause).__name__}: {redact_text(str(cause))}; {advice}"
     return f"{type(cause).__name__}: {redact_text(str(cause))}"
 
 
 def _is_permanent(cause: BaseException) -> bool:
-    """Tell what no second try mends: a name that is known not to exist, a certificate that does not hold."""
+    """Return whether a retry is pointless: the host name does not exist, or the certificate is invalid."""
     if isinstance(cause, socket.gaierror):
         return cause.errno == socket.EAI_NONAME
     return isinstance(cause, ssl.SSLCertVerificationError)
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """Follow an error to its cause, down to the first that says something of its own."""
+    """Follow an error's causes down to the first specific one, else to the last."""
     seen: BaseException | None = error
     while seen is not None:
         error = seen

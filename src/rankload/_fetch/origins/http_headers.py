@@ -12,11 +12,11 @@ from urllib.parse import quote
 
 from rankload._fetch.origins.origin import Claim, Version
 
-#: 18 digits hold an exabyte; Python refuses to read numbers of thousands of digits.
+#: 18 digits suffice for an exabyte. Python refuses to parse numbers of thousands of digits.
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE | re.ASCII)
 _LENGTH = re.compile(r"\d{1,18}", re.ASCII)
 
-#: RFC 9110, 8.4.1, and IANA's registry of content codings, as far as servers use it.
+#: Content codings of RFC 9110, 8.4.1, and IANA's registry, as far as servers use them.
 _CODINGS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd", "dcb", "dcz"})
 
 _ASCII = "".join(map(chr, range(128)))
@@ -28,12 +28,12 @@ _DIGEST_MEMBER = re.compile(r"(?:^|,)\s*sha-256=:?([A-Za-z0-9+/]{43}=):?", re.IG
 
 
 def version_of(headers: Mapping[str, str], size_bytes: int | None, earlier_claim: Claim | None) -> Version:
-    """Put together what an answer says of the whole content.
+    """Return the version of the whole content that a response describes.
 
     Args:
-        headers: of the answer.
-        size_bytes: of the whole content, as Content-Range or Content-Length tell.
-        earlier_claim: a digest that a redirect on the way here gave.
+        headers: headers of the response.
+        size_bytes: size of the whole content, from Content-Range or Content-Length.
+        earlier_claim: digest that an earlier redirect gave; None for none.
     """
     return Version(
         size_bytes=size_bytes,
@@ -45,7 +45,7 @@ def version_of(headers: Mapping[str, str], size_bytes: int | None, earlier_claim
 
 
 def content_range_of(headers: Mapping[str, str]) -> tuple[int, int, int | None] | None:
-    """Return begin, end (exclusive) and total size of a partial answer; None where the header makes no sense."""
+    """Return begin, end (exclusive) and total size of a partial response; None if the header is invalid."""
     match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
     if match is None:
         return None
@@ -54,49 +54,49 @@ def content_range_of(headers: Mapping[str, str]) -> tuple[int, int, int | None] 
 
 
 def content_length_of(headers: Mapping[str, str]) -> int | None:
-    """Return Content-Length, None where it is missing or no number."""
+    """Return Content-Length; None if the header is missing or not a number."""
     text = headers.get("Content-Length", "")
     return int(text) if _LENGTH.fullmatch(text) else None
 
 
 def coding_of(headers: Mapping[str, str]) -> str | None:
-    """Return the content coding that the body is in, in lower case; None if the bytes are the file's.
+    """Return the content coding of the body, in lower case; None if the body is the file's own bytes.
 
-    Object stores give back whatever the uploader wrote there (``aws-chunked``, ``utf-8``): other words are no codings.
+    Object stores return any text that the uploader wrote (``aws-chunked``, ``utf-8``): unknown words are no codings.
     """
     words = (word.strip().lower() for word in headers.get("Content-Encoding", "").split(","))
     return next((word for word in words if word in _CODINGS), None)
 
 
 def location_of(headers: Mapping[str, str]) -> str | None:
-    """Return where a redirect leads, None where it does not say.
+    """Return the target of a redirect; None without a Location header.
 
-    Some servers write a path in UTF-8 as it is; the HTTP library gives header bytes as latin-1. Browsers quote them.
+    Some servers send a path in raw UTF-8, which the HTTP library decodes as latin-1. Browsers percent-encode it.
     """
     text = headers.get("Location")
     return None if text is None else quote(text.encode("latin-1"), safe=_ASCII)
 
 
 def retry_after_of(headers: Mapping[str, str]) -> float | None:
-    """Return Retry-After in seconds from now, given as a number or a date (RFC 9110, 10.2.3)."""
+    """Return Retry-After in seconds from now. The header holds a number or a date (RFC 9110, 10.2.3)."""
     text = headers.get("Retry-After", "").strip()
     if _LENGTH.fullmatch(text):
         return float(text)
     try:
         seconds_since_epoch = email.utils.parsedate_to_datetime(text).timestamp()
-    except (ValueError, OverflowError):  # no date, or a number in it that no C integer holds
+    except (ValueError, OverflowError):  # not a date, or a number too large for a C integer
         return None
     return max(0.0, seconds_since_epoch - time.time())
 
 
 def claim_of(headers: Mapping[str, str]) -> Claim | None:
-    """Return the SHA-256 of the whole content that the headers give, if any.
+    """Return the SHA-256 of the whole content from the headers; None if they give none.
 
-    - ``Repr-Digest`` (RFC 9530) and its predecessor ``Digest`` (RFC 3230) are of the whole content in partial answers,
-      too; ``PartialContent-Digest`` is not.
+    - ``Repr-Digest`` (RFC 9530) and its predecessor ``Digest`` (RFC 3230) cover the whole content even in a partial
+      response; ``PartialContent-Digest`` does not.
     - ``x-amz-checksum-sha256`` of a multipart upload is a digest of digests, and ends in ``-<number of parts>``
       (Amazon S3 User Guide, "Checking object integrity").
-    - ``X-Linked-ETag`` is what the Hugging Face Hub gives for files in its large-file storage: their SHA-256.
+    - ``X-Linked-ETag`` holds the SHA-256 of a file in the Hugging Face Hub's large-file storage.
     """
     for name in ("Repr-Digest", "Digest"):
         if (match := _DIGEST_MEMBER.search(headers.get(name, ""))) and (digest := _hex(match[1])):

@@ -1,7 +1,7 @@
-"""Files on the Hugging Face Hub: huggingface_hub resolves them, the bytes come over HTTP.
+"""Files on the Hugging Face Hub: huggingface_hub resolves the URL, and the bytes come over HTTP.
 
-The client's own filesystem reads ranges, too, but asks the Hub anew for each; here redirects are remembered, validators
-checked, and the digest that the Hub gives is used.
+huggingface_hub's own filesystem reads ranges, too, but resolves the URL for every range. This origin remembers
+redirects, checks validators, and uses the digest that the Hub gives.
 """
 
 from __future__ import annotations
@@ -10,38 +10,40 @@ import functools
 import os
 from contextlib import AbstractContextManager
 
+from typing_extensions import override
+
 from rankload._fetch.origins.credentials import Headers
 from rankload._fetch.origins.filesystem import filesystem_of, wrap_any_errors
 from rankload._fetch.origins.http import HttpOrigin
 from rankload._fetch.origins.http_body import HttpBody
-from rankload._fetch.origins.origin import Version
+from rankload._fetch.origins.origin import Origin, Version
 from rankload._settings import Settings
 from rankload._urls import Url, server_of
 from rankload.errors import ArgumentError
 
 
-class HuggingFaceOrigin:
+class HuggingFaceOrigin(Origin):
     """A file at ``hf://[datasets/|spaces/]owner/name[@revision]/path``."""
 
     def __init__(self, url: Url, headers: Headers, settings: Settings) -> None:
         self.url, self.display_name, self.may_answer_once = url, url.display_name, False
         self._headers, self._settings = headers, settings
 
+    @override
     def open(
         self, begin: int, end: int | None, version: Version | None, *, unless: Version | None = None
     ) -> AbstractContextManager[HttpBody]:
-        """See `Origin`."""
         return self._http.open(begin, end, version, unless=unless)
 
+    @override
     def close(self) -> None:
-        """See `Origin`."""
         if "_http" in self.__dict__:
             self._http.close()
 
     @functools.cached_property
     def _http(self) -> HttpOrigin:
         if (endpoint := os.environ.get("HF_ENDPOINT")) and server_of(endpoint) is None:
-            # its client fails over it when it is imported, and would be taken for missing
+            # with such a value huggingface_hub fails at import, and would seem not to be installed
             raise ArgumentError("HF_ENDPOINT is not an http or https URL with a host: correct it, or unset it")
         with wrap_any_errors(self.url.raw, self.display_name):
             filesystem, path = filesystem_of(self.url.raw)

@@ -7,15 +7,15 @@ import logging
 import threading
 from collections.abc import Iterator
 
-#: At DEBUG the one tells each request; at WARNING either, depending on the version, of headers that cannot be parsed.
+#: The first logs each request at DEBUG. Either one, depending on urllib3's version, logs invalid headers at WARNING.
 _LOGGERS = (logging.getLogger("urllib3.connectionpool"), logging.getLogger("urllib3.connection"))
 
 
 class _WithoutQueries(logging.Filter):
-    """Cuts the queries off in what is logged by a thread that sends a request of ours; others' lines stay as they are.
+    """Cuts queries off in log records of threads that send one of rankload's requests. Other records stay unchanged.
 
     Attributes:
-        of_thread: ``is_ours`` is there in such a thread.
+        of_thread: thread-local state. Such a thread has ``is_ours`` set.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class _WithoutQueries(logging.Filter):
         self.of_thread = threading.local()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Let every line through."""
+        """Cut the queries off; let every record through."""
         if hasattr(self.of_thread, "is_ours") and isinstance(record.args, tuple):
             record.args = tuple(_without_query(argument) for argument in record.args)
         return True
@@ -34,9 +34,9 @@ _filter = _WithoutQueries()
 
 @contextlib.contextmanager
 def without_queries() -> Iterator[None]:
-    """Show no query in what urllib3 logs in this thread meanwhile: signatures and tokens stand there."""
+    """Cut queries off in urllib3's log records of this thread: a query may hold signatures and tokens."""
     for logger in _LOGGERS:
-        logger.addFilter(_filter)  # once, however often it is called
+        logger.addFilter(_filter)  # adding the same filter again has no effect
     _filter.of_thread.is_ours = True
     try:
         yield

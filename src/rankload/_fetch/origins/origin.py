@@ -11,11 +11,11 @@ from rankload._urls import Url
 
 @dataclass(frozen=True)
 class Claim:
-    """A SHA-256 that somebody says the file has.
+    """An expected SHA-256 of a file, and its source.
 
     Attributes:
-        sha256: hex digits; leading ones only for a file name's hash prefix.
-        source: who says so, as it goes into the record and the log: ``sha256``, ``hash_prefix``, ``repr-digest``, …
+        sha256: hex digits; for a hash prefix in a file name only the first ones.
+        source: source of the digest, for the record and the log: ``sha256``, ``hash_prefix``, ``repr-digest``, …
     """
 
     sha256: str
@@ -24,14 +24,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Version:
-    """What an origin says of the content that it serves at the moment.
+    """An origin's description of the content that it serves at the moment.
 
     Attributes:
-        size_bytes: None where it does not tell.
-        etag: the validator, quotes and ``W/`` included; never a digest.
-        last_modified: the other validator.
-        claim: a digest of the whole content, where the origin gives one.
-        content_type: the media type, lower case, or an empty string.
+        size_bytes: size of the whole content; None if the origin does not give one.
+        etag: ETag validator with its quotes and ``W/``; never a digest.
+        last_modified: Last-Modified validator.
+        claim: digest of the whole content; None if the origin gives none.
+        content_type: media type in lower case, or an empty string.
     """
 
     size_bytes: int | None
@@ -42,16 +42,16 @@ class Version:
 
     @property
     def has_validator(self) -> bool:
-        """Whether a change of the content would show."""
+        """Whether a change of the content can be detected."""
         return bool(self.etag or self.last_modified or self.claim)
 
     def can_be_told_from(self, earlier: Version) -> bool:
-        """Return whether other content than an earlier answer's would show, now or by a digest in the end."""
+        """Return whether content other than an earlier response's is detected, now or by a digest at the end."""
         has_common = (self.etag and earlier.etag) or (self.last_modified and earlier.last_modified)
         return bool(earlier.claim or has_common)
 
     def is_same_as(self, other: Version) -> bool:
-        """Return whether two answers speak of the same content, as far as both tell."""
+        """Return whether two responses describe the same content. Only facts that both give are compared."""
         pairs = (
             (self.size_bytes, other.size_bytes),
             (_opaque(self.etag), _opaque(other.etag)),
@@ -66,13 +66,13 @@ class Version:
 
 
 class Body(Protocol):
-    """One answer's bytes.
+    """The bytes of one response.
 
     Attributes:
-        version: what the answer says of the whole content.
-        begin: offset of its first byte in the file.
-        end: offset one past its last byte; None where only its end will tell.
-        is_whole: the origin sends everything, whatever was asked for.
+        version: version of the whole content, as the response describes it.
+        begin: offset of the first byte in the file.
+        end: offset one past the last byte; None if unknown until the body ends.
+        is_whole: whether the origin sends the whole file, even if a range was requested.
     """
 
     version: Version
@@ -81,23 +81,24 @@ class Body(Protocol):
     is_whole: bool
 
     def read(self) -> bytes:
-        """Return the next bytes, as many as are there; nothing at the end of the body.
+        """Return the next available bytes; an empty string at the end of the body.
 
         Raises:
-            FetchError: it broke, or no byte came in time.
+            FetchError: the connection broke, or no byte came in time.
         """
 
     def break_off(self) -> None:
-        """Let a read that waits in another thread return or fail at once, if that can be done."""
+        """Make a read that waits in another thread return or fail at once, if possible."""
 
 
 class Origin(Protocol):
-    """A place that serves one file.
+    """A server or filesystem that serves one file.
 
     Attributes:
-        url: of the file.
-        display_name: the same for messages, without secrets.
-        may_answer_once: a request may use the URL up, so the first one should ask for everything.
+        url: URL of the file.
+        display_name: the URL without secrets, for messages.
+        may_answer_once: whether the URL may be valid for one request only. The first request should then ask for all
+            bytes.
     """
 
     url: Url
@@ -107,33 +108,33 @@ class Origin(Protocol):
     def open(
         self, begin: int, end: int | None, version: Version | None, *, unless: Version | None = None
     ) -> AbstractContextManager[Body]:
-        """Ask for a range of the content, ``end`` exclusive; None asks for everything, with no range at all.
+        """Request a range of the content.
 
         Args:
-            begin, end: offsets in bytes.
-            version: what an earlier answer said; the range is wanted of that version alone.
-            unless: nothing is wanted if the content is still of this version.
+            begin, end: offsets in bytes, ``end`` exclusive. ``end=None`` requests the whole file, without a range.
+            version: version that an earlier response described; only a range of that version is usable.
+            unless: version that the caller already has.
 
         Raises:
-            NotModified: it is.
-            ContentChangedError: the origin has another version now.
-            UnusableRange: its answer is not the range that was asked for.
-            FetchError: there was no answer, or an error.
+            NotModified: the content is still of the version ``unless``.
+            ContentChangedError: the origin serves another version than ``version`` now.
+            UnusableRange: the response is not the requested range.
+            FetchError: the origin did not answer, or answered with an error.
         """
 
     def close(self) -> None:
-        """Let go of connections, and end the requests that other threads still wait for, if that can be done."""
+        """Close connections, and end requests that other threads still wait for, if possible."""
 
 
 class NotModified(Exception):
-    """The origin's content is still of the version that was named."""
+    """The origin's content is still of the version that the caller has."""
 
 
 class UnusableRange(Exception):
-    """An answer to a range request that makes no sense; a request without a range may still work.
+    """The response to a range request is invalid. A request without a range may still work.
 
     Attributes:
-        is_refusal: it does work, and no range does.
+        is_refusal: whether the origin refuses every range, but serves the whole file.
     """
 
     def __init__(self, text: str, *, is_refusal: bool = False) -> None:

@@ -13,13 +13,13 @@ def origin_for(url: Url, headers: Headers, settings: Settings) -> Origin:
     """Return the origin for a URL.
 
     Args:
-        url: http, https, or a scheme of fsspec's.
-        headers: extra request headers, meant for this URL; only HTTP has any.
+        url: URL of the file: http, https, or one of fsspec's schemes.
+        headers: extra request headers for this URL; only HTTP uses them.
         settings: deadlines.
     """
     if url.scheme in WEB_SCHEMES:
         return HttpOrigin(url, headers, settings)
-    # fsspec takes a while to import
+    # importing fsspec is slow
     from rankload._fetch.origins.filesystem import FilesystemOrigin
     from rankload._fetch.origins.hugging_face import HuggingFaceOrigin
 

@@ -1,4 +1,4 @@
-"""Run a transfer: start streams, watch them and report progress, on the leader's thread."""
+"""Run a transfer on the leader's thread: start streams, watch them and report progress."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from rankload._platform.clock import NoProgressTimer
 from rankload._types import Phase, Progress, Report
 from rankload.errors import FetchTimeoutError
 
-#: How often the other ranks are told, the pace is judged, and deadlines are looked at.
+#: How often the progress is reported, the number of streams is adjusted, and deadlines are checked.
 _TICK_SECONDS = 0.1
 
-#: A longer time between two ticks is one for which this process was stopped.
+#: Longest time that one tick may count. A longer one means that this process was stopped.
 _MAX_TICK_SECONDS = 6.0
 
-#: How long streams are waited for that were told to end. One that is deep in a connection attempt is left behind: it
-#: writes nothing any more.
+#: How long to wait for streams that were told to end. A stream in the middle of a connection attempt is left behind: it
+#: can write nothing any more.
 _JOIN_SECONDS = 0.3
 
 
 class TransferRunner:
-    """Fetches what is missing.
+    """Fetches the missing bytes of a file with several streams.
 
     Args:
-        state: what there is to do.
-        report: gets the progress; what it raises ends the transfer.
-        show: gets the bytes done and in all (None: unknown), for a progress bar.
-        attempt: for the report.
+        state: state of the transfer.
+        report: called with the progress. An error that it raises ends the transfer.
+        show: called with the number of bytes done and in all (None: unknown), for a progress bar.
+        attempt: number of the attempt, for the report.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class TransferRunner:
         self._bytes_before, self._refusals = state.done_bytes, 0
 
     def run(self) -> None:
-        """Run to the end. The thread never blocks on the network, so signals and other ranks' failures are heard.
+        """Run to the end. This thread never blocks on the network, so it notices signals and other ranks' failures.
 
         Raises:
-            Restart: what has come cannot be continued; start over.
-            FetchError: the origin does not give the bytes.
-            CacheError: they cannot be written.
-            RankloadError: whatever ``report`` raises.
+            Restart: the bytes so far cannot be continued; start over.
+            FetchError: the origin does not serve the bytes.
+            CacheError: the bytes cannot be written.
+            RankloadError: any error of ``report``.
         """
         state = self._state
         no_progress = NoProgressTimer(state.done_bytes, _MAX_TICK_SECONDS)
@@ -73,7 +73,7 @@ class TransferRunner:
         self._show(state.done_bytes, state.done_bytes)
 
     def _adjust(self) -> None:
-        """Have as many streams as help."""
+        """Adjust the number of streams to what the scaler has chosen."""
         state, now = self._state, time.monotonic()
         if state.refusals > self._refusals:
             self._refusals = state.refusals
@@ -86,7 +86,7 @@ class TransferRunner:
             self._streams.append(stream)
             try:
                 stream.start()
-            except RuntimeError:  # this user, or this container, may start no more threads
+            except RuntimeError:  # the limit on threads of this user or container is reached
                 state.leave(stream)
                 if not state.active_streams:
                     raise

@@ -1,4 +1,4 @@
-"""Decide how a transfer goes on after a failure, and how long it waits."""
+"""Decide whether a transfer continues after a failure, and how long it waits before that."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from rankload._fetch.transfer.retry import Retries
 from rankload._settings import Settings
 from rankload.errors import FetchError
 
-#: So much since the last failure, and the failures before are history: an origin that cuts every connection is borne
-#: with as long as it gives something.
+#: Bytes since the last failure after which earlier failures no longer count. So an origin that cuts every connection is
+#: tolerated as long as bytes come.
 _PROGRESS_BYTES = 64 << 10
 
 
 class Restart(Exception):
-    """The bytes so far are of no use: start over.
+    """The bytes so far are useless: start over.
 
     Attributes:
-        is_whole: ask for the whole file in one request, without ranges.
-        pause_seconds: before that.
-        error: what led to it, None for a reason that is no failure.
+        is_whole: whether to request the whole file at once, without ranges.
+        pause_seconds: seconds to wait before the restart.
+        error: the failure that led to the restart; None if none did.
     """
 
     def __init__(self, error: FetchError | None, *, is_whole: bool, pause_seconds: float = 0.0) -> None:
@@ -28,12 +28,12 @@ class Restart(Exception):
 
 
 class Failures:
-    """Counts failures of a transfer, as far as they say that no more tries are worth while.
+    """Counts the failures of a transfer, to decide when more attempts are pointless.
 
     Args:
-        retries: counts failures; some may be there from an earlier go.
+        retries: counter of failures; may hold failures of an earlier attempt.
         settings: deadlines.
-        done_bytes: what was there at the beginning.
+        done_bytes: number of bytes at the beginning.
     """
 
     def __init__(self, retries: Retries, settings: Settings, done_bytes: int) -> None:
@@ -43,27 +43,27 @@ class Failures:
         self._unusable_ranges = 0
 
     def hold(self, error: FetchError) -> None:
-        """Let no request be sent for as long as the origin asks, if it does."""
+        """If the origin sent Retry-After, hold all requests for that long, up to a limit."""
         asked = error.fields.get("retry_after_seconds")
         if asked is not None:
             self._hold_until = time.monotonic() + min(asked, self._settings.retry_after_seconds)
 
     def hold_seconds(self) -> float:
-        """Return for how long no request may be sent."""
+        """Return how long no request may be sent, in seconds."""
         return max(0.0, self._hold_until - time.monotonic())
 
     def pause_after(self, error: FetchError, done_bytes: int, *, asked_at: float, is_resumed: bool) -> float:
-        """Return how long to wait before the next try.
+        """Return how long to wait before the next attempt, in seconds.
 
         Args:
-            error: how the last one failed.
-            done_bytes: what is there.
-            asked_at: when it had sent its request. All that were under way when one failed are one failure: a switch
-                that is restarted breaks every connection.
-            is_resumed: what is there stays.
+            error: error of the last attempt.
+            done_bytes: number of bytes that have come.
+            asked_at: time at which the failed request was sent. Requests that were running when another failed count as
+                the same failure: a restarted switch breaks every connection.
+            is_resumed: whether the next attempt keeps the bytes that have come.
 
         Raises:
-            FetchError: the one given, if another try is in vain or there were enough.
+            FetchError: ``error``, if another attempt is pointless, or if there were enough.
         """
         is_new = asked_at >= self._failed_at
         if is_new:
@@ -75,9 +75,9 @@ class Failures:
         return self._retries.pause_after(error, is_new=is_new)
 
     def count_unusable_range(self, done_bytes: int) -> int:
-        """Return how many range requests in a row had an answer that makes no sense, with next to nothing in between.
+        """Count an invalid response to a range request; return how many came in a row, with little progress in between.
 
-        One bad server of many, or a bad moment, is no reason to drop all that came.
+        One bad server of many, or a bad moment, is no reason to drop all bytes.
         """
         if done_bytes - self._bytes_at_unusable_range >= _PROGRESS_BYTES:
             self._unusable_ranges = 0

@@ -13,28 +13,30 @@ from rankload._platform.byte_ranges import ByteRanges
 from rankload._platform.clock import NoProgressTimer
 from rankload.errors import CacheError
 
-#: Pieces that may wait in memory for the front to reach them. What is beyond it is read back later, from the page
-#: cache: the front is at most a few chunks per stream behind the newest byte.
+#: Most bytes of pieces that wait in memory for the hash. Further pieces are read back later from the page cache: the
+#: hash is at most a few chunks per stream behind the newest byte.
 _MEMORY_BYTES = 64 << 20
 
 _READ_BYTES = 1 << 20
 
 _REPORT_SECONDS = 0.1
 
-#: A longer time between two reports is one for which this process was stopped.
+#: Longest time that one wait may count. A longer one means that this process was stopped.
 _MAX_WAIT_SECONDS = 6.0
 
 _ABORT_SECONDS = 0.3
 
 
 class OrderedHasher:
-    """Knows which bytes are there, and hashes them in order. hashlib releases the GIL: the transfer goes on meanwhile.
+    """Records which bytes of a file are written, and hashes them in file order on a thread.
+
+    hashlib releases the GIL, so the transfer goes on meanwhile.
 
     Args:
-        descriptor: of the file, for what is not taken from memory. It stays the caller's.
+        descriptor: open file, from which pieces are read that are not in memory. The caller closes it.
 
     Attributes:
-        covered: the bytes that are there.
+        covered: ranges of the bytes that are written.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -51,27 +53,27 @@ class OrderedHasher:
         self._thread = threading.Thread(target=self._run, name="rankload-digest", daemon=True)
 
     def start(self) -> None:
-        """Begin. Whatever happens then, also a signal in here: `finish` or `abort` it."""
+        """Start the thread. Afterwards, and even after an error in this call, call `finish` or `abort`."""
         self._thread.start()
 
     @property
     def done_bytes(self) -> int:
-        """Number of bytes that are there."""
+        """Number of bytes that are written."""
         return self.covered.total_bytes
 
     @property
     def hash_bytes_per_second(self) -> float:
-        """Speed of the hash while it is at work."""
+        """Speed of the hash while it works; infinite before the first byte."""
         return self._position / self._hashing_seconds if self._hashing_seconds else math.inf
 
     def adopt(self, begin: int, end: int) -> None:
-        """Take note of bytes that are in the file already: they are hashed like any others."""
+        """Add bytes that are in the file already. They are hashed like all others."""
         with self._changed:
             self.covered.add(begin, end)
             self._changed.notify()
 
     def offer(self, offset: int, piece: bytes) -> None:
-        """Take note of a piece that was written to the file. Never waits for the hash."""
+        """Add a piece that was written to the file. Never waits for the hash."""
         with self._changed:
             self.covered.add(offset, offset + len(piece))
             if self._memory_bytes + len(piece) <= _MEMORY_BYTES:
@@ -80,14 +82,14 @@ class OrderedHasher:
             self._changed.notify()
 
     def finish(self, on_bytes: Callable[[int], None], timeout_seconds: float) -> str:
-        """Hash what is left and return the hex digest of all bytes from 0 on that are there without a gap.
+        """Hash the remaining bytes; return the hex digest of all bytes from 0 up to the first gap.
 
         Args:
-            on_bytes: called again and again with the number of bytes hashed so far.
-            timeout_seconds: without a byte hashed.
+            on_bytes: called repeatedly with the number of bytes hashed so far.
+            timeout_seconds: no-progress deadline in seconds: time without a byte hashed.
 
         Raises:
-            CacheError: what was written cannot be read back, or not in time.
+            CacheError: the written bytes cannot be read back, or not in time.
         """
         with self._changed:
             self._is_complete = True
@@ -98,7 +100,7 @@ class OrderedHasher:
             on_bytes(self._position)
             if no_progress.seconds_without_progress(self._position) > timeout_seconds:
                 raise CacheError(
-                    f"what was downloaded cannot be read back: the disk has not answered for {timeout_seconds:g} s"
+                    f"cannot read back the downloaded bytes: the disk has not answered for {timeout_seconds:g} s"
                 )
             self._thread.join(_REPORT_SECONDS)
         if self._error is not None:
@@ -106,11 +108,11 @@ class OrderedHasher:
         return self._digest.hexdigest()
 
     def abort(self) -> None:
-        """End the thread without a digest. One that a broken disk does not let go is left behind: it only reads."""
+        """Stop the thread without a digest. A thread that waits for a broken disk is left behind: it only reads."""
         with self._changed:
             self._is_aborted = True
             self._changed.notify()
-        if self._thread.is_alive():  # a signal may have come before it was
+        if self._thread.is_alive():  # a signal may have prevented its start
             self._thread.join(_ABORT_SECONDS)
 
     def _run(self) -> None:
@@ -122,12 +124,12 @@ class OrderedHasher:
                 self._position += len(found)
                 self._hashing_seconds += time.monotonic() - began_at
         except OSError as error:
-            self._error = CacheError(f"cannot read back what was downloaded: {error}", errno=error.errno)
+            self._error = CacheError(f"cannot read back the downloaded bytes: {error}", errno=error.errno)
         except Exception as error:
             self._error = error
 
     def _next(self, buffer: memoryview) -> memoryview | bytes | None:
-        """Wait for the bytes at the front; None when no more are to come."""
+        """Wait for the next bytes in file order; return None if no more will come."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._is_aborted or self._is_complete or self.covered.end_of(self._position) > self._position

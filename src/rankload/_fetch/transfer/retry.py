@@ -1,4 +1,4 @@
-"""Which failures are retried, and after how long."""
+"""Decide which failures are retried, and after how long."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rankload.errors import FetchError, FetchTimeoutError, HTTPStatusError, Netw
 
 _logger = logging.getLogger("rankload")
 
-#: Beside all of 5xx: Accepted (and not ready yet), Request Timeout, Too Early, Too Many Requests (RFC 9110, RFC 8470,
-#: RFC 6585).
+#: Temporary statuses besides 5xx: Accepted (and not ready yet), Request Timeout, Too Early, Too Many Requests (RFC
+#: 9110, RFC 8470, RFC 6585).
 _TEMPORARY_CODES = frozenset({202, 408, 425, 429})
 
-#: Not Implemented, HTTP Version Not Supported: asking again changes nothing.
+#: Not Implemented, HTTP Version Not Supported: a retry changes nothing.
 _PERMANENT_CODES = frozenset({501, 505})
 
 _MAX_PAUSE_SECONDS = 60.0
 
-#: So soon another rank's failure ends a pause.
+#: Time within which another rank's failure ends a pause.
 _REPORT_SECONDS = 0.2
 
-#: Far beyond the longest pause; a float ends at 1024.
+#: Far beyond the longest pause. A float overflows at 2 ** 1024.
 _MAX_DOUBLINGS = 64
 
 
@@ -38,10 +38,10 @@ def is_temporary(error: FetchError) -> bool:
 
 
 class Retries:
-    """Counts failures in a row.
+    """Counts consecutive failures.
 
     Args:
-        settings: gives the number of retries and the first pause.
+        settings: number of retries, first pause, and limits.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -49,21 +49,21 @@ class Retries:
         self._failures = 0
 
     def succeeded(self) -> None:
-        """Bytes came: the next failure is the first one again."""
+        """Reset the count: bytes came, so the next failure is the first one again."""
         self._failures = 0
 
     def pause_after(self, error: FetchError, *, is_new: bool = True) -> float:
-        """Return how long to wait before the next try, in seconds.
+        """Return how long to wait before the next attempt, in seconds.
 
-        Exponential with jitter, so that the nodes of a job do not come back together; ``Retry-After`` where the origin
-        gave one, at most ``retry_after_seconds``.
+        The pause grows exponentially with jitter, so that the nodes of a job do not come back together. If the origin
+        sent ``Retry-After``, that counts, up to ``retry_after_seconds``.
 
         Args:
-            error: how it failed.
-            is_new: False for one that came along with another, and does not count.
+            error: error of the last attempt.
+            is_new: False for an error that came along with another, and does not count.
 
         Raises:
-            FetchError: the one given, if another try is in vain or there were enough.
+            FetchError: ``error``, if another attempt is pointless, or if there were enough.
         """
         self._failures += is_new
         if not is_temporary(error) or self._failures > self._settings.retries:
@@ -73,16 +73,16 @@ class Retries:
         asked = error.fields.get("retry_after_seconds")
         if asked is None:
             pause = min(pause, _MAX_PAUSE_SECONDS)
-        else:  # a little later than asked: all that were told the same second must not come in that second
+        else:  # wait a little longer: other clients may have been told the same second
             pause = min(float(asked), self._settings.retry_after_seconds) + min(pause, 1.0)
         if is_new:
             tries = f"{self._failures} of {self._settings.retries}"
-            _logger.warning("%s; trying again in %.1f s (%s)", error.message, pause, tries)
+            _logger.warning("%s; retrying in %.1f s (%s)", error.message, pause, tries)
         return pause
 
 
 def pause(seconds: float, report: Report, attempt: int = 1) -> None:
-    """Wait, and report it all the while: what another rank has failed with comes out of that."""
+    """Wait, and report the pause meanwhile. ``report`` raises if another rank fails."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         report(Progress("backoff", 0, None, attempt))

@@ -1,37 +1,38 @@
-"""Choose the number of streams: as few as do nearly as well as more would. Pure."""
+"""Choose the number of streams: the fewest that are nearly as fast as more. Pure."""
 
 from __future__ import annotations
 
 import math
 
-#: The first stream runs alone for so long, unless it ends before: is one enough to fill the pipe?
+#: How long the first stream runs alone. One stream may be enough to use the whole bandwidth.
 _ALONE_SECONDS = 0.1
 
-#: Then streams are tried in these steps.
+#: Numbers of streams to try after that.
 _STEPS = (1, 4, 8, 16)
 
-#: One measurement. Long enough for a few round trips to another continent.
+#: Length of one measurement: a few round trips to another continent.
 _WINDOW_SECONDS = 0.4
 
-#: More streams must gain so much to stay: each costs the origin a connection and this host a thread.
+#: Least gain of more streams, as a factor. Each stream costs the origin a connection and this host a thread.
 _GAIN = 1.15
 
-#: A step up means twice the streams at least. Where bytes come at more than half of the hash's own speed, twice as many
-#: could not be hashed: its core is the pipe that is full, and streams would only take it from it.
+#: Largest load of the hash, as a share of its own speed, at which more streams are tried. A step up at least doubles
+#: the streams. At more than half of the hash's speed, twice as many bytes could not be hashed: the hash's core is the
+#: bottleneck, and more streams would take CPU time from it.
 _MAX_HASH_LOAD = 0.5
 
-#: How long a choice holds before it is put to the test again: networks change.
+#: How long a choice holds before it is tested again: networks change.
 _HOLD_SECONDS = 20.0
 
 
 class StreamScaler:
-    """Climbs from one stream up while that helps, and comes down again when it does not.
+    """Increases the number of streams from one while that helps, and decreases it when it does not.
 
     Args:
-        limit: never more streams than that.
+        limit: largest number of streams.
 
     Attributes:
-        target: the number of streams there should be now.
+        target: the number of streams to use now.
     """
 
     def __init__(self, limit: int) -> None:
@@ -42,15 +43,15 @@ class StreamScaler:
         self._hold_until = 0.0
 
     def observe(self, now: float, done_bytes: int, active: int, hash_bytes_per_second: float = math.inf) -> None:
-        """Take a look.
+        """Measure the rate, and choose a new target after each measurement.
 
         Args:
-            now: the clock, in seconds.
-            done_bytes: received so far.
-            active: number of streams that there are.
-            hash_bytes_per_second: the speed of the hash while it is at work.
+            now: time of a monotonic clock, in seconds.
+            done_bytes: bytes received so far.
+            active: number of streams that run now.
+            hash_bytes_per_second: speed of the hash while it works.
         """
-        if self._window is None or active != self.target:  # streams come or go: nothing to measure
+        if self._window is None or active != self.target:  # streams start or end: the rate says nothing
             self._window = (now, done_bytes) if done_bytes else None
             return
         began_at, bytes_then = self._window
@@ -62,7 +63,7 @@ class StreamScaler:
         self._choose(now, rate / hash_bytes_per_second)
 
     def back_off(self, now: float, active: int) -> None:
-        """The origin has turned a stream away: use fewer for a while."""
+        """Use fewer streams for a while, because the origin refused one."""
         self.target = max(1, min(self.target, active) - 1)
         self._rates.clear()
         self._window = None
@@ -82,7 +83,7 @@ class StreamScaler:
             self._rates = {self.target: self._rates[self.target]}
         else:
             self.target = enough
-            del self._rates[enough]  # measured before: once more, it may have been a burst
+            del self._rates[enough]  # measure again: the earlier rate may have been a burst
 
     def _is_untried_above(self) -> bool:
         """Return whether the next step up is still untried."""

@@ -12,8 +12,8 @@ class SizeLimit:
     """A limit on the size of one file.
 
     Attributes:
-        max_bytes: the most that the whole call may download; None for no limit.
-        downloaded_bytes: what other files of the same call have taken of it.
+        max_bytes: the most that the whole call may download, in bytes; None for no limit.
+        downloaded_bytes: bytes that other files of the same call have downloaded.
     """
 
     max_bytes: int | None = None
@@ -23,20 +23,20 @@ class SizeLimit:
         """Refuse a file that is too large.
 
         Args:
-            display_name: the URL for messages.
-            size_bytes: of the whole file, as announced; else what has come of it.
-            is_announced: which of the two.
+            display_name: the URL without secrets, for messages.
+            size_bytes: announced size of the whole file or, without one, the number of bytes that have come.
+            is_announced: whether ``size_bytes`` is the announced size.
 
         Raises:
-            FetchError: it is larger than the limit. No other try or mirror is worthwhile: the same file is as large.
+            FetchError: the file is larger than the limit. A retry or a mirror is pointless: the file is as large there.
         """
         if self.max_bytes is None or self.downloaded_bytes + size_bytes <= self.max_bytes:
             return
         what = f"the file has {size_bytes} bytes" if is_announced else f"{size_bytes} bytes have come, with no end"
         before = f" after {self.downloaded_bytes} bytes of other files" if self.downloaded_bytes else ""
         raise FetchError(
-            f"{display_name}: {what}{before}, more than max_bytes={self.max_bytes} allows; raise it (max_bytes=, "
-            "--max-bytes, RANKLOAD_MAX_BYTES) if this is the file you want",
+            f"{display_name}: {what}{before}, more than max_bytes={self.max_bytes} allows; raise the limit "
+            "(max_bytes=, --max-bytes, RANKLOAD_MAX_BYTES) if this is the file you want",
             url=display_name,
             size_bytes=size_bytes if is_announced else None,
             max_bytes=self.max_bytes,
@@ -45,5 +45,5 @@ class SizeLimit:
 
 
 def exceeds_limit(error: FetchError) -> bool:
-    """Return whether an error is `SizeLimit`'s."""
+    """Return whether an error is one of `SizeLimit`."""
     return "max_bytes" in error.fields

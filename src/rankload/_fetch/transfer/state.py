@@ -17,30 +17,34 @@ from rankload._platform.byte_ranges import ByteRanges
 from rankload._settings import Settings
 from rankload.errors import ContentChangedError, FetchError, FetchTimeoutError
 
-#: A stream asks for about so much at a time, in seconds of its own rate, so that a distant origin's answer is not
-#: waited for too often; but never for more than so many chunks, so that a slow stream does not keep the others waiting.
+#: Length of one request: about this time at the stream's own rate, so that a stream seldom waits for a distant origin;
+#: but at most this many chunks, so that other streams seldom wait for a slow one.
 _REQUEST_SECONDS = 1.0
 _MAX_CHUNKS = 8
 
 
 class TransferState:
-    """The transfer as its streams see it. All methods may be called from any thread.
+    """State that the streams of a transfer share. Thread-safe.
 
     Args:
-        origin, target, front: where bytes come from, go to, and are hashed.
-        known: of what version the bytes are that are there already; None when there are none.
-        is_whole: one request, without ranges.
-        has_digest: a digest will tell in the end whether all ranges were of one version.
-        retries: counts failures; some may be there from an earlier go.
+        origin: origin of the bytes.
+        target: file to write to.
+        hasher: hashes the bytes, and records which are written.
+        known: version of the bytes that are already written; None if there are none.
+        is_whole: whether to request the whole file at once, without ranges.
+        has_digest: whether a digest will show at the end if ranges were of different versions.
+        retries: counter of failures; may hold failures of an earlier attempt.
         settings: deadlines and sizes.
-        size_limit: the caller's, on the whole file.
+        size_limit: the caller's limit on the size of the whole file.
 
     Attributes:
-        changed: notified when something happens that the leader's thread should look at.
-        version: what the origin says of the content; None before its first answer.
-        target_streams: how many streams there should be.
-        failure: what ended the transfer.
-        is_stopped: nothing may be written any more.
+        changed: notified about every change that the leader's thread should look at.
+        version: version that the origin serves; None before the first response.
+        is_whole: whether one response brings the whole file, without ranges.
+        target_streams: number of streams to use.
+        refusals: number of requests so far that the origin may have refused because of too many streams.
+        failure: error that ended the transfer.
+        is_stopped: whether streams must write nothing any more.
     """
 
     def __init__(
@@ -76,32 +80,32 @@ class TransferState:
 
     @property
     def expected(self) -> Version | None:
-        """The version of which ranges are wanted."""
+        """Version of which ranges are requested; None if unknown."""
         return self.version or self._known
 
     @property
     def done_bytes(self) -> int:
-        """Bytes that are there."""
+        """Number of bytes that are written."""
         return self._hasher.done_bytes
 
     @property
     def hash_bytes_per_second(self) -> float:
-        """Speed of the hash while it is at work."""
+        """Speed of the hash while it works."""
         return self._hasher.hash_bytes_per_second
 
     @property
     def active_streams(self) -> int:
-        """Number of streams at work."""
+        """Number of running streams."""
         return len(self._active)
 
     def is_complete(self) -> bool:
-        """Return whether everything has come."""
+        """Return whether all bytes have come."""
         if self.version is None:
             return False
         return self._has_ended or (not self.is_whole and self._hasher.done_bytes == self.version.size_bytes)
 
     def enter(self, stream: object) -> bool:
-        """Let a stream begin, if there is something to do for it."""
+        """Let a stream begin; return False if there is nothing to do for it."""
         with self.changed:
             limit = 1 if self.is_whole or self.version is None else self.target_streams
             if len(self._active) < limit and self._wanted() is not None:
@@ -110,20 +114,20 @@ class TransferState:
             return False
 
     def leave(self, stream: object) -> None:
-        """Note that a stream has ended."""
+        """Record that a stream has ended."""
         with self.changed:
             self._active.discard(stream)
             self.changed.notify_all()
 
     def take(self, stream: object, bytes_per_second: float) -> ByteRange | None:
-        """Give a stream its next range, of a length that suits its rate; None: it is not needed any more."""
+        """Give a stream its next range, of a length that suits its rate; None if the stream is not needed any more."""
         with self.changed:
             if self._first is not None and self._first.is_of(stream):
                 self._first.withdraw_probe()
-                self._first = None  # it has been answered in full
+                self._first = None  # the first request has been answered in full
             missing = self._wanted()
             is_over = self.is_stopped or self.failure is not None
-            if missing is None or is_over or stream not in self._active:  # turned away: its place is gone
+            if missing is None or is_over or stream not in self._active:  # an inactive stream was refused by the origin
                 return None
             if len(self._active) > self.target_streams:
                 self._active.discard(stream)
@@ -146,15 +150,15 @@ class TransferState:
             return ByteRange(begin, end)
 
     def admit(self, body: Body, span: ByteRange) -> ByteRange:
-        """Judge an answer's head; return what its body is to fill.
+        """Judge the head of a response; return the range that its body will fill.
 
         Args:
-            body: the answer.
-            span: what was asked for. It becomes shorter where the file does, or other streams share it.
+            body: body of the response.
+            span: requested range. It is shortened if the file ends earlier, or if other streams share the range.
 
         Raises:
-            Restart: it cannot be used like this.
-            UnusableRange: nothing tells whether it is of the same version as the bytes that are there.
+            Restart: the response, or the bytes so far, cannot be used.
+            UnusableRange: the response may be of another version than the bytes so far, without a way to find out.
             FetchError: the file is larger than the caller allows.
             CacheError: there is no room for the file.
         """
@@ -167,7 +171,7 @@ class TransferState:
             first = self.expected
             if first and not (body.is_whole or self._has_digest or body.version.can_be_told_from(first)):
                 raise UnusableRange(
-                    f"{self.origin.display_name}: it may be of another version: no ETag or date to compare"
+                    f"{self.origin.display_name}: the range may be of another version: no ETag or date to compare"
                 )
             if self.version is None:
                 self._check_total(body, span)
@@ -179,20 +183,20 @@ class TransferState:
             return ByteRange(body.begin, body.end)
 
     def accept(self, offset: int, piece: bytes) -> None:
-        """Take note of a piece that was written."""
+        """Record a piece that was written."""
         self._hasher.offer(offset, piece)
 
     def ended(self) -> None:
-        """The body that has everything has ended."""
+        """Record that the body of the whole file has ended."""
         with self.changed:
             self._has_ended = True
             self.changed.notify_all()
 
     def give_back(self, span: ByteRange) -> None:
-        """Let another stream fetch what is left of a range."""
+        """Let another stream fetch the rest of a range."""
         with self.changed:
             if self._first is not None and span is not self._first.span:
-                return  # a part of what the first stream fetches all the same
+                return  # the first stream fetches this part anyway
             if span.end is not None and not self.is_whole:
                 self._taken.remove(span.begin, span.end)
             if self._first is not None and (probe := self._first.probe) is not None and probe.end is not None:
@@ -200,17 +204,20 @@ class TransferState:
             self._first = None
 
     def pause_after(self, stream: object, error: FetchError, *, asked_at: float, has_moved: bool) -> float | None:
-        """Decide what a stream does about a failure: go on after so many seconds, or (None) leave it to the others.
+        """Decide how a stream continues after a failure.
 
         Args:
-            stream: the one that has failed.
-            error: how.
-            asked_at: when it had sent its request.
-            has_moved: whether bytes came before.
+            stream: stream whose request failed.
+            error: error of the request.
+            asked_at: time at which the request was sent.
+            has_moved: whether the request brought bytes before it failed.
+
+        Returns:
+            Seconds to wait before the next attempt; None if the stream should end, and leave its range to others.
 
         Raises:
-            FetchError: the one given; the transfer has failed.
-            Restart: what has come so far cannot be gone on with.
+            FetchError: ``error``; the transfer has failed.
+            Restart: the bytes so far cannot be continued.
         """
         with self.changed:
             is_probe = self._first is not None and self._first.is_probed_by(stream)
@@ -220,10 +227,10 @@ class TransferState:
             elif isinstance(error, ContentChangedError):
                 raise Restart(error, is_whole=False)
             self._failures.hold(error)
-            if is_probe or (not has_moved and len(self._active) > 1):  # too many for the origin, perhaps
+            if is_probe or (not has_moved and len(self._active) > 1):  # perhaps too many streams for the origin
                 self.refusals += 1
                 self._active.discard(stream)
-                if isinstance(error, FetchTimeoutError):  # they were served, and it was kept waiting
+                if isinstance(error, FetchTimeoutError):  # the origin served the other streams, and let this one wait
                     stream_limits.lower_limit(self.origin.url.server, len(self._active))
                 return None
             pause = self._failures.pause_after(error, self.done_bytes, asked_at=asked_at, is_resumed=not self.is_whole)
@@ -232,7 +239,7 @@ class TransferState:
             return pause
 
     def pause_after_unusable_range(self, stream: object, error: UnusableRange) -> float | None:
-        """Decide as in `pause_after`, after an answer to a range request that makes no sense.
+        """Decide as in `pause_after`, after an invalid response to a range request.
 
         Raises:
             FetchError, Restart: see `count_unusable_range`.
@@ -244,11 +251,11 @@ class TransferState:
         return 0.0
 
     def count_unusable_range(self, error: UnusableRange) -> None:
-        """Count an answer to a range request that makes no sense.
+        """Count an invalid response to a range request.
 
         Raises:
-            FetchError: no range was asked for.
-            Restart: no range is ever answered; it is the second such answer, with next to nothing in between.
+            FetchError: the request was for the whole file.
+            Restart: the origin refuses all ranges; or this is the second such response with little progress in between.
         """
         with self.changed:
             if self.is_whole:
@@ -257,23 +264,23 @@ class TransferState:
                 raise Restart(FetchError(str(error), url=self.origin.display_name), is_whole=True)
 
     def hold_seconds(self) -> float:
-        """Return for how long no request may be sent, because the origin has said so."""
+        """Return how long no request may be sent because the origin asked so, in seconds."""
         return self._failures.hold_seconds()
 
     def wait(self, seconds: float) -> None:
-        """Let a stream's thread wait, unless the transfer ends."""
+        """Let a stream's thread wait, at most until the transfer ends."""
         with self.changed:
             self.changed.wait_for(lambda: self.is_stopped or self.failure is not None, seconds)
 
     def fail(self, error: Exception) -> None:
-        """End the transfer with an error; the first one counts."""
+        """End the transfer with an error. Only the first error counts."""
         with self.changed:
             if self.failure is None and not self.is_stopped:
                 self.failure = error
             self.changed.notify_all()
 
     def stop(self) -> None:
-        """Let nothing be written any more."""
+        """Let streams write nothing any more."""
         with self.changed:
             self.is_stopped = True
             self.changed.notify_all()
@@ -281,22 +288,22 @@ class TransferState:
     def _learn(self, body: Body) -> None:
         version = body.version
         if version.size_bytes is None and self._known is not None and not body.is_whole:
-            version = replace(version, size_bytes=self._known.size_bytes)  # a range "of *" of what is there in part
+            version = replace(version, size_bytes=self._known.size_bytes)  # Content-Range gave ``*`` as the size
         if version.size_bytes is not None:
             self.size_limit.check(self.origin.display_name, version.size_bytes, is_announced=True)
         if self._known is not None and self._known.claim and not version.claim and not body.is_whole:
-            # what is there came under it, from another mirror perhaps: what is put beside it must be held to it, too
+            # the bytes so far, perhaps from another mirror, were claimed to have this digest: so must the new ones
             version = replace(version, claim=self._known.claim)
         may_be_split = self._may_be_split(version)
         if not body.is_whole and body.end != version.size_bytes and not may_be_split:
-            raise Restart(None, is_whole=True)  # ranges of two versions could not be told apart
+            raise Restart(None, is_whole=True)  # ranges of different versions could not be distinguished
         is_long = version.size_bytes is not None and version.size_bytes > self.settings.chunk_bytes
         self.target.make_room(version, is_resumable=may_be_split and is_long and not self.is_whole)
         self.version = version
         self.changed.notify_all()
 
     def _check_total(self, body: Body, span: ByteRange) -> None:
-        """Do not believe a first answer whose range ends where the file does: some tell the one for the other."""
+        """Restart without ranges if the first range ends at the file's end: some origins give a range's end as size."""
         is_bare_range = self._known is None and not body.is_whole and self.origin.may_answer_once
         if is_bare_range and body.version.size_bytes == span.end:
             raise Restart(None, is_whole=True)
@@ -305,7 +312,7 @@ class TransferState:
         return version.size_bytes is not None and (version.has_validator or self._has_digest)
 
     def _bound(self, span: ByteRange) -> None:
-        """Let a range end where the file does; let others share the first one, once the origin has answered another."""
+        """Limit a range to the file's size; share the first range once the origin has answered the probe."""
         if self.version is not None and (size_bytes := self.version.size_bytes) is not None:
             span.end = size_bytes if span.end is None else min(span.end, size_bytes)
         if self._first is None:
@@ -318,7 +325,7 @@ class TransferState:
             self.changed.notify_all()
 
     def _wanted(self) -> tuple[int, int | None] | None:
-        """Return what another stream may ask for."""
+        """Return a range that another stream may request; None if there is none."""
         if self._first is None or self.is_whole:
             return self._missing()
         return self._first.next_probe(self.settings.chunk_bytes, _MAX_CHUNKS, _REQUEST_SECONDS)
@@ -334,6 +341,6 @@ class TransferState:
         chunk_bytes = self.settings.chunk_bytes
         size_bytes = (self.version and self.version.size_bytes) or 0
         by_rate = bytes_per_second * _REQUEST_SECONDS / chunk_bytes
-        # towards the end in smaller portions, so that all streams end together
+        # use smaller requests towards the end, so that all streams end together
         by_rest = (size_bytes - self._taken.total_bytes) / (2 * self.target_streams * chunk_bytes)
         return max(1, min(_MAX_CHUNKS, int(by_rate), int(by_rest)))

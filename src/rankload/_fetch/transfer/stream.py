@@ -11,15 +11,15 @@ from rankload._fetch.transfer.state import TransferState
 from rankload._fetch.transfer.target import Writer
 from rankload.errors import FetchError, FetchTimeoutError, TruncatedError
 
-#: A killed process loses no more of a slow download than what has come in so long.
+#: Longest time between two notes of what was written. A killed process loses only the bytes since the last note.
 _NOTE_SECONDS = 5.0
 
 
 class Stream(threading.Thread):
-    """See the module.
+    """A thread that fetches range after range over one connection.
 
     Attributes:
-        is_waiting: it has been asked to wait, or waits before it tries again.
+        is_waiting: whether the stream waits: because the origin asked for that, or before a retry.
     """
 
     def __init__(self, state: TransferState) -> None:
@@ -30,7 +30,7 @@ class Stream(threading.Thread):
         self._bytes_per_second = 0.0
 
     def run(self) -> None:
-        """Fetch until nothing is left, or the transfer ends."""
+        """Fetch until no range is left, or the transfer ends."""
         try:
             writer = self._state.target.writer()
             try:
@@ -44,12 +44,12 @@ class Stream(threading.Thread):
             self._state.leave(self)
 
     def break_off(self) -> None:
-        """Let a read that waits for its next byte end at once."""
+        """End a read that waits for its next byte at once."""
         if (body := self._body) is not None:
             body.break_off()
 
     def _fetch(self, span: ByteRange, writer: Writer) -> None:
-        """Fetch a range, in several tries perhaps."""
+        """Fetch a range, in several attempts if necessary."""
         while span.begin != span.end and not self._state.is_stopped:
             self._wait(self._state.hold_seconds())
             began_at, asked_at = span.begin, time.monotonic()
@@ -68,7 +68,7 @@ class Stream(threading.Thread):
             self._wait(pause)
 
     def _try(self, span: ByteRange, writer: Writer) -> None:
-        """Ask once, and advance the span as far as the answer goes.
+        """Send one request, and advance the span as far as the response goes.
 
         Raises:
             FetchError: the rest of the span has not come.
@@ -93,7 +93,7 @@ class Stream(threading.Thread):
         noted_at = time.monotonic()
         too_slow = _TooSlow(state.settings.minimum_bytes_per_second, state.settings.stall_seconds, display_name)
         try:
-            # where it is all there, the last read finds the end: the connection is free for another request
+            # after the last byte, one more read finds the end of the body and frees the connection for another request
             while not (state.is_stopped or _is_cut(span, end)) and (piece := self._read(body, span, end)):
                 writer.write(piece, span.begin)
                 state.accept(span.begin, piece)
@@ -115,15 +115,16 @@ class Stream(threading.Thread):
             )
 
     def _read(self, body: Body, span: ByteRange, end: int | None) -> bytes:
-        """Return the next bytes for where a range begins, as far as it goes; nothing at the end of the body.
+        """Return the next bytes of a range; an empty string at the end of the body.
 
         Args:
-            body: the answer.
-            span: what is left of the range. Another stream may have been given its end meanwhile.
-            end: of what the body is to fill; None where only the end of the body will tell.
+            body: body of the response.
+            span: rest of the range. Another stream may have been given the end of it meanwhile.
+            end: end of the range that the body fills; None if unknown until the body ends.
 
         Raises:
-            FetchError: the body broke, no byte came in time, or more came than were promised or the caller allows.
+            FetchError: the connection broke, no byte came in time, or more bytes came than the origin promised or the
+                caller allows.
         """
         display_name, piece = self._state.origin.display_name, body.read()
         if end is None:
@@ -141,12 +142,12 @@ class Stream(threading.Thread):
 
 
 def _is_cut(span: ByteRange, end: int | None) -> bool:
-    """Return whether a range has been fetched whose rest was given to other streams while it was on its way."""
+    """Return whether a range is complete because other streams were given the rest of it meanwhile."""
     return end is not None and span.end is not None and span.begin >= span.end and span.end < end
 
 
 class _TooSlow:
-    """Holds a connection to a minimum rate, if there is one, over windows of ``window_seconds``."""
+    """Checks a connection's rate over windows of ``window_seconds`` against a minimum; 0 accepts any rate."""
 
     def __init__(self, minimum: int, window_seconds: float, display_name: str) -> None:
         self._minimum, self._window_seconds, self._display_name = minimum, window_seconds, display_name

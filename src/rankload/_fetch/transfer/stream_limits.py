@@ -1,6 +1,6 @@
-"""How many streams each server has served at a time, remembered for the life of the process.
+"""Remember how many streams each server serves at a time, for the life of the process.
 
-Some serve few connections, and let the others wait.
+Some servers serve only a few connections, and let all others wait.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ _limits: dict[Server, int] = {}
 
 
 def limit_for(server: Server | None, limit: int) -> int:
-    """Return how many streams to use at the most, given the caller's limit."""
+    """Return the largest number of streams for a server, given the caller's limit."""
     return limit if server is None else min(limit, _limits.get(server, limit))
 
 
 def lower_limit(server: Server | None, streams: int) -> None:
-    """Note that a server did not begin to serve one stream more than these until that was given up."""
+    """Record that a server left a further stream waiting while it served ``streams`` others."""
     if server is not None:
         _limits[server] = max(1, min(streams, _limits.get(server, streams)))

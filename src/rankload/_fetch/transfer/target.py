@@ -8,35 +8,39 @@ from rankload._fetch.origins.origin import Version
 
 
 class Target(Protocol):
-    """Where the bytes go."""
+    """The file that a transfer writes to."""
 
     def make_room(self, version: Version, *, is_resumable: bool) -> None:
-        """Prepare for what comes; called before the first byte is written.
+        """Prepare for a version of the file, before the first byte is written.
+
+        Args:
+            version: version that the origin serves.
+            is_resumable: whether a later download can continue with a part of the bytes.
 
         Raises:
-            CacheError: there is no room.
+            CacheError: there is no room for the file.
         """
 
     def writer(self) -> Writer:
-        """Return a way in, for one thread.
+        """Return a writer for one thread.
 
         Raises:
-            CacheError: there is none left.
+            CacheError: no file descriptor is left.
         """
 
 
 class Writer(Protocol):
-    """One thread's way into the target; close it when done."""
+    """One thread's access to the target. Close it when done."""
 
     def write(self, piece: bytes, offset: int) -> None:
         """Write a piece at an offset.
 
         Raises:
-            CacheError: the disk is full, or broken.
+            CacheError: the disk is full or broken.
         """
 
     def finished(self, begin: int, end: int) -> None:
-        """Note that a range has been written."""
+        """Record that a range has been written."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the file descriptor."""
