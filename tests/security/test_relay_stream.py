@@ -383,4 +383,4 @@ def test_source_that_lies_is_an_error_on_all_ranks(tmp_path: Path, lie: dict[str
     torch.save(nn.Linear(100, 1000).state_dict(), tmp_path / "linear.pth")
     for result in run_ranks(_load_what_is_described_falsely, 3, args=(tmp_path / "linear.pth", tmp_path, lie)):
         name, text = result.value
-        assert name == "LoadError" and "rank 0's description" in text, text
+        assert name == "LoadError" and "rank 0 sent an invalid broadcast header" in text, text
