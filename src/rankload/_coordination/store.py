@@ -9,16 +9,17 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import resource
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rankload._coordination.polling import silence_limit_seconds
-from rankload._platform.daemon_threads import DeadlineThread
+from rankload._platform.daemon_threads import DeadlineThread, park_terminated_threads
 from rankload._settings import Settings
 from rankload.errors import StoreLostError
 
@@ -38,6 +39,9 @@ _LOOK_AFTER_SECONDS = 1.0
 _SEVERED_SECONDS = 2.0
 
 #: Error numbers in a process, or on a host, that has run out of file descriptors.
+#: Descriptors that are tried where they cannot be listed.
+_MAX_DESCRIPTORS = 1 << 16
+
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
@@ -116,13 +120,30 @@ def _sever(port: int | None, calls: DeadlineThread) -> None:
     need the interpreter's lock, and C++ would end the process by SIGABRT.
     """
     deadline = time.monotonic() + _SEVERED_SECONDS
-    while not calls.ends_overdue_call(0) and time.monotonic() < deadline:  # torch reconnects for a while
-        with suppress(OSError):  # no /proc
-            for descriptor in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208 - numbers, not paths
-                with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-                    if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername()[1] == port:
-                        connection.shutdown(socket.SHUT_RDWR)
+    while not calls.ends_overdue_call(0) and time.monotonic() < deadline:  # torch connects again, for a while
+        for descriptor in _open_descriptors():
+            _shut_down(descriptor, port)
         calls.ends_overdue_call(_SEVERED_SECONDS / 20)
+    if not calls.ends_overdue_call(0):  # such as a client that nobody answers, and that tries again until its timeout
+        park_terminated_threads()
+
+
+def _open_descriptors() -> Sequence[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc/self/fd")]  # noqa: PTH208 - numbers, not paths
+    except OSError:  # no /proc, or no descriptor left to list it with
+        return range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], _MAX_DESCRIPTORS))
+
+
+def _shut_down(descriptor: int, port: int | None) -> None:
+    """Shut down a descriptor that is a connection to a port; leave all others alone."""
+    with suppress(OSError):
+        connection = socket.socket(fileno=descriptor)  # not a duplicate: there may be no descriptor left
+        try:
+            if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername()[1] == port:
+                connection.shutdown(socket.SHUT_RDWR)
+        finally:
+            connection.detach()
 
 
 def store_of_group(group: ProcessGroup, settings: Settings) -> RankStore:

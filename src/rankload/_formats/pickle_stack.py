@@ -293,9 +293,13 @@ class PickleStack:
         self._stack.append(Unbuilt(GlobalName("builtins", "frozenset"), (self._take_to_mark(),)))
 
     def add_items(self, start: int, end: int) -> None:
-        """Add all values above the mark to a set."""
+        """Add all values above the mark to a set, which is not built."""
         items = self._take_to_mark()
-        self._stack[-1].arguments[0].extend(items)  # EMPTY_SET pushes an Unbuilt whose only argument is a list
+        target = self._stack[-1]
+        if isinstance(target, Unbuilt) and target is not _TOO_LONG:
+            target.items.extend(items)
+        else:
+            self.is_exact = False
 
     # Objects
 

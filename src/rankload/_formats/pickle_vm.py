@@ -135,7 +135,7 @@ _MEANINGS: dict[str, _Meaning] = {
     "EMPTY_TUPLE": _pushing(tuple),
     "EMPTY_LIST": _pushing(list),
     "EMPTY_DICT": _pushing(dict),
-    "EMPTY_SET": _pushing(lambda: Unbuilt(GlobalName("builtins", "set"), ([],))),
+    "EMPTY_SET": _pushing(lambda: Unbuilt(GlobalName("builtins", "set"), ())),
     "BINGET": PickleStack.push_memo_of_byte,
     "LONG_BINGET": PickleStack.push_memo,
     "BINPUT": PickleStack.put_memo_of_byte,

@@ -7,11 +7,13 @@ its node has lost power, the client waits forever.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import queue
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -110,3 +112,14 @@ def _run(jobs: queue.SimpleQueue[_Job | None]) -> None:
         job.has_ended = True
         job.running.release()
         del job  # or the job and its result would live until the next call
+
+
+def park_terminated_threads() -> None:
+    """Let std::terminate put its thread to sleep instead of ending the process by SIGABRT. For the end of the process.
+
+    A daemon thread may be inside C++ while the interpreter is torn down. When it then asks for the interpreter's lock,
+    CPython ends the thread by pthread_exit (up to 3.13; later versions let it hang, gh-87135). C++ takes that for an
+    exception that nobody catches, and calls std::terminate.
+    """
+    with suppress(OSError, AttributeError):  # another C++ library
+        ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(ctypes.CDLL(None).pause)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rankload._coordination.call_context import CallContext
+from rankload._coordination.launchers import identity_from_environment
+from rankload._coordination.single_process import SingleProcessChannel
 from rankload._load.device.devices import Accelerator, Placement
 from rankload._load.node import node_copy
+from rankload._load.node.held import hold
 from rankload._load.node.node_copy import why_copied
+from rankload._settings import Settings
+from rankload.errors import ProgressTimeoutError
 
 CONTENT = {"w": torch.ones(4)}
 
@@ -65,3 +74,36 @@ def test_without_an_accelerator_whatever_would_be_mapped_is_copied(path: Path, m
 def test_what_goes_to_an_accelerator_is_not_copied(path: Path, map_location: Any, stays: bool) -> None:
     """No view of a mapping is left there."""
     assert bool(why_copied(path, map_location, is_published=False)) == (stays and path.suffix != ".legacy")
+
+
+def test_a_read_that_returns_after_the_call_gave_up_writes_into_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, answers, has_returned = tmp_path / "hung.pth", threading.Event(), threading.Event()
+    torch.save(CONTENT, path)
+    read, write = os.preadv, os.pwrite
+
+    def hung(*arguments: Any) -> int:
+        answers.wait()
+        return read(*arguments)
+
+    def noted(*arguments: Any) -> int:
+        try:
+            return write(*arguments)
+        finally:
+            has_returned.set()
+
+    monkeypatch.setattr(os, "preadv", hung)
+    monkeypatch.setattr(os, "pwrite", noted)
+    settings = Settings(progress_seconds=0.2)
+    with SingleProcessChannel(identity_from_environment()) as channel, ExitStack() as stack:
+        call = CallContext(channel, settings, stack=stack)
+        with pytest.raises(ProgressTimeoutError):
+            node_copy.with_node_copy(hold(path, None, stack), path, call)
+    victims = [tmp_path / f"victim{number}" for number in range(20)]
+    with ExitStack() as files:
+        for victim in victims:  # they get the numbers of the descriptors that were closed
+            files.enter_context(victim.open("xb"))
+        answers.set()
+        assert has_returned.wait(10)
+    assert [victim.read_bytes() for victim in victims] == [b""] * len(victims)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import weakref
 from collections.abc import Collection
 from contextlib import ExitStack
 from functools import partial
@@ -180,10 +181,13 @@ def settled(
 
 def _copy(source: int, target: int, size_bytes: int, display_name: str, call: CallContext) -> None:
     begins = range(0, size_bytes, _STRIPE_BYTES)
+    source_file, target_file = _Duplicate(source), _Duplicate(target)
     with Readers(min(_THREADS, len(begins))) as readers:
         pending = [
             readers.submit(
-                partial(_copy_stripe, source, target, begin, min(begin + _STRIPE_BYTES, size_bytes), display_name)
+                partial(
+                    _copy_stripe, source_file, target_file, begin, min(begin + _STRIPE_BYTES, size_bytes), display_name
+                )
             )
             for begin in begins
         ]
@@ -196,15 +200,27 @@ def _copy(source: int, target: int, size_bytes: int, display_name: str, call: Ca
             check_cancelled()
 
 
-def _copy_stripe(source: int, target: int, begin: int, end: int, display_name: str) -> None:
+class _Duplicate:
+    """A descriptor of its own for an open file, closed with the last reference to this object.
+
+    A reader thread may still be inside a read when the call has given the file up. Were its descriptors closed by
+    then, and their numbers used again, the thread would write into whatever file has them now.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = os.dup(descriptor)
+        weakref.finalize(self, os.close, self.descriptor)
+
+
+def _copy_stripe(source: _Duplicate, target: _Duplicate, begin: int, end: int, display_name: str) -> None:
     buffer = memoryview(bytearray(_BUFFER_BYTES))
     while begin < end:
-        count = os.preadv(source, [buffer[: end - begin]], begin)
+        count = os.preadv(source.descriptor, [buffer[: end - begin]], begin)
         if not count:
             raise LoadError(f"{display_name}: the file was truncated while it was loaded")
         written = 0
         while written < count:
-            written += os.pwrite(target, buffer[written:count], begin + written)
+            written += os.pwrite(target.descriptor, buffer[written:count], begin + written)
         begin += count
 
 
