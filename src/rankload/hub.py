@@ -3,7 +3,7 @@
 Signatures, cache directory, file names and error texts are those of torch.hub. All other names (``load``, ``list``,
 ``help``) are torch.hub's own functions. **Not collective**: any rank may make a call, alone or with others, as scripts
 do under ``if rank == 0:``. Processes that share the cache directory download once: the lease between them sees to that.
-README, "Differences from torch.hub", lists the differences.
+docs/differences.md lists the differences.
 """
 
 from __future__ import annotations

@@ -89,14 +89,15 @@ def dist_load_into(
     file, of which the ranks of a host share one copy. Tied parameters stay tied; the file may contain only one of their
     names.
 
+    Arguments that are not listed here are those of `dist_load_state_dict_from_url`.
+
     Args:
         module: the module to load into: the same on all ranks, except for its sharding. ``(module, optimizer)`` loads
             both from a training checkpoint such as
             ``{"model": model.state_dict(), "optimizer": optimizer.state_dict()}``, under any of the usual names. The
             optimizer's state may be keyed by numbers or by names, as in ``torch.distributed.checkpoint.state_dict``.
             For sharded parameters, each rank reads its part of the state.
-        url, model_dir, progress, check_hash, file_name, sha256, headers, scope, group, offline, sidecar, verify: as in
-            `dist_load_state_dict_from_url`.
+        url: as in `dist_load_state_dict_from_url`.
         timeout: no-progress deadline in seconds, as in `dist_load_state_dict_from_url`.
         weights_only: as in torch.load, for everything that torch.load builds: files without an index, and objects that
             the module, the optimizer or ``report.remainder`` needs. Nothing else is built, so nothing else can run
@@ -106,7 +107,7 @@ def dist_load_into(
             ``load_state_dict(assign=True)`` does. On the CPU this makes no copy. Create the optimizer afterwards.
             None replaces only tensors on the meta device. As in torch, None replaces all tensors if the saved state
             dict had been loaded with ``assign=True``.
-        delivery, src: as in `dist_load_state_dict_from_url`, and ``"gather"``: the ranks share the reading of the
+        delivery: as in `dist_load_state_dict_from_url`, and ``"gather"``: the ranks share the reading of the
             tensors that all of them need. Each rank reads and uploads its share, and gets the other shares by
             all-gathers of the process group, which must have a backend for the module's device. A device holds two
             buckets beyond its own tensors: at most 64 MiB. Sharded tensors are read by their owners.
@@ -119,7 +120,6 @@ def dist_load_into(
         adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt` are applied to the index, before
             a byte is read. Your own functions get the mapped tensors. With an optimizer, the functions are applied
             to the whole checkpoint, and return the module's part; default: ``adapt.unwrap()``.
-        max_bytes, refresh: as in `dist_load_state_dict_from_url`.
 
     Returns:
         A `LoadReport`, which unpacks into ``missing_keys, unexpected_keys``. With an optimizer, ``report.remainder`` is

@@ -68,17 +68,16 @@ class DeadlineThread:
         job = _Job(operation)
         self._jobs.put(job)
         left, slice_seconds = limit_seconds, _SLICE_SECONDS if on_wait is None else _LOOK_SECONDS
-        while not job.ends_within(min(left, slice_seconds)):
-            left -= slice_seconds
-            if left <= 0:
-                self._overdue = job
-                raise TimeoutError(f"no answer within {limit_seconds:g} s")
-            if on_wait is not None:
-                try:
+        try:
+            while not job.ends_within(min(left, slice_seconds)):
+                left -= slice_seconds
+                if left <= 0:
+                    raise TimeoutError(f"no answer within {limit_seconds:g} s")
+                if on_wait is not None:
                     on_wait()
-                except BaseException:
-                    self._overdue = job
-                    raise
+        except BaseException:  # also what a signal handler raises during the wait
+            self._overdue = job
+            raise
         if job.error is not None:
             raise job.error
         return job.value  # type: ignore[no-any-return]
