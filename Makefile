@@ -1,9 +1,9 @@
 # `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test unit faults demo bench soak
+.PHONY: help setup lint test unit faults docs docs-serve demo bench soak
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup:  ## set up .venv for development
 	launch/venv.sh test
@@ -22,6 +22,12 @@ unit:  ## the unit tests
 
 faults: setup  ## write docs/faults.md from the table of cases
 	PYTHONPATH=tests .venv/bin/python -m faults.write_docs
+
+docs: setup  ## build the site into build/site, with every warning an error
+	.venv/bin/mkdocs build --strict
+
+docs-serve: setup  ## show the site at http://127.0.0.1:8000 while you write
+	.venv/bin/mkdocs serve --strict
 
 demo:  ## a real checkpoint into 4 ranks: torch.hub's way, then this way
 	launch/demo.sh
