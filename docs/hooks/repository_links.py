@@ -1,4 +1,4 @@
-"""Rewrite relative links for places where the repository's files are not beside the page.
+"""Rewrite relative links for places where the repository's files are not beside the page; include parts of README.
 
 README and docs link to one another and to the sources by relative paths, which a repository browser follows. The site
 holds docs alone, and a package index shows README alone. MkDocs calls the functions ``on_…`` of this module; setup.py
@@ -27,6 +27,9 @@ PAGES = {
 _COPIED = ("SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 _LINK = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<target>[^()\s]+)\)")
+#: Stands for a section of README, so that its text is in the repository once.
+_SECTION_OF_README = re.compile(r"<!-- section of README: (?P<title>.+?) -->")
+
 _FENCE = re.compile(r"^[ ]*```.*?^[ ]*```[ ]*$", re.MULTILINE | re.DOTALL)
 
 
@@ -68,7 +71,18 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             target = posixpath.join(target, "index.md")
         return posixpath.relpath(target, posixpath.dirname(in_site) or ".") + fragment
 
-    return _rewritten(markdown, posixpath.dirname(in_repository), in_site_or_absolute)
+    def section(match: re.Match[str]) -> str:
+        return _rewritten(_section_of_readme(match["title"]), "", in_site_or_absolute)
+
+    page_itself = _rewritten(markdown, posixpath.dirname(in_repository), in_site_or_absolute)
+    return _SECTION_OF_README.sub(section, page_itself)
+
+
+def _section_of_readme(title: str) -> str:
+    """Return a section with its heading."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    begin = readme.index(f"## {title}\n")
+    return readme[begin : readme.index("\n## ", begin)]
 
 
 def _rewritten(markdown: str, folder: str, new_target: Callable[[str, str, bool], str | None]) -> str:

@@ -84,6 +84,6 @@ def test_nothing_is_loaded_from_other_servers(site: Path) -> None:
 def test_every_public_call_is_in_the_search_index(site: Path) -> None:
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
     places = {document["location"] for document in index["docs"]}
-    for name in ("state_dict.dist_load_state_dict_from_url", "module.dist_load_into", "fetch.dist_fetch"):
-        assert f"reference/api/#rankload._api.{name}" in places
+    calls = ["dist_load_state_dict_from_url", "dist_load_into", "dist_fetch", "open_checkpoint", "load"]
+    assert {f"reference/api/#rankload.{name}" for name in [*calls, "LoadReport", "Checkpoint"]} <= places
     assert any("lease" in document["title"].lower() for document in index["docs"])
