@@ -19,6 +19,8 @@ from rankload import __version__
 
 pytest.importorskip("build")
 
+pytestmark = pytest.mark.xdist_group("distribution")  # one build, whatever the number of workers
+
 _REPOSITORY = "https://code.example.org/rankload"
 
 

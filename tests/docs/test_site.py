@@ -16,6 +16,8 @@ from harness.scripts import run_program
 
 pytest.importorskip("mkdocs")
 
+pytestmark = pytest.mark.xdist_group("site")  # one build, whatever the number of workers
+
 _HOME = "http://site/"
 
 
