@@ -477,3 +477,4 @@ for _error_type in (
     CoordinationError,
 ):
     _error_type.__module__ = "rankload"
+del _error_type
