@@ -279,7 +279,7 @@ def test_download_of_a_dead_host_is_gone_on_with(origin, held_in_the_middle, cac
     origin.add(NAME, big_content)
     [result] = run_ranks(read_file, 1, env="none", args=(url, cache))
     assert result.value == big_content
-    assert f"going on with {partial}: {size_bytes} bytes are there" in result.stderr
+    assert f"resuming {partial}: it has {size_bytes} bytes" in result.stderr
     assert origin.bytes_sent() - sent == len(big_content) - size_bytes
     assert files_in(cache) == [f".rankload/{NAME}.json", NAME]
 

@@ -58,7 +58,7 @@ def test_nobody_vouches(origin, cache, caplog):
     with whole_log(caplog):
         rankload.dist_fetch(origin.add("file.bin", CONTENT), cache)
     assert (record_in(cache)["sha256"], record_in(cache)["vouched_by"]) == (SHA256, None)
-    assert f"SHA-256 {SHA256} (nobody vouches)" in caplog.text
+    assert f"SHA-256 {SHA256} (no digest to compare with)" in caplog.text
 
 
 @pytest.mark.fault(18)

@@ -83,7 +83,7 @@ def test_object_without_credentials(in_s3, cache, monkeypatch, tmp_path):
     [result] = run_ranks(fetch_bytes, 1, env="none", args=(url, str(cache)))
     error = error_in(result)
     assert type(error) is rankload.FetchError and "no credentials" in str(error) and url in str(error)
-    assert "trying again" not in result.stderr
+    assert "retrying" not in result.stderr
 
 
 def test_connection_that_breaks_is_tried_again(in_s3, cache, big_content, monkeypatch):

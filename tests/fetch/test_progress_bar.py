@@ -115,7 +115,7 @@ def test_log_lines_do_not_break_the_bar(origin, cache, big_content, monkeypatch)
     lines = [as_on_screen(line) for line in shown.split("\n")]
     [*warnings, bar] = [line for line in lines if line]
     assert warnings and all(line.startswith("http://") for line in warnings), lines
-    assert "trying again" in "".join(warnings)
+    assert "retrying" in "".join(warnings)
     assert bar.startswith("file.bin: 100%"), lines
 
 

@@ -1,1 +1,1 @@
-"""From a URL to a verified file: one rank of a domain fetches, the others wait."""
+"""Fetch a URL into a verified file: one rank per domain fetches, the others wait."""

@@ -1,4 +1,4 @@
-"""Reads from an origin outside a transfer (an index, one tensor, a sidecar), bounded in time and in size."""
+"""Read from an origin outside a transfer (an index, one tensor, a sidecar), with limits on time and size."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rankload._settings import Settings
 from rankload._types import Progress, Report
 from rankload.errors import FetchError, FetchTimeoutError, TruncatedError
 
-#: What must have come once `progress_seconds` have passed, and in every second after that: see `ReadDeadline`.
+#: Bytes that must have come after `progress_seconds`, and in every further second (see `ReadDeadline`).
 _SMALL_BYTES = 64 << 10
 _MIN_BYTES_PER_SECOND = 4 << 10
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an origin has sent.
+    """An origin's answer to one read.
 
     Attributes:
-        content: the bytes from the requested offset on, never more than were asked for.
-        version: what the origin says of the whole file.
-        is_whole: it sends the whole file, whatever is asked for.
+        content: bytes from the requested offset on, never more than were requested.
+        version: version of the whole file.
+        is_whole: whether the origin sends the whole file, even if a range was requested.
     """
 
     content: bytes
@@ -45,26 +45,26 @@ def read_bounded(
     report: Report = lambda progress: None,
     unless: Version | None = None,
 ) -> Answer:
-    """Read a range, retrying failures that may pass, within the limits of `ReadDeadline`.
+    """Read a range within the limits of `ReadDeadline`, and retry temporary failures.
 
-    The request blocks a daemon thread, not the caller's: signals and the failures of other ranks are noticed within
-    0.1 s. Where this raises, that thread may still wait for the origin: close the origin to end it.
+    The request blocks a daemon thread, not the caller's thread: so signals and the failures of other ranks are noticed
+    within 0.1 s. After an error, that thread may still wait for the origin: close the origin to end it.
 
     Args:
-        origin: serves the file. Not shared with other threads meanwhile.
-        begin, end: offsets in bytes; ``end`` None asks for the whole file.
-        version: what an earlier answer said; the range is wanted of that version alone.
-        most_bytes: stop reading the body here, however long it is. At most one read from the socket more is received.
-        settings: deadlines, retries.
-        report: gets the progress, again and again.
-        unless: nothing is wanted if the content is still of this version.
+        origin: origin of the file. No other thread may use it meanwhile.
+        begin, end: offsets in bytes, ``end`` exclusive; ``end=None`` requests the whole file.
+        version: version that an earlier response described; only a range of that version is usable.
+        most_bytes: number of body bytes after which to stop. At most one read from the socket more is received.
+        settings: deadlines and retries.
+        report: called repeatedly with the progress.
+        unless: version that the caller already has.
 
     Raises:
-        NotModified: it is.
-        UnusableRange: the answer is not the range that was asked for.
+        NotModified: the content is still of the version ``unless``.
+        UnusableRange: the response is not the requested range.
         FetchTimeoutError: a deadline passed; this is not retried.
-        FetchError: the origin does not give the bytes.
-        RankloadError: whatever ``report`` raises.
+        FetchError: the origin does not serve the bytes.
+        RankloadError: any error of ``report``.
     """
     deadline, retries, attempt = ReadDeadline(origin.display_name, settings.progress_seconds), Retries(settings), 0
     while True:
@@ -77,19 +77,19 @@ def read_bounded(
 
 
 class ReadDeadline:
-    """Deadlines of one read over all of its tries. Pauses between tries do not count.
+    """Deadlines of one read over all its attempts. Pauses between attempts do not count.
 
-    Only bytes of a body are progress; status lines, headers and 1xx answers are not.
+    Only bytes of a body are progress; status lines, headers and 1xx responses are not.
 
     - No progress: the read fails after ``progress_seconds`` without a byte.
-    - Pace: after ``progress_seconds``, 64 KiB must have come, and 4 KiB more for every second since. Otherwise one byte
-      every few seconds would hold the caller forever. So an answer of up to 64 KiB takes ``progress_seconds`` at most,
-      and one of gigabytes may take days over a slow link.
+    - Rate: after ``progress_seconds``, 64 KiB must have come, and 4 KiB more for every further second. Otherwise one
+      byte every few seconds would hold the caller forever. So a response of up to 64 KiB takes at most
+      ``progress_seconds``, but one of gigabytes may take days over a slow link.
 
     Args:
-        display_name: the URL for messages.
-        progress_seconds: see above.
-        clock: monotonic, in seconds.
+        display_name: the URL without secrets, for messages.
+        progress_seconds: no-progress deadline in seconds, as above.
+        clock: monotonic clock, in seconds.
     """
 
     def __init__(self, display_name: str, progress_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -99,14 +99,14 @@ class ReadDeadline:
         self._checked_at = clock()
 
     def start_try(self) -> None:
-        """Let time count again, and bytes from 0 on."""
+        """Begin an attempt: count time again, and the attempt's bytes from 0."""
         self._checked_at, self._bytes_of_try = self._clock(), 0
 
     def check(self, received_bytes: int) -> None:
-        """Raise if a deadline has passed.
+        """Raise FetchTimeoutError if a deadline has passed.
 
         Args:
-            received_bytes: body bytes of this try so far.
+            received_bytes: number of body bytes in this attempt so far.
         """
         now = self._clock()
         elapsed, self._checked_at = now - self._checked_at, now
@@ -125,7 +125,7 @@ class ReadDeadline:
 
 
 class _PendingRead:
-    """One try, on a thread of its own."""
+    """One attempt, on a separate thread."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class _PendingRead:
         self.is_abandoned = False
 
     def run(self) -> Answer | FetchError:
-        """Return the answer, or the error: one that is raised comes from the caller's side of the wait."""
+        """Return the answer, or the origin's error. So an error that the wait raises is always the caller's."""
         try:
             return self._read()
         except FetchError as error:
@@ -166,11 +166,11 @@ class _PendingRead:
 
 
 def _await(pending_read: _PendingRead, deadline: ReadDeadline, report: Report, attempt: int) -> Answer | FetchError:
-    """Run a try to its end.
+    """Run an attempt to its end.
 
     Raises:
         FetchTimeoutError: a deadline passed.
-        RankloadError: whatever ``report`` raises.
+        RankloadError: any error of ``report``.
     """
 
     def check_cancelled() -> None:
@@ -185,7 +185,6 @@ def _await(pending_read: _PendingRead, deadline: ReadDeadline, report: Report, a
         finally:
             pending_read.is_abandoned = True
     if not isinstance(outcome, Answer):
-        deadline.check(
-            pending_read.received_bytes
-        )  # the socket's own timeout may be as long: not worth another try then
+        # the socket's own timeout may be as long as the deadline: then do not retry
+        deadline.check(pending_read.received_bytes)
     return outcome

@@ -1,9 +1,9 @@
-"""Domains: ranks that share a cache directory, or are told to share a download, and the rank that leads each.
+"""Domains: ranks that share a cache directory, or that scope= tells to share a download, and each domain's leader.
 
-Rank 0 always leads its own domain. It names its directory by (kernel, device, inode) and leaves a freshly named file
-there. A rank whose directory has the same three shares it. On each other node one rank looks for the file: a name that
-nobody has looked up before is in no client's cache of absent names. Whoever does not see it shares a domain with the
-ranks that have its directory, or its node.
+Rank 0 always leads its own domain. Rank 0 publishes the kernel, device and inode of its directory, and creates a probe
+file with a new name there. A rank whose directory has the same kernel, device and inode shares that directory. On every
+other node, one rank looks for the probe file: a new name is in no client's cache of absent names. If the file is not
+visible there, the ranks of that directory, or node, form their own domain.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from rankload._types import Identity, Scope
 
 _logger = logging.getLogger("rankload")
 
-#: How long a node looks for rank 0's file. Rank 0 writes it before it says so: one look is enough on a coherent
-#: filesystem; on a lagging one a wrong "not shared" costs a second download, never a wrong file.
+#: How long a node looks for rank 0's probe file. Rank 0 writes the file before it publishes the name, so one look is
+#: enough on a coherent filesystem. On a lagging one, a wrong "not shared" costs a second download, never a wrong file.
 _PROBE_SECONDS = 1.0
 
 _PROBE_PREFIX = ".rankload-probe-"
 
-#: No node looks for a probe file for so long: the ranks of a call arrive within ``arrival_seconds``.
+#: Age after which no node looks for a probe file any more: the ranks of a call arrive within ``arrival_seconds``.
 _PROBE_MAX_AGE_SECONDS = 3600.0
 
-#: How long other ranks of a node leave it to local rank 0 to look.
+#: How long the other ranks of a node let local rank 0 look first.
 _LOCAL_RANK_0_SECONDS = 2.0
 
 
@@ -40,9 +40,9 @@ class Domain:
     """Ranks that share one fetch.
 
     Attributes:
-        key: names the domain within the call.
-        leader: the rank that fetches.
-        is_leader: whether that is this rank.
+        key: name of the domain within the call.
+        leader: rank that fetches.
+        is_leader: whether this rank is the leader.
     """
 
     key: str
@@ -51,12 +51,12 @@ class Domain:
 
     @property
     def key_of_rank_0(self) -> str:
-        """Return the name of rank 0's domain."""
+        """Name of rank 0's domain."""
         return "rank0" if self.key.startswith("rank") else "0"
 
 
 def find_domain(channel: Channel, scope: Scope, directory: Path) -> Domain:
-    """Find this rank's domain. Collective over the channel's ranks. The directory exists."""
+    """Return this rank's domain. Collective over the channel's ranks. The directory must exist."""
     identity = channel.identity
     if identity.world_size == 1 or scope == "process":
         return Domain(f"rank{identity.rank}", identity.rank, is_leader=True)
@@ -84,9 +84,9 @@ def _leader_of(channel: Channel, scope: Scope, directory: Path) -> int:
 
 
 def _ask_place(channel: Channel, place: str, probe: str | None, directory: Path) -> int:
-    """Let one rank of the place look for rank 0's probe file; return who leads there."""
+    """Let one rank of the place look for rank 0's probe file; return the place's leader."""
     rank, identity = channel.identity.rank, channel.identity
-    # of some ranks of the job, the node's local rank 0 need not be one
+    # if only some ranks of the job make the call, the node's local rank 0 need not be among them
     if identity.is_whole_job and not identity.is_on_one_node and identity.local_rank not in (0, None):
         _leave_it_to_local_rank_0(channel, place)
     prober = channel.claim(f"prober/{place}")
@@ -117,7 +117,7 @@ def _sees(path: Path) -> bool:
 
 
 def _leave_probe_file(channel: Channel, directory: Path) -> str | None:
-    """Leave a file that nobody has looked for before, until the call ends; None where nothing can be written."""
+    """Create a probe file with a new name, until the call ends; return the name, or None in a read-only directory."""
     path = directory / f"{_PROBE_PREFIX}{secrets.token_hex(8)}"
     try:
         path.touch(exist_ok=False)
@@ -129,16 +129,16 @@ def _leave_probe_file(channel: Channel, directory: Path) -> str | None:
 
 
 def _remove_abandoned_probe_files(own: Path) -> None:
-    """Remove what ranks that were killed have left. Empty files, so an hour of them harms nobody."""
+    """Remove old probe files of killed ranks. Probe files are empty, so those of one hour do no harm."""
     with suppress(OSError):
-        now = own.stat().st_mtime  # by the clock of the file server, as are the others' times
+        now = own.stat().st_mtime  # by the clock of the file server, like the other files' times
         for path in own.parent.glob(f"{_PROBE_PREFIX}*"):
             if now - path.stat().st_mtime > _PROBE_MAX_AGE_SECONDS:
                 path.unlink()
 
 
 def _place(identity: Identity, scope: Scope, directory: Path) -> str:
-    """Name what ranks must have in common to share a fetch without further question."""
+    """Return the name of a node or directory. Ranks of the same place share a fetch without a probe."""
     if scope == "node":
         node = identity.host if identity.node_rank is None else f"{identity.host}-{identity.node_rank}"
         return f"node-{node}"

@@ -1,4 +1,4 @@
-"""Which digests must hold, and whether they do."""
+"""Collect the digests that a file must have, and check them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from rankload.errors import DigestMismatchError
 
 
 def claims_of(request: FetchRequest, *others: Claim | None) -> tuple[Claim, ...]:
-    """Return all that is said about the file's digest, the strongest first.
+    """Return all claims about the file's digest, the strongest first.
 
     Args:
-        request: has what the caller expects.
-        others: what the origin says.
+        request: request with the caller's expectations.
+        others: claims of the origin.
     """
     given = Claim(request.sha256, request.sha256_source) if request.sha256 else None
     named = Claim(request.hash_prefix, "hash_prefix") if request.hash_prefix else None
@@ -20,16 +20,16 @@ def claims_of(request: FetchRequest, *others: Claim | None) -> tuple[Claim, ...]
 
 
 def check_digest(sha256: str, claims: tuple[Claim, ...], origin: str) -> str | None:
-    """Compare a digest with what is claimed, and return whose claim vouches for it; None if there is none.
+    """Compare a digest with all claims; return the source of the strongest claim, or None without claims.
 
     Raises:
-        DigestMismatchError: in torch.hub's words, then where and what to do.
+        DigestMismatchError: a claim differs. The message begins with torch.hub's.
     """
     for claim in claims:
         if not sha256.startswith(claim.sha256):
             raise DigestMismatchError(
-                f'invalid hash value (expected "{claim.sha256}", got "{sha256}"): {origin} is damaged, was replaced, '
-                f"or what is expected ({claim.source}) is another file's digest",
+                f'invalid hash value (expected "{claim.sha256}", got "{sha256}"): {origin} is damaged or was replaced, '
+                f"or the expected digest ({claim.source}) is that of another file",
                 expected=claim.sha256,
                 got=sha256,
                 url=origin,
@@ -39,6 +39,6 @@ def check_digest(sha256: str, claims: tuple[Claim, ...], origin: str) -> str | N
 
 
 def satisfies(sha256: str | None, request: FetchRequest) -> bool:
-    """Return whether a known digest is what the request expects; an unknown one satisfies no expectation."""
+    """Return whether a digest meets all expectations of the request. An unknown digest (None) meets none."""
     claims = claims_of(request)
     return not claims or (sha256 is not None and all(sha256.startswith(claim.sha256) for claim in claims))

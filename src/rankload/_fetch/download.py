@@ -1,4 +1,4 @@
-"""One download: partial file → bytes ∥ SHA-256 → verified → published, with its record."""
+"""One download: write a partial file while hashing it, verify it, and publish it with its record."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ _logger = logging.getLogger("rankload")
 
 
 def download(request: FetchRequest, entry: Entry, report: Report, settings: Settings) -> FetchedFile:
-    """Download, verify, publish and record.
+    """Download, verify and publish a file with its record.
 
-    Bytes that are not what they should be are fetched once more: from the next mirror if there is one, and in one
-    piece, since an origin may be wrong about ranges.
+    A file that fails verification is fetched once more, from the next mirror if there is one. The second download uses
+    no ranges, because an origin may serve wrong ranges.
 
     Raises:
-        FetchError: no URL gave the bytes; the error is the last one's.
-        VerificationError: the bytes are not what they should be. Nothing was published.
-        CacheError: the directory cannot be written.
-        SupersededError: another process took this one for dead, or has published another URL's file of this name.
+        FetchError: no URL served the file; the last URL's error.
+        VerificationError: the file failed verification. Nothing was published.
+        CacheError: the directory cannot be written to.
+        SupersededError: another process took this one for dead, or published another URL's file under this name.
     """
     urls, failures = request.urls, Counter[Url]()
     while True:
@@ -60,16 +60,16 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
                 continue
             status = partial.finish(received.size_bytes)
             birth, replaced = birth_ns(partial.path), _identity(entry.path)
-            if not may_be_published(entry, request):  # something has come there since the look
+            if not may_be_published(entry, request):  # another file has appeared since the lookup
                 raise SupersededError(str(entry.path))
             if request.is_renewal:
                 with wrap_write_errors(entry.record_path):
                     begin_renewal(entry)
-            # Before the file: whoever sees the file must find out whose it is, or would adopt it as its own.
+            # write the record first: another job that sees a file without a record would adopt it for its own URL
             record = _record(received, status, birth, vouched_by, replaced)
             _write_record(entry.record_path, record, report, settings)
             try:
-                if _identity(entry.path) != replaced:  # writing the record may take long
+                if _identity(entry.path) != replaced:  # check again: writing the record may take long
                     raise SupersededError(str(entry.path))
                 partial.publish(may_replace=replaced is not None)
             except SupersededError:
@@ -80,10 +80,13 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
 
 
 def verify(received: Received, partial: Partial, request: FetchRequest) -> str | None:
-    """Check structure and digest of a complete partial file; return whose digest vouches for it, None for nobody's.
+    """Check structure and digest of a complete partial file.
+
+    Returns:
+        The source of the digest that vouches for the file; None without such a digest.
 
     Raises:
-        VerificationError: it is not what it should be.
+        VerificationError: the structure or the digest is wrong.
     """
     display_name = received.url.display_name
     if request.must_be_checkpoint or received.version.content_type != "text/html":
@@ -96,7 +99,7 @@ def verify(received: Received, partial: Partial, request: FetchRequest) -> str |
         display_name,
         received.size_bytes,
         received.sha256,
-        vouched_by or "nobody vouches",
+        vouched_by or "no digest to compare with",
     )
     return vouched_by
 
@@ -104,8 +107,8 @@ def verify(received: Received, partial: Partial, request: FetchRequest) -> str |
 def _write_record(path: Path, record: Record, report: Report, settings: Settings) -> None:
     """Write a record, or raise CacheError.
 
-    On a network filesystem, a directory that another node has just made may be there to mkdir(2) and absent to open(2),
-    for as long as clients remember absent names.
+    On a network filesystem, a directory that another node has just made may exist for mkdir(2), but not for open(2), as
+    long as this client caches its absence.
     """
     deadline, delay = time.monotonic() + settings.visibility_seconds, 0.01
     while True:
@@ -118,7 +121,7 @@ def _write_record(path: Path, record: Record, report: Report, settings: Settings
                 raise
         report(Progress("waiting"))
         with suppress(OSError):
-            list(path.parent.parent.iterdir())  # makes an NFS client forget absent names
+            list(path.parent.parent.iterdir())  # makes an NFS client drop cached absent names
         time.sleep(delay)
         delay = min(delay * 1.5, 1.0)
 
@@ -134,19 +137,19 @@ def _adopt(partial: Partial, entry: Entry, request: FetchRequest, report: Report
 
 
 def _set_aside(partial: Partial, entry: Entry, error: VerificationError) -> None:
-    """Keep a file whose digest is wrong, for a look at it; a web page or half an archive says enough in the error."""
+    """Quarantine a file with a wrong digest. Other wrong files are dropped: the error describes them well enough."""
     path = quarantine(entry, str(error), partial.move_to) if isinstance(error, DigestMismatchError) else None
     if path is None:
         partial.clear()
     else:
-        error.message += f"; what came is kept at {path}"
+        error.message += f"; the downloaded file is kept at {path}"
 
 
 def _next_urls(
     urls: tuple[Url, ...], received: Received, failures: Counter[Url], error: VerificationError
 ) -> tuple[Url, ...]:
     others = tuple(url for url in urls if url != received.url)
-    # a page that was sent in full, and says its length, will be the same the next time
+    # a wrong file that came in full, with its length, would be the same the next time
     may_be_an_accident = isinstance(error, DigestMismatchError) or received.version.size_bytes is None
     if others:
         _logger.warning("%s; trying the next mirror", error)
@@ -158,14 +161,14 @@ def _next_urls(
 
 
 def _disown(entry: Entry, record: Record) -> None:
-    """Let a record speak for no URL: other bytes have come to its file's name, after it was written."""
+    """Make a record vouch for no URL, if a file with other bytes got the name after the record was written."""
     with suppress(OSError):
         if sha256_of_file(entry.path, lambda count: None) != record.sha256:
             write_record(entry.record_path, replace(record, url="something else", url_key="", sha256=None))
 
 
 def _identity(path: Path) -> tuple[int, int | None] | None:
-    """Return the inode number and time of birth of what lies at a path; None where there is nothing."""
+    """Return the inode number and time of birth of the file at a path; None if there is none."""
     try:
         return path.lstat().st_ino, birth_ns(path)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Fetch once per domain, and give every rank the file or the error."""
+"""Fetch a file once per domain, and give every rank the file or the error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def fetch_once(request: FetchRequest, call: CallContext) -> FetchedFile:
     Only the leader of a domain consults the cache: another node's view of a network filesystem may be stale.
 
     Raises:
-        RankloadError: the first cause, from whichever rank.
+        RankloadError: the first failure of any rank.
     """
     domain = _domain_for(request, call.channel)
     if not domain.is_leader:
@@ -67,10 +67,13 @@ def fetch_once(request: FetchRequest, call: CallContext) -> FetchedFile:
 
 
 def fetch_at(rank: int, request: FetchRequest, call: CallContext) -> FetchedFile | None:
-    """Let one rank fetch, for itself; return its file there, and None on the others, when it has it. Collective.
+    """Let one rank fetch for itself. Collective: the other ranks wait until that rank has the file.
+
+    Returns:
+        The file on that rank; None on the others.
 
     Raises:
-        RankloadError: the first cause, from whichever rank.
+        RankloadError: the first failure of any rank.
     """
     if call.channel.identity.rank != rank:
         call.channel.wait_for("fetched at the source", from_rank=rank)
@@ -84,14 +87,14 @@ def fetch_at(rank: int, request: FetchRequest, call: CallContext) -> FetchedFile
 
 def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
     if request.url.local_path is not None:
-        # a file used in place is rank 0's to check; where another node has none at that path, its ranks say so
+        # rank 0 checks a file that is used in place; the ranks of a node without that file report its absence
         return find_domain(channel, "job", request.directory)
     make_directory(request.directory)
     return find_domain(channel, request.scope, request.directory)
 
 
 def _identified(file: FetchedFile) -> FetchedFile:
-    """Return the file with its identity, by which it is found again when it is loaded."""
+    """Return the file with its identity, by which a load recognises it."""
     if file.identity is not None:
         return file
     with wrap_read_errors(file.path):
@@ -114,7 +117,7 @@ def _wait_for_leader(domain: Domain, request: FetchRequest, call: CallContext) -
     is_here = fetched["kernel"] == kernel_id()
 
     def is_it(found: FileIdentity, is_local: bool) -> bool:
-        if file.source == "local":  # each node's own: only the size has to be the same
+        if file.source == "local":  # each node has its own file: only the size must be the same
             return found.size_bytes == file.size_bytes
         return found.is_same(published, is_exact=is_here and is_local)
 
@@ -133,14 +136,14 @@ def _wait_for_leader(domain: Domain, request: FetchRequest, call: CallContext) -
         "the directory shared between these nodes? Pass scope='node', or a model_dir that is the same everywhere",
         path=str(path),
     )
-    # another rank, or another job, may have fetched it anew: the digest tells
+    # another rank or job may have fetched the file anew: the digest will show whether the bytes are the same
     is_renewed = found is not None and found.size_bytes == file.size_bytes and file.sha256 is not None
-    # scope="job" is the caller's word that it is shared: a thousand nodes where it is not must not all ask the origin
+    # with scope="job" the caller asserts a shared directory: if that is wrong, a thousand nodes must not ask the origin
     is_elsewhere = found is None and (request.scope == "job" or request.offline)
     if file.source == "local" or is_elsewhere or (found is not None and not is_renewed):
         raise error
     if found is None:
-        _logger.warning("%s has been removed since rank %d published it; fetching it once more", path, domain.leader)
+        _logger.warning("%s was removed after rank %d published it; fetching it once more", path, domain.leader)
     return _fetch_again(file, request, call, error)
 
 
@@ -160,9 +163,9 @@ def _has_size(size_bytes: int, found: FileIdentity, is_local: bool) -> bool:
 
 
 def _fetch_again(file: FetchedFile, request: FetchRequest, call: CallContext, error: CacheError) -> FetchedFile:
-    """Fetch what the leader had, though somebody has deleted it: the very same bytes, or nothing.
+    """Fetch the leader's file again after its removal: exactly the same bytes, or none.
 
-    Every rank that misses the file comes here by itself, as if it were another job: the lease makes it one download.
+    Every rank that misses the file calls this independently, like another job. The lease makes that one download.
     """
     again = fetch(replace(request, sha256=file.sha256 or request.sha256), call.report, call.settings)
     if again.size_bytes != file.size_bytes:
@@ -179,13 +182,14 @@ def _await_visible(
     stat(), and listing the directory drops absent names (nfs(5), "Data and metadata coherence").
 
     Args:
-        path: where it is to appear.
-        is_it: tells whether a file is that one; gets also whether it lies on a local disk, where nothing lags.
-        report: receives this rank's progress.
+        path: path at which the file will appear.
+        is_it: returns whether a file is the published one, from its identity, and whether it is on a local disk, where
+            nothing lags.
+        report: called with this rank's progress.
         settings: deadlines.
 
     Returns:
-        What it sees, None for no file; and whether that is the file.
+        The identity of the file at the path, None without a file; and whether that is the published file.
     """
     deadline, delay = time.monotonic() + settings.visibility_seconds, 0.01
     while True:
@@ -193,21 +197,21 @@ def _await_visible(
         is_visible = found is not None and is_it(found, is_local)
         if is_visible or (found is not None and is_local) or time.monotonic() >= deadline:
             return found, is_visible
-        report(Progress("waiting"))  # raises what another rank has failed with
+        report(Progress("waiting"))  # raises if another rank has failed
         time.sleep(delay)
         delay = min(delay * 1.5, 1.0)
 
 
 def _identity_when_opened(path: Path) -> tuple[FileIdentity | None, bool]:
-    """Return a file's identity, and whether it lies on a local disk; None if it is not there."""
+    """Return a file's identity, None without a file; and whether the file is on a local disk."""
     try:
-        # not waiting for the writer of a pipe that somebody has put there
+        # O_NONBLOCK: another user may have put a pipe there, and open(2) would wait for its writer
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             return FileIdentity.of(os.fstat(descriptor)), is_on_local_disk(descriptor)
         finally:
             os.close(descriptor)
-    except PermissionError as error:  # it is there, and will not be ours to read by waiting
+    except PermissionError as error:  # the file exists, and waiting does not make it readable
         raise CacheError(f"cannot read {path}: {error.strerror}", path=str(path), errno=error.errno) from error
     except OSError:
         with suppress(OSError):

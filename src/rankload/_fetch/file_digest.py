@@ -1,4 +1,4 @@
-"""SHA-256 of a file that is there."""
+"""SHA-256 of an existing file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _READ_BYTES = 4 << 20
 
 
 def sha256_of_file(path: Path, on_bytes: Callable[[int], None]) -> str:
-    """Return a file's hex digest; ``on_bytes`` gets the number of bytes hashed so far.
+    """Return a file's SHA-256 in hex digits. ``on_bytes`` is called with the number of bytes hashed so far.
 
     Raises:
         OSError: the file cannot be read.

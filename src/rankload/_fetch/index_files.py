@@ -1,4 +1,4 @@
-"""A checkpoint in several files: its index, and then all that the index names, as one unit."""
+"""A checkpoint in several files: fetch the index and all files that it names, as one unit."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from rankload.errors import CacheError, NotACheckpointError
 #: Fetches one file.
 FetchOne = Callable[[FetchRequest], FetchedFile]
 
-#: How an index is called (huggingface_hub, "split_torch_state_dict"), also with a variant's name (diffusers,
-#: ``….index.fp16.json``). An index from an origin is believed to be one only under such a name: the caller has asked
-#: for it then, and it lies in a folder of its own.
+#: File name of an index (huggingface_hub, "split_torch_state_dict"), optionally with a variant (diffusers,
+#: ``….index.fp16.json``). A fetched file counts as an index only under such a name: then the caller has asked for an
+#: index, and it has its own folder.
 _INDEX_NAME = re.compile(r"(?P<stem>.+)\.index(\.[A-Za-z0-9_-]+)?\.json", re.DOTALL)
 
 
@@ -33,11 +33,11 @@ def is_index_name(name: str) -> bool:
 
 
 def name_in_own_folder(name: str, key: str) -> str:
-    """Return the name of an index in a folder that is its URL's alone: names of indexes and parts are common.
+    """Return the path of an index in a folder for its URL only, because names of indexes and parts are common.
 
     Args:
-        name: a relative path.
-        key: of the URL.
+        name: relative path of the index.
+        key: key of the URL.
     """
     path = PurePosixPath(name)
     match = _INDEX_NAME.fullmatch(path.name)
@@ -45,62 +45,65 @@ def name_in_own_folder(name: str, key: str) -> str:
 
 
 def name_without_folder(name: str) -> str:
-    """Return what `name_in_own_folder` was given."""
+    """Return the path that was passed to `name_in_own_folder`."""
     path = PurePosixPath(name)
     return str(path.parent.parent / path.name)
 
 
 def check_index(path: Path, request: FetchRequest, display_name: str) -> None:
-    """Check a file that an origin has sent, if it is an index: where it lies, and what it calls its parts.
+    """If a fetched file is an index, check its place in the cache, and the names of its parts.
 
     Args:
-        path: the file; one that is no index passes.
-        request: what it was fetched by.
-        display_name: where it is, for messages.
+        path: path of the file. A file that is not an index passes.
+        request: request that fetched the file.
+        display_name: URL or path of the file, for messages.
 
     Raises:
-        NotACheckpointError: an origin would choose which files beside it are read or written.
+        NotACheckpointError: the index would let an origin choose which other files are read or written.
     """
     names = _part_names(path)
     if names is None:
         return
     if not request.is_index:
         if not request.must_be_checkpoint:
-            return  # a file like any other: nobody looks for its parts
+            return  # an ordinary file: its parts are not fetched
         raise NotACheckpointError(
-            f"{display_name}: the index of a checkpoint in several files, under a name that does not say so: refused; "
-            "if it is meant, pass file_name='….index.json', so that its parts get a folder of their own",
+            f"{display_name}: this is the index of a checkpoint in several files, but its name is not that of an "
+            "index: refused; if you want it, pass file_name='….index.json', so that its parts get their own folder",
             path=str(path),
         )
     if strange := [name for name in names if not is_plain_name(name)]:
         raise NotACheckpointError(
-            f"{display_name}: index of a checkpoint with a part called {strange[0][:80]!r}: refused; expected file "
-            "names of letters, digits and _.+=- that lie beside the index",
+            f"{display_name}: index of a checkpoint with a part called {strange[0][:80]!r}: refused; expected plain "
+            "file names of letters, digits and _.+=-",
             path=str(path),
         )
-    # on some filesystems these are one file (names are ASCII by now)
+    # on some filesystems, names that differ only in case are one file (names are ASCII by now)
     seen = {PurePosixPath(request.file_name).name.lower()}
     for name in names:
         if name.lower() in seen:
             raise NotACheckpointError(
                 f"{display_name}: index of a checkpoint with a part called {name!r}: refused; another of its files has "
-                "this name, but for upper and lower case",
+                "the same name, except for upper and lower case",
                 path=str(path),
             )
         seen.add(name.lower())
 
 
 def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -> FetchedFile:
-    """Return the file with the sizes of its parts, which are fetched beside it; a file that is no index as it is.
+    """Fetch the parts that an index names, beside the index. A file that is not an index is returned unchanged.
 
     Args:
-        index: fetched and verified.
-        request: what it was fetched by. Its digest is the index's alone; each part is checked by its own structure,
-            and by what its own server says of it.
+        index: fetched and verified file.
+        request: request that fetched the file. Its digest is only the index's. Each part is checked by its structure,
+            and by the digest that its server gives.
         fetch_one: fetches one file.
 
+    Returns:
+        The index with the sizes and digests of its parts.
+
     Raises:
-        NotACheckpointError: see `check_index`.
+        NotACheckpointError: the index is refused (see `check_index`).
         CacheError: another file has the name of a part.
         RankloadError: a part cannot be fetched.
     """
@@ -114,8 +117,8 @@ def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -
         part = fetch_one(_request_for(name, index, request))
         if part.path != index.path.parent / name:
             raise CacheError(
-                f"{index.path.parent / name} is not what its index names, and rankload did not put it there: the parts "
-                f"of {index.path.name} have to lie beside it; remove that file",
+                f"{index.path.parent / name} is not the part that {index.path.name} names, and rankload did not put it "
+                "there; the part must have this path: remove that file",
                 path=str(index.path.parent / name),
             )
         sizes.append(part.size_bytes)
@@ -127,19 +130,19 @@ def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -
 
 
 def digest_of_parts(digests: list[str]) -> str | None:
-    """Return one digest for the parts of an index, of theirs in the order of their names; None without parts."""
+    """Return one digest of the digests of all parts, in the order of the parts' names; None without parts."""
     return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
 
 
 def files_of(file: FetchedFile) -> list[tuple[Path, int]]:
-    """Return all files of a fetched one with their sizes in bytes: itself, and its parts."""
+    """Return a fetched file and its parts, each with its size in bytes."""
     names = (_part_names(file.path) or ()) if file.part_sizes else ()
     parts = [(file.path.parent / name, size) for name, size in zip(names, file.part_sizes, strict=True)]
     return [(file.path, file.size_bytes), *parts]
 
 
 def _part_names(path: Path) -> list[str] | None:
-    """Return the names of an index' parts; None for a file that is no index."""
+    """Return the names of an index's parts; None for a file that is not an index."""
     with wrap_read_errors(path), open_regular(path) as file:
         source = LocalSource(file.fileno())
         try:

@@ -1,4 +1,4 @@
-"""What lies at an entry of the cache: a file, its record, whose they are, and whether rankload may replace them."""
+"""Inspect a cache entry: its file and record, their owners, and whether rankload may replace the file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from rankload.errors import CacheError
 
 
 def inspect(entry: Entry, request: FetchRequest) -> Cached:
-    """Look at an entry. Changes nothing.
+    """Inspect an entry. Changes nothing.
 
     Raises:
-        CacheError: something else lies in the place of the file or of a directory, or it cannot be looked at.
+        CacheError: the path is not that of a plain file or own directory, or it cannot be read.
     """
     for directory in (*entry.directories, entry.record_path.parent):
         with suppress(FileNotFoundError), wrap_read_errors(directory):
@@ -37,14 +37,14 @@ def inspect(entry: Entry, request: FetchRequest) -> Cached:
         try:
             status = retry_if_stale(entry.path.stat)
         except FileNotFoundError:
-            return Cached(link, None, "it is a symbolic link that leads nowhere")
+            return Cached(link, None, "it is a symbolic link to a file that does not exist")
     is_link = S_ISLNK(link.st_mode)
     if is_link and not is_trusted(link.st_uid):
         raise CacheError(
             f"{entry.path} is another user's symbolic link: refused; remove it or pass file_name=", path=str(entry.path)
         )
     if not S_ISREG(status.st_mode):
-        raise CacheError(f"{entry.path} is no file; remove it or pass file_name=", path=str(entry.path))
+        raise CacheError(f"{entry.path} is not a plain file; remove it or pass file_name=", path=str(entry.path))
     owners = {status.st_uid} | ({found.owner_uid} if found and found.owner_uid is not None else set())
     return Cached(
         status,
@@ -57,10 +57,10 @@ def inspect(entry: Entry, request: FetchRequest) -> Cached:
 
 
 def _is_replaceable(entry: Entry, status: os.stat_result, found: FoundRecord) -> bool:
-    """Return whether rankload published a file, by its record, and this user may replace it.
+    """Return whether rankload published a file, according to its record, and this user may replace the file.
 
-    A record speaks for files of its own owner, and a trusted one for all. What lies in a directory that is one URL's
-    alone was put there by rankload, though a copy of the cache has other inodes.
+    A record counts for files of its own owner; a trusted user's record counts for all files. A file in a directory for
+    one URL only was put there by rankload, even in a copy of the cache, which has other inodes.
     """
     record, owner_uid = found.record, found.owner_uid
     if record is None or owner_uid is None or record.source != "download":
@@ -73,12 +73,12 @@ def _is_replaceable(entry: Entry, status: os.stat_result, found: FoundRecord) ->
 
 
 def is_published(cached: Cached) -> bool:
-    """Return whether rankload has put the file there, by a record that is believed."""
+    """Return whether rankload published the file, according to a trusted record."""
     return cached.is_trusted and cached.record is not None and cached.record.source == "download"
 
 
 def _is_that_file(path: Path, inode: int, record: Record) -> bool:
-    """Return whether a record is about a file, or about the one that has not yet replaced it."""
+    """Return whether a record describes a file, or the file that is about to replace it."""
     birth = birth_ns(path)
     if birth is not None and (record.replaces_inode, record.replaces_birth_ns) == (inode, birth):
         return True
@@ -86,5 +86,5 @@ def _is_that_file(path: Path, inode: int, record: Record) -> bool:
 
 
 def believed_digest(cached: Cached) -> str | None:
-    """Return the recorded digest, if neither file nor record is another user's."""
+    """Return the recorded digest; None if file or record belong to an untrusted user."""
     return cached.record.sha256 if cached.record and cached.is_trusted else None

@@ -1,6 +1,6 @@
-"""What the leader of a domain does: cache hit? else lease → download.
+"""The leader of a domain: use the cached file, or download under the lease.
 
-What asks origins is imported where it is needed: a hit needs neither requests nor filelock, which take a while.
+Modules that ask origins are imported on use: a cache hit needs neither requests nor filelock, which are slow to import.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from rankload.errors import CacheError
 
 _logger = logging.getLogger("rankload")
 
-#: After so many times its duration without a sign of life, nobody holds a lease any more.
+#: Age, in lease durations, after which a silent lease counts as abandoned.
 _LEASES_UNTIL_ABANDONED = 10
 
-#: So often a download may lose its file or its name to somebody else. It is seldom once: a process that was frozen.
+#: How often a download may lose its partial file or its name to another process. Even once is rare: after a freeze.
 _MAX_SUPERSEDED = 4
 
 
 def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedFile:
-    """Return a verified local file for the request; of an index of several files, these too, beside it.
+    """Return a verified local file for the request. If it is an index of several files, fetch those beside it.
 
-    Not collective: the leader calls it.
+    Not collective: only the leader calls this.
 
     Raises:
-        FetchError: no URL gave the file.
-        VerificationError: the bytes are not what they should be.
+        FetchError: no URL served the file.
+        VerificationError: the file failed verification.
         CacheError: the directory cannot be used.
-        RankloadError: what another rank failed with meanwhile, through ``report``.
+        RankloadError: another rank failed meanwhile; ``report`` raises that rank's error.
     """
 
     downloaded_bytes = 0
@@ -63,7 +63,7 @@ def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedF
     while True:
         index = fetch_one(request)
         entry = Entry(index.path)
-        # what comes now, another job may have renewed
+        # another job may renew parts from here on
         is_asked = request.refresh or not request.is_index or is_partly_renewed(entry)
         file = with_parts(index, request, fetch_one)
         if is_asked or not is_partly_renewed(entry):
@@ -108,7 +108,7 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
             return replace(lookup.file, sha256=opinion.sha256)
         if request.offline:
             raise offline_error(entry, request, lookup.reason if lookup.version else "")
-        # Before there is anything to see of it on disk: a leader that is killed now is known to have made the call.
+        # report before the first trace on disk: then a leader that is killed is known to have made the call
         report(Progress("connecting"))
         from rankload._fetch import miss
 
@@ -126,19 +126,19 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
 
 def _disturbed(entry: Entry, times: int) -> CacheError:
     return CacheError(
-        f"{entry.path}: {times} downloads of it were in vain: each time somebody removed the partial file, or put "
-        "something else in its place; choose a directory that nobody else cleans up (model_dir=)",
+        f"{entry.path}: {times} downloads of this file failed: each time another process removed the partial file, or "
+        "put another file in its place; choose a directory that no other process cleans up (model_dir=)",
         path=str(entry.path),
     )
 
 
 def _is_outdated(lookup: CacheLookup, request: FetchRequest, report: Report, settings: Settings) -> bool:
-    """Return whether the caller wants the origin's present file, and the cached one is another.
+    """Return whether the call requires the origin's present file, and the cached one is another.
 
-    Of a checkpoint in several files that was renewed in part, everybody wants the present ones.
+    If only some files of a checkpoint have been renewed, every call requires the present files.
 
     Raises:
-        OfflineError: it was, and the origin may not be asked.
+        OfflineError: only some files have been renewed, and the origin may not be asked.
     """
     is_mixed = (request.is_index or request.is_part) and is_partly_renewed(lookup.entry)
     if is_mixed and request.offline:
@@ -151,10 +151,11 @@ def _is_outdated(lookup: CacheLookup, request: FetchRequest, report: Report, set
 
 
 def _tidy_up(entry: Entry, settings: Settings) -> None:
-    """Remove what a leader has left that was killed when it had just published: nobody else would ask for its lease.
+    """Remove the lease and partial files of a leader that was killed just after it published.
 
-    A holder that lives renews it three times as often as it expires. Ten times that leaves room for clocks that differ;
-    a lease that is removed in spite of all costs a second download at the most.
+    No other leader would request that lease, since the file is cached. A living holder renews its lease three times per
+    lease duration. Waiting for ten durations leaves room for clocks that differ. Removing a living holder's lease costs
+    at most a second download.
     """
     with suppress(OSError):
         status, now = entry.lease_path.lstat(), time.time()

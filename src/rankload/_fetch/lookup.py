@@ -1,4 +1,4 @@
-"""A look into the cache: whose the file is that lies there, and whether it can be used."""
+"""Look a request up in the cache: find the entry that is the request's, and whether its file can be used."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ FileVersion = tuple[int, int]
 
 @dataclass(frozen=True)
 class CacheLookup:
-    """What a look into the cache has found.
+    """The result of a lookup in the cache.
 
     Attributes:
-        entry: the one that is the request's.
-        version: of the file that was there, None for none: it changes when somebody publishes.
-        file: that file, if it can be used.
-        damage: what is wrong with it, if that is known and it should be set aside.
-        reason: why it cannot be used.
-        is_unvouched: nobody says whose that file is: `adopt` it or `reject` it.
-        record: that file's, if there is one.
-        is_replaceable: rankload published it, and this user may replace it.
+        entry: entry that is the request's.
+        version: version of the entry's file, None without one. It changes when a process publishes the file.
+        file: the file, if it can be used; else None.
+        damage: why the file is damaged, if it is, and should be set aside; else None.
+        reason: why the file can or cannot be used.
+        is_unvouched: whether nothing shows that the file is the URL's. The caller must `adopt` or `reject` it.
+        record: record of the file; None if there is none.
+        is_replaceable: whether rankload published the file, and this user may replace it.
     """
 
     entry: Entry
@@ -59,10 +59,10 @@ class CacheLookup:
 
 
 def look_up(entry: Entry, request: FetchRequest, report: Report) -> CacheLookup:
-    """Find the entry that is the request's, and whether its file can be used. Changes nothing but records.
+    """Find the entry that is the request's, and whether its file can be used. Changes only records.
 
     Raises:
-        CacheError: something else lies in the file's place, or it cannot be read.
+        CacheError: the path is not that of a plain file, or it cannot be read.
     """
     cached = inspect(entry, request)
     plan, file = decide(request, cached), None
@@ -96,7 +96,7 @@ def look_up(entry: Entry, request: FetchRequest, report: Report) -> CacheLookup:
 def adopt(
     lookup: CacheLookup, request: FetchRequest, *, etag: str | None, sha256: str | None, vouched_by: str | None
 ) -> None:
-    """Record that an unvouched file is the URL's, as its origin says; not in a read-only cache."""
+    """Record that an unvouched file is the URL's, as the origin has confirmed. Do nothing in a read-only cache."""
     with suppress(OSError):
         status = lookup.entry.path.stat()
         if _version_of(status) == lookup.version:
@@ -106,33 +106,33 @@ def adopt(
 
 
 def reject(lookup: CacheLookup, reason: str, request: FetchRequest) -> Entry:
-    """Leave alone a file that is not the URL's, or not any more, and return the entry that is.
+    """Leave a file alone that is not, or no longer, the URL's; return the URL's separate entry.
 
     Raises:
-        CacheError: there is none.
+        CacheError: the file is in the separate entry already.
     """
     if lookup.record is not None and lookup.record.source == "adopted":
         with suppress(OSError):
-            lookup.entry.record_path.unlink()  # it would be believed again
+            lookup.entry.record_path.unlink()  # else the next call would trust the record again
     return _separate(lookup.entry, reason, request)
 
 
 def _unless_anothers(plan: Decision, entry: Entry, cached: Cached, request: FetchRequest) -> Decision:
-    """Return the plan to check a file without a record, unless it is certain that it is not this URL's."""
+    """Return the plan to check a file without a record, unless the file is certainly not this URL's."""
     assert cached.status is not None
     if os.path.lexists(entry.separate(request.url).path):
-        return Decision(Action.SEPARATE, "nobody vouches for it, and there is a file that rankload has fetched")
-    # the origin would only be asked for a piece of it
+        return Decision(Action.SEPARATE, "the file has no record, and rankload has fetched another file for the URL")
+    # decide here: the origin would compare only a piece of the file
     if request.sha256 is None and is_on_record(entry.record_path.parent, cached.status):
-        return Decision(Action.SEPARATE, "it is the file of another name, which is the same one on this filesystem")
+        return Decision(Action.SEPARATE, "the file belongs to another name, which this filesystem treats as the same")
     return plan
 
 
 def _separate(entry: Entry, reason: str, request: FetchRequest) -> Entry:
-    """Return the entry that is the URL's alone.
+    """Return the separate entry, which is for the URL only.
 
     Raises:
-        CacheError: it is this one already.
+        CacheError: ``entry`` is the separate one already.
     """
     display_name = request.url.display_name
     if entry.is_separate:
@@ -148,11 +148,11 @@ def _separate(entry: Entry, reason: str, request: FetchRequest) -> Entry:
 
 
 def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFile:
-    """Check a file that is not the cache's; it stays where it is.
+    """Check a local file outside the cache, which is used in place.
 
     Raises:
-        VerificationError: it is not what it should be.
-        CacheError: it cannot be read.
+        VerificationError: the file failed verification.
+        CacheError: the file cannot be read.
     """
     check_has_scheme(request.url.raw, path)
     with wrap_read_errors(path):
@@ -160,7 +160,7 @@ def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFi
 
 
 def file_version(entry: Entry) -> FileVersion | None:
-    """Return what changes when somebody publishes the entry's file; None where there is none."""
+    """Return a version that changes when a process publishes the entry's file; None without a file."""
     try:
         return _version_of(entry.path.stat())
     except OSError:
@@ -168,19 +168,20 @@ def file_version(entry: Entry) -> FileVersion | None:
 
 
 def may_be_published(entry: Entry, request: FetchRequest) -> bool:
-    """Return whether a download may take its final name: nothing lies there now but what rankload published for it."""
+    """Return whether a download may take its final name: no file has it, or one that rankload published for the URL."""
     return may_publish(request, inspect(entry, request))
 
 
 def set_damaged_file_aside(lookup: CacheLookup) -> None:
-    """Set the file aside that a look has found damaged.
+    """Set a damaged file aside, as the lookup has found it.
 
-    Only under the lease and while it is still that file, or the good one that another job has published would go.
+    Call this only under the lease. If the file has changed since the lookup, it stays: another job may have published a
+    good one.
     """
 
     def move_to(path: Path) -> None:
         lookup.entry.path.replace(path)
-        if _version_of(path.lstat()) != lookup.version:  # another has taken its name: a user's own, perhaps
+        if _version_of(path.lstat()) != lookup.version:  # another file has the name now, perhaps a user's own
             rename_if_absent(path, lookup.entry.path)
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
@@ -191,26 +192,26 @@ def set_damaged_file_aside(lookup: CacheLookup) -> None:
 
 
 def make_directories(entry: Entry) -> None:
-    """Make the directories below the cache directory down to an entry's, and that of its record if that can be made.
+    """Make the directories of an entry below the cache directory and, if possible, that of its record.
 
     Raises:
-        CacheError: one of them cannot be made, or is not one of rankload's own (`check_own_directory`).
+        CacheError: a directory cannot be made, or is not one of rankload's own (`check_own_directory`).
     """
     for directory in entry.directories:
         with wrap_write_errors(directory):
             make_own_directory(directory)
     try:
-        # Before anybody looks it up: another node would remember for a minute that it is not there (nfs(5), acdirmax).
+        # make it before any lookup: another node would cache its absence for a minute (nfs(5), acdirmax)
         make_own_directory(entry.record_path.parent)
     except CacheError:
         raise
-    except OSError:  # a read-only cache, or a full disk: files that are there can be used
+    except OSError:  # a read-only cache, or a full disk: existing files can still be used
         pass
 
 
 def _in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFile:
     status = path.stat()
-    if not S_ISREG(status.st_mode):  # opening a pipe would wait for its writer, forever
+    if not S_ISREG(status.st_mode):  # opening a pipe would wait for its writer forever
         raise CacheError(f"cannot read {path}: it is no regular file{hint_on_directory(path)}", path=str(path))
     check_structure(path, must_be_checkpoint=request.must_be_checkpoint, origin=str(path))
     sha256, claims = None, claims_of(request)
@@ -228,21 +229,21 @@ def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) 
     """Check a file for which no record vouches, and adopt it if it passes.
 
     Returns:
-        What to do, and the file if it can be used.
+        What to do next, and the file if it can be used.
     """
     assert cached.status is not None
     status, record = cached.status, cached.record
     try:
         sha256, vouched_by = retry_if_stale(lambda: _judge(entry.path, cached, request, report))
-    except _UnexpectedError as error:  # whole, but not what is asked for now: it stays until that is there
+    except _UnexpectedError as error:  # an intact file, but not the requested one: it stays until that is downloaded
         return after_check(cached, is_damaged=False, reason=error.message), None
     except VerificationError as error:
         return after_check(cached, is_damaged=True, reason=error.message), None
     except RankloadError:
         raise
-    except OSError as error:  # removed since the look, or the disk cannot read it any more: a new copy helps
+    except OSError as error:  # removed since the lookup, or the disk cannot read it any more: download a new copy
         return after_check(cached, is_damaged=False, reason=f"cannot read it: {error.strerror or error}"), None
-    if not cached.problem and (record or vouched_by):  # a record that cannot be read is somebody's: it stays
+    if not cached.problem and (record or vouched_by):  # an unreadable record may belong to another user: it stays
         adopted = Record(
             url=record.url if record else request.url.display_name,
             url_key=record.url_key if record else request.url.key,
@@ -256,15 +257,19 @@ def _check(entry: Entry, cached: Cached, request: FetchRequest, report: Report) 
             birth_ns=birth_ns(entry.path),
         )
         if record is None or (adopted != record and cached.is_trusted):
-            with suppress(OSError):  # a read-only cache: the next call looks again
+            with suppress(OSError):  # a read-only cache: the next call checks again
                 write_record(entry.record_path, adopted)
     source: Provenance = "cache" if record else "adopted"
     file = FetchedFile(entry.path, status.st_size, sha256, source, is_published=is_published(cached))
-    return Decision(Action.USE, "it has passed its check"), file
+    return Decision(Action.USE, "the file has passed its check"), file
 
 
 def _judge(path: Path, cached: Cached, request: FetchRequest, report: Report) -> tuple[str | None, str | None]:
-    """Return the digest, where one is known to compare with, and whose vouches for it."""
+    """Check a file; return its digest and the source that vouches for it, both None without a digest to compare with.
+
+    Raises:
+        VerificationError: the file is damaged, or not the requested one.
+    """
     assert cached.status is not None
     check_structure(path, must_be_checkpoint=request.must_be_checkpoint, origin=str(path))
     check_index(path, request, str(path))
@@ -280,7 +285,7 @@ def _judge(path: Path, cached: Cached, request: FetchRequest, report: Report) ->
 
 
 class _UnexpectedError(VerificationError):
-    """The file is not damaged, as far as anybody knows; it is not the one that is asked for."""
+    """The file is not damaged, as far as is known, but it is not the requested one."""
 
 
 def _hash(path: Path, size_bytes: int, report: Report) -> str:

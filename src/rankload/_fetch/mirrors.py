@@ -1,4 +1,4 @@
-"""From the first mirror that gives it to a complete partial file, hashed."""
+"""Fill and hash a partial file from the first mirror that serves the file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rankload.errors import FetchError, TruncatedError
 
 _logger = logging.getLogger("rankload")
 
-#: How often a download starts over because the file has changed or ranges make no sense; the last times without them.
+#: How often a download starts over because the file changed or ranges are invalid; the last times without ranges.
 _MAX_RESTARTS = 4
 
 
@@ -37,10 +37,10 @@ class Received:
     """A complete partial file.
 
     Attributes:
-        url: where it came from, the last part at least.
-        version: what that origin said of it.
-        size_bytes: its length.
-        sha256: its digest.
+        url: URL that served the file, or at least the last part of it.
+        version: version that this URL's origin described.
+        size_bytes: size of the file.
+        sha256: SHA-256 of the file in hex digits.
     """
 
     url: Url
@@ -53,10 +53,11 @@ class Receiver:
     """Fills one partial file.
 
     Args:
-        request: the headers, the expected digest.
-        partial: new, or with bytes that were adopted.
-        report, settings: as everywhere.
-        is_whole: without ranges.
+        request: headers, expected digest, and limits.
+        partial: partial file, empty or with adopted bytes.
+        report: called with the progress.
+        settings: deadlines and sizes.
+        is_whole: whether to request the whole file at once, without ranges.
     """
 
     def __init__(
@@ -68,20 +69,20 @@ class Receiver:
         self._file_name = printable(Path(request.file_name).name)
         self._attempt = 0
         content = partial.content
-        #: URL key and version of the bytes that are there
+        #: URL key and version of the bytes that are written
         self._there = (content.url_key, content.version) if content else None
         self._others_error: Exception | None = None
-        #: how often which length was told of one version, by answers that came to nothing
+        #: how often failed responses gave which length for a version
         self._lengths: dict[tuple[str | None, ...], Counter[int | None]] = defaultdict(Counter)
 
     def receive(self, urls: tuple[Url, ...]) -> Received:
-        """Fetch from the first URL that works; where one breaks off, go on at the next if it has the same file.
+        """Fetch from the first URL that works. If one breaks off, the next continues if it has the same file.
 
         Raises:
-            FetchError: the last URL's; or the first's whose file is larger than ``max_bytes``.
+            FetchError: no URL served the file; the last URL's error. Or a file is larger than ``max_bytes``.
             CacheError: the bytes cannot be written.
         """
-        if self._there is not None and not self._has_digest:  # only where the bytes came from can they be gone on with
+        if self._there is not None and not self._has_digest:  # only the URL that sent the bytes can continue them
             came_from, _ = self._there
             urls = tuple(sorted(urls, key=lambda url: url.key != came_from))
         with open_progress(
@@ -120,12 +121,10 @@ class Receiver:
                 self._check_length(key, state)
                 return self._received(origin, state, hasher)
             except Restart as restart:
-                restarts += not restart.pause_seconds  # what has a pause is counted as a failure already
+                restarts += not restart.pause_seconds  # a restart with a pause is already counted as a failure
                 if restarts > _MAX_RESTARTS:
-                    raise (restart.error or AssertionError("a restart without end")) from None
-                _logger.info(
-                    "%s: starting over: %s", origin.display_name, restart.error or "ranges cannot be relied on there"
-                )
+                    raise (restart.error or AssertionError("endless restarts")) from None
+                _logger.info("%s: starting over: %s", origin.display_name, restart.error or "its ranges are unreliable")
                 is_whole = is_whole or restart.is_whole or restarts >= _MAX_RESTARTS // 2
                 known = self._there = None
                 if state.version is not None and state.version.size_bytes is not None:
@@ -143,30 +142,28 @@ class Receiver:
                 hasher.abort()
 
     def _check_length(self, key: str, state: TransferState) -> None:
-        """Start over if this origin has told another length of the same version more often: so did a proxy that cut it.
+        """Start over if this origin gave another length for the same version more often, as a truncating proxy does.
 
-        Where there is a digest, that tells.
+        With a digest the check is unnecessary.
         """
         assert state.version is not None
         told, lengths = state.version.size_bytes, self._lengths[_identity(key, state.version)]
         others = [size_bytes for size_bytes in lengths if lengths[size_bytes] > lengths[told]]
         if others and not (self._has_digest or state.version.claim):
             display_name = state.origin.display_name
-            text = (
-                f"{display_name}: it is {told} bytes long by one answer and {others[0]} by another, of the same version"
-            )
+            text = f"{display_name}: one response gave {told} bytes as the length of this version, another {others[0]}"
             raise Restart(TruncatedError(text, url=display_name, expected=others[0], got=told), is_whole=False)
 
     def _known_at(self, key: str) -> Version | None:
-        """Say of what version the bytes are that are there, in terms of the origin that is asked next."""
+        """Return the version of the written bytes, as the next origin would describe it; None to start over."""
         if self._there is None:
             self._partial.clear()
             return None
         there, version = self._there
         if there == key:
             return version
-        # Another origin has other validators for the same file. A digest tells at the end: the caller's, or the one
-        # that an origin gave, which all further bytes are held to.
+        # Another origin has other validators for the same file. So a digest decides at the end: the caller's, or that
+        # of the first origin, which all further bytes must match.
         if self._has_digest or version.claim:
             if not self._has_digest:
                 self._partial.mix()
@@ -175,7 +172,7 @@ class Receiver:
         return None
 
     def _hasher(self) -> OrderedHasher:
-        self._partial.take_writers_back()  # streams of an earlier go may have been left behind
+        self._partial.take_writers_back()  # streams of an earlier attempt may have been left behind
         hasher = OrderedHasher(self._partial.descriptor)
         for begin, end in self._partial.spans:
             hasher.adopt(begin, end)
@@ -194,11 +191,11 @@ class Receiver:
     def _checked_report(self, progress: Progress) -> None:
         try:
             self._report(replace(progress, file=self._file_name))
-        except Exception as error:  # what another rank failed with: no fault of this origin's, whatever it is
+        except Exception as error:  # another rank's error, even if it is a FetchError: do not try the next mirror
             self._others_error = error
             raise
 
 
 def _identity(key: str, version: Version) -> tuple[str | None, ...]:
-    """Return what stays the same as long as the content does."""
+    """Return a value that stays the same as long as the content does."""
     return key, version.etag, version.last_modified

@@ -1,4 +1,4 @@
-"""What a cache miss needs: the digest in a sidecar, the lease, the download."""
+"""Handle a cache miss: the digest in a sidecar, the lease, the download."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __all__ = ["SupersededError", "download_under_lease", "with_sidecar"]
 def download_under_lease(
     lookup: CacheLookup, request: FetchRequest, report: Report, settings: Settings
 ) -> FetchedFile | None:
-    """Download, or return None because another job has published since the look.
+    """Download under the lease; return None if another job has published since the lookup.
 
     Raises:
-        SupersededError: see `download`.
-        RankloadError: it cannot be downloaded.
+        SupersededError: another process took this one for dead, or took the file's name (see `download`).
+        RankloadError: the file cannot be downloaded.
     """
     entry = lookup.entry
 
@@ -45,10 +45,10 @@ def download_under_lease(
 
 
 def with_sidecar(request: FetchRequest, report: Report, settings: Settings) -> FetchRequest:
-    """Learn the digest from the first URL that has a sidecar.
+    """Return the request with the digest from the first URL that has a sidecar.
 
     Raises:
-        FetchError: none has; the last one's.
+        FetchError: no URL has a usable sidecar; the last URL's error.
     """
     for url in request.urls:
         try:
@@ -56,7 +56,7 @@ def with_sidecar(request: FetchRequest, report: Report, settings: Settings) -> F
         except FetchError as error:
             if url == request.urls[-1]:
                 raise
-            _logger.warning("%s; trying the next mirror's", error)
+            _logger.warning("%s; trying the next mirror's sidecar", error)
         else:
             return replace(request, sha256=claim.sha256, sha256_source=claim.source)
     raise AssertionError("there is at least one URL")

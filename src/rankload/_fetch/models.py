@@ -1,4 +1,4 @@
-"""`FetchRequest`: what one fetch is to do."""
+"""`FetchRequest`: a request for one file."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class FetchRequest:
         sha256_source: where ``sha256`` comes from: ``sha256`` (the argument) or ``sidecar``.
         hash_prefix: leading hex digits of the SHA-256 that the file name promises under ``check_hash``; None if the
             caller did not ask for the check.
-        is_index: the file is the index of a checkpoint in several files. The index has a folder that no other URL
-            shares.
+        is_index: the file is the index of a checkpoint in several files. The index has its own folder, for its URL
+            only.
         is_part: the file is a part that a fetched index names. It is stored beside the index.
         is_renewal: the file replaces a part of a cached checkpoint in several files. The origin may have replaced the
             other parts, too.
@@ -34,7 +34,7 @@ class FetchRequest:
         progress: show a progress bar on the downloading rank.
         offline: never open a socket.
         refresh: ask the origin whether the cached file is still current.
-        max_bytes: the most that the call may download; None for no limit.
+        max_bytes: the most that the call may download, in bytes; None for no limit.
         downloaded_bytes: bytes that other files of the same call have downloaded already.
     """
 

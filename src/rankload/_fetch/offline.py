@@ -1,4 +1,4 @@
-"""What is said when a file is not in the cache and no socket may be opened."""
+"""Offline mode: whether it is on, and the error for a file that is not in the cache."""
 
 from __future__ import annotations
 
@@ -12,19 +12,25 @@ from rankload._fetch.models import FetchRequest
 from rankload._urls import Url, file_name_of
 from rankload.errors import ArgumentError, OfflineError
 
-#: For hf:// the variables that its users set already (huggingface_hub, transformers: "Offline mode").
+#: Offline variables for hf:// URLs, which their users already set (huggingface_hub, transformers: "Offline mode").
 _HUGGING_FACE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def is_switched_off(url: Url, environ: Mapping[str, str] = os.environ) -> bool:
-    """Return whether the variables of a URL's own family forbid to fetch it."""
+    """Return whether the variables of a URL's scheme forbid fetching the URL."""
     if url.scheme != "hf":
         return False
     return any(environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _HUGGING_FACE_VARIABLES)
 
 
 def offline_error(entry: Entry, request: FetchRequest, damage: str) -> OfflineError:
-    """Return the error, with the command that helps; where there is a file, with what is wrong with it."""
+    """Return the error for a file that is not in the cache, with the command that fetches it.
+
+    Args:
+        entry: cache entry of the file.
+        request: request for the file.
+        damage: why the cached file cannot be used; empty if there is none.
+    """
     url = request.url.display_name
     words = ["rankload", "prefetch", url, "--model-dir", str(request.directory)]
     name = name_without_folder(request.file_name) if request.is_index else request.file_name
@@ -52,5 +58,5 @@ def offline_error(entry: Entry, request: FetchRequest, damage: str) -> OfflineEr
 def _usual_name(url: Url) -> str | None:
     try:
         return file_name_of(url.raw)
-    except ArgumentError:  # it names no file: file_name= was passed
+    except ArgumentError:  # the URL names no file: the caller passed file_name=
         return None

@@ -1,4 +1,4 @@
-"""What the downloading process shows on stderr: a bar on a terminal, else a line now and then, or nothing."""
+"""Show a download's progress on stderr: a bar on a terminal, else occasional lines, or nothing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rankload._fetch.progress_bar import ProgressBar
 
 _logger = logging.getLogger("rankload")
 
-#: What is over sooner is not announced.
+#: Duration from which a download is announced; a shorter one is not.
 _QUIET_SECONDS = 1.0
 
-#: Shows the number of bytes that are there, and of all bytes (None: unknown).
+#: Shows the number of bytes done, and of all bytes (None: unknown).
 Show = Callable[[int, int | None], None]
 
 
@@ -26,13 +26,13 @@ Show = Callable[[int, int | None], None]
 def open_progress(
     file_name: str, url: str, initial_bytes: int, interval_seconds: float, *, is_wanted: bool
 ) -> Iterator[Show]:
-    """Yield what a download calls again and again.
+    """Yield a function that a download calls repeatedly to show its progress.
 
     Args:
-        file_name: of the file in the cache.
-        url: where it comes from, without secrets.
-        initial_bytes: bytes that an earlier download left.
-        interval_seconds: between two lines.
+        file_name: name of the file in the cache.
+        url: URL of the file, without secrets.
+        initial_bytes: number of bytes that an earlier download left.
+        interval_seconds: time between two lines.
         is_wanted: False shows nothing.
     """
     if not is_wanted or sys.stderr is None:
@@ -46,13 +46,17 @@ def open_progress(
 
 
 class ProgressLines:
-    """A line at the start, one per interval, and one at the end.
+    """Writes a line at the start, one per interval, and one at the end.
 
-    A download that is over within a second has the last alone.
+    A download that takes less than a second has only the last line.
 
     Args:
-        clock: seconds that only grow.
-        write: takes a line.
+        file_name: name of the file in the cache.
+        url: URL of the file, without secrets.
+        initial_bytes: number of bytes that an earlier download left.
+        interval_seconds: time between two lines.
+        clock: monotonic clock, in seconds.
+        write: writes a line; default: to the log or stderr.
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class ProgressLines:
         return self
 
     def show(self, done_bytes: int, total_bytes: int | None) -> None:
-        """Take note of a number of bytes, and write a line when it is time."""
+        """Record the number of bytes done, and write a line when one is due."""
         now = self._clock()
         if not self._is_announced and now - self._began_at >= min(_QUIET_SECONDS, self._interval_seconds):
             self._is_announced = True
@@ -120,10 +124,10 @@ def _show_nothing(done_bytes: int, total_bytes: int | None) -> None:
 
 
 def _write(line: str) -> None:
-    """Log a line where the application logs rankload's progress, else write it to stderr, as tqdm does."""
+    """Log a line if the application logs rankload at INFO; else write it to stderr, as tqdm does."""
     if _logger.isEnabledFor(logging.INFO) and _logger.hasHandlers():
         _logger.info("%s", line)
     else:
-        with suppress(OSError, ValueError):  # whoever has closed stderr still wants the file
+        with suppress(OSError, ValueError):  # a closed stderr must not end the download
             sys.stderr.write(f"rankload: {line}\n")
             sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The bar on the downloading rank's stderr, where that is a terminal."""
+"""The progress bar of the downloading rank, if its stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from tqdm import tqdm
 
 
 class ProgressBar(tqdm):  # type: ignore[type-arg]  # generic for type checkers only
-    """tqdm's bar, without its monitor thread: that would outlive the download, and make every later fork warn.
+    """tqdm's bar without tqdm's monitor thread, which would outlive the download, and make every later fork warn.
 
     Args:
-        file_name: what it says in front.
-        initial_bytes: bytes that an earlier download left; they do not count for the rate.
+        file_name: text before the bar.
+        initial_bytes: number of bytes that an earlier download left; they do not count for the rate.
     """
 
     monitor_interval = 0
@@ -22,7 +22,7 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]  # generic for type checkers 
         _clearing.bars.append(self)
 
     def show(self, done_bytes: int, total_bytes: int | None) -> None:
-        """Move to a number of bytes; fewer than before when a download starts over."""
+        """Move the bar to a number of bytes, which is smaller than before if the download starts over."""
         self.total = total_bytes
         if done_bytes < self.n:
             self.initial = 0
@@ -30,21 +30,21 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]  # generic for type checkers 
         self.update(done_bytes - self.n)
 
     def close(self) -> None:
-        """Leave the bar as it is; later log lines come after it."""
+        """Finish the bar. It stays visible, and later log lines come after it."""
         if self in _clearing.bars:
             _clearing.bars.remove(self)
         super().close()
 
 
 class _ClearingFilter(logging.Filter):
-    """Clears the bar's line before a log line is written there. The bar comes back with its next update."""
+    """Clears the bar before a log line is written in its place. The bar's next update draws it again."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bars: list[ProgressBar] = []
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Let every record through."""
+        """Clear all bars; let every record through."""
         for bar in tuple(self.bars):
             bar.clear()
         return True

@@ -1,4 +1,4 @@
-"""Whether a cached file is still the one at its URL: one conditional request, if the caller asks for it."""
+"""Check whether a cached file is still the one at its URL, by one conditional request, if the caller requires it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rankload.errors import FetchError
 
 
 def is_current(record: Record, request: FetchRequest, report: Report, settings: Settings) -> bool:
-    """Ask the origin of a cached file whether it has another one now.
+    """Ask a cached file's origin whether the file is still current.
 
-    The request carries ``If-None-Match`` or ``If-Modified-Since``. If the origin answers it all the same, length,
-    validators and digest of the answer are compared with the record's; of the body, one byte is asked for.
+    The request carries ``If-None-Match`` or ``If-Modified-Since``, and asks for one byte. If the origin sends the file
+    nevertheless, length, validators and digest of the response are compared with the record's.
 
     Raises:
-        FetchError: no URL answers; the last one's.
-        RankloadError: whatever ``report`` raises.
+        FetchError: no URL answered; the last URL's error.
+        RankloadError: any error of ``report``.
     """
     claim = Claim(record.sha256, "its record") if record.sha256 else None
     known = Version(record.size_bytes, record.etag, record.last_modified, claim)

@@ -1,8 +1,8 @@
-"""Replicas: where nodes have directories of their own, all of them load the version of the file that rank 0 has.
+"""Replicas: if nodes have separate cache directories, all nodes load the same version of the file as rank 0.
 
-Between two downloads the origin may have replaced the file, or a directory may hold an older one. The leader of each
-other domain compares size and SHA-256 with rank 0's, which are known from the download. A file that nobody has hashed,
-such as one that somebody else has left in the directory, is hashed for it.
+The origin may replace the file between two downloads, or a directory may hold an older file. So the leader of each
+other domain compares size and SHA-256 with rank 0's, which the download has computed. A file without a known digest,
+such as one that another program left in the directory, is hashed for the comparison.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from rankload.errors import ContentChangedError, FetchError, VerificationError
 _logger = logging.getLogger("rankload")
 
 _QUESTION = "version"
-_ADVICE = "pass refresh=True to get the origin's present file on all ranks, or sha256= to say which one is meant"
+_ADVICE = "pass refresh=True to get the origin's present file on all ranks, or sha256= to choose one version"
 
 
 def offer_version(file: FetchedFile, channel: Channel) -> None:
-    """Hash rank 0's file if another domain asks for it, where its digest is not known."""
+    """Let other domains ask for the version of rank 0's file if its digest is not known. Called by rank 0."""
     if not is_known(file):
         channel.answer(_QUESTION, lambda: _version_of(_hashed(file, channel.report)))
 
 
 def same_version(file: FetchedFile, first: dict[str, Any], request: FetchRequest, call: CallContext) -> FetchedFile:
-    """Return this domain's file in the version that rank 0 has, fetching that if need be. Its leader calls this.
+    """Return this domain's file in rank 0's version, and fetch that version if necessary. Called by the leader.
 
     Args:
-        file: what this domain has.
-        first: what rank 0 has posted of its file.
-        request: what both were fetched by.
-        call: the ranks, and their deadlines.
+        file: file of this domain.
+        first: facts that rank 0 has posted about its file.
+        request: request that fetched both files.
+        call: context of the call.
 
     Raises:
-        ContentChangedError: rank 0's version cannot be had any more; names both.
+        ContentChangedError: rank 0's version cannot be fetched any more; the message names both versions.
     """
     theirs = first if first["is_known"] else call.channel.ask(_QUESTION, of_rank=0)
     file = _hashed(file, call.report)
@@ -55,7 +55,7 @@ def same_version(file: FetchedFile, first: dict[str, Any], request: FetchRequest
         f"{request.url}: rank 0 has one version of the file ({_describe(theirs)}), rank "
         f"{call.channel.identity.rank} on {call.channel.identity.host} another ({_describe(mine)}, {file.path})"
     )
-    if mine["parts_sha256"] or theirs["parts_sha256"]:  # the digest of an index does not say which parts are meant
+    if mine["parts_sha256"] or theirs["parts_sha256"]:  # the digest of an index does not determine its parts
         raise ContentChangedError(f"{difference}: {_ADVICE}", path=str(file.path))
     _logger.warning("%s; fetching rank 0's", difference)
     wanted = replace(request, sha256=theirs["sha256"], sha256_source="rank 0's file", refresh=False)
@@ -68,7 +68,7 @@ def same_version(file: FetchedFile, first: dict[str, Any], request: FetchRequest
 
 
 def is_known(file: FetchedFile) -> bool:
-    """Return whether a file's version is known by its digest, and its parts' by theirs."""
+    """Return whether the digests of a file and of all its parts are known."""
     return file.sha256 is not None and (not file.part_sizes or file.parts_sha256 is not None)
 
 
@@ -77,7 +77,7 @@ def _version_of(file: FetchedFile) -> dict[str, Any]:
 
 
 def _hashed(file: FetchedFile, report: Report) -> FetchedFile:
-    """Return the file with its digests."""
+    """Return the file with its digest and that of its parts; hash them if necessary."""
     if is_known(file):
         return file
     digests = [_hash(path, size_bytes, report) for path, size_bytes in files_of(file)]

@@ -1,4 +1,4 @@
-"""From a call's arguments to a FetchRequest, with everything checked that can be checked without I/O."""
+"""Make a FetchRequest from a call's arguments, and check everything that can be checked without I/O."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rankload.errors import ArgumentError
 
 _logger = logging.getLogger("rankload")
 
-#: A header's name (RFC 9110, 5.6.2).
+#: Name of a header: a token (RFC 9110, 5.6.2).
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 #: A URL or a path, or a URL and its mirrors.
@@ -30,7 +30,7 @@ UrlArgument = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class RequestOptions(TypedDict, total=False):
-    """The arguments of public calls that make a request, besides the URL, the directory and the scope."""
+    """Arguments of a public call for a FetchRequest, besides the URL, the directory and the scope."""
 
     check_hash: bool
     file_name: str | None
@@ -63,18 +63,18 @@ def make_request(
     max_bytes: int | None = None,
     refresh: bool = False,
 ) -> FetchRequest:
-    """Check the arguments of a public call and put them together. The only place that does.
+    """Check the arguments of a public call, and make a request from them.
 
     Args:
         url: a URL or a path, or a URL and its mirrors.
-        model_dir: the cache directory; None for the default one.
-        settings: stand in for what is None.
-        must_be_checkpoint: refuse files that are no checkpoint.
+        model_dir: cache directory; None for the default one.
+        settings: values for arguments that are None.
+        must_be_checkpoint: refuse files that are not checkpoints.
         check_hash, file_name, progress, sha256, headers, scope, verify, sidecar, offline, max_bytes, refresh: as in
             `rankload.dist_load_state_dict_from_url`.
 
     Raises:
-        ArgumentError: names the argument, its value, and what was expected.
+        ArgumentError: an argument is invalid; the message names it, its value, and the expected one.
     """
     urls = checked_urls(url)
     local_path = urls[0].local_path
@@ -107,17 +107,21 @@ def make_request(
 
 
 def _names_index(url: Url) -> bool:
-    """Return whether a URL is that of an index, by its name."""
+    """Return whether the file name in a URL is that of an index."""
     try:
         return is_index_name(file_name_of(url.raw))
-    except ArgumentError:  # it names no file
+    except ArgumentError:  # the URL names no file
         return False
 
 
 def agreed_arguments(request: FetchRequest, call: str) -> dict[str, Any]:
-    """Return what must be equal on all ranks, fit for messages: no secrets.
+    """Return the arguments that must be equal on all ranks, without secrets, so that messages may show them.
 
     ``model_dir``, ``map_location`` and ``progress`` may differ between nodes.
+
+    Args:
+        request: request of this rank.
+        call: name of the public call.
     """
     return {
         "call": call,
@@ -145,10 +149,10 @@ def torch_hub_directory() -> Path:
 
 
 def checked_urls(url: UrlArgument) -> tuple[Url, ...]:
-    """Return the URL and its mirrors, each once, if they are such that can be fetched.
+    """Return the URL and its mirrors without duplicates, and check that they can be fetched.
 
     Raises:
-        ArgumentError: they are not.
+        ArgumentError: a URL cannot be fetched.
     """
     candidates = [url] if isinstance(url, (str, os.PathLike)) else list(url) if isinstance(url, Sequence) else [url]
     if strange := [candidate for candidate in candidates if not isinstance(candidate, (str, os.PathLike))]:
@@ -160,47 +164,47 @@ def checked_urls(url: UrlArgument) -> tuple[Url, ...]:
     for one in parsed:
         if one.scheme not in (None, "http", "https", "file") and one.scheme not in _filesystem_schemes():
             raise ArgumentError(
-                f"{one}: scheme {one.scheme!r} is not supported; use http, https, file, a path, or a scheme of "
-                "fsspec's such as s3, gs or hf"
+                f"{one}: scheme {one.scheme!r} is not supported; use http, https, file, a path, or an fsspec scheme "
+                "such as s3, gs or hf"
             )
     if len(parsed) > 1 and any(one.local_path for one in parsed):
-        raise ArgumentError("mirrors must be remote URLs: a local file is used in place, it needs no mirror")
+        raise ArgumentError("mirrors must be remote URLs: a local file is used in place, and needs no mirror")
     return parsed
 
 
 @functools.cache
 def _filesystem_schemes() -> frozenset[str]:
-    import fsspec  # takes a while to import
+    import fsspec  # slow to import
 
-    # http and file are our own; the others reach no remote file, or one in a way that has no ranges
+    # rankload itself handles http and file; the others reach no remote file, or support no ranges
     others = {"http", "https", "file", "local", "ftp", "sftp", "ssh", "smb", "data"}
     return frozenset(fsspec.available_protocols()) - others
 
 
 def checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Return the headers, if they can be sent.
+    """Check that headers can be sent, and return them.
 
     Raises:
-        ArgumentError: they cannot.
+        ArgumentError: a header is invalid.
     """
     if not isinstance(headers, Mapping):
         raise ArgumentError(f"headers: expected a mapping of names to values, got {type(headers).__name__}")
     for name, value in headers.items():
-        # Neither the HTTP library nor this may show a value in a complaint: it is a secret. It may stand in the name.
+        # No message may show a value, because it is a secret, not even the HTTP library's. A name may contain a value.
         match = _TOKEN.match(name) if isinstance(name, str) else None
         is_name = match is not None and match[0] == name
         shown_name = name if is_name else f"{match[0]}…" if match else str(name)[:1]
         if not all(isinstance(text, str) and text.isascii() and text.isprintable() for text in (name, value)):
             raise ArgumentError(
-                f"headers[{shown_name!r}]: expected printable ASCII text; a token that was read from a file ends in "
+                f"headers[{shown_name!r}]: expected printable ASCII text; a token that was read from a file may end in "
                 "a line break: strip() it"
             )
         if not is_name:
             raise ArgumentError(
-                f"headers[{shown_name!r}]: expected a header's name, without blanks, colons or a value in it"
+                f"headers[{shown_name!r}]: expected the name of a header, without blanks, colons or a value"
             )
         if value != value.strip():
-            raise ArgumentError(f"headers[{name!r}]: expected a value without blanks around it")
+            raise ArgumentError(f"headers[{name!r}]: expected a value without blanks at its ends")
     return tuple(headers.items())
 
 
@@ -210,7 +214,7 @@ def _checked_sha256(sha256: str | None) -> str | None:
     digest = sha256.lower().removeprefix("sha256:") if isinstance(sha256, str) else ""
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise ArgumentError(
-            f"sha256={sha256!r}: expected 64 hex digits; for a prefix in the file name there is check_hash=True"
+            f"sha256={sha256!r}: expected 64 hex digits; for a prefix in the file name pass check_hash=True"
         )
     return digest
 
@@ -224,22 +228,22 @@ def _checked_max_bytes(max_bytes: int) -> int:
 def _promised_prefix(name: str, settings: Settings) -> str:
     if (prefix := hash_prefix_of(name)) is None:
         raise ArgumentError(
-            f"check_hash=True, but the file name {name!r} carries no hash prefix (as in resnet50-0676ba61.pth): pass "
+            f"check_hash=True, but the file name {name!r} has no hash prefix (as in resnet50-0676ba61.pth): pass "
             "sha256=, or file_name= with the prefix, or leave check_hash out"
         )
     if len(prefix) < settings.hash_prefix_digits:
         raise ArgumentError(
             f"check_hash=True, but the hash prefix {prefix!r} in the file name {name!r} has only {len(prefix)} digits: "
             "it can be forged, or is no hash at all; expected "
-            f"{settings.hash_prefix_digits} or more. Pass sha256=, or set RANKLOAD_HASH_PREFIX_DIGITS={len(prefix)} if "
-            "it is one"
+            f"{settings.hash_prefix_digits} or more. Pass sha256=, or, if it is a hash, set "
+            f"RANKLOAD_HASH_PREFIX_DIGITS={len(prefix)}"
         )
     warn_of_short_prefix(prefix)
     return prefix
 
 
 def warn_of_short_prefix(prefix: str) -> None:
-    """Warn of a hash prefix that proves little: a file with 6 given digits is found by some 16 million tries."""
+    """Warn of a short hash prefix: finding a file with 6 given digits takes only some 16 million tries."""
     if len(prefix) < Settings.hash_prefix_digits:
         _logger.warning("a hash prefix of %d digits proves little: pass the full digest (sha256=)", len(prefix))
 

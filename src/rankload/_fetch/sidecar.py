@@ -1,4 +1,4 @@
-"""The digest in a file of its own beside the origin's: ``model.pth.sha256``, as sha256sum(1) writes it."""
+"""Sidecars: a file's digest in another file beside it, ``model.pth.sha256``, as sha256sum(1) writes it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def fetch_sidecar(url: Url, headers: Headers, report: Report, settings: Settings
     """Fetch and read the sidecar of a URL.
 
     Raises:
-        FetchError: there is none, or it holds no SHA-256, or not exactly one for this file; or, a FetchTimeoutError, it
-            did not come in time (see `read_bounded`).
-        RankloadError: whatever ``report`` raises.
+        FetchTimeoutError: the sidecar did not come in time (see `read_bounded`).
+        FetchError: there is no sidecar, or it does not hold exactly one SHA-256 for this file.
+        RankloadError: any error of ``report``.
     """
     parts = urlsplit(url.raw)
     sidecar_url = Url.parse(urlunsplit(parts._replace(path=parts.path + ".sha256")))
@@ -42,8 +42,8 @@ def read_sidecar(path: Path) -> Claim:
     """Read the sidecar of a local file.
 
     Raises:
-        CacheError: there is none.
-        FetchError: it holds no SHA-256, or not exactly one for this file.
+        CacheError: there is no sidecar, or it cannot be read.
+        FetchError: the sidecar does not hold exactly one SHA-256 for this file.
     """
     sidecar = path.with_name(f"{path.name}.sha256")
     with wrap_read_errors(sidecar), open_regular(sidecar) as file:
@@ -51,7 +51,7 @@ def read_sidecar(path: Path) -> Claim:
 
 
 def _parsed(content: bytes, file_name: str, display_name: str) -> Claim:
-    """Find the file's digest: the line that names it, or the only one."""
+    """Return the file's digest: from the line that names the file, else the only digest."""
     lines = [line for line in content[:_MAX_BYTES].splitlines() if _DIGEST.search(line)]
     named = [line for line in lines if line.split()[-1].lstrip(b"*").rpartition(b"/")[2] == os.fsencode(file_name)]
     digests = {match[0].decode().lower() for line in named or lines if (match := _DIGEST.search(line))}

@@ -1,4 +1,4 @@
-"""A plain download to a path: no cache, no lease, no record."""
+"""Download to a path, without cache, lease or record."""
 
 from __future__ import annotations
 
@@ -29,21 +29,25 @@ _READ_BYTES = 1 << 20
 
 
 def download_to(url: str, destination: Path, hash_prefix: str | None, *, progress: bool) -> None:
-    """Download a URL to a path, or copy a ``file://`` URL there, verified and atomically.
+    """Download a URL, or copy a ``file://`` URL, to a path, verified and atomically.
+
+    After any error, a file that was at the path stays there.
 
     Raises:
-        FetchError: no URL gave the file.
-        VerificationError: the bytes are not what they should be.
-        CacheError: the file cannot be written. Whatever the error, what was at the path stays.
-        OfflineError: RANKLOAD_OFFLINE is set, and it is no ``file://`` URL.
+        FetchError: the URL did not serve the file.
+        VerificationError: the file failed verification.
+        CacheError: the file cannot be written.
+        OfflineError: offline mode is on (RANKLOAD_OFFLINE), and the URL is not a ``file://`` URL.
     """
     path = expanded(destination).absolute()
     if path.is_dir():
         raise CacheError(f"cannot write {path}: Is a directory; name a file in it", path=str(path), errno=errno.EISDIR)
-    if path.exists() and not path.is_file():  # as root, another file in the place of /dev/null would be everybody's
+    if path.exists() and not path.is_file():  # root could replace /dev/null by a file, for every process of the host
         raise CacheError(f"cannot write {path}: it is no regular file; name another", path=str(path))
-    if is_own_name(path.name):  # it would be taken for the beginning of another URL's file
-        raise CacheError(f"cannot write {path}: rankload's own files have such names; choose another", path=str(path))
+    if is_own_name(path.name):  # a download would take the file for a partial file
+        raise CacheError(
+            f"cannot write {path}: this name is reserved for rankload's own files; choose another", path=str(path)
+        )
     settings = Settings.from_environment()
     request = FetchRequest(
         urls=checked_urls(url),
@@ -59,7 +63,7 @@ def download_to(url: str, destination: Path, hash_prefix: str | None, *, progres
     entry, source = Entry(path), request.url.local_path
     if source is None and (settings.offline or is_switched_off(request.url)):
         display_name = request.url.display_name
-        raise OfflineError(f"{display_name}: offline mode forbids fetching it", url=display_name)
+        raise OfflineError(f"{display_name}: offline mode forbids fetching this URL", url=display_name)
     with _cleaning_up_on_sigterm():
         remove_dead_partials(entry, settings, now=0.0)
         with Partial(entry, settings, request.digest, may_be_left=False) as partial:

@@ -1,6 +1,6 @@
-"""A file that lies in the cache under the right name, and nobody vouches for: torch.hub's, or anybody's.
+"""Unvouched files: a file in the cache with the right name, but without record or digest, for example torch.hub's.
 
-Many files are called ``weights.pth``. So the origin is asked once, before such a file is taken for a URL's.
+Many files are called ``weights.pth``. So the origin is asked once before such a file is used for a URL.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from rankload.errors import ContentChangedError, FetchError
 
 _logger = logging.getLogger("rankload")
 
-#: So much of the middle of the file is compared: models of one architecture have the same length, but not there.
+#: Bytes to compare, in the middle of the file: models of one architecture have the same length, but differ there.
 _SAMPLE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
 class Opinion:
-    """What an origin says of a file.
+    """An origin's opinion of an unvouched file.
 
     Attributes:
-        agrees: whether it is its file; None if it could not be asked, or does not tell.
-        reason: why, for messages.
-        etag: the origin's validator.
-        sha256: the file's digest, if the origin gave one to compare with.
-        vouched_by: whose that was.
+        agrees: whether the file is the origin's; None if the origin could not be asked, or gave too few facts.
+        reason: reason for that, for messages.
+        etag: validator of the origin.
+        sha256: digest of the file, if the origin gave one to compare with.
+        vouched_by: source of the origin's digest.
     """
 
     agrees: bool | None
@@ -48,13 +48,13 @@ class Opinion:
 
 
 def ask_origin(file: FetchedFile, request: FetchRequest, report: Report, settings: Settings) -> Opinion:
-    """Ask the first of a request's URLs that answers whether a file is its own: by one small request.
+    """Ask the first of a request's URLs that answers, by one small request, whether a file is the URL's.
 
-    Length, a piece of the content and, if the origin gives one, the digest are compared.
+    The file's length, a piece of its content and, if the origin gives one, its digest are compared.
 
     Raises:
         CacheError: the file cannot be read.
-        RankloadError: whatever ``report`` raises.
+        RankloadError: any error of ``report``.
     """
     if request.offline:
         return Opinion(None, "offline")
@@ -67,7 +67,7 @@ def ask_origin(file: FetchedFile, request: FetchRequest, report: Report, setting
                     origin, middle, min(middle + _SAMPLE_BYTES, file.size_bytes), None, most_bytes=_SAMPLE_BYTES,
                     settings=replace(settings, retries=0), report=report,
                 )  # fmt: skip
-            except ContentChangedError:  # it ends before the range begins
+            except ContentChangedError:  # the origin's file ends before the range begins
                 return Opinion(False, f"{origin.display_name} is shorter")
             except (FetchError, UnusableRange) as error:
                 reason = str(error)
@@ -80,15 +80,15 @@ def ask_origin(file: FetchedFile, request: FetchRequest, report: Report, setting
 def _judged(file: FetchedFile, answer: Answer, begin: int, display_name: str, report: Report) -> Opinion:
     version = answer.version
     if version.size_bytes not in (None, file.size_bytes):
-        return Opinion(False, f"{display_name} has {version.size_bytes} bytes, and it has {file.size_bytes}")
+        return Opinion(False, f"{display_name} has {version.size_bytes} bytes, but this file has {file.size_bytes}")
     with open_regular(file.path) as local:
         if os.pread(local.fileno(), len(answer.content), begin) != answer.content:
             return Opinion(False, f"{display_name} has other content")
     if (claim := version.claim) is None:
         agrees = True if version.size_bytes is not None else None
-        return Opinion(agrees, "length and a piece of the content are the origin's", version.etag)
+        return Opinion(agrees, "length and a piece of the content equal the origin's", version.etag)
     report(Progress("hashing", 0, file.size_bytes))
     sha256 = sha256_of_file(file.path, lambda done: report(Progress("hashing", done, file.size_bytes)))
     if not sha256.startswith(claim.sha256):
         return Opinion(False, f"{display_name} has another digest ({claim.source})")
-    return Opinion(True, "its digest is the origin's", version.etag, sha256, claim.source)
+    return Opinion(True, "its digest equals the origin's", version.etag, sha256, claim.source)

@@ -55,8 +55,8 @@ TABLE = [
     (request(hash_prefix="cdcd"), status(), record(), DOWNLOAD, "another one is expected"),
     # adopted without a digest
     (request(), status(), record(sha256=None), USE, "vouches"),
-    (request(sha256=SHA), status(), record(sha256=None), CHECK, "nobody has hashed"),
-    (request(hash_prefix="abab"), status(), record(sha256=None), CHECK, "nobody has hashed"),
+    (request(sha256=SHA), status(), record(sha256=None), CHECK, "has not been hashed"),
+    (request(hash_prefix="abab"), status(), record(sha256=None), CHECK, "has not been hashed"),
     # changed since
     (request(), status(size=99), record(), REPLACE, "99 bytes, not 100"),
     (request(verify="never"), status(size=99), record(), REPLACE, "99 bytes, not 100"),
@@ -67,7 +67,7 @@ TABLE = [
     (request(verify="always"), status(), record(), CHECK, "always"),
     (request(sidecar=True), None, None, DOWNLOAD, "not cached"),
     (request(sidecar=True), status(), None, ASK, "sidecar"),
-    (request(sidecar=True), status(), record(), ASK, "not yet compared"),
+    (request(sidecar=True), status(), record(), ASK, "not been compared"),
     (request(sidecar=True), status(), record(vouched_by="sidecar"), USE, "vouches"),
     (request(sidecar=True, sha256=SHA), status(), record(), USE, "vouches"),
     (request(sidecar=True, sha256=SHA, sha256_source="sidecar"), status(), record(), CHECK, "from now on"),

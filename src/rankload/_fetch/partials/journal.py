@@ -1,11 +1,11 @@
-"""The journal beside a partial file: which version it belongs to, and which ranges are there.
+"""The journal beside a partial file: the file's version, and the ranges that are written.
 
-One line of JSON that describes the content, then one line per event, each appended with a single write:
+The first line is JSON that describes the content. One line per event follows, each appended with a single write:
 
 - ``[begin, end]``: the range is written. Processes of the same boot see it; a crash of the machine may undo it.
-- ``{"synced": n}``: the first n ranges are on disk. Its time of modification is also the owner's sign of life.
+- ``{"synced": n}``: the first n ranges are on disk. By the journal's mtime, this also shows that the owner is alive.
 
-A last line that was cut off is ignored.
+A truncated last line is ignored.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _FORMAT = 1
 
 _SUFFIX, _BEGINNING = ".journal", ".new"
 
-#: A download of 10 TB has written so much.
+#: Largest journal to read: that of a download of 10 TB.
 _MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class PartialContent:
-    """What a partial file is the beginning of.
+    """The whole content to which a partial file belongs.
 
     Attributes:
-        url_key: of the URL that it came from.
-        size_bytes: of the whole file.
-        etag, last_modified: the origin's validators.
-        sha256: the digest that was expected, None for none.
+        url_key: key of the URL that the bytes came from.
+        size_bytes: size of the whole file.
+        etag, last_modified: validators of the origin.
+        sha256: expected digest, or its first digits; None if none was expected.
     """
 
     url_key: str
@@ -51,13 +51,13 @@ class PartialContent:
 
     @property
     def version(self) -> Version:
-        """The same as an origin would say it."""
+        """The content as an origin's version."""
         return Version(self.size_bytes, self.etag, self.last_modified)
 
 
 @dataclass(frozen=True)
 class Entries:
-    """A journal as it was read: the content, the ranges that it lists, and when it was last written to."""
+    """A journal's content, the ranges that it lists, and the time when it was last written to."""
 
     content: PartialContent
     spans: ByteRanges
@@ -70,25 +70,25 @@ def journal_path(partial_path: Path) -> Path:
 
 
 def beginning_path(partial_path: Path) -> Path:
-    """Return the path of a partial file's journal until that is complete."""
+    """Return the path of a partial file's journal until its beginning is complete."""
     return partial_path.with_name(partial_path.name + _SUFFIX + _BEGINNING)
 
 
 def partial_path_of(path: Path) -> Path | None:
-    """Return the partial file's path for that of a journal, or of the beginning of one; None for any other file's."""
+    """Return the path of the partial file for the path of a journal, complete or not; None for other files."""
     name = path.name.removesuffix(_BEGINNING)
     return path.with_name(name.removesuffix(_SUFFIX)) if name.endswith(_SUFFIX) else None
 
 
 class Journal:
-    """An open journal of one's own. Losing a line, or the whole of it, costs bandwidth only: no failure is raised."""
+    """This process's open journal. It raises no errors: a lost line, or journal, costs only bandwidth."""
 
     def __init__(self, partial_path: Path, content: PartialContent, spans: Iterable[tuple[int, int]] = ()) -> None:
         self.content = content
         self._path, self._descriptor, self._count = journal_path(partial_path), -1, 0
-        self._lock = threading.Lock()  # the n in "the first n ranges" must be the order of the lines
+        self._lock = threading.Lock()  # keeps the count in step with the order of the lines, for "the first n ranges"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        # the one that was adopted holds until this one is complete
+        # an adopted journal stays valid until this one is complete
         beginning = beginning_path(partial_path)
         with suppress(OSError):
             self._descriptor = os.open(beginning, flags, NEW_FILE_MODE)
@@ -97,23 +97,23 @@ class Journal:
             beginning.replace(self._path)
 
     def add(self, begin: int, end: int) -> None:
-        """Note that a range was written."""
+        """Record that a range was written."""
         self._append([begin, end])
 
     def synced(self, count: int) -> None:
-        """Note that the first ranges, so many, are on disk; and that this process lives."""
+        """Record that the first ``count`` ranges are on disk, and that this process is alive."""
         self._append({"synced": count})
         with self._lock, suppress(OSError):
-            if self._descriptor >= 0:  # or it could not be made, or is closed
+            if self._descriptor >= 0:  # else the journal could not be made, or is closed
                 os.fdatasync(self._descriptor)
 
     @property
     def count(self) -> int:
-        """Number of ranges noted."""
+        """Number of recorded ranges."""
         return self._count
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the journal."""
         with self._lock, suppress(OSError):
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
@@ -126,9 +126,9 @@ class Journal:
 
 
 def read_journal(partial_path: Path) -> Entries | None:
-    """Read the journal of a dead process's partial file; None where there is none that can be used.
+    """Read the journal of a dead process's partial file; None if there is no usable one.
 
-    Another user's cannot: it could list what was never written, and be as long as its owner likes.
+    Another user's journal is not usable: it could list ranges that were never written, and have any length.
     """
     try:
         with os.fdopen(open_plain(journal_path(partial_path)), "rb") as file:
@@ -150,9 +150,9 @@ def read_journal(partial_path: Path) -> Entries | None:
 
 
 def last_beat(partial_path: Path) -> float | None:
-    """Return when a journal was last written to, whoever has written it; None where there is none that can be read."""
+    """Return the time when any user's journal was last written to; None if there is no readable one."""
     try:
-        descriptor = open_plain(journal_path(partial_path))  # which makes a network filesystem ask its server
+        descriptor = open_plain(journal_path(partial_path))  # opening makes a network filesystem ask its server
     except OSError:
         return None
     try:

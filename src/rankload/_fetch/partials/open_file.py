@@ -1,4 +1,4 @@
-"""A file that several threads write and sync, without losing an error that only one of them sees."""
+"""A file that several threads write and sync, without losing an error that only one of the threads gets."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from contextlib import contextmanager, suppress
 
 
 class OpenFile:
-    """An open file that lends its descriptor.
+    """An open file that lends its descriptor to threads.
 
-    A network filesystem reports a full disk or a broken one when data is written back: to whoever syncs or closes
-    next, once (fsync(2), close(2)). That may be a thread which nobody listens to any more, so failures are kept.
+    A network filesystem reports a full or broken disk when it writes data back, and only once: to the next caller of
+    fsync(2) or close(2). That caller may be a thread that was left behind. So this object keeps every failure.
 
     Args:
-        descriptor: open for reading and writing; it is this object's from now on.
+        descriptor: file descriptor, open for reading and writing. This object closes it.
 
     Attributes:
-        descriptor: -1 when it is closed.
+        descriptor: the file descriptor; -1 after it is closed.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -29,13 +29,13 @@ class OpenFile:
 
     @contextmanager
     def lent(self) -> Iterator[int]:
-        """Lend a descriptor to a thread.
+        """Lend a duplicate of the descriptor to a thread.
 
-        A duplicate: a thread that was left behind in a connection attempt must not write to whatever has got the number
-        of a descriptor that was closed meanwhile.
+        With the original, a thread that was left behind in a connection attempt could write to another file, which has
+        received the number of the closed descriptor.
 
         Raises:
-            OSError: what the kernel says when it is closed.
+            OSError: the duplicate could not be made or closed.
         """
         with self._changed:
             descriptor = os.dup(self.descriptor)
@@ -52,10 +52,11 @@ class OpenFile:
                 self._changed.notify_all()
 
     def settle(self, timeout_seconds: float) -> None:
-        """Wait until all that was lent is back.
+        """Wait until all lent descriptors are back.
 
         Raises:
-            OSError: a write, sync or close has failed, in whatever thread.
+            TimeoutError: not all are back within ``timeout_seconds``.
+            OSError: a write, sync or close failed in any thread.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: not self._lent, timeout_seconds):
@@ -64,10 +65,10 @@ class OpenFile:
             raise self._failure
 
     def sync_and_close(self, timeout_seconds: float) -> None:
-        """Wait until all that was lent is back, force the bytes to disk and close.
+        """Wait until all lent descriptors are back, force the bytes to disk and close the file.
 
         Raises:
-            OSError: a write, sync or close has failed, in whatever thread.
+            OSError: a write, sync or close failed in any thread, or not all descriptors are back in time.
         """
         self.settle(timeout_seconds)
         os.fsync(self.descriptor)
@@ -75,7 +76,7 @@ class OpenFile:
         os.close(descriptor)
 
     def close(self) -> None:
-        """Close without a word."""
+        """Close the file, and ignore errors."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             with suppress(OSError):

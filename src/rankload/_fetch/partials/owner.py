@@ -19,12 +19,12 @@ _NAME = re.compile(f"{OF_A_PARTIAL_FILE.pattern}$")
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, wherever it runs.
+    """The process that owns a partial file, on this host or another.
 
     Attributes:
-        machine: names the space in which a process id means something.
-        pid: 0 when the owner has let go of the file.
-        started_at: of the process, in clock ticks since boot.
+        machine: identifies the pid namespace, boot and host of the process id.
+        pid: process id; 0 after the owner has abandoned the file.
+        started_at: start time of the process, in clock ticks since boot.
     """
 
     machine: str
@@ -33,17 +33,17 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is for us to tell if it lives."""
+        """Whether this process can find out if the owner is alive."""
         return self.pid == 0 or self.machine == _machine(os.getpid())
 
     @property
     def is_dead(self) -> bool:
-        """Whether it is certain that it writes no more."""
+        """Whether the owner certainly writes no more."""
         return self.pid == 0 or (self.is_here and _started_at(self.pid) not in (self.started_at, None))
 
 
 def owner_of(path: Path) -> Owner | None:
-    """Read the owner from a partial file's name; None if it is no partial file."""
+    """Return the owner from a partial file's name; None if the name is not a partial file's."""
     match = _NAME.search(path.name)
     return Owner(match[1], int(match[2]), match[3]) if match else None
 
@@ -55,27 +55,27 @@ def own_path(entry: Entry) -> Path:
 
 
 def abandoned_path(entry: Entry) -> Path:
-    """Return a new name for a partial file that nobody owns: whoever comes next may go on with it."""
+    """Return a new name for a partial file without an owner, which the next download may resume."""
     return _path(entry, 0, "0")
 
 
 def partials_of(entry: Entry) -> list[Path]:
-    """List the partial files of an entry, whoever owns them."""
+    """List the partial files of an entry, of all owners."""
     return [path for path in siblings_of(entry) if owner_of(path)]
 
 
 def siblings_of(entry: Entry) -> list[Path]:
-    """List the files whose names begin as those of an entry's partial files do."""
+    """List the files whose names begin like those of an entry's partial files."""
     try:
         siblings = list(entry.path.parent.iterdir())
     except OSError:
         return []
-    stem = entry.partial_stem  # another entry's may begin so, too: model, and model.pth
+    stem = entry.partial_stem  # another entry's name may begin with it: model, and model.pth
     return [path for path in siblings if path.name.startswith(stem) and OF_A_PARTIAL_FILE.match(path.name, len(stem))]
 
 
 def boot_id() -> str:
-    """Name this boot of this kernel: what a process of it has written is seen by the others, synced or not."""
+    """Return the id of this boot of the kernel. Within a boot, all processes see written bytes, synced or not."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -89,7 +89,10 @@ def _path(entry: Entry, pid: int, started_at: str) -> Path:
 
 @functools.lru_cache(maxsize=1)
 def _machine(pid: int) -> str:
-    """Name the space in which a process id means something: kernel, boot and pid namespace. Anew after a fork."""
+    """Return a digest of host, boot and pid namespace, within which a process id is unique.
+
+    ``pid`` only makes the cache compute the digest again after a fork.
+    """
     parts = [os.uname().nodename, boot_id()]
     with suppress(OSError):
         parts.append(str(Path("/proc/self/ns/pid").readlink()))
@@ -97,10 +100,10 @@ def _machine(pid: int) -> str:
 
 
 def _started_at(pid: int) -> str | None:
-    """Return when a process started, in clock ticks since boot (proc(5), field 22).
+    """Return the start time of a process, in clock ticks since boot (proc(5), field 22).
 
-    ``0`` where there is no such process; None where there is one that cannot be looked at: another user's under
-    ``hidepid``, or any on a system without ``/proc``.
+    Returns ``0`` if there is no such process. Returns None if the process exists but is not readable: another user's
+    under ``hidepid``, or any process on a system without ``/proc``.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()

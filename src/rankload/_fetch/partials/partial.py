@@ -1,4 +1,4 @@
-"""Partial files: one a download; published by an atomic rename, or left to be resumed."""
+"""Partial files: one per download, published by an atomic rename, or left to be resumed."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from rankload._platform.linux import allocate, rename_if_absent
 from rankload._settings import Settings
 from rankload.errors import CacheError, RankloadError, VerificationError
 
-#: Allocated beyond the file until it is complete: without room for its record it could not be published.
+#: Bytes to allocate beyond the file until it is complete: without room for a record, the file cannot be published.
 _SPARE_BYTES = 64 << 10
 
 
 class SupersededError(Exception):
-    """Somebody took this process for dead, or the file's name for another URL: look into the cache again."""
+    """Another process took this one for dead, or published a file under the name: look into the cache again."""
 
 
 class Partial:
-    """An open, exclusively created partial file in the directory of the final one; a transfer's target.
+    """An open, exclusively created partial file in the directory of the final file. The `Target` of a transfer.
 
-    Use as a context manager: leaving it without publish() abandons the file, if a later download can go on with it,
-    and removes it otherwise.
+    Use as a context manager. Without publish(), its exit abandons the file if a later download can resume it, and else
+    removes it.
 
     Args:
-        entry: whose file it is to become.
+        entry: cache entry whose file is downloaded.
         settings: sizes and intervals.
-        sha256: the digest that the whole file is expected to have, or its beginning, for the journal.
-        may_be_left: False removes the file whatever happens.
+        sha256: expected digest of the whole file, or its first digits, for the journal.
+        may_be_left: whether the file may be left for a later download; False removes it in any case.
 
     Attributes:
-        path: where it is.
-        url_key: of the URL that bytes come from, for the journal.
-        content: what the bytes that were adopted are the beginning of; None when there are none.
-        spans: the bytes that are there.
+        path: path of the partial file.
+        url_key: key of the URL that bytes come from, for the journal.
+        content: whole content to which the adopted bytes belong; None if no bytes were adopted.
+        spans: ranges of the bytes that are written.
     """
 
     def __init__(
@@ -73,15 +73,15 @@ class Partial:
 
     @property
     def descriptor(self) -> int:
-        """Open for reading and writing; -1 when it is closed."""
+        """File descriptor, open for reading and writing; -1 after it is closed."""
         return self._file.descriptor
 
     def wrap_write_errors(self) -> AbstractContextManager[None]:
-        """Translate the failures of a write to this file."""
+        """Translate the errors of a write to this file."""
         return wrap_write_errors(self.path, self._size_bytes)
 
     def adopt(self, descriptor: int, content: PartialContent, spans: ByteRanges) -> None:
-        """Go on with bytes that are there: of this file, or of another that has taken its name."""
+        """Continue with existing bytes: of this file, or of another file that has been renamed to its path."""
         if descriptor != self.descriptor:
             self._file.close()
             self._file = OpenFile(descriptor)
@@ -97,14 +97,14 @@ class Partial:
             os.ftruncate(self.descriptor, 0)
 
     def mix(self) -> None:
-        """Take another origin's bytes, too, whose digest no journal holds: no later download can tell them apart."""
+        """Accept another origin's bytes, too, and drop the journal: no later download could tell the bytes apart."""
         self._remove_journal()
         self._is_mixed = True
 
     # A transfer's target
 
     def make_room(self, version: Version, *, is_resumable: bool) -> None:
-        """Fail before the first byte rather than after the last that fits; begin the journal."""
+        """Check and allocate disk space before the first byte, and begin the journal (see `Target.make_room`)."""
         self._size_bytes = version.size_bytes
         if version.size_bytes is not None:
             self._room = Room(version.size_bytes + _SPARE_BYTES)
@@ -118,13 +118,13 @@ class Partial:
                 self._keeper = _Keeper(self._file, self._journal, self._settings.lease_heartbeat_seconds)
 
     def writer(self) -> PartialWriter:
-        """Return a way in for one thread."""
+        """Return a writer for one thread (see `Target.writer`)."""
         writer = PartialWriter(self._file, self.wrap_write_errors, self._note)
         self._writers = [*(one for one in self._writers if not one.is_closed), writer]
         return writer
 
     def take_writers_back(self) -> None:
-        """Let threads that were left behind write nothing any more. Waits for a write that is under way."""
+        """Close all writers, so that threads that were left behind write no more. Waits for a running write."""
         for writer in self._writers:
             with suppress(CacheError):
                 writer.close()
@@ -137,7 +137,7 @@ class Partial:
             journal.add(begin, end)
 
     def _allocate(self) -> None:
-        """Allocate ahead of the bytes that arrive. Costs a system call only where they have doubled."""
+        """Allocate disk space ahead of the arriving bytes. Costs a system call only after their number has doubled."""
         with self._lock:
             begin, end = self._room.grown(self.spans.total_bytes)
         if begin < end:
@@ -150,24 +150,25 @@ class Partial:
         """Force the bytes to disk and close the file; return its status. NFS reports a full disk or quota only here."""
         self._end_journal()
         with self.wrap_write_errors():
-            self._file.settle(self._settings.progress_seconds)  # a write that failed says more than the length it left
+            self._file.settle(self._settings.progress_seconds)  # a write's error says more than a wrong length
             found = os.fstat(self.descriptor).st_size
             if found < size_bytes:
-                raise OSError(errno.EIO, f"{found} bytes are there of {size_bytes} that were written")
-            # adopted from, or promised as, something longer; at the least, the spare room is let go of
+                raise OSError(errno.EIO, f"the file has only {found} of the {size_bytes} bytes that were written")
+            # drop the spare room, and any rest of a longer file that was adopted or announced
             os.ftruncate(self.descriptor, size_bytes)
             self._file.sync_and_close(self._settings.progress_seconds)
-            self._remove_journal()  # on a disk with few inodes left, the record needs one
-            return self.path.stat()  # by name, after the close: only then an NFS server has set the final mtime
+            self._remove_journal()  # free an inode: the record needs one, and the disk may have none left
+            return self.path.stat()  # by name, after the close: only then has an NFS server set the final mtime
 
     def publish(self, *, may_replace: bool = True) -> None:
         """Give the finished file its final name.
 
         Args:
-            may_replace: False if nothing had that name: whatever has come there since is somebody's.
+            may_replace: whether a file of that name may be replaced. False if there was none before: then a file that
+                appeared since is another's.
 
         Raises:
-            SupersededError: something has come there.
+            SupersededError: a file of that name appeared.
         """
         if may_replace:
             self.move_to(self._entry.path)
@@ -183,14 +184,14 @@ class Partial:
         _sync_directory(self._entry.path.parent)
 
     def move_to(self, path: Path) -> None:
-        """Give the file another name; it is no partial any more."""
+        """Rename the file; it is no partial file any more."""
         with wrap_write_errors(path):
             self.path.replace(path)
         self._is_gone = True
 
     @contextmanager
     def noticing_its_loss(self) -> Iterator[None]:
-        """Turn the error about a partial file that is not there any more into a SupersededError."""
+        """Translate an error about a partial file that has disappeared to SupersededError."""
         try:
             yield
         except CacheError as error:
@@ -204,7 +205,7 @@ class Partial:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._end_journal()
-        self.take_writers_back()  # what is left for others is theirs
+        self.take_writers_back()  # an abandoned file belongs to the next download
         self._file.close()
         if not self._is_gone and self._is_worth_keeping(error):
             self._abandon()
@@ -214,8 +215,12 @@ class Partial:
                 self.path.unlink()
 
     def _is_worth_keeping(self, error: BaseException | None) -> bool:
-        """Not what is wrong, nor what fills a disk or could not be written for another reason, nor next to nothing."""
-        is_ours = isinstance(error, RankloadError) and error.rank is None  # what another rank has failed with is not
+        """Return whether to leave the file for a later download.
+
+        A wrong file is not worth keeping, nor one that could not be written (the disk may be full), nor one with few
+        bytes.
+        """
+        is_ours = isinstance(error, RankloadError) and error.rank is None  # else another rank's error
         is_bad = is_ours and isinstance(error, (VerificationError, CacheError))
         has_enough = self.spans.total_bytes >= self._settings.chunk_bytes
         return not is_bad and has_enough and journal_path(self.path).exists()
@@ -243,15 +248,15 @@ class Partial:
         try:
             disk = shutil.disk_usage(self.path.parent)
             needed_bytes = size_bytes + _SPARE_BYTES - os.fstat(self.descriptor).st_blocks * 512
-        except OSError:  # the directory is gone, or the filesystem does not tell
+        except OSError:  # the directory is gone, or the filesystem does not report free space
             return
-        # some FUSE filesystems do not tell, either: 0 of 0 bytes are free
+        # some FUSE filesystems do not report it either: 0 of 0 bytes are free
         if disk.free < needed_bytes and disk.total:
             raise no_space_error(self.path, size_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
 class _Keeper:
-    """Tells in the journal, again and again, what is on disk by now, and that this process lives."""
+    """Thread that repeatedly syncs the file and records in the journal what is on disk, and that this process lives."""
 
     def __init__(self, file: OpenFile, journal: Journal, interval_seconds: float) -> None:
         self._file, self._journal, self._interval_seconds = file, journal, interval_seconds
@@ -260,11 +265,11 @@ class _Keeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask it to end. Not waited for: a sync may take long."""
+        """Tell the thread to end, without waiting: a sync may take long."""
         self._stop_requested.set()
 
     def _run(self) -> None:
-        # a failure is kept by the file, for the one who finishes it
+        # OpenFile keeps a failure, and raises it when the file is finished
         with suppress(OSError), self._file.lent() as descriptor:
             while not self._stop_requested.wait(self._interval_seconds):
                 count = self._journal.count
@@ -273,7 +278,7 @@ class _Keeper:
 
 
 def _sync_directory(directory: Path) -> None:
-    # some network filesystems cannot sync a directory; the rename is atomic all the same
+    # some network filesystems cannot sync a directory; the rename is atomic anyway
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:

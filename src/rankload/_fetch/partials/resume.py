@@ -1,4 +1,4 @@
-"""Resume the partial file of a dead download, and remove those that nobody can resume."""
+"""Resume the partial file of a dead download, and remove partial files that no download can resume."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from rankload._settings import Settings
 
 _logger = logging.getLogger("rankload")
 
-#: A partial without a journal, of another host, cannot be told from a dead one but by its age. A download that has not
-#: written for a day is over; should it live, it loses its file and starts again.
+#: Age after which another host's partial file without a journal counts as dead; nothing else shows that. A download
+#: that has not written for a day is over. If it is alive after all, it loses its file and starts again.
 _FOREIGN_MAX_AGE_SECONDS = 24 * 3600.0
 
 _COPY_BYTES = 8 << 20
 
-#: Hex digits of a whole SHA-256.
+#: Number of hex digits of a full SHA-256.
 _DIGEST_DIGITS = 64
 
 
@@ -46,20 +46,20 @@ def adopt_into(
     partial: Partial, entry: Entry, url_keys: frozenset[str], sha256: str | None, settings: Settings,
     on_bytes: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """Fill a new partial file with what a dead download of the same content has left, if one has.
+    """Fill a new partial file with the bytes that a dead download of the same content left, if there is one.
 
-    A file whose owner is certainly dead is renamed. On another host nobody can tell a dead process from a frozen one,
-    which would go on writing when it wakes: what is silent there is copied.
+    A file whose owner is certainly dead is renamed. A dead process on another host looks like a frozen one, which would
+    continue to write when it wakes. So a silent file of another host is copied.
 
     Args:
-        partial: new and empty.
-        entry: whose partial files to look at.
-        url_keys: URLs that the content may come from.
-        sha256: the expected digest, or its beginning; with the same whole one, the URL does not matter.
+        partial: new, empty partial file.
+        entry: cache entry whose partial files to consider.
+        url_keys: keys of the URLs that the content may come from.
+        sha256: expected digest, or its first digits. If a full digest is the same, the URL does not matter.
         settings: how long an owner on another host must have been silent.
         on_bytes: called with the number of bytes copied so far.
     """
-    now = os.fstat(partial.descriptor).st_mtime  # by the clock of the file server, as are the others' times
+    now = os.fstat(partial.descriptor).st_mtime  # by the clock of the file server, like the other files' times
     for candidate in _candidates(entry, url_keys, sha256):
         try:
             if candidate.owner.is_dead:
@@ -68,15 +68,15 @@ def adopt_into(
                 _copy(candidate, partial, on_bytes)
             else:
                 continue
-        except OSError as error:  # another process was quicker, or it cannot be read
-            _logger.debug("cannot go on with %s: %s", candidate.path, error)
+        except OSError as error:  # another process was faster, or the file cannot be read
+            _logger.debug("cannot resume %s: %s", candidate.path, error)
             continue
-        _logger.info("going on with %s: %d bytes are there", candidate.path, partial.spans.total_bytes)
+        _logger.info("resuming %s: it has %d bytes", candidate.path, partial.spans.total_bytes)
         return
 
 
 def remove_dead_partials(entry: Entry, settings: Settings, now: float) -> None:
-    """Remove the partial files that nobody can go on with, and, at ``now``, those of other hosts that are silent."""
+    """Remove partial files of dead owners, and those of other hosts that are silent at the time ``now``."""
     for path in partials_of(entry):
         with suppress(OSError):
             owner, beat_at = owner_of(path), last_beat(path)
@@ -95,7 +95,7 @@ def remove_dead_partials(entry: Entry, settings: Settings, now: float) -> None:
 
 
 def _remove_orphan_journals(entry: Entry, settings: Settings, now: float) -> None:
-    """Remove what a process has left that was killed between two renames: a journal whose partial file has moved on."""
+    """Remove journals without a partial file, from processes that were killed between the renames of the two."""
     for path in siblings_of(entry):
         partial_path = partial_path_of(path)
         if partial_path is None or (owner := owner_of(partial_path)) is None:
@@ -107,7 +107,7 @@ def _remove_orphan_journals(entry: Entry, settings: Settings, now: float) -> Non
 
 
 def progress_of_partials(entry: Entry) -> tuple[object, ...]:
-    """Return what changes while anybody downloads an entry."""
+    """Return a value that changes while any process downloads an entry."""
     seen = []
     for path in partials_of(entry):
         with suppress(OSError):
@@ -117,7 +117,7 @@ def progress_of_partials(entry: Entry) -> tuple[object, ...]:
 
 
 def _candidates(entry: Entry, url_keys: frozenset[str], sha256: str | None) -> list[_Candidate]:
-    """List the partial files of the same content, the one with most bytes first."""
+    """List the partial files of the same content, the one with the most bytes first."""
     found = []
     for path in partials_of(entry):
         owner, entries = owner_of(path), read_journal(path)
@@ -126,7 +126,7 @@ def _candidates(entry: Entry, url_keys: frozenset[str], sha256: str | None) -> l
         content = entries.content
         if content.sha256 and sha256 and content.sha256 != sha256:
             continue
-        # a prefix can be forged: it tells in the end whether a download was right, not whose bytes are another's
+        # a prefix can be forged: it may check a finished download, but not identify another URL's bytes
         is_same = content.url_key in url_keys or (content.sha256 == sha256 and len(sha256 or "") == _DIGEST_DIGITS)
         if is_same and (content.version.has_validator or sha256):
             found.append(_Candidate(path, owner, entries))
@@ -134,18 +134,19 @@ def _candidates(entry: Entry, url_keys: frozenset[str], sha256: str | None) -> l
 
 
 def _silence_seconds(settings: Settings) -> float:
-    """Return how long a dead owner has been silent in its journal when its lease is taken over.
+    """Return how long a dead owner's journal has been silent, at least, when the owner's lease is taken over.
 
-    Both are beaten in at the same intervals, but not at the same moments: the journal's last beat may be later than the
-    lease's by almost one of them.
+    The owner writes to both at the same intervals, but not at the same moments. The journal's last write may be later
+    than the lease's by almost one interval.
     """
     return settings.lease_seconds - settings.lease_heartbeat_seconds
 
 
 def _fell_silent_early(path: Path, now: float, settings: Settings) -> bool:
-    """Return whether its owner was killed before its journal was complete: a living one would beat in it by now.
+    """Return whether a partial file's owner was killed before its journal was complete, or was begun.
 
-    Or before it had begun one, with its file still empty. Should that owner live, it loses its file and starts again.
+    A living owner would have completed the journal by now, or would have written to its file. If the owner is alive
+    after all, it loses its file and starts again.
     """
     with suppress(OSError):
         return now - beginning_path(path).lstat().st_mtime > _silence_seconds(settings)
@@ -157,7 +158,7 @@ def _rename(candidate: _Candidate, partial: Partial) -> None:
     descriptor = _open(candidate.path, os.O_RDWR)
     try:
         if os.fstat(descriptor).st_size < max(end for _, end in candidate.entries.spans):
-            raise OSError("it is shorter than its journal says")
+            raise OSError("the file is shorter than its journal says")
         candidate.path.replace(partial.path)
     except OSError:
         os.close(descriptor)
@@ -183,19 +184,19 @@ def _copy(candidate: _Candidate, partial: Partial, on_bytes: Callable[[int], Non
 
 def _copy_some(source: int, target: int, offset: int, count: int) -> int:
     try:
-        copied = os.copy_file_range(source, target, count, offset, offset)  # on some filesystems without moving a byte
+        copied = os.copy_file_range(source, target, count, offset, offset)  # some filesystems share the blocks
     except (OSError, AttributeError):
         copied = os.pwrite(target, os.pread(source, count, offset), offset)
     if not copied:
-        raise OSError(f"it ends at {offset}")
+        raise OSError(f"the file ends at {offset}")
     return copied
 
 
 def _open(path: Path, flags: int) -> int:
-    """Open a file that we may go on with: a plain one of this user's, that nobody can reach by another name."""
+    """Open a file that may be resumed: a plain file of this user, without other hard links."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     status = os.fstat(descriptor)
     if not S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1:
         os.close(descriptor)
-        raise OSError("not a plain file of this user's own")
+        raise OSError("not a plain file of this user")
     return descriptor

@@ -12,18 +12,18 @@ from rankload._platform.linux import start_writeback
 
 
 class PartialWriter:
-    """Writes until it is closed: by its thread, or by whoever has left that thread behind. Then it does nothing.
+    """The `Writer` of one thread. After `close`, by its thread or another, it writes nothing.
 
-    A read that nobody could break off may come back long after its transfer has ended, with a piece of what the file
-    was to become then, and may find it half filled with something else.
+    A read that could not be broken off may return long after its transfer has ended. By then, the file may be half
+    filled with other content, which the late piece must not overwrite.
 
     Args:
-        file: lends the descriptor.
-        wrap_write_errors: translates the failures.
-        note: told of the ranges that were written.
+        file: file that lends the descriptor.
+        wrap_write_errors: translates errors.
+        note: called with the begin and end of each range that was written.
 
     Raises:
-        CacheError: no descriptor is left.
+        CacheError: no file descriptor is left.
     """
 
     def __init__(
@@ -39,15 +39,15 @@ class PartialWriter:
             self._descriptor = self._lent.enter_context(file.lent())
 
     def write(self, piece: bytes, offset: int) -> None:
-        """Write a piece at an offset."""
+        """Write a piece at an offset. Raise CacheError if the disk is full or broken."""
         view = memoryview(piece)
         with self._lock, self._wrap_write_errors():
-            while view and not self.is_closed:  # pwrite(2) may take less, on a nearly full disk for one
+            while view and not self.is_closed:  # pwrite(2) may write less, for example on a nearly full disk
                 count = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[count:], offset + count
 
     def finished(self, begin: int, end: int) -> None:
-        """Note that a range is written, and let it go to disk."""
+        """Record that a range is written, and start its write-back to disk."""
         with self._lock:
             if begin < end and not self.is_closed:
                 self._note(begin, end)
