@@ -18,7 +18,7 @@
     ├── CacheError (OSError)                  the cache directory or a file in it cannot be used
     │   └── MissingFileError (FileNotFoundError)  no such file or directory
     ├── LoadError (RuntimeError)              a verified file could not be turned into tensors
-    │   └── UnsafePickleError (UnpicklingError)   weights_only refused what the file wants to import
+    │   └── UnsafePickleError (UnpicklingError)   weights_only refused a name that the file imports
     ├── DeviceError (RuntimeError)            this process has no suitable device
     └── CoordinationError (RuntimeError)      the ranks could not act together
         ├── ArrivalTimeoutError (TimeoutError)    some rank never made the call

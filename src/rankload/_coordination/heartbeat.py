@@ -39,6 +39,7 @@ class Status:
         progress: phase, bytes and file that the rank works on.
         beat: number of the heartbeat. A rank whose number does not change is dead or frozen.
         effort: counter of work that ``progress`` does not show: page faults, blocks read, units of 50 ms of CPU time.
+            It counts as progress only while loading.
     """
 
     host: str

@@ -1,8 +1,8 @@
 """One call of all ranks: agreement at the start, values between ranks in the middle, one verdict at the end.
 
 A warm call costs a rank six store operations: the agreement, the leader's message (where the file is, who shares it),
-the fetched file, the rank's own success, the verdict, and ``seen`` if the store lives in rank 0's process. A wait costs
-one operation per poll. Rank 0 also counts the ranks that are through.
+the fetched file, the rank's own success, the verdict, and ``seen``. The last is needed only if the store lives in rank
+0's process. A wait costs one operation per poll. Rank 0 also counts the ranks that are through.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The torch.distributed store through which the ranks of one job talk.
 
-rankload never uses the process group's own client, except to report that it could not open one: a blocking operation
-would block every other user of that client. It uses no collectives either: a store needs no backend and no device.
+rankload opens its own client of a TCPStore: a blocking operation on the process group's client would block every other
+user of that client. Only a rank that cannot open one publishes its error through the group's client. Nothing here
+depends on an accelerator: a store needs no backend and no device.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class RankStore:
     """Operations on a torch store. None waits for a key. Every failure is a StoreLostError.
 
     Attributes:
-        store: rankload's own client of the store.
+        store: client of the store; for a TCPStore rankload's own.
         place: name of the store in messages, usually ``host:port``.
         dies_with_rank_0: whether the server runs in rank 0's process (not in torchrun's agent, not in a file).
         patience_seconds: how long the server may take to answer before it counts as lost.
@@ -116,8 +117,8 @@ class RankStore:
 def _sever(port: int | None, calls: DeadlineThread) -> None:
     """End a call that a server has not answered, by shutting down this process's connections to the server's port.
 
-    Runs at exit. If the server answered while the interpreter is torn down, the thread that waits inside torch would
-    need the interpreter's lock, and C++ would end the process by SIGABRT.
+    Runs at exit. The server might answer while the interpreter is torn down. Then the thread that waits inside torch
+    would need the interpreter's lock, and C++ would end the process by SIGABRT.
     """
     deadline = time.monotonic() + _SEVERED_SECONDS
     while not calls.ends_overdue_call(0) and time.monotonic() < deadline:  # torch connects again, for a while

@@ -107,8 +107,8 @@ def verify(received: Received, partial: Partial, request: FetchRequest) -> str |
 def _write_record(path: Path, record: Record, report: Report, settings: Settings) -> None:
     """Write a record, or raise CacheError.
 
-    On a network filesystem, a directory that another node has just made may exist for mkdir(2), but not for open(2), as
-    long as this client caches its absence.
+    On a network filesystem, a directory that another node has just made may exist for mkdir(2), but not for open(2).
+    That lasts as long as this client caches the directory's absence.
     """
     deadline, delay = time.monotonic() + settings.visibility_seconds, 0.01
     while True:

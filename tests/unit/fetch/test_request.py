@@ -58,7 +58,10 @@ def test_an_error_about_a_url_shows_no_password_and_no_query(url: str | list[str
         ({"url": 5}, "url: expected a URL or a sequence of mirrors, got int"),
         ({"url": ["https://host/x.pth", None]}, "url: expected a URL or a sequence of mirrors, got NoneType"),
         ({"headers": "Authorization: Bearer hunter2"}, "headers: expected a mapping of names to values, got str"),
-        ({"headers": {"Authorization: Bearer hunter2": ""}}, r"headers\['Authorization…'\]: expected the name of a header"),
+        (
+            {"headers": {"Authorization: Bearer hunter2": ""}},
+            r"headers\['Authorization…'\]: expected the name of a header",
+        ),
         ({"headers": {"X Token": "hunter2"}}, r"headers\['X…'\]: expected the name of a header"),
         ({"headers": {":path": "hunter2"}}, r"headers\[':'\]: expected the name of a header"),
         ({"headers": {"": "hunter2"}}, r"headers\[''\]: expected the name of a header"),
