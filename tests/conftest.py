@@ -6,6 +6,7 @@ import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from harness import checkpoints, environments, mounts, spawner
@@ -13,6 +14,10 @@ from harness.checkpoints import CheckpointFile
 from harness.origin import Origin
 
 pytest_plugins = ["harness.fault_report"]
+
+# A deadline for each example, and a limit on making them, would fail tests on a busy machine.
+hypothesis.settings.register_profile("rankload", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("rankload")
 
 IS_CI = os.environ.get("CI", "").lower() in {"1", "true"}
 

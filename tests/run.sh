@@ -64,5 +64,7 @@ run mypy
 run lint-imports
 mapfile -d '' scripts < <(shell_scripts)
 run shellcheck "${scripts[@]}"
+# The ranks of a test are new processes, and PYTHONDONTWRITEBYTECODE may be set: each would compile what it imports.
+run python -m compileall -q src tests
 # One more than CI has cores: some tests wait for a deadline, and many for one another.
 run python -m pytest -n 3

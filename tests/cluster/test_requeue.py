@@ -19,8 +19,7 @@ OPTIONS = ("--capacity", "tiny", "--steps", "60", "--save-every", "1")
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("template", ["train_torchrun", "train_srun"])
-@pytest.mark.parametrize("reason", ["time limit", "requeue"])
+@pytest.mark.parametrize(("template", "reason"), [("train_torchrun", "requeue"), ("train_srun", "time limit")])
 def test_requeued_job_goes_on_from_its_step(
     template: str, reason: str, slurm: Slurm, origin: Origin, project: Path, weights: Path
 ) -> None:

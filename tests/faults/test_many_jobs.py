@@ -1,4 +1,4 @@
-"""Twenty jobs at once on one cold cache, on filesystems that lock well, badly, or not at all."""
+"""Many jobs at once on one cold cache, on filesystems that lock well, badly, or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from harness.fetch_calls import fetch, files_in
 from harness.rank import mark_and_wait
 from harness.ranks import start_ranks
 
-JOBS = 20
+#: Of the simplest cases; what a filesystem does to a lease shows with fewer.
+JOBS, FEWER_JOBS = 20, 8
 MIB = 1 << 20
 NAME = "file.bin"
 
@@ -34,19 +35,25 @@ def digest_of_file(rank, url, caches):
 @pytest.mark.fault(31)
 @pytest.mark.fault(49)
 @pytest.mark.parametrize(
-    ("nodes", "vices", "most_downloads"),
+    ("nodes", "vices", "job_count", "most_downloads"),
     [
-        (1, {}, 1),
-        (2, {}, 1),
-        (2, {"locks": "local"}, 1),  # the lease needs no lock
-        (2, {"locks": "local", "lag_seconds": 60}, JOBS),  # an exclusive open excludes nobody on the other node
-        (2, {"locks": "ENOLCK"}, 1),
-        (2, {"locks": "local", "negative_seconds": 1, "attribute_seconds": 1, "entry_seconds": 1}, JOBS),
-        (2, {"planted_lease": "nowhere"}, JOBS),  # no lease at all
+        (1, {}, FEWER_JOBS, 1),
+        (2, {}, JOBS, 1),
+        (2, {"locks": "local"}, FEWER_JOBS, 1),  # the lease needs no lock
+        # an exclusive open excludes nobody on the other node
+        (2, {"locks": "local", "lag_seconds": 60}, FEWER_JOBS, FEWER_JOBS),
+        (2, {"locks": "ENOLCK"}, FEWER_JOBS, 1),
+        (
+            2,
+            {"locks": "local", "negative_seconds": 1, "attribute_seconds": 1, "entry_seconds": 1},
+            FEWER_JOBS,
+            FEWER_JOBS,
+        ),
+        (2, {"planted_lease": "nowhere"}, FEWER_JOBS, FEWER_JOBS),  # no lease at all
     ],
     ids=str,
 )
-def test_twenty_jobs_at_once(origin, tmp_path, big_content, monkeypatch, nodes, vices, most_downloads):
+def test_many_jobs_at_once(origin, tmp_path, big_content, monkeypatch, nodes, vices, job_count, most_downloads):
     monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(MIB))
     monkeypatch.setenv("RANKLOAD_WHOLE_FIRST", "0")  # every byte that is sent counts below
     url = origin.add(NAME, big_content)
@@ -56,7 +63,7 @@ def test_twenty_jobs_at_once(origin, tmp_path, big_content, monkeypatch, nodes, 
         (own / f"{NAME}.lease").symlink_to(target)
     with fuse.nodes(tmp_path, nodes, **vices) as mounts, contextlib.ExitStack() as stack:
         paths = [mount.path for mount in mounts]
-        jobs = stack.enter_context(start_ranks(digest_of_file, JOBS, env="none", args=(url, paths)))
+        jobs = stack.enter_context(start_ranks(digest_of_file, job_count, env="none", args=(url, paths)))
         jobs.wait_for_mark("ready", timeout_seconds=90)
         jobs.open_gate("ready")
         results = jobs.wait(90)

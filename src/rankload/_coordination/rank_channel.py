@@ -197,7 +197,7 @@ class RankChannel(Channel):
             raise RankLostError(
                 "every rank finished its part, but no other rank has read that the call succeeded: the others were "
                 "killed, or gave rank 0 up as lost while its process was stopped",
-                lost_rank=self._watched[0],
+                lost_rank=self._watched[0] if len(self._watched) == 1 else None,
             )
 
     def _may_succeed(self) -> bool:

@@ -85,8 +85,11 @@ def _judged(file: FetchedFile, answer: Answer, begin: int, display_name: str, re
         if os.pread(local.fileno(), len(answer.content), begin) != answer.content:
             return Opinion(False, f"{display_name} has other content")
     if (claim := version.claim) is None:
-        agrees = True if version.size_bytes is not None else None
-        return Opinion(agrees, "length and a piece of the content equal the origin's", version.etag)
+        if version.size_bytes is None:
+            return Opinion(
+                None, "the origin gives neither its length nor a digest; a piece of it is equal", version.etag
+            )
+        return Opinion(True, "length and a piece of the content equal the origin's", version.etag)
     report(Progress("hashing", 0, file.size_bytes))
     sha256 = sha256_of_file(file.path, lambda done: report(Progress("hashing", done, file.size_bytes)))
     if not sha256.startswith(claim.sha256):
