@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rankload._api.inspect import open_checkpoint
     from rankload._api.local import load
     from rankload._api.module import dist_load_into
+    from rankload._api.once import dist_once, local_once
     from rankload._api.state_dict import dist_load_state_dict_from_url
     from rankload._formats.entry import TensorEntry
     from rankload._load.checkpoint import Checkpoint
@@ -52,9 +53,11 @@ __all__ = [
     "dist_fetch",
     "dist_load_into",
     "dist_load_state_dict_from_url",
+    "dist_once",
     "errors",
     "hub",
     "load",
+    "local_once",
     "model_zoo",
     "open_checkpoint",
 ]
@@ -63,6 +66,8 @@ _HOMES = {
     "dist_fetch": "_api.fetch",
     "dist_load_state_dict_from_url": "_api.state_dict",
     "dist_load_into": "_api.module",
+    "dist_once": "_api.once",
+    "local_once": "_api.once",
     "load": "_api.local",
     "open_checkpoint": "_api.inspect",
     "Checkpoint": "_load.checkpoint",

@@ -25,10 +25,12 @@ Phase = Literal[
     "sending",
     "receiving",
     "loading",
+    "running",
+    "preparing",
     "done",
 ]
 #: Phases in which a rank may be alive and move no bytes: no other rank reports it as stuck.
-DECLARED_WAITS: frozenset[Phase] = frozenset({"waiting", "backoff", "done"})
+DECLARED_WAITS: frozenset[Phase] = frozenset({"waiting", "backoff", "running", "done"})
 
 
 #: Network filesystems may round a file's modification time, or update it later than the file's bytes.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
 import shutil
 import stat
 import sys
+import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +78,7 @@ def make_world(origin: Origin, directory: Path) -> World:
     origin.add("ddp.pth", wrapped.path)
     origin.add("model.safetensors", safe.path)
     origin.add("vocabulary.txt", b"a\nb\n")
+    origin.add("images.tar", _tar({"labels.txt": b"cat\n", "0.bin": bytes(100)}))
     _add_several_files(origin, weights, sources)
 
     here = directory / "here"
@@ -103,6 +106,16 @@ def make_world(origin: Origin, directory: Path) -> World:
         "TORCH_HOME": str(directory / "torch"),
     }
     return World(texts, here, environment)
+
+
+def _tar(files: Mapping[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return content.getvalue()
 
 
 def _add_several_files(origin: Origin, weights: Mapping[str, torch.Tensor], sources: Path) -> None:

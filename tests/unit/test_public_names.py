@@ -7,7 +7,15 @@ import pytest
 import rankload
 from harness.scripts import run_script
 
-CALLS = {"dist_fetch", "dist_load_into", "dist_load_state_dict_from_url", "load", "open_checkpoint"}
+CALLS = {
+    "dist_fetch",
+    "dist_load_into",
+    "dist_load_state_dict_from_url",
+    "dist_once",
+    "load",
+    "local_once",
+    "open_checkpoint",
+}
 CLASSES = {"Checkpoint", "LoadReport", "TensorEntry"}
 MODULES = {"adapt", "errors", "hub", "model_zoo"}
 #: The others are in `rankload.errors`.
