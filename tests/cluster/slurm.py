@@ -93,8 +93,8 @@ class Slurm:
         (self.directory / node).mkdir(exist_ok=True)
         self.run("slurmd", "-N", node, host=node)
 
-    def wait_until_idle(self, seconds: float = 30) -> None:
-        """Wait until every node can take a job."""
+    def wait_until_idle(self, seconds: float = 120) -> None:
+        """Wait until every node can take a job; a job that depended on the last one may just have begun."""
         count = len(self.lab.nodes)
         wait_until(lambda: len(self._idle_nodes()) == count, seconds, lambda: f"nodes not idle, see {self.directory}")
 

@@ -181,7 +181,7 @@ def test_ordinary_names_are_shown_as_they_are(tmp_path):
     path = save(tmp_path / "größe.pth", {"größe.weight": torch.zeros(1)})
     with pytest.raises(rankload.LoadError) as caught:
         into_module(path)
-    assert "\n    größe.weight" in str(caught.value) and "größe.pth does not fit" in str(caught.value)
+    assert "1 not in the module: größe.weight\n" in str(caught.value) and "größe.pth does not fit" in str(caught.value)
 
 
 # Of any length
