@@ -93,7 +93,11 @@ def test_its_error_is_everybodys_and_leaves_no_stamp(tmp_path: Path) -> None:
     assert [result.value for result in results] == [1] * 3
 
 
-@pytest.mark.parametrize("value", [{1, 2}, (1, 2), float("nan"), {1: 2}, "x" * 70_000, object()], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [{1, 2}, (1, 2), float("nan"), {1: 2}, "x" * 70_000, object()],
+    ids=["set", "tuple", "nan", "integer key", "long", "object"],
+)
 def test_a_value_that_ranks_cannot_share_is_refused(tmp_path: Path, value: Any) -> None:
     with pytest.raises(rankload.ArgumentError, match="return a Path, or what JSON can hold"):
         rankload.dist_once(lambda: value, key="task", directory=tmp_path)
