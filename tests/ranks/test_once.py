@@ -13,7 +13,7 @@ from rank_functions import at_store_operation, marking
 
 import rankload
 from harness.rank import mark, mark_and_wait, wait_for_gate
-from harness.ranks import run_ranks, start_ranks
+from harness.ranks import run_ranks, start_ranks, wait_until
 
 
 def _noting(log: str, value: Any) -> Callable[[], Any]:
@@ -134,6 +134,7 @@ def test_two_jobs_at_once_share_one_run(tmp_path: Path, short_deadlines: float) 
     log, data = tmp_path / "log", str(tmp_path / "data")
     with start_ranks(_held, 2, args=(str(log), data)) as first:
         first.wait_for_mark("runs", [0])
+        assert list((tmp_path / "data").rglob("*.lease"))
         with start_ranks(_held, 2, args=(str(log), data)) as second:
             first.open_gate("runs")
             second.open_gate("runs")  # if it came to that
@@ -198,6 +199,7 @@ def _locally(rank: int, log: str, directory: str) -> Any:
 def test_processes_that_come_when_they_like_share_one_run(tmp_path: Path, launcher: str) -> None:
     log = tmp_path / "log"
     with start_ranks(_locally, 4, env=launcher, args=(str(log), str(tmp_path / "data"))) as group:
+        wait_until(lambda: list((tmp_path / "data").rglob("*.lease")), 30, "a lease")
         group.open_gate("runs")
         results = group.wait()
     assert [result.value for result in results] == ["done"] * 4

@@ -43,9 +43,9 @@ def dist_once(
     `rankload.dist_load_state_dict_from_url`. Ranks on nodes with directories of their own run the function once for
     each directory.
 
-    The function must be idempotent: a killed run is started again, and without a lease (a read-only or another user's
-    directory) two jobs may run it at the same time. It must make no collective call: only one rank runs it. A stamp of
-    another user, except root, does not count.
+    The function must be idempotent: a killed run is started again, and where no lease can be had, two jobs may run it
+    at the same time. It must make no collective call: only one rank runs it. A stamp of another user, except root, does
+    not count.
 
     Args:
         function: called without arguments, or, if ``timeout`` is given, with one: a function to call after each step.

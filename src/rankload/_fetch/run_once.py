@@ -84,6 +84,7 @@ def _lead(task: Task, call: CallContext) -> dict[str, Any]:
         call.report(Progress("waiting"))
         return done_by_another() is not None
 
+    stamp.make_directories()
     # the holder renews its lease while the function runs, however long that takes
     with hold_lease(stamp.lease_path, call.settings, progress_mark=stamp.lease_mark, on_wait=on_wait):
         if (found := done_by_another()) is not None:
@@ -147,6 +148,16 @@ class _Stamp:
                 return None if is_gone else _Run(found["run_id"], encoded)
         return None
 
+    def make_directories(self) -> None:
+        """Make the directories of the stamp and its lease.
+
+        Raises:
+            CacheError: they cannot be made.
+        """
+        with wrap_write_errors(self._path):
+            for directory in (self._directory.parent, self._directory):
+                make_own_directory(directory)
+
     def write(self, encoded: dict[str, Any]) -> None:
         """Write the stamp atomically.
 
@@ -155,8 +166,6 @@ class _Stamp:
         """
         temporary = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}.tmp")
         with wrap_write_errors(self._path):
-            for directory in (self._directory.parent, self._directory):
-                make_own_directory(directory)
             try:
                 with open_new(temporary) as file:
                     share_file(file.fileno(), self._directory)
