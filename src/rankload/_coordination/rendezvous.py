@@ -27,7 +27,7 @@ from rankload.errors import (
 #: Name of a field that marks an error as one that kept a rank from joining.
 _WHILE_JOINING = "while_joining"
 
-#: Number of failed calls that late ranks can read of. No rank is more calls behind.
+#: Number of failed calls whose errors are kept for late ranks. No rank is further behind.
 _FAILURES_KEPT = 8
 
 
