@@ -18,8 +18,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
 NODE_ADDRESSES = [f"10.77.2.{number}" for number in range(11, 15)]
 
 
-@pytest.mark.parametrize("cache", ["shared", pytest.param("node-local", marks=pytest.mark.fault(48))])
-@pytest.mark.parametrize("template", ["train_torchrun", "train_srun"])
+@pytest.mark.parametrize(
+    ("template", "cache"),
+    [("train_torchrun", "shared"), pytest.param("train_srun", "node-local", marks=pytest.mark.fault(48))],
+)
 def test_template_trains_after_one_download_per_cache(
     template: str, cache: str, lab: Lab, slurm: Slurm, origin: Origin, project: Path, weights: Path
 ) -> None:

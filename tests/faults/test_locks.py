@@ -148,8 +148,8 @@ def test_lock_calls_that_hang(origin, tmp_path, big_content):
             with start_ranks(read_on_mount, 1, env="none", args=(url, paths[1])) as other:
                 wait_until(lambda: "DOWNLOAD" in other.stderr(0), 30, "the other job has found nothing, and waits")
                 origin.release(NAME)
-                assert other.wait(30)[0].value == big_content
-            assert {result.value for result in job.wait(30)} == {big_content}
+                assert other.wait()[0].value == big_content
+            assert {result.value for result in job.wait()} == {big_content}
         warm = run_ranks(read_on_node, 2, nodes=2, args=(url, paths))
         assert {result.value for result in warm} == {big_content}
         assert left_in(paths[0]) == []
@@ -188,7 +188,7 @@ def test_holder_that_died_on_another_host(origin, cache, tmp_path, big_content):
     with start_ranks(read_on_mount, 1, env="none", args=(url, cache)) as job:
         wait_until(lambda: "DOWNLOAD" in job.stderr(0), 30, "it has found nothing")
         looked_at = time.monotonic()
-        [result] = job.wait(30)
+        [result] = job.wait()
     waited = origin.requests()[-1].started_at - looked_at
     assert result.value == big_content and "without the lease" not in result.stderr
     assert LEASE_SECONDS - 0.5 < waited < LEASE_SECONDS + 2.0
@@ -235,7 +235,7 @@ def test_holder_that_died_where_filelock_cannot_take_over(origin, tmp_path, big_
         with start_ranks(read_on_mount, 1, env="none", args=(url, mount.path)) as job:
             wait_until(lambda: "DOWNLOAD" in job.stderr(0), 30, "it has found nothing")
             looked_at = time.monotonic()
-            [result] = job.wait(30)
+            [result] = job.wait()
         waited = origin.requests()[-1].started_at - looked_at
         assert result.value == big_content
         assert waited < LEASE_SECONDS + 5.0
@@ -259,8 +259,8 @@ def test_lease_partial_and_journal_of_a_host_with_another_clock(origin, cache, b
                 wait_until_refreshed(lease, move_times(skew, lease, *cache.glob("*.partial*")))
             assert origin.request_count() == 1
             origin.release(NAME)
-            assert waiter.wait(30)[0].value == big_content
-        assert holder.wait(30)[0].value == big_content
+            assert waiter.wait()[0].value == big_content
+        assert holder.wait()[0].value == big_content
     assert origin.bytes_sent() == len(big_content)
     assert left_in(cache) == []
 

@@ -38,7 +38,7 @@ def test_while_the_leader_downloads(origin, tmp_path, big_content):
             with nodes[0].stalled():
                 origin.release(NAME)
                 waiting = error_in(job.wait_for_end(1, timeout_seconds=30))
-            stuck = error_in(job.wait(30)[0])
+            stuck = error_in(job.wait()[0])
         assert not (tmp_path / "server" / NAME).exists()
     assert isinstance(waiting, TimeoutError) and "rank 0" in str(waiting)
     assert str(stuck) == str(waiting)
@@ -57,7 +57,7 @@ def test_while_one_rank_opens_the_file(origin, tmp_path, checkpoint, stuck_rank)
             with nodes[stuck_rank].stalled():
                 job.open_gate("begins")
                 waiting = error_in(job.wait_for_end(1 - stuck_rank, timeout_seconds=30))
-            stuck = error_in(job.wait(30)[stuck_rank])
+            stuck = error_in(job.wait()[stuck_rank])
     assert isinstance(waiting, rankload.errors.ProgressTimeoutError)
     assert waiting.stuck_rank == stuck_rank and f"rank {stuck_rank} " in str(waiting)
     assert str(stuck) == str(waiting)

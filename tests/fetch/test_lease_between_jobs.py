@@ -82,7 +82,7 @@ def test_waiter_goes_on_as_soon_as_the_file_is_there(origin, cache, big_content)
             wait_until(lambda: "DOWNLOAD" in job.stderr(0), 30, "the job has found nothing, and waits")
             cache.joinpath("other").write_bytes(big_content)
             cache.joinpath("other").rename(cache / NAME)
-            assert job.wait(10)[0].value == big_content
+            assert job.wait()[0].value == big_content
         assert holder.is_alive(0)
         holder.open_gate("holds")
         holder.wait()
@@ -99,7 +99,7 @@ def test_lease_of_a_dead_process_is_taken_over_at_once(origin, cache, big_conten
     assert lease_of(cache).exists()
     origin.add(NAME, big_content)
     with start_job(url, cache) as job:
-        [result] = job.wait(20)
+        [result] = job.wait()
     assert result.value == big_content and "without the lease" not in result.stderr
     assert left_in(cache) == []
 
@@ -141,9 +141,9 @@ def test_stopped_holder_is_taken_over_and_both_publish_the_same(origin, cache, b
         stopped.stop(0)
         origin.wait_until_held(NAME, 2)  # the other one has taken over
         origin.release(NAME)
-        assert other.wait(20)[0].value == big_content
+        assert other.wait()[0].value == big_content
         stopped.cont(0)
-        assert stopped.wait(20)[0].value == big_content
+        assert stopped.wait()[0].value == big_content
     assert origin.request_count() == 2
     assert left_in(cache) == []
 
@@ -155,7 +155,7 @@ def test_holder_that_does_not_move_is_left_to_itself(origin, cache, big_content)
     with start_ranks(hold, 1, env="none", args=(str(lease_of(cache)),)) as holder:
         assert holder.wait_for_mark("holds") == [True]
         with start_job(url, cache, RANKLOAD_PROGRESS_SECONDS="0.5") as job:
-            [result] = job.wait(30)
+            [result] = job.wait()
         assert result.value == big_content
         assert "makes no progress" in result.stderr and str(lease_of(cache)) in result.stderr
         assert holder.is_alive(0) and lease_of(cache).exists()
@@ -170,7 +170,7 @@ def test_unequal_durations(origin, cache, big_content):
     with start_ranks(hold, 1, env="none", args=(str(lease_of(cache)),)) as holder:
         holder.wait_for_mark("holds")
         with start_job(url, cache, RANKLOAD_LEASE_SECONDS="3") as job:
-            assert_went_on(job.wait(30)[0], big_content, "must agree on lease_duration")
+            assert_went_on(job.wait()[0], big_content, "must agree on lease_duration")
         holder.open_gate("holds")
         holder.wait()
 
@@ -183,7 +183,7 @@ def test_lease_of_another_user(origin, cache, big_content):
     os.chown(lease_of(cache), 12345, -1)
     url = origin.add(NAME, big_content)
     with start_job(url, cache) as job:
-        assert_went_on(job.wait(30)[0], big_content, "belongs to another user")
+        assert_went_on(job.wait()[0], big_content, "belongs to another user")
     assert lease_of(cache).exists()
 
 
@@ -191,14 +191,14 @@ def test_lease_path_is_a_directory(origin, cache, big_content):
     lease_of(cache).mkdir(parents=True)
     url = origin.add(NAME, big_content)
     with start_job(url, cache, RANKLOAD_PROGRESS_SECONDS="0.5") as job:
-        assert_went_on(job.wait(30)[0], big_content, str(lease_of(cache)))
+        assert_went_on(job.wait()[0], big_content, str(lease_of(cache)))
 
 
 def test_lease_path_cannot_be_written(origin, cache, big_content):
     (cache / ".rankload" / f"{NAME}.lease").mkdir(parents=True)
     url = origin.add(NAME, big_content)
     with start_job(url, cache) as job:
-        assert_went_on(job.wait(30)[0], big_content, "continuing without the lease")
+        assert_went_on(job.wait()[0], big_content, "continuing without the lease")
 
 
 def test_jobs_without_a_lease_publish_one_valid_file(origin, cache, big_content):
@@ -255,7 +255,7 @@ def test_good_file_that_another_job_publishes_is_not_set_aside_for_the_damaged_o
             wait_until(lambda: "REPLACE" in job.stderr(0), 30, "the job has found the damage, and waits")
             (cache / "other").write_bytes(big_content)
             (cache / "other").rename(path)
-            assert job.wait(10)[0].value == big_content
+            assert job.wait()[0].value == big_content
         holder.open_gate("holds")
         holder.wait()
     assert origin.request_count() == 1

@@ -198,7 +198,7 @@ def test_a_held_body_stands_still_at_the_byte_and_goes_on_when_released(origin):
         assert group.is_alive(0)
         assert group.is_alive(1)
         origin.release("x")
-        assert [result.value for result in group.wait(20)] == [len(CONTENT)] * 2
+        assert [result.value for result in group.wait()] == [len(CONTENT)] * 2
     assert origin.completed_count("x") == 2
 
 
@@ -208,7 +208,7 @@ def test_held_before_the_reply(origin):
         origin.wait_until_held("x")
         assert origin.requests("x")[0].status is None
         origin.release("x")
-        assert group.wait(20)[0].value == len(CONTENT)
+        assert group.wait()[0].value == len(CONTENT)
 
 
 def test_a_client_killed_in_the_middle(origin):
@@ -291,7 +291,7 @@ def test_a_held_and_truncated_range(origin):
     with start_ranks(fetch_range, 1, env="none", args=(url,)) as group:
         origin.wait_until_held("x")
         origin.release("x")
-        [result] = group.wait(20)
+        [result] = group.wait()
     assert result.exception.type_name == "IncompleteRead"
     assert origin.bytes_sent("x") == 20
 
@@ -311,7 +311,7 @@ def test_at_most_so_many_at_a_time(origin):
         status, headers, _ = get(url)
         assert (status, headers["Retry-After"]) == (429, "3")
         origin.release("x")
-        assert [result.value for result in group.wait(20)] == [CONTENT[100:1000]] * 2
+        assert [result.value for result in group.wait()] == [CONTENT[100:1000]] * 2
     # Their last byte made room, whether or not the origin's threads have ended.
     assert get(url)[2] == CONTENT
     assert origin.peak_concurrency("x") == 3

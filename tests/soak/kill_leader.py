@@ -49,7 +49,7 @@ def run(source: random.Random, directory: Path) -> tuple[str, str]:
             time.sleep(source.choice([0, source.uniform(0, 0.005), source.uniform(0, 0.05)]))  # at any moment
             sent_bytes = origin.bytes_sent(NAME)
             job.kill(0)
-            leader, other = job.wait(30)
+            leader, other = job.wait()
         assert_right_or_lost(leader, digest, may_be_killed=True)
         assert_right_or_lost(other, digest, may_be_killed=False)
         was_published = assert_published_is(cache / NAME, content)

@@ -67,14 +67,16 @@ class Partial:
         self._lock = threading.Lock()
         self._may_be_left, self._is_mixed, self._is_gone = may_be_left, False, False
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            with self.wrap_write_errors():
+        with self.wrap_write_errors():
+            try:
                 self._file = OpenFile(os.open(self.path, flags, NEW_FILE_MODE))
                 share_file(self.descriptor, self.path.parent)
-        except BaseException:  # such as SIGTERM's: there is no exit to remove the file yet
-            with suppress(OSError):
-                self.path.unlink()
-            raise
+            except FileExistsError:  # somebody else's: it stays
+                raise
+            except BaseException:  # such as SIGTERM's: there is no exit to remove the file yet
+                with suppress(OSError):
+                    self.path.unlink()
+                raise
 
     @property
     def descriptor(self) -> int:
