@@ -8,15 +8,15 @@ credentials to a server.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import posixpath
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlparse, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, unquote_plus, urlparse, urlsplit, urlunsplit
 
+from rankload._signed_queries import grants_folder, without_signature
 from rankload._text import printable
 from rankload.errors import ArgumentError
 
@@ -284,12 +284,12 @@ def beside(url: str, name: str) -> str:
     parts = urlsplit(url)
     folder = parts.path.rpartition("/")[0]
     file = quote(name) if parts.scheme in WEB_SCHEMES else name
-    query = parts.query if _grants_folder(parts.query) else ""
+    query = parts.query if grants_folder(parts.query) else ""
     return urlunsplit(parts._replace(path=f"{folder}/{file}", query=query, fragment=""))
 
 
 def url_key(url: str) -> str:
-    """Return a digest that identifies an origin: hex SHA-256 of the URL without signatures (`_SIGNED_QUERIES`).
+    """Return a digest that identifies an origin: hex SHA-256 of the URL without signatures (`without_signature`).
 
     The user of an http or https URL is left out, too. For other schemes, the part before the ``@`` identifies the file,
     even after a colon (``github://org:repo@main/file``). So does an apparent query: a key in S3 may contain a ``?``.
@@ -297,77 +297,9 @@ def url_key(url: str) -> str:
     parts = urlsplit(url)
     kept = parts.scheme + url[len(parts.scheme) :]
     if parts.scheme in WEB_SCHEMES:
-        host, query = parts.netloc.rpartition("@")[2].lower(), _without_signature(parts.query)
+        host, query = parts.netloc.rpartition("@")[2].lower(), without_signature(parts.query)
         kept = urlunsplit(parts._replace(netloc=host, query=query, fragment=""))
     return hashlib.sha256(kept.encode(errors="surrogateescape")).hexdigest()
-
-
-#: Parameters of signed queries, which differ between requests for the same file. A query is signed if it has all names
-#: of a first set; then the names of the second set are left out. Names must match exactly, except for case.
-_SIGNED_QUERIES: tuple[tuple[frozenset[str], frozenset[str]], ...] = tuple(
-    (frozenset(required.split()), frozenset(f"{required} {others}".split()))
-    for required, others in (
-        # Amazon S3 API, "Authenticating Requests: Using Query Parameters (AWS Signature Version 4)"
-        (
-            "x-amz-signature",
-            "x-amz-algorithm x-amz-credential x-amz-date x-amz-expires x-amz-signedheaders x-amz-security-token "
-            "x-amz-content-sha256",
-        ),
-        # Google Cloud Storage, "Signed URLs", V4
-        ("x-goog-signature", "x-goog-algorithm x-goog-credential x-goog-date x-goog-expires x-goog-signedheaders"),
-        # version 2 of Amazon S3, Google Cloud Storage, Alibaba OSS and Huawei OBS
-        ("awsaccesskeyid signature expires", "x-amz-security-token"),
-        ("googleaccessid signature expires", ""),
-        ("ossaccesskeyid signature expires", "security-token"),
-        ("accesskeyid signature expires", "x-obs-security-token"),
-        # Amazon CloudFront Developer Guide, "Use signed URLs": canned and custom policies
-        ("key-pair-id signature", "expires policy hash-algorithm"),
-        # Azure Storage, "Create a service SAS", "… an account SAS", "… a user delegation SAS"
-        (
-            "sig sv",
-            "ss srt sr st se sp sip spr si sdd ses saoid suoid scid skoid sktid skt ske sks skv",
-        ),
-        # Alibaba OSS, signature version 4. x-oss-process is not listed: it changes the bytes.
-        (
-            "x-oss-signature",
-            "x-oss-signature-version x-oss-credential x-oss-date x-oss-expires x-oss-additional-headers "
-            "x-oss-security-token",
-        ),
-        # Tencent COS, "Request Signature"
-        (
-            "q-signature",
-            "q-sign-algorithm q-ak q-sign-time q-key-time q-header-list q-url-param-list x-cos-security-token",
-        ),
-    )
-)
-
-#: Parameters that authorise a request by themselves.
-_TOKENS = frozenset(
-    ("access_token", "auth_token", "private_token", "job_token", "token", "api_key", "api-key", "apikey", "jwt")
-)
-
-
-#: Another parameter after a semicolon.
-_NEXT_PARAMETER = re.compile(r";[^=;]+=")
-
-
-def _without_signature(query: str) -> str:
-    """Return a query without the parameters that sign or authorise the request. The others keep their bytes and order.
-
-    For some servers a semicolon separates parameters: ``token=x;file=a`` is kept, because it names a file there. A name
-    without a value is kept, too: ``?token`` may be a file of that name.
-    """
-    if not query:
-        return query
-    pieces = query.split("&")
-    names = [unquote_plus(piece.partition("=")[0]).lower() for piece in pieces]
-    is_one_value = ["=" in piece and not _NEXT_PARAMETER.search(piece) for piece in pieces]
-    left_out = set(_TOKENS)
-    for required, all_names in _SIGNED_QUERIES:
-        if required.issubset(names):
-            left_out |= all_names
-    kept = (not (is_one and name in left_out) for name, is_one in zip(names, is_one_value, strict=True))
-    return "&".join(itertools.compress(pieces, kept))
 
 
 #: Longest parameter name that a message shows.
@@ -382,7 +314,7 @@ def query_digests(url: str) -> list[list[str]]:
     """
     query = url.partition("#")[0].partition("?")[2]
     digests = []
-    for piece in filter(None, _without_signature(query).split("&")):
+    for piece in filter(None, without_signature(query).split("&")):
         name, _, value = piece.partition("=")
         shown_name = printable(unquote_plus(name)) if value.strip("=") and len(name) <= _MAX_PARAMETER_LENGTH else ""
         digests.append([shown_name, hashlib.sha256(piece.encode(errors="surrogateescape")).hexdigest()[:16]])
@@ -393,12 +325,3 @@ def _authority_of(url: str) -> str:
     """Return the text between ``//`` and the first character that ends the authority for any parser."""
     scheme, colon, rest = url.partition("://")
     return re.split(r"[/\\?#]", rest, maxsplit=1)[0] if colon and "/" not in scheme else ""
-
-
-def _grants_folder(query: str) -> bool:
-    """Return whether a query is an Azure shared access signature for a container, a directory or an account.
-
-    See ``sr`` and ``srt`` in learn.microsoft.com, "Create a service SAS" and "Create an account SAS".
-    """
-    parameters = dict(parse_qsl(query))
-    return "sig" in parameters and (parameters.get("sr") in ("c", "d") or "o" in parameters.get("srt", ""))
