@@ -44,7 +44,7 @@ def collective_call(group: ProcessGroup | None, timeout: float | None) -> Iterat
         if channel.identity.rank == 0:
             _warn_of_misspelt_variables()
         with ExitStack() as stack:
-            yield CallContext(channel, settings, group, stack)
+            yield CallContext(channel, settings, stack, group)
 
 
 def agree_on_delivery(

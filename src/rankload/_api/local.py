@@ -113,7 +113,7 @@ def _load_file(
     settings = Settings.from_environment()
     with wrap_load_errors(path), SingleProcessChannel(identity) as channel, ExitStack() as stack:
         file = FetchedFile(path, path.stat().st_size, None, "local")
-        found = settled(path, file, target, CallContext(channel, settings, stack=stack), mmap=mmap)
+        found = settled(path, file, target, CallContext(channel, settings, stack), mmap=mmap)
         limits = Limits.of(identity, settings)
         return read_checkpoint(
             found, target, weights_only=weights_only, mmap=mmap, limits=limits, display_name=str(path), **arguments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -37,7 +38,8 @@ def dist_once(
 
     For what every job prepares before it trains: unpacking a dataset, building an extension, a ``snapshot_download``, a
     tokenizer. A stamp in the directory records the value, so that the next job does not run the function again. Jobs
-    that start at the same time share one run through a lease.
+    that start at the same time share one run through a lease: while another job's process lives and runs the function,
+    this call waits for it, without a deadline.
 
     **Collective** over the ranks of ``group``, else of the default process group, else of the launcher's job, like
     `rankload.dist_load_state_dict_from_url`. Ranks on nodes with directories of their own run the function once for
@@ -92,9 +94,9 @@ def local_once(
     Returns:
         The function's value, from this run or an earlier one.
     """
-    with open_single_process_channel() as channel:
+    with open_single_process_channel() as channel, ExitStack() as stack:
         task = _task(function, key, directory, "process", redo=redo, has_deadline=False)
-        return run_once(task, CallContext(channel, Settings.from_environment()))
+        return run_once(task, CallContext(channel, Settings.from_environment(), stack))
 
 
 def _task(

@@ -9,11 +9,13 @@ not even by the group: a mapped file must not change. Users who may write to the
 from __future__ import annotations
 
 import errno
+import json
 import os
+import secrets
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rankload.errors import CacheError
 
@@ -108,6 +110,25 @@ def open_new(path: Path) -> TextIO:
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(path, flags, NEW_FILE_MODE), "w", encoding="utf-8")
+
+
+def write_own_json(path: Path, content: Any) -> None:
+    """Write JSON atomically to a path inside a directory of rankload's, which is made if it does not exist.
+
+    Raises:
+        CacheError: something else is in the place of the directory.
+        OSError: the file cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        make_own_directory(path.parent)
+        with open_new(temporary) as file:
+            share_file(file.fileno(), path.parent)
+            file.write(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()  # exists only after an error or a signal
 
 
 def make_own_directory(directory: Path) -> None:

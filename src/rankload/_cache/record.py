@@ -6,12 +6,11 @@ import errno
 import json
 import logging
 import os
-import secrets
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from rankload._cache.access import make_own_directory, open_new, open_plain, share_file
+from rankload._cache.access import open_plain, write_own_json
 from rankload._cache.files import retry_if_stale
 from rankload._types import Provenance
 
@@ -140,16 +139,7 @@ def write_record(path: Path, record: Record) -> None:
         CacheError: something else is in the place of the record's directory.
         OSError: the record cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        make_own_directory(path.parent)
-        with open_new(temporary) as file:
-            share_file(file.fileno(), path.parent)
-            file.write(json.dumps(asdict(record), indent=1) + "\n")
-        temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()  # exists only after an error or a signal
+    write_own_json(path, asdict(record))
 
 
 def _text_of(path: Path) -> tuple[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rankload._coordination.channel import Channel
@@ -21,14 +21,14 @@ class CallContext:
     Attributes:
         channel: channel to the other ranks of the call.
         settings: deadlines and limits, with the call's own ``timeout=``.
-        group: process group that the caller passed; None if the caller passed none.
         stack: releases files and memory at the end of the call, before its verdict.
+        group: process group that the caller passed; None if the caller passed none.
     """
 
     channel: Channel
     settings: Settings
+    stack: ExitStack
     group: ProcessGroup | None = None
-    stack: ExitStack = field(default_factory=ExitStack)
 
     @property
     def identity(self) -> Identity:

@@ -7,16 +7,18 @@ import json
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rankload._cache.access import is_trusted, make_own_directory, name_of, open_new, open_plain, share_file
+from rankload._cache.access import is_trusted, make_own_directory, name_of, open_plain, write_own_json
 from rankload._cache.directory import make_directory
 from rankload._cache.files import wrap_write_errors
 from rankload._coordination.call_context import CallContext
+from rankload._coordination.job import Turn
 from rankload._fetch.cache_domain import find_domain
 from rankload._types import Progress, Scope
 from rankload._urls import OWN_DIRECTORY
@@ -26,6 +28,12 @@ _logger = logging.getLogger("rankload")
 
 #: A value travels through the store.
 _MAX_VALUE_BYTES = 60 << 10
+
+#: Age after which a job's stamp is removed. A job that runs on only asks once more.
+_MAX_JOB_SECONDS = 7 * 24 * 3600.0
+
+#: How far the clocks of a job's hosts may differ.
+_CLOCK_SLACK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,8 @@ class Task:
         key: name of the task and of its version.
         directory: where the stamp is kept. Ranks that share the directory share one run.
         scope: which ranks share one run.
-        is_redone: run the function even if a stamp says that it was run.
+        redo: run the function even if a stamp says that it was run. A turn: unless a stamp says that a rank of this
+            job ran it in that turn or a later one.
         has_deadline: ``function`` must report progress.
     """
 
@@ -46,7 +55,7 @@ class Task:
     key: str
     directory: Path
     scope: Scope
-    is_redone: bool
+    redo: bool | Turn
     has_deadline: bool
 
 
@@ -73,21 +82,23 @@ def _lead(task: Task, call: CallContext) -> dict[str, Any]:
 
     stamp = _Stamp(task)
     before = stamp.read()
-    if before is not None and not task.is_redone:
-        return before.value
 
-    def done_by_another() -> _Run | None:
+    def finished_run() -> _Run | None:
         found = stamp.read()
-        return None if task.is_redone and found == before else found
+        if isinstance(task.redo, Turn):
+            return found if found is not None and found.covers(task.redo) else None
+        return None if task.redo and found == before else found
 
     def on_wait() -> bool:
         call.report(Progress("waiting"))
-        return done_by_another() is not None
+        return finished_run() is not None
 
+    if (found := finished_run()) is not None:
+        return found.value
     stamp.make_directories()
     # the holder renews its lease while the function runs, however long that takes
     with hold_lease(stamp.lease_path, call.settings, progress_mark=stamp.lease_mark, on_wait=on_wait):
-        if (found := done_by_another()) is not None:
+        if (found := finished_run()) is not None:
             return found.value
         value = _encoded(_run(task, call), task)
         stamp.write(value)
@@ -117,10 +128,20 @@ class _Run:
     Attributes:
         run_id: distinguishes the run from others of the same task.
         value: its value, encoded.
+        job, number: of the turn in which it ran (`Turn`); None and 0 if it belonged to no turn.
+        ended_at: when it ended, in seconds since the epoch by the clock of its host.
     """
 
     run_id: str
     value: dict[str, Any]
+    job: str | None
+    number: int
+    ended_at: float
+
+    def covers(self, turn: Turn) -> bool:
+        """Return whether a rank of the turn's job ran in the same turn or a later one."""
+        is_of_this_job = self.job == turn.job and self.ended_at >= turn.launched_at - _CLOCK_SLACK_SECONDS
+        return is_of_this_job and self.number >= turn.number
 
 
 class _Stamp:
@@ -128,9 +149,9 @@ class _Stamp:
 
     def __init__(self, task: Task) -> None:
         own = task.directory / OWN_DIRECTORY
-        self._directory = own / "once"
+        self._key, self._turn = task.key, task.redo if isinstance(task.redo, Turn) else None
+        self._directory = own / ("once" if self._turn is None else "jobs")
         self._path = self._directory / f"{hashlib.sha256(task.key.encode()).hexdigest()[:32]}.json"
-        self._key = task.key
         self.lease_path = self._path.with_suffix(".lease")
 
     def read(self) -> _Run | None:
@@ -145,7 +166,9 @@ class _Stamp:
             encoded = found["value"]
             if found["key"] == self._key and encoded.keys() == {"kind", "value"}:
                 is_gone = encoded["kind"] == "path" and not Path(encoded["value"]).exists()
-                return None if is_gone else _Run(found["run_id"], encoded)
+                if is_gone:
+                    return None
+                return _Run(found["run_id"], encoded, found["job"], int(found["number"]), float(found["ended_at"]))
         return None
 
     def make_directories(self) -> None:
@@ -164,15 +187,19 @@ class _Stamp:
         Raises:
             CacheError: it cannot be written.
         """
-        temporary = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}.tmp")
+        job, number = (self._turn.job, self._turn.number) if self._turn else (None, 0)
+        run = _Run(secrets.token_hex(8), encoded, job, number, time.time())
         with wrap_write_errors(self._path):
-            try:
-                with open_new(temporary) as file:
-                    share_file(file.fileno(), self._directory)
-                    json.dump({"key": self._key, "value": encoded, "run_id": secrets.token_hex(8)}, file)
-                temporary.replace(self._path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_own_json(self._path, {"key": self._key, **asdict(run)})
+        if self._turn is not None:
+            self._remove_stamps_of_ended_jobs(run.ended_at)
+
+    def _remove_stamps_of_ended_jobs(self, now: float) -> None:
+        with suppress(OSError):
+            for path in self._directory.glob("*.json"):
+                with suppress(OSError):
+                    if now - path.lstat().st_mtime > _MAX_JOB_SECONDS:
+                        path.unlink()
 
     def lease_mark(self) -> object:
         """Return what changes while the lease's holder lives."""

@@ -97,7 +97,7 @@ def test_a_read_that_returns_after_the_call_gave_up_writes_into_no_other_file(
     monkeypatch.setattr(os, "pwrite", noted)
     settings = Settings(progress_seconds=0.2)
     with SingleProcessChannel(identity_from_environment()) as channel, ExitStack() as stack:
-        call = CallContext(channel, settings, stack=stack)
+        call = CallContext(channel, settings, stack)
         with pytest.raises(ProgressTimeoutError):
             node_copy.with_node_copy(hold(path, None, stack), path, call)
     victims = [tmp_path / f"victim{number}" for number in range(20)]

@@ -137,7 +137,7 @@ def private_copy(path: Path, stack: ExitStack) -> Path:
     """Copy a checkpoint into memory of this process, and return the path of the copy. Not collective."""
     channel = SingleProcessChannel(identity_from_environment())
     stack.callback(channel.close)
-    call = CallContext(channel, Settings.from_environment(), stack=stack)
+    call = CallContext(channel, Settings.from_environment(), stack)
     copied = with_node_copy(hold(path, None, stack), path, call, must_fit=False)
     assert copied is not None
     return copied
