@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rankload._formats.entry import TensorEntry
     from rankload._load.checkpoint import Checkpoint
     from rankload._load.report import LoadReport
+    from rankload._patch.patch import patch, unpatch
+    from rankload._patch.patched_load import dist_hub_load
     from rankload.errors import (
         ArgumentError,
         CacheError,
@@ -51,6 +53,7 @@ __all__ = [
     "__version__",
     "adapt",
     "dist_fetch",
+    "dist_hub_load",
     "dist_load_into",
     "dist_load_state_dict_from_url",
     "dist_once",
@@ -60,16 +63,21 @@ __all__ = [
     "local_once",
     "model_zoo",
     "open_checkpoint",
+    "patch",
+    "unpatch",
 ]
 
 _HOMES = {
     "dist_fetch": "_api.fetch",
     "dist_load_state_dict_from_url": "_api.state_dict",
     "dist_load_into": "_api.module",
+    "dist_hub_load": "_patch.patched_load",
     "dist_once": "_api.once",
     "local_once": "_api.once",
     "load": "_api.local",
     "open_checkpoint": "_api.inspect",
+    "patch": "_patch.patch",
+    "unpatch": "_patch.patch",
     "Checkpoint": "_load.checkpoint",
     "LoadReport": "_load.report",
     "TensorEntry": "_formats.entry",

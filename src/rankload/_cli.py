@@ -107,6 +107,19 @@ def prefetch(
         raise typer.Exit(1)
 
 
+@app.command(name="run", add_help_option=False, context_settings={"ignore_unknown_options": True})
+def run_script(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="[-m MODULE | SCRIPT] [ARGUMENT...]", help="As for python itself.")
+    ],
+) -> None:
+    """Run a script or module whose downloads by torch.hub and huggingface_hub are once per job.
+
+    With torchrun: torchrun --nproc-per-node 8 -m rankload run train.py --its-own-arguments
+    """
+    raise AssertionError("main() has run it")
+
+
 @app.callback(invoke_without_command=True)
 def common(version: bool = typer.Option(False, "--version", help="Show the version and exit.")) -> None:
     """Load checkpoints into distributed PyTorch jobs. Each command has its own --help."""
@@ -117,6 +130,11 @@ def common(version: bool = typer.Option(False, "--version", help="Show the versi
 
 def main() -> None:
     """Run the command line. A RankloadError becomes one line on stderr and exit status 1."""
+    if sys.argv[1:2] == ["run"]:  # all that follows belongs to the script, and so does the set-up of logging
+        from rankload._patch.run_script import run
+
+        run(sys.argv[2:])
+        return
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
         app()

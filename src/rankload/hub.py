@@ -1,9 +1,9 @@
 """Drop-in for torch.hub's downloads, with rankload's safety: ``import rankload.hub as hub``.
 
-Signatures, cache directory, file names and error texts are those of torch.hub. All other names (``load``, ``list``,
-``help``) are torch.hub's own functions. **Not collective**: any rank may make a call, alone or with others, as scripts
-do under ``if rank == 0:``. Processes that share the cache directory download once: the lease between them sees to that.
-docs/differences.md lists the differences.
+Signatures, cache directory, file names and error texts are those of torch.hub. **Not collective**: any rank may make a
+call, alone or with others, as scripts do under ``if rank == 0:``. Processes that share the cache directory download
+once: the lease between them sees to that. What an entry point of ``load`` downloads itself is once per job, too, as
+under `rankload.patch`. docs/differences.md lists the differences.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ from typing import TYPE_CHECKING, Any
 import torch.hub
 from torch.hub import get_dir, set_dir
 
+from rankload._api.hub_load import entry_point_help as help
+from rankload._api.hub_load import list_entry_points as list
 from rankload._api.state_dict import load_in_this_process
 from rankload._api.tracebacks import short_tracebacks
 from rankload._fetch.request import torch_hub_directory
 from rankload._fetch.to_path import download_to
+from rankload._patch.patched_load import load
 
 if TYPE_CHECKING:
     from rankload._api.state_dict import MapLocation
 
-__all__ = ["download_url_to_file", "get_dir", "load_state_dict_from_url", "set_dir"]
+__all__ = ["download_url_to_file", "get_dir", "help", "list", "load", "load_state_dict_from_url", "set_dir"]
 
 
 def __getattr__(name: str) -> Any:
-    """Return torch.hub's own attribute: load, list, help, … torch.hub downloads repositories itself."""
+    """Return torch.hub's own attribute, such as a constant."""
     return getattr(torch.hub, name)
 
 

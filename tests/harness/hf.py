@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -27,7 +27,7 @@ _TEXT_SUFFIXES = {".json", ".md", ".txt"}
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository of the origin, with the branch ``main`` at ``COMMIT``.
+    """A repository of the origin, with the branch ``main`` at ``commit``.
 
     Attributes:
         files: Path -> content.
@@ -39,6 +39,7 @@ class Repository:
     name: str
     files: Mapping[str, bytes]
     token: str | None
+    commit: str = COMMIT
 
     @property
     def environment(self) -> dict[str, str | None]:
@@ -67,19 +68,31 @@ class Repository:
 
 
 def publish(
-    origin: Origin, name: str, files: Mapping[str, bytes], *, token: str | None = None, cdn: Origin | None = None
+    origin: Origin,
+    name: str,
+    files: Mapping[str, bytes],
+    *,
+    token: str | None = None,
+    cdn: Origin | None = None,
+    missing: Iterable[str] = (),
+    commit: str = COMMIT,
 ) -> Repository:
     """Puts a model repository on the origin.
 
     Args:
         name: owner/name
         cdn: Where weights are redirected to.
+        commit: What ``main`` is.
+        missing: Paths for which the Hub says that the repository has no such file; others are just not found.
     """
-    repository = Repository(origin, cdn or origin, name, files, token)
-    for revision in ("main", COMMIT):
+    repository = Repository(origin, cdn or origin, name, files, token, commit)
+    for revision in ("main", commit):
         _add_api(repository, revision)
         for path, content in files.items():
             _add_file(repository, revision, path, content)
+        for path in missing:
+            headers = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": commit}
+            origin.add(repository.resolved(path, revision), b"", Reply(status=404, headers=headers))
     return repository
 
 
@@ -97,7 +110,7 @@ def _add_api(repository: Repository, revision: str) -> None:
 
 def _add_file(repository: Repository, revision: str, path: str, content: bytes) -> None:
     origin, cdn = repository.origin, repository.cdn
-    headers = {"X-Repo-Commit": COMMIT}
+    headers = {"X-Repo-Commit": repository.commit}
     if _is_text(path):
         reply = Reply(headers=headers, etag=f'"{_git_oid(content)}"', required_headers=_required(repository))
         origin.add(repository.resolved(path, revision), content, reply)
@@ -124,7 +137,7 @@ def _model_info(repository: Repository) -> dict[str, Any]:
         "_id": "1",
         "id": repository.name,
         "modelId": repository.name,
-        "sha": COMMIT,
+        "sha": repository.commit,
         "private": repository.token is not None,
         "gated": False,
         "disabled": False,

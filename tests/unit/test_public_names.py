@@ -9,12 +9,15 @@ from harness.scripts import run_script
 
 CALLS = {
     "dist_fetch",
+    "dist_hub_load",
     "dist_load_into",
     "dist_load_state_dict_from_url",
     "dist_once",
     "load",
     "local_once",
     "open_checkpoint",
+    "patch",
+    "unpatch",
 }
 CLASSES = {"Checkpoint", "LoadReport", "TensorEntry"}
 MODULES = {"adapt", "errors", "hub", "model_zoo"}

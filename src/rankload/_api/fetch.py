@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,9 +78,32 @@ def fetch_in_this_process(
 ) -> FetchedFile:
     """Fetch in this process only, with the arguments of the public calls. Not collective; does not import torch."""
     settings = settings or Settings.from_environment()
-    with open_single_process_channel() as channel:
+    with open_single_process_channel() as channel, ExitStack() as stack:
         request = make_request(url, model_dir, settings, scope="process", **options)
-        return fetch_once(request, CallContext(channel, settings))
+        return fetch_once(request, CallContext(channel, settings, stack))
+
+
+def fetch_for_job(
+    url: UrlArgument,
+    model_dir: str | os.PathLike[str] | None,
+    settings: Settings,
+    **options: Unpack[RequestOptions],
+) -> FetchedFile:
+    """Fetch like `fetch_in_this_process`. If that fails, the other processes of the job do not try one by one.
+
+    A process that waits for the lease of one whose download fails raises that error.
+    """
+    request = make_request(url, model_dir, settings, scope="process", **options)
+
+    def fetch() -> FetchedFile:
+        return fetch_in_this_process(url, model_dir, settings, **options)
+
+    if request.url.local_path is None and not (request.directory / request.file_name).exists():
+        from rankload._api.once_per_job import once_per_job
+
+        key = f"fetch {request.url.key} {request.file_name} {request.digest or ''}"
+        once_per_job(lambda: str(fetch().path), key=key, directory=request.directory, has_lease=False)
+    return fetch()
 
 
 def fetch_for(delivery: Delivery, request: FetchRequest, call: CallContext, source: int) -> FetchedFile | None:

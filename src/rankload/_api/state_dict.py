@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankload._api.call import agree_on_delivery, collective_call
-from rankload._api.fetch import fetch_for, fetch_in_this_process
+from rankload._api.fetch import fetch_for, fetch_for_job
 from rankload._api.tracebacks import short_tracebacks
 from rankload._coordination.call_context import CallContext
 from rankload._coordination.membership import own_identity
@@ -158,18 +158,21 @@ def load_in_this_process(
     check_hash: bool,
     file_name: str | None,
     weights_only: bool,
+    keeps_devices: bool = False,
 ) -> Any:
     """Load in this process only, since torch.hub's function is often called under ``if rank == 0:``. Not collective.
 
     Processes that share the directory still download once: the lease sees to that.
+
+    Args:
+        url, model_dir, map_location, progress, check_hash, file_name, weights_only: as in torch.hub.
+        keeps_devices: ``map_location=None`` puts each tensor on the device that it was saved from, as in torch.
     """
     settings = replace(Settings.from_environment(), hash_prefix_digits=1)  # torch.hub accepts a prefix of any length
-    file = fetch_in_this_process(
-        url, model_dir, settings, progress=progress, check_hash=check_hash, file_name=file_name
-    )
+    file = fetch_for_job(url, model_dir, settings, progress=progress, check_hash=check_hash, file_name=file_name)
     with SingleProcessChannel(own_identity()) as channel, ExitStack() as stack:
-        call = CallContext(channel, settings, stack=stack)
-        location = _resolved(map_location, call)
+        call = CallContext(channel, settings, stack)
+        location = None if keeps_devices and map_location is None else _resolved(map_location, call)
         path, display_name = _delivered("read", file, 0, location, None, call)
         return _read(path, display_name, location, call, weights_only, None)
 

@@ -18,7 +18,7 @@ from rankload._fetch.models import FetchRequest
 from rankload._fetch.offline import is_switched_off
 from rankload._fetch.partials.partial import Partial
 from rankload._fetch.partials.resume import remove_dead_partials
-from rankload._fetch.request import checked_urls, warn_of_short_prefix
+from rankload._fetch.request import UrlArgument, checked_urls, warn_of_short_prefix
 from rankload._formats.source import open_regular
 from rankload._settings import Settings
 from rankload._types import Progress
@@ -28,8 +28,8 @@ from rankload.errors import CacheError, OfflineError
 _READ_BYTES = 1 << 20
 
 
-def download_to(url: str, destination: Path, hash_prefix: str | None, *, progress: bool) -> None:
-    """Download a URL, or copy a ``file://`` URL, to a path, verified and atomically.
+def download_to(url: UrlArgument, destination: Path, hash_prefix: str | None, *, progress: bool) -> None:
+    """Download a URL (or its mirrors), or copy a ``file://`` URL, to a path, verified and atomically.
 
     After any error, a file that was at the path stays there.
 

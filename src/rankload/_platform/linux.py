@@ -14,7 +14,7 @@ from pathlib import Path
 _FALLOC_FL_KEEP_SIZE = 1
 
 #: Constants of fcntl.h, statx(2) and rename(2).
-_AT_FDCWD, _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, _RENAME_NOREPLACE = -100, 0x100, 0x800, 1
+_AT_FDCWD, _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 0x100, 0x800, 1, 2
 
 #: Start writing the dirty pages of a range; do not wait: sync_file_range(2).
 _SYNC_FILE_RANGE_WRITE = 2
@@ -124,6 +124,12 @@ def rename_if_absent(path: Path, target: Path) -> None:
         if error not in (errno.EINVAL, errno.ENOSYS):  # NFS and some FUSE filesystems support only plain renames
             raise OSError(error, os.strerror(error), str(target))
         _link_if_absent(path, target)
+
+
+def exchange(path: Path, other: Path) -> bool:
+    """Exchange two names atomically; return False where that is not possible."""
+    names = os.fsencode(path), os.fsencode(other)
+    return _renameat2 is not None and not _renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
 
 
 def _link_if_absent(path: Path, target: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import urljoin
 
@@ -90,15 +91,16 @@ class HttpOrigin(Origin):
         url: URL of the file.
         headers: the caller's headers, for this URL's server only.
         settings: deadlines.
+        environ: environment variables that may hold tokens.
     """
 
-    def __init__(self, url: Url, headers: Headers, settings: Settings) -> None:
+    def __init__(self, url: Url, headers: Headers, settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
         self.url, self.display_name, self.may_answer_once = url, url.display_name, True
         self._sessions: list[requests.Session] = []
         self._idle_sessions: list[requests.Session] = []
         self._first_url = without_user(url.raw)
         self._target = _Target(self._first_url)
-        self._credentials = Credentials(url.raw, headers, server=_server_as_asked(self._first_url))
+        self._credentials = Credentials(url.raw, headers, environ, server=_server_as_asked(self._first_url))
         self._settings = settings
         self._refused_ranges = 0
         self._has_answered = self._has_served_ranges = self._is_sending_whole = False
