@@ -149,5 +149,5 @@ def patch() -> PatchContext:
 
 
 def unpatch() -> None:
-    """Put back everything that `patch` has replaced. Does nothing if the patch is not in force."""
+    """Put back everything that `patch` has replaced; do nothing if the patch is not in force. Not collective."""
     patch_of_process().undo()
