@@ -79,8 +79,16 @@ def test_every_setting_is_listed_with_its_default() -> None:
 def test_every_option_is_listed() -> None:
     command = typer.main.get_command(app).commands["prefetch"]  # type: ignore[attr-defined]
     options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
-    listed = set(re.findall(r"^\| `(--[\w-]+)", _read("reference/cli.md"), re.MULTILINE))
+    listed = set(re.findall(r"^\| `(--[\w-]+)", _sections("reference/cli.md")["rankload prefetch"], re.MULTILINE))
     assert listed == options - {"--help"}
+
+
+def test_every_command_has_a_section_with_its_options() -> None:
+    sections = _sections("reference/cli.md")
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        section = sections[f"rankload {name}"]
+        options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+        assert not [option for option in options - {"--help"} if option not in section], name
 
 
 def test_pages_name_pages_that_are_there() -> None:

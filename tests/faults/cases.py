@@ -720,6 +720,39 @@ ALL_CASES = (
         "Rank 0 proves in its store that it is rank 0 of a job of this size. Every rank raises within "
         "`RANKLOAD_CONNECT_SECONDS` and 2 s; the error says what probably holds the port.",
     ),
+    Case(
+        88,
+        "preparation-that-dies",
+        RANKS,
+        "The rank that runs the function of `dist_once` dies in it, or what an earlier run has prepared is gone.",
+        "The error names that rank, on every rank; the next job runs the function again, and so does one that finds "
+        "that the path of an earlier run no longer exists.",
+    ),
+    Case(
+        89,
+        "unchanged-script-fails",
+        RANKS,
+        "Under `rankload.patch` or `rankload run`: the origin refuses a file that every rank asks for, or the rank "
+        "that downloads it dies.",
+        "Ranks that ask for the same file raise the same error, with torch.hub's types, after one try instead of one "
+        "after the other; a second call is a second try. After a death another rank goes on.",
+    ),
+    Case(
+        90,
+        "refused-repository",
+        TRUST,
+        "`hub.load` gets an archive that would be written outside of its folder, that unpacks to far more than its "
+        "size, or that is none.",
+        "`VerificationError`; nothing of it stays, and what was there before is as it was.",
+    ),
+    Case(
+        91,
+        "hub-that-counts-requests",
+        RANKS,
+        "Every rank asks the Hugging Face Hub for each file's state, and the Hub refuses so many (429); or it says "
+        "that a repository has no such file.",
+        "Under the patch one rank asks. The others have its path, or an error of the same type, without a request.",
+    ),
 )
 
 CASES: dict[int, Case] = {case.number: case for case in sorted(ALL_CASES, key=lambda case: case.number)}

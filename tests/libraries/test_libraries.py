@@ -1,4 +1,7 @@
-"""Libraries as they are, under ``rankload run``: every byte once for four ranks, and the same weights as without it."""
+"""Libraries as they are, under ``rankload run``: every byte once for four ranks, and the right weights.
+
+The scripts are those of the pages in docs/libraries, and of the folder beside this file.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,67 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from docs.blocks import blocks_of
 from harness import hf
 from harness.github import github
 from harness.origin import Origin
-from harness.scripts import run_script, run_torchrun
+from harness.scripts import run_torchrun
 
-SCRIPTS = Path(__file__).with_name("scripts")
+HERE = Path(__file__).parent
+PAGES = HERE.parents[1] / "docs" / "libraries"
+RANKS = 4
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _importable() -> None:
     """The libraries can be imported here, too."""
-    sys.path.insert(0, str(SCRIPTS))
-    importlib.import_module("_job")
-    sys.path.remove(str(SCRIPTS))
+    sys.path.insert(0, str(HERE / "site"))
+    importlib.import_module("cpu_builds")
+    importlib.import_module("digest")
+    sys.path.remove(str(HERE / "site"))
+
+
+def script(name: str, directory: Path, texts: dict[str, str] | None = None, before: str = "") -> Path:
+    """The first Python block of a page, or a script of the folder, with an ending that says what a rank has."""
+    page = PAGES / f"{name}.md"
+    if page.exists():
+        text = next(block.text for block in blocks_of(page) if block.language == "python")
+    else:
+        text = (HERE / "scripts" / f"{name}.py").read_text()
+    for said, meant in (texts or {}).items():
+        assert said in text, f"{name} does not say {said}"
+        text = text.replace(said, meant)
+    path = directory / "train.py"
+    path.write_text(f"{before}\n{text}\nfrom digest import finish\n\nfinish(model)\n")
+    return path
+
+
+def run(path: Path, home: Path, environment: dict[str, str], *, patched: bool = True) -> str:
+    """The digest of the weights that the script has on all ranks."""
+    variables = {**environment, **homes(home)}
+    words, options = (("rankload", RANKS, "run", path), ["--module"]) if patched else ((path, RANKS), [])
+    result = run_torchrun(*words, options=["--standalone", *options], env=variables).check()
+    lines = [line for out, _ in result.worker_streams.values() for line in out.splitlines()]
+    found = [line.removeprefix("weights: ") for line in lines if line.startswith("weights: ")]
+    assert len(found) == RANKS and len(set(found)) == 1, lines
+    return found[0]
+
+
+def digest_of(model: nn.Module) -> str:
+    """What a script prints that has this model's weights."""
+    return importlib.import_module("digest").digest_of(model)
+
+
+def homes(home: Path) -> dict[str, str]:
+    folders = {"HOME": "", "TORCH_HOME": "torch", "HF_HOME": "hf", "XDG_CACHE_HOME": "cache"}
+    return {"PYTHONPATH": str(HERE / "site"), **{name: str(home / folder) for name, folder in folders.items()}}
 
 
 def weights_file(model: nn.Module, directory: Path, content: dict | None = None) -> Path:
@@ -36,49 +80,26 @@ def weights_file(model: nn.Module, directory: Path, content: dict | None = None)
     return path.rename(path.with_name(f"weights-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth"))
 
 
-def run_patched(name: str, environment: dict[str, str], home: Path, ranks: int = 4) -> set[str]:
-    """What the ranks of the script print."""
-    words, options = ("run", SCRIPTS / f"{name}.py"), ("--standalone", "--module")
-    result = run_torchrun("rankload", ranks, *words, options=options, env={**environment, **homes(home)}).check()
-    found = {
-        line for out, _ in result.worker_streams.values() for line in out.splitlines() if line.startswith("weights: ")
-    }
-    assert len(result.worker_streams) == ranks and len(found) == 1, result.worker_streams
-    return found
+# --- weights at a URL ------------------------------------------------------------------------------------------------
 
 
-def run_plain(name: str, environment: dict[str, str], home: Path) -> set[str]:
-    result = run_script(SCRIPTS / f"{name}.py", env={**environment, **homes(home)}).check()
-    return {line for line in result.stdout.splitlines() if line.startswith("weights: ")}
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300))
 
 
-def homes(home: Path) -> dict[str, str]:
-    return {
-        "HOME": str(home),
-        "TORCH_HOME": str(home / "torch"),
-        "HF_HOME": str(home / "hf"),
-        "XDG_CACHE_HOME": str(home),
-    }
-
-
-def torchvision_weights(directory: Path) -> tuple[Path, dict[str, str]]:
+def torchvision_model(directory: Path) -> nn.Module:
     import torchvision
 
-    return weights_file(torchvision.models.shufflenet_v2_x0_5(), directory), {}
+    return torchvision.models.shufflenet_v2_x0_5()
 
 
-def timm_weights(directory: Path) -> tuple[Path, dict[str, str]]:
+def timm_model(directory: Path) -> nn.Module:
     import timm
 
-    return weights_file(timm.create_model("test_resnet"), directory), {}
+    return timm.create_model("test_resnet")
 
 
-def mmengine_weights(directory: Path) -> tuple[Path, dict[str, str]]:
-    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300))
-    return weights_file(model, directory, {"state_dict": model.state_dict(), "meta": {"epoch": 1}}), {}
-
-
-def open_clip_weights(directory: Path) -> tuple[Path, dict[str, str]]:
+def open_clip_model(directory: Path) -> nn.Module:
     import open_clip
 
     vision = {"image_size": 32, "layers": 1, "width": 64, "head_width": 16, "patch_size": 16}
@@ -86,50 +107,86 @@ def open_clip_weights(directory: Path) -> tuple[Path, dict[str, str]]:
     config = directory / "tiny.json"
     config.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
     open_clip.add_model_config(config)
-    return weights_file(open_clip.create_model("tiny"), directory), {"MODEL_CONFIG": str(config)}
+    return open_clip.create_model("tiny")
+
+
+#: torchvision's own URL names a host that a test cannot reach, and a hash that no other file has.
+TORCHVISION_URL = """
+import torchvision
+weights = torchvision.models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1
+object.__setattr__(weights.value, "url", "{url}")
+"""
 
 
 @pytest.mark.parametrize(
-    ("script", "make"),
+    ("name", "make"),
     [
-        ("torchvision_enum", torchvision_weights),
-        ("timm_url", timm_weights),
-        ("mmengine_load", mmengine_weights),
-        ("open_clip_url", open_clip_weights),
+        ("torchvision", torchvision_model),
+        ("timm_url", timm_model),
+        ("mmengine", lambda _: two_layers()),
+        ("open_clip_url", open_clip_model),
     ],
 )
-def test_weights_at_a_url(origin: Origin, tmp_path: Path, script: str, make) -> None:
-    path, environment = make(tmp_path)
-    environment["WEIGHTS_URL"] = origin.add(path.name, path)
-    found = run_patched(script, environment, tmp_path / "patched")
+def test_weights_at_a_url(origin: Origin, tmp_path: Path, name: str, make: Callable[[Path], nn.Module]) -> None:
+    model = make(tmp_path)
+    path = weights_file(model, tmp_path, {"state_dict": model.state_dict()} if name == "mmengine" else None)
+    url = origin.add(path.name, path)
+    is_torchvision = name == "torchvision"
+    texts = {} if is_torchvision else {"https://example.org/weights-0a1b2c3d.pth": url}
+    train = script(name, tmp_path, texts, TORCHVISION_URL.format(url=url) if is_torchvision else "")
+    environment = {"MODEL_CONFIG": str(tmp_path / "tiny.json")}
+
+    found = run(train, tmp_path / "home", environment)
+
     assert [request.method for request in origin.requests()] == ["GET"]
     assert origin.bytes_sent() == path.stat().st_size
-    assert found == run_plain(script, environment, tmp_path / "plain")
+    assert found == digest_of(model)
 
 
-def timm_repository(directory: Path) -> tuple[str, dict[str, bytes], str]:
+def test_without_rankload_every_rank_downloads(origin: Origin, tmp_path: Path) -> None:
+    path = weights_file(torchvision_model(tmp_path), tmp_path)
+    url = origin.add(path.name, path)
+    train = script("torchvision", tmp_path, {}, TORCHVISION_URL.format(url=url))
+    run(train, tmp_path / "home", {}, patched=False)
+    assert origin.bytes_sent() == RANKS * path.stat().st_size
+
+
+def test_fabric_with_the_plugin(origin: Origin, tmp_path: Path) -> None:
+    model = two_layers()
+    path = weights_file(model, tmp_path, {"state_dict": model.state_dict()})
+    texts = {"https://example.org/weights-0a1b2c3d.pth": origin.add(path.name, path)}
+    assert run(script("lightning", tmp_path, texts), tmp_path / "home", {}, patched=False) == digest_of(model)
+    assert origin.request_count() == 1 and origin.bytes_sent() == path.stat().st_size
+
+
+# --- weights on the Hub ----------------------------------------------------------------------------------------------
+
+
+def timm_repository(directory: Path) -> tuple[str, dict[str, bytes], str, str]:
     import timm
 
-    model = timm.create_model("test_resnet")
+    model = timm_model(directory)
     timm.models.save_for_hf(model, directory / "repo", safe_serialization=True)
-    return "org/tiny", read_all(directory / "repo"), hf.COMMIT
+    return "timm/resnet18.a1_in1k", read_all(directory / "repo"), hf.COMMIT, digest_of(model)
 
 
-def transformers_repository(directory: Path) -> tuple[str, dict[str, bytes], str]:
+def transformers_repository(directory: Path) -> tuple[str, dict[str, bytes], str, str]:
     from transformers import BertConfig, BertModel
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=1000, **sizes)).save_pretrained(directory / "repo")
-    return "org/tiny", read_all(directory / "repo"), hf.COMMIT
+    model = BertModel(BertConfig(vocab_size=1000, **sizes))
+    model.save_pretrained(directory / "repo")
+    return "google-bert/bert-base-uncased", read_all(directory / "repo"), hf.COMMIT, digest_of(model)
 
 
-def smp_repository(directory: Path) -> tuple[str, dict[str, bytes], str]:
+def smp_repository(directory: Path) -> tuple[str, dict[str, bytes], str, str]:
     from safetensors.torch import save
     from segmentation_models_pytorch.encoders import encoders, get_encoder
 
     settings = encoders["mobilenet_v2"]["pretrained_settings"]["imagenet"]
-    content = save(get_encoder("mobilenet_v2", weights=None).state_dict())
-    return settings["repo_id"], {"config.json": b"{}", "model.safetensors": content}, settings["revision"]
+    model = get_encoder("mobilenet_v2", weights=None)
+    files = {"config.json": b"{}", "model.safetensors": save(model.state_dict())}
+    return settings["repo_id"], files, settings["revision"], digest_of(model)
 
 
 def read_all(directory: Path) -> dict[str, bytes]:
@@ -137,24 +194,20 @@ def read_all(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("script", "make"),
+    ("name", "make"),
     [
-        ("timm_hub", timm_repository),
-        ("transformers_auto", transformers_repository),
+        ("timm", timm_repository),
+        ("transformers", transformers_repository),
         ("segmentation_models", smp_repository),
     ],
 )
-def test_weights_on_the_hub(tmp_path: Path, script: str, make) -> None:
-    name, files, commit = make(tmp_path)
-    requests = {}
-    for way, run in (("patched", run_patched), ("plain", run_plain)):
-        with Origin() as origin, Origin() as cdn:
-            repository = hf.publish(origin, name, files, cdn=cdn, commit=commit)
-            found = run(script, repository.environment, tmp_path / way)
-            requests[way] = [f"{one.method} {one.path}" for one in (*origin.requests(), *cdn.requests())], found
-    (patched, weights), (plain, plain_weights) = requests["patched"], requests["plain"]
-    assert weights == plain_weights
-    assert sorted(patched) == sorted(plain)  # as one process alone asks
+def test_weights_on_the_hub(tmp_path: Path, name: str, make: Callable[[Path], tuple[str, dict, str, str]]) -> None:
+    repository_name, files, commit, expected = make(tmp_path)
+    with Origin() as origin, Origin() as cdn:
+        repository = hf.publish(origin, repository_name, files, cdn=cdn, commit=commit)
+        assert run(script(name, tmp_path), tmp_path / "home", repository.environment) == expected
+        asked = [f"{one.method} {one.path}" for one in (*origin.requests(), *cdn.requests())]
+    assert asked and len(asked) == len(set(asked)), asked  # nothing twice, however many ranks
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="torchaudio's host needs a namespace: root")
@@ -169,12 +222,14 @@ def test_torchaudio_pipeline(tmp_path: Path) -> None:
         "encoder_attention_dropout": 0.0, "encoder_ff_interm_features": 32, "encoder_ff_interm_dropout": 0.0,
         "encoder_dropout": 0.0, "encoder_layer_norm_first": False, "encoder_layer_drop": 0.0, "aux_num_out": None,
     }  # fmt: skip
-    path = weights_file(wav2vec2_model(**config), tmp_path)
+    model = wav2vec2_model(**config)
+    path = weights_file(model, tmp_path)
+    train = script("torchaudio_pipeline", tmp_path)
     with github(tmp_path) as server:
         server.add_file("torchaudio/models/tiny.pth", path.read_bytes(), host="download.pytorch.org")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "--module", "rankload", "run"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "--module", "rankload"]
         environment = {"MODEL_CONFIG": json.dumps(config), **homes(tmp_path / "home")}
-        result = server.run(sys.executable, *torchrun, SCRIPTS / "torchaudio_pipeline.py", env=environment).check()
+        result = server.run(sys.executable, *torchrun, "run", train, env=environment).check()
         assert server.requests() == ["download.pytorch.org/torchaudio/models/tiny.pth"]
     lines = [line for line in result.stdout.splitlines() if line.startswith("weights: ")]
-    assert len(lines) == 4 and len(set(lines)) == 1
+    assert lines == [f"weights: {digest_of(model)}"] * RANKS

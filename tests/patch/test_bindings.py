@@ -7,12 +7,14 @@ import inspect
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch.hub
 import torch.utils.model_zoo
 
 import rankload
+from rankload._api.once_per_job import once_per_job
 from rankload._patch.bindings import rebind
 from rankload._patch.import_hook import ImportHook
 
@@ -73,6 +75,37 @@ def test_binding_that_is_made_under_the_patch_is_put_back():
         assert module.load is not original
     del sys.modules[module.__name__]
     assert module.load is original
+
+
+def test_contexts_that_overlap():
+    """As of two threads: the first to leave takes nothing from the second."""
+    original = torch.hub.load_state_dict_from_url
+    first, second = rankload.patch(), rankload.patch()
+    with second:
+        with first:
+            pass
+        assert torch.hub.load_state_dict_from_url is not original
+    assert torch.hub.load_state_dict_from_url is original
+
+
+def test_launcher_whose_variables_contradict_each_other(monkeypatch):
+    """Scripts that worked so far go on working."""
+    monkeypatch.setenv("RANK", "3")
+    with rankload.patch():
+        assert once_per_job(lambda: 5, key="any", directory=Path("nowhere"), has_lease=False) == 5
+
+
+def test_action_that_fails_does_not_spoil_the_import(tmp_path, monkeypatch, caplog):
+    (tmp_path / "odd_library.py").write_text("VALUE = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    hook = ImportHook({"odd_library": lambda module: module.what_it_lacks})
+    hook.install()
+    try:
+        assert __import__("odd_library").VALUE == 1
+    finally:
+        hook.remove()
+        sys.modules.pop("odd_library", None)
+    assert "odd_library is left alone" in caplog.text
 
 
 def test_patching_twice_and_unpatching_twice():

@@ -67,6 +67,7 @@ def test_nodes_with_directories_of_their_own_run_it_once_each(tmp_path: Path) ->
     assert _runs(log) == 2
 
 
+@pytest.mark.fault(88)
 def test_a_path_that_is_gone_is_prepared_anew(tmp_path: Path) -> None:
     log, made = tmp_path / "log", tmp_path / "made"
     for runs, is_there in ((1, True), (1, True), (2, False)):
@@ -143,6 +144,7 @@ def test_two_jobs_at_once_share_one_run(tmp_path: Path, short_deadlines: float) 
     assert _runs(log) == 1
 
 
+@pytest.mark.fault(88)
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_a_leader_that_dies_in_it_is_named_and_the_next_job_runs_it(
     tmp_path: Path, short_deadlines: float, signum: signal.Signals

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -215,7 +216,8 @@ def _used(request: RepositoryRequest, trust_repo: bool | str, *, verbose: bool) 
     def fetch() -> str:
         return str(fetch_repository(request, lambda progress: None, Settings.from_environment()))
 
-    return Path(once_per_job(fetch, key=f"repository {request.name}", directory=request.hub_dir))
+    key = f"{'reload' if request.is_reloaded else 'fetch'} repository {request.name}"  # turns count calls of one kind
+    return Path(once_per_job(fetch, key=key, directory=request.hub_dir, is_usable=os.path.exists))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ error. The n-th calls of all processes with one key belong together (`Turn`): a 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from rankload._fetch.run_once import Task, run_once
 from rankload._settings import Settings
 from rankload.errors import ArgumentError, CacheError, RankloadError, from_wire, to_wire
 
+#: Age after which another process's failure counts no longer: the origin may serve the file by now.
+_MAX_FAILURE_AGE_SECONDS = 120.0
+
 
 @dataclass(frozen=True)
 class ErrorCodec:
@@ -28,10 +32,12 @@ class ErrorCodec:
     Attributes:
         encode: returns JSON for an error; None for an error that cannot be rebuilt.
         decode: rebuilds the error.
+        max_age_seconds: age after which an error counts no longer, and the function is tried again.
     """
 
     encode: Callable[[Exception], dict[str, Any] | None]
     decode: Callable[[dict[str, Any]], Exception]
+    max_age_seconds: float = _MAX_FAILURE_AGE_SECONDS
 
 
 def _encoded(error: Exception) -> dict[str, Any] | None:
@@ -52,6 +58,7 @@ def once_per_job(
     *,
     key: str,
     directory: Path,
+    is_usable: Callable[[Any], bool] = lambda value: True,
     errors: ErrorCodec = RANKLOAD_ERRORS,
     has_lease: bool = True,
 ) -> Any:
@@ -63,6 +70,7 @@ def once_per_job(
         function: returns what JSON can hold. May run in several processes at once if no lease can be had.
         key: all that the function depends on. The same on all ranks.
         directory: keeps the stamp. Processes that share it share a run.
+        is_usable: whether another process's value can be used here; else this process runs the function.
         errors: codec for the errors of the function. After an error that it cannot encode, each process runs the
             function itself.
         has_lease: whether a process without a job takes the lease, too. Then processes that wait for it share its run.
@@ -83,7 +91,7 @@ def once_per_job(
         except Exception as error:
             if turn is None:  # no other process needs to know
                 raise
-            failure, outcome = error, {"error": errors.encode(error)}
+            failure, outcome = error, {"error": errors.encode(error), "failed_at": time.time()}
         return outcome
 
     try:
@@ -97,7 +105,7 @@ def once_per_job(
     if failure is not None:
         raise failure
     if "value" in shared:
-        return shared["value"]
-    if shared["error"] is None:
+        return shared["value"] if outcome or is_usable(shared["value"]) else function()
+    if shared["error"] is None or time.time() - shared["failed_at"] > errors.max_age_seconds:
         return function()
     raise errors.decode(shared["error"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankload._coordination.launchers import identity_from_environment
+from rankload.errors import ArgumentError
 
 #: Environment variables that have one value on all ranks of a job, and usually another in the next job: torchrun's,
 #: SLURM's, PMIx's, PMI's, PALS's and Open MPI 4's. Jobs at a fixed address may share all values, so `Turn.launched_at`
@@ -55,14 +56,14 @@ _lock = threading.Lock()
 
 
 def next_turn(key: str, environ: Mapping[str, str] | None = None) -> Turn | None:
-    """Count a call, and return its turn; None if this process is not one of several ranks of a known job.
-
-    Raises:
-        ArgumentError: the launcher's variables are incomplete or contradict each other.
-    """
+    """Count a call, and return its turn; None if this process is not one of several ranks of a known job."""
     environ = os.environ if environ is None else environ
     marks = [f"{name}={environ[name]}" for name in _MARKS if environ.get(name)]
-    if identity_from_environment(environ).world_size == 1 or not marks:
+    try:
+        is_alone = identity_from_environment(environ).world_size == 1
+    except ArgumentError:  # the variables contradict each other; the patched code may work all the same
+        return None
+    if is_alone or not marks:
         return None
     with _lock:
         _counts[key] += 1

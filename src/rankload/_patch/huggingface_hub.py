@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -59,6 +60,7 @@ def once(original: Callable[..., Any]) -> Callable[..., Any] | None:
             lambda: original(*args, **kwargs),
             key=f"{original.__name__} {os.environ.get('HF_ENDPOINT', '')} {json.dumps(deciding)}",
             directory=directory.expanduser().absolute(),
+            is_usable=os.path.exists,
             errors=_ERRORS,
             has_lease=False,
         )
@@ -150,4 +152,4 @@ def _decode(wire: dict[str, Any]) -> Exception:
     return error
 
 
-_ERRORS = ErrorCodec(_encode, _decode)
+_ERRORS = ErrorCodec(_encode, _decode, max_age_seconds=math.inf)  # what the Hub said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -10,11 +11,15 @@ from types import ModuleType
 
 from typing_extensions import override
 
+_logger = logging.getLogger("rankload")
+
 OnImport = Callable[[ModuleType], None]
 
 
 class ImportHook(MetaPathFinder):
     """Calls a function with each of some modules: at once if the module is imported already, else after its import.
+
+    A function that fails is logged, and does not spoil the import.
 
     Args:
         actions: functions by module name.
@@ -28,7 +33,7 @@ class ImportHook(MetaPathFinder):
         sys.meta_path.insert(0, self)
         for name, action in self._actions.items():
             if (module := sys.modules.get(name)) is not None:
-                action(module)
+                _act(action, module)
 
     def remove(self) -> None:
         """Act on no further module."""
@@ -63,4 +68,12 @@ class _ActingLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        self._action(module)
+        _act(self._action, module)
+
+
+def _act(action: OnImport, module: ModuleType) -> None:
+    try:
+        action(module)
+    except Exception as error:  # a version with other inner names
+        text = "%s is left alone: this version is not known (%s: %s)"
+        _logger.warning(text, module.__name__, type(error).__name__, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,11 @@ def once(original: Callable[..., Any]) -> Callable[..., Any] | None:
     def download(url: str, cache_dir: Any = None) -> Any:
         directory = Path(cache_dir or _DEFAULT_DIRECTORY).expanduser().absolute()
         return once_per_job(
-            lambda: original(url, cache_dir), key=f"open_clip {url_key(url)}", directory=directory, has_lease=False
+            lambda: original(url, cache_dir),
+            key=f"open_clip {url_key(url)}",
+            directory=directory,
+            is_usable=os.path.exists,
+            has_lease=False,
         )
 
     return download

@@ -11,20 +11,21 @@ from rankload._coordination.membership import own_identity
 from rankload._patch import huggingface_hub, open_clip, torch_hub
 from rankload._patch.bindings import Function, rebind
 from rankload._patch.import_hook import ImportHook
+from rankload.errors import ArgumentError
 
 _logger = logging.getLogger("rankload")
 
 
 class Patch:
-    """The patch of this process.
+    """The patch of this process. It is in force as long as one call of `apply` has not been taken back.
 
     Attributes:
-        is_applied: whether it is in force.
         description: what is patched, for a log line.
     """
 
     def __init__(self) -> None:
-        self.is_applied, self.description = False, ""
+        self.description = ""
+        self._count = 0
         self._lock = threading.RLock()
         self._replaced: list[tuple[Function, Function]] = []
         self._methods: list[tuple[type, str, Function]] = []
@@ -37,31 +38,38 @@ class Patch:
             }
         )
 
-    def apply(self) -> bool:
-        """Replace the functions, and return whether that was to be done."""
+    def apply(self) -> None:
+        """Replace the functions, unless that is done."""
         with self._lock:
-            if self.is_applied:
-                return False
-            self.is_applied = True
+            self._count += 1
+            if self._count > 1:
+                return
             known = [*torch_hub.replacements()]
             self._replace(*((original, replacement) for _, original, replacement in known))
             self._hook.install()
             names = [name for name, _, _ in known]
             patched = f"torch.hub ({', '.join(names)})" if names else "nothing of torch.hub"
             self.description = f"patched {patched}, huggingface_hub and open_clip where they are imported"
-            if own_identity().rank == 0:
+            if is_rank_0():
                 _logger.info(self.description)
-            return True
+
+    def take_back(self) -> None:
+        """Take one call of `apply` back."""
+        with self._lock:
+            if self._count == 1:
+                self.undo()
+            elif self._count:
+                self._count -= 1
 
     def undo(self) -> None:
-        """Put everything back."""
+        """Put everything back, however often `apply` was called."""
         with self._lock:
+            self._count = 0
             self._hook.remove()
             rebind((replacement, original) for original, replacement in self._replaced)
             self._replaced.clear()
             while self._methods:
                 setattr(*self._methods.pop())
-            self.is_applied = False
 
     def _replace(self, *pairs: tuple[Function, Function]) -> None:
         rebind(pairs)
@@ -102,11 +110,19 @@ def _original(function: Function | None) -> Function | None:
     return function
 
 
-class PatchContext:
-    """What `patch` returns: a context manager that puts everything back, if this call of `patch` applied it."""
+def is_rank_0() -> bool:
+    """Return whether this process is the one of its job that says what all do."""
+    try:
+        return own_identity().rank == 0
+    except ArgumentError:  # the launcher's variables contradict each other
+        return True
 
-    def __init__(self, patch: Patch, *, has_applied: bool) -> None:
-        self._patch, self._has_applied = patch, has_applied
+
+class PatchContext:
+    """What `patch` returns: a context manager that takes this call of `patch` back."""
+
+    def __init__(self, patch: Patch) -> None:
+        self._patch = patch
 
     def __enter__(self) -> None:
         pass
@@ -114,8 +130,7 @@ class PatchContext:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._has_applied:
-            self._patch.undo()
+        self._patch.take_back()
 
 
 @functools.cache
@@ -138,14 +153,13 @@ def patch() -> PatchContext:
     later. Signatures, defaults, error types, cache directories and layouts stay those of the libraries. A version with
     other parameters is left alone, with a warning.
 
-    May be called again: then nothing happens.
-
     Returns:
-        A context manager. Leaving it puts everything back, unless the patch was in force before. Without ``with``, the
-        patch stays until `unpatch`.
+        A context manager. Leaving it puts everything back, unless another call of ``patch`` is in force. Without
+        ``with``, the patch stays until `unpatch`.
     """
     process_patch = patch_of_process()
-    return PatchContext(process_patch, has_applied=process_patch.apply())
+    process_patch.apply()
+    return PatchContext(process_patch)
 
 
 def unpatch() -> None:

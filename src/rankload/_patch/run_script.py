@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from rankload._coordination.membership import own_identity
-from rankload._patch.patch import patch, patch_of_process
+from rankload._patch.patch import is_rank_0, patch, patch_of_process
 
 _USAGE = "usage: python -m rankload run [-m MODULE | SCRIPT] [ARGUMENT...]"
 
@@ -31,7 +30,7 @@ def run(arguments: Sequence[str]) -> None:
         sys.stderr.write(f"{_USAGE}\n")
         raise SystemExit(0 if asks else 2)
     patch()
-    if own_identity().rank == 0:  # logging is the script's to configure, so this line does not go through it
+    if is_rank_0():  # logging is the script's to configure, so this line does not go through it
         sys.stderr.write(f"rankload: {patch_of_process().description}\n")
     if arguments[0] == "-m":
         sys.argv = list(arguments[1:])

@@ -67,6 +67,7 @@ def download_url_to_file(url: str, dst: str, hash_prefix: str | None = None, pro
         lambda: download_to(url, path, hash_prefix, progress=progress),
         key=f"download {url_key(url)} to {path} {hash_prefix or ''}",
         directory=path.parent,
+        is_usable=lambda _: path.exists(),  # scripts unpack archives, and remove them
         has_lease=False,
     )
 

@@ -1,9 +1,9 @@
-from _job import finish, start  # isort: skip
 import os
 
 import open_clip
+import torch.distributed as dist
 
-start()
+dist.init_process_group("gloo")
 open_clip.add_model_config(os.environ["MODEL_CONFIG"])
-open_clip.pretrained._PRETRAINED["tiny"] = {"own": {"url": os.environ["WEIGHTS_URL"]}}
-finish(open_clip.create_model("tiny", pretrained="own"))
+open_clip.pretrained._PRETRAINED["tiny"] = {"own": {"url": "https://example.org/weights-0a1b2c3d.pth"}}
+model = open_clip.create_model("tiny", pretrained="own")

@@ -1,5 +1,5 @@
-from _job import finish, start  # isort: skip
 import segmentation_models_pytorch as smp
+import torch.distributed as dist
 
-start()
-finish(smp.Unet("mobilenet_v2", encoder_weights="imagenet").encoder)
+dist.init_process_group("gloo")
+model = smp.Unet("mobilenet_v2", encoder_weights="imagenet").encoder

@@ -1,9 +1,9 @@
-from _job import finish, start  # isort: skip
 import json
 import os
 
+import torch.distributed as dist
 from torchaudio.pipelines import Wav2Vec2Bundle
 
-start()
+dist.init_process_group("gloo")
 bundle = Wav2Vec2Bundle("tiny.pth", json.loads(os.environ["MODEL_CONFIG"]), 16000, False, "Wav2Vec2")
-finish(bundle.get_model(dl_kwargs={"progress": False}))
+model = bundle.get_model(dl_kwargs={"progress": False})

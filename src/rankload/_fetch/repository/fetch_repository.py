@@ -6,7 +6,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,9 +124,12 @@ def _work_directory(path: Path) -> Iterator[Path]:
 def _replace(path: Path, tree: Path, replaced: Path) -> None:
     """Give the tree its name. What had the name before is moved into the work directory, and goes with that."""
     if not path.is_symlink() and not path.exists():
-        with suppress(OSError):  # another process has been faster
+        try:
             tree.rename(path)
-            return
+        except OSError:
+            if not path.exists():  # else another process has been faster
+                raise
+        return
     if exchange(tree, path):
         return
     path.rename(replaced)

@@ -82,7 +82,7 @@ def _references(name: RepositoryName, report: Report, settings: Settings) -> Ite
         for page in range(1, _MAX_PAGES):
             url = f"{_API}/repos/{name.owner}/{name.name}/{kind}?per_page=100&page={page}"
             try:
-                found = json.loads(_read(url, report, settings, most_bytes=_MAX_PAGE_BYTES))
+                found = _parsed(_read(url, report, settings, most_bytes=_MAX_PAGE_BYTES), url)
             except FetchError as error:
                 if isinstance(error, HTTPStatusError) and error.code in (403, 429):
                     advice = "GitHub limits requests without a token: set GITHUB_TOKEN, or pass skip_validation=True"
@@ -91,6 +91,18 @@ def _references(name: RepositoryName, report: Report, settings: Settings) -> Ite
             if not found:
                 break
             yield from found
+
+
+def _parsed(content: bytes, url: str) -> list[dict[str, Any]]:
+    """Return a page of references; a portal that wants a login answers with something else."""
+    try:
+        found = json.loads(content)
+        if all(isinstance(one["name"], str) and isinstance(one["commit"]["sha"], str) for one in found):
+            return list(found)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    page = url.partition("?")[0]
+    raise FetchError(f"{page}: it does not answer with a list of references; pass skip_validation=True", url=page)
 
 
 def _read(url: str, report: Report, settings: Settings, *, most_bytes: int) -> bytes:

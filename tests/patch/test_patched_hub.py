@@ -67,6 +67,7 @@ def job(tmp_path):
     return run
 
 
+@pytest.mark.fault(91)
 def test_requests_do_not_grow_with_ranks_and_results_are_those_without_the_patch(job):
     [alone], expected, _ = job(1, patched=False)
     results, requests, cache = job(4)

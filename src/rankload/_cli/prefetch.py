@@ -1,9 +1,7 @@
-"""The command line, ``rankload``. ``rankload prefetch`` fills the cache on a node with internet access."""
+"""``rankload prefetch``: fill the cache on a node with internet access."""
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -11,17 +9,9 @@ from typing import Annotated
 
 import typer
 
+from rankload._cli.app import app
 from rankload._urls import scheme_of, server_of
-from rankload._version import __version__
 from rankload.errors import RankloadError
-
-app = typer.Typer(
-    name="rankload",
-    help="Load a checkpoint from a URL into every rank of a distributed PyTorch job.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,  # a traceback with local variables would show headers and signed URLs
-)
 
 
 class VerifyChoice(str, Enum):
@@ -105,42 +95,6 @@ def prefetch(
             typer.echo(file.path)
     if has_failed:
         raise typer.Exit(1)
-
-
-@app.command(name="run", add_help_option=False, context_settings={"ignore_unknown_options": True})
-def run_script(
-    arguments: Annotated[
-        list[str], typer.Argument(metavar="[-m MODULE | SCRIPT] [ARGUMENT...]", help="As for python itself.")
-    ],
-) -> None:
-    """Run a script or module whose downloads by torch.hub and huggingface_hub are once per job.
-
-    With torchrun: torchrun --nproc-per-node 8 -m rankload run train.py --its-own-arguments
-    """
-    raise AssertionError("main() has run it")
-
-
-@app.callback(invoke_without_command=True)
-def common(version: bool = typer.Option(False, "--version", help="Show the version and exit.")) -> None:
-    """Load checkpoints into distributed PyTorch jobs. Each command has its own --help."""
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-def main() -> None:
-    """Run the command line. A RankloadError becomes one line on stderr and exit status 1."""
-    if sys.argv[1:2] == ["run"]:  # all that follows belongs to the script, and so does the set-up of logging
-        from rankload._patch.run_script import run
-
-        run(sys.argv[2:])
-        return
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    try:
-        app()
-    except RankloadError as error:
-        typer.echo(f"rankload: {error}", err=True)
-        sys.exit(1)
 
 
 def _lines(headers: list[str]) -> Iterator[str]:

@@ -1,0 +1,156 @@
+"""What a cache directory holds: published files with their records, and checkpoints in several files as one item."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISREG
+
+from rankload._cache.layout import Entry
+from rankload._cache.record import Record, find_record
+from rankload._urls import OWN_DIRECTORY, is_own_name
+
+#: Folders below rankload's own directory that hold files of other URLs with the same name (`Entry.separate`).
+_SEPARATE = re.compile("[0-9a-f]{16}")
+
+#: End of the name of an index's folder (`name_in_own_folder`).
+_INDEX_FOLDER = re.compile(r".+-[0-9a-f]{16}", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class CachedItem:
+    """A published file, or a checkpoint in several files: what is listed and removed as one.
+
+    Attributes:
+        name: path below the cache directory.
+        path: path of the file; of a checkpoint in several files, of its folder.
+        entries: cache entries of all files.
+        record: record of the file, or of the index.
+        size_bytes: bytes of all files.
+        used_at: when a file was last written or read, in seconds since the epoch. Many filesystems note the reading of
+            a file once a day.
+    """
+
+    name: str
+    path: Path
+    entries: tuple[Entry, ...]
+    record: Record
+    size_bytes: int
+    used_at: float
+
+    @property
+    def identities(self) -> frozenset[tuple[int, int]]:
+        """Device and inode number of all files."""
+        found = set()
+        for entry in self.entries:
+            with suppress(OSError):
+                status = entry.path.stat()
+                found.add((status.st_dev, status.st_ino))
+        return frozenset(found)
+
+
+def list_items(directory: Path) -> Iterator[CachedItem]:
+    """Yield what rankload has published in a cache directory. Files without a record are not rankload's.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    yield from _items_in(directory, directory)
+    for name in sorted(_names_in(directory / OWN_DIRECTORY)):
+        if _SEPARATE.fullmatch(name):
+            yield from _items_in(directory / OWN_DIRECTORY / name, directory)
+
+
+def leftovers(directory: Path) -> Iterator[Path]:
+    """Yield the quarantined files, and their notes, of a cache directory and the folders in it."""
+    for folder in (directory, *(directory / name for name in _names_in(directory) if not is_own_name(name))):
+        quarantine = folder / OWN_DIRECTORY / "quarantine"
+        for name in sorted(_names_in(quarantine)):
+            yield quarantine / name
+
+
+def remove_item(item: CachedItem) -> int:
+    """Remove an item's files, each before its record, and return the bytes. Who has a file mapped keeps it.
+
+    A file without its record could be taken for one of torch.hub's; a record without its file means nothing.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    for entry in item.entries:
+        for path in (entry.path, entry.record_path):
+            path.unlink(missing_ok=True)
+    if item.path not in (entry.path for entry in item.entries):  # a folder, with nothing but leases in it by now
+        with suppress(OSError):
+            (item.path / OWN_DIRECTORY / "partly-renewed").unlink(missing_ok=True)
+            (item.path / OWN_DIRECTORY).rmdir()
+            item.path.rmdir()
+    return item.size_bytes
+
+
+def mapped_files() -> frozenset[tuple[int, int]]:
+    """Return device and inode number of all files that processes of this host have mapped, as far as this user sees."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            for line in (process / "maps").read_text(errors="replace").splitlines():
+                fields = line.split(maxsplit=5)
+                if len(fields) == 6 and fields[4] != "0":
+                    major, minor = fields[3].split(":")
+                    found.add((os.makedev(int(major, 16), int(minor, 16)), int(fields[4])))
+    return frozenset(found)
+
+
+def _items_in(directory: Path, root: Path) -> Iterator[CachedItem]:
+    for name in sorted(_names_in(directory)):
+        path = directory / name
+        if is_own_name(name):
+            continue
+        if _INDEX_FOLDER.fullmatch(name) and path.is_dir():
+            yield from _index_in(path, root)
+        elif (item := _item(path, [path], path, root)) is not None:
+            yield item
+
+
+def _index_in(folder: Path, root: Path) -> Iterator[CachedItem]:
+    paths = [folder / name for name in sorted(_names_in(folder)) if not is_own_name(name)]
+    indexes = [path for path in paths if ".index." in path.name]
+    if len(indexes) == 1:
+        item = _item(indexes[0], paths, folder, root)
+        if item is not None:
+            yield item
+
+
+def _item(path: Path, paths: list[Path], place: Path, root: Path) -> CachedItem | None:
+    """Return the item of a file with a record that describes it, and of the files that belong to it.
+
+    Args:
+        path: path of the file, or of the index.
+        paths: paths of all files.
+        place: path of the file, or of the index's folder.
+        root: the cache directory.
+    """
+    entries, size_bytes, used_at = [], 0, 0.0
+    for one in paths:
+        entry = Entry(one)
+        with suppress(OSError):
+            status, found = one.lstat(), find_record(entry.record_path)
+            if S_ISREG(status.st_mode) and found and found.record and found.record.size_bytes == status.st_size:
+                entries.append(entry)
+                size_bytes += status.st_size
+                used_at = max(used_at, status.st_mtime, status.st_atime)
+    first = find_record(Entry(path).record_path) if Entry(path) in entries else None
+    if first is None or first.record is None:
+        return None
+    return CachedItem(str(place.relative_to(root)), place, tuple(entries), first.record, size_bytes, used_at)
+
+
+def _names_in(directory: Path) -> list[str]:
+    try:
+        return [path.name for path in directory.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
