@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rankload._api.local import load
     from rankload._api.module import dist_load_into
     from rankload._api.once import dist_once, local_once
+    from rankload._api.snapshot import dist_snapshot
     from rankload._api.state_dict import dist_load_state_dict_from_url
     from rankload._formats.entry import TensorEntry
     from rankload._load.checkpoint import Checkpoint
@@ -57,6 +58,7 @@ __all__ = [
     "dist_load_into",
     "dist_load_state_dict_from_url",
     "dist_once",
+    "dist_snapshot",
     "errors",
     "hub",
     "load",
@@ -73,6 +75,7 @@ _HOMES = {
     "dist_load_into": "_api.module",
     "dist_hub_load": "_patch.patched_load",
     "dist_once": "_api.once",
+    "dist_snapshot": "_api.snapshot",
     "local_once": "_api.once",
     "load": "_api.local",
     "open_checkpoint": "_api.inspect",

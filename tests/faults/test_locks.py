@@ -22,6 +22,9 @@ MIB = 1 << 20
 HALF = 4 * MIB
 NAME = "file.bin"
 LEASE_SECONDS = 2.0
+
+#: What a busy machine, and a filesystem in Python, may add; a holder that is waited for in vain takes two minutes.
+_BUSY_SECONDS = 20.0
 HOUR = 3600
 
 needs_fuse = pytest.mark.skipif(fuse.why_not() is not None, reason=str(fuse.why_not()))
@@ -191,7 +194,7 @@ def test_holder_that_died_on_another_host(origin, cache, tmp_path, big_content):
         [result] = job.wait()
     waited = origin.requests()[-1].started_at - looked_at
     assert result.value == big_content and "without the lease" not in result.stderr
-    assert LEASE_SECONDS - 0.5 < waited < LEASE_SECONDS + 2.0
+    assert LEASE_SECONDS - 0.5 < waited < LEASE_SECONDS + _BUSY_SECONDS
     assert files_in(cache) == [f".rankload/{NAME}.json", NAME]
 
 
@@ -238,7 +241,7 @@ def test_holder_that_died_where_filelock_cannot_take_over(origin, tmp_path, big_
             [result] = job.wait()
         waited = origin.requests()[-1].started_at - looked_at
         assert result.value == big_content
-        assert waited < LEASE_SECONDS + 5.0
+        assert waited < LEASE_SECONDS + _BUSY_SECONDS  # 4 s on an idle machine
         assert files_in(mount.path) == [f".rankload/{NAME}.json", NAME]
 
 

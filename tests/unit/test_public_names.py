@@ -13,6 +13,7 @@ CALLS = {
     "dist_load_into",
     "dist_load_state_dict_from_url",
     "dist_once",
+    "dist_snapshot",
     "load",
     "local_once",
     "open_checkpoint",

@@ -16,9 +16,11 @@ from rankload._coordination.call_context import CallContext
 from rankload._coordination.membership import open_single_process_channel
 from rankload._fetch.fetch_once import fetch_at, fetch_once
 from rankload._fetch.models import FetchRequest
-from rankload._fetch.request import RequestOptions, UrlArgument, agreed_arguments, make_request
+from rankload._fetch.offline import is_switched_off
+from rankload._fetch.request import RequestOptions, UrlArgument, agreed_arguments, default_directory, make_request
 from rankload._settings import Settings
 from rankload._types import Delivery, FetchedFile, Progress, Scope, Verify
+from rankload._urls import Url, expanded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -50,7 +52,7 @@ def dist_fetch(
     """
     with collective_call(group, timeout) as call:
         request = make_request(
-            url,
+            weights_url(url, model_dir, call.settings, offline=offline),
             model_dir,
             call.settings,
             check_hash=check_hash,
@@ -79,8 +81,44 @@ def fetch_in_this_process(
     """Fetch in this process only, with the arguments of the public calls. Not collective; does not import torch."""
     settings = settings or Settings.from_environment()
     with open_single_process_channel() as channel, ExitStack() as stack:
+        url = weights_url(url, model_dir, settings, offline=options.get("offline"))
         request = make_request(url, model_dir, settings, scope="process", **options)
         return fetch_once(request, CallContext(channel, settings, stack))
+
+
+def weights_url(
+    url: UrlArgument, model_dir: str | os.PathLike[str] | None, settings: Settings, *, offline: bool | None = None
+) -> UrlArgument:
+    """Return the URL of the weights in a repository of the Hugging Face Hub; any other argument unchanged.
+
+    Not collective: the ranks of a job that share the cache directory ask the Hub once.
+
+    Args:
+        url: argument of a public call; ``hf://org/name[@revision][?variant=…]`` is a repository.
+        model_dir, offline: arguments of the public call.
+        settings: settings of the call.
+    """
+    if isinstance(url, (list, tuple)) and len(url) == 1:
+        url = url[0]
+    if not isinstance(url, str) or not url.startswith("hf://"):
+        return url
+    from rankload._fetch.hub_weights import HubRepository, resolve_weights  # imports fsspec
+
+    repository = HubRepository.parse(url)
+    if repository is None:
+        return url
+    directory = default_directory() if model_dir is None else expanded(model_dir).absolute()
+    if (settings.offline if offline is None else offline) or is_switched_off(Url.parse(url)):
+        return resolve_weights(repository, directory, offline=True)
+    from rankload._api.once_per_job import once_per_job
+
+    found: str = once_per_job(
+        lambda: resolve_weights(repository, directory, offline=False),
+        key=f"weights of {url}",
+        directory=directory,
+        has_lease=False,
+    )
+    return found
 
 
 def fetch_for_job(
@@ -93,6 +131,7 @@ def fetch_for_job(
 
     A process that waits for the lease of one whose download fails raises that error.
     """
+    url = weights_url(url, model_dir, settings, offline=options.get("offline"))
     request = make_request(url, model_dir, settings, scope="process", **options)
 
     def fetch() -> FetchedFile:

@@ -50,7 +50,7 @@ def open_checkpoint(url: str | os.PathLike[str], *, headers: Mapping[str, str] |
         CacheError: the file cannot be read.
         OfflineError: offline mode is on (RANKLOAD_OFFLINE), and the checkpoint is not a local file.
     """
-    location = Url.parse(os.fspath(url))
+    location = Url.parse(_weights_in(os.fspath(url)))
     path = location.local_path
     display_name = location.display_name if path is None else printable(str(path))
     if path is not None:
@@ -71,6 +71,19 @@ def open_checkpoint(url: str | os.PathLike[str], *, headers: Mapping[str, str] |
             raise LoadError(text, path=display_name) from None
         unless_opened.pop_all()
     return Checkpoint(index, sources, stack, display_name)
+
+
+def _weights_in(url: str) -> str:
+    """Return the URL of the weights in a repository of the Hugging Face Hub; any other URL unchanged."""
+    if not url.startswith("hf://"):
+        return url
+    from rankload._fetch.hub_weights import HubRepository, resolve_weights  # imports fsspec
+
+    repository = HubRepository.parse(url)
+    if repository is None:
+        return url
+    is_offline = Settings.from_environment().offline or is_switched_off(Url.parse(url))
+    return resolve_weights(repository, None, offline=is_offline)
 
 
 class _Sources:

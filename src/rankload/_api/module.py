@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from rankload._api.call import agree_on_delivery, collective_call
-from rankload._api.fetch import fetch_for
+from rankload._api.fetch import fetch_for, weights_url
 from rankload._api.tracebacks import short_tracebacks
 from rankload._fetch.request import UrlArgument, agreed_arguments, make_request
 from rankload._load.delivery.select import open_strategy
@@ -135,7 +135,7 @@ def dist_load_into(
         target, optimizer = _checked_targets(module, assign)
         adapter = as_adapter(unwrap() if optimizer is not None and adapt is None else adapt)
         request = make_request(
-            url,
+            weights_url(url, model_dir, call.settings, offline=offline),
             model_dir,
             call.settings,
             check_hash=check_hash,

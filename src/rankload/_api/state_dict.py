@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankload._api.call import agree_on_delivery, collective_call
-from rankload._api.fetch import fetch_for, fetch_for_job
+from rankload._api.fetch import fetch_for, fetch_for_job, weights_url
 from rankload._api.tracebacks import short_tracebacks
 from rankload._coordination.call_context import CallContext
 from rankload._coordination.membership import own_identity
@@ -126,7 +126,7 @@ def dist_load_state_dict_from_url(
     with collective_call(group, timeout) as call:
         adapter = as_adapter(adapt)
         request = make_request(
-            url,
+            weights_url(url, model_dir, call.settings, offline=offline),
             model_dir,
             call.settings,
             check_hash=check_hash,

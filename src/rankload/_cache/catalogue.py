@@ -12,7 +12,7 @@ from stat import S_ISREG
 
 from rankload._cache.layout import Entry
 from rankload._cache.record import Record, find_record
-from rankload._urls import OWN_DIRECTORY, is_own_name
+from rankload._urls import OF_A_PARTIAL_FILE, OWN_DIRECTORY, is_own_name
 
 #: Folders below rankload's own directory that hold files of other URLs with the same name (`Entry.separate`).
 _SEPARATE = re.compile("[0-9a-f]{16}")
@@ -66,11 +66,14 @@ def list_items(directory: Path) -> Iterator[CachedItem]:
 
 
 def leftovers(directory: Path) -> Iterator[Path]:
-    """Yield the quarantined files, and their notes, of a cache directory and the folders in it."""
+    """Yield quarantined files, their notes, and all partial files, of a cache directory and the folders in it."""
     for folder in (directory, *(directory / name for name in _names_in(directory) if not is_own_name(name))):
         quarantine = folder / OWN_DIRECTORY / "quarantine"
         for name in sorted(_names_in(quarantine)):
             yield quarantine / name
+        for name in sorted(_names_in(folder)):
+            if OF_A_PARTIAL_FILE.search(name):
+                yield folder / name
 
 
 def remove_item(item: CachedItem) -> int:

@@ -15,7 +15,8 @@ from rankload._cache.files import wrap_read_errors, wrap_write_errors
 from rankload._cache.record import find_record
 from rankload._cli.app import AsJson, app, print_json, print_table, shown_size
 from rankload._fetch.file_digest import sha256_of_file
-from rankload._fetch.partials.resume import remove_dead_partials
+from rankload._fetch.partials.journal import partial_path_of
+from rankload._fetch.partials.owner import owner_of
 from rankload._fetch.request import default_directory
 from rankload._settings import Settings
 from rankload._urls import expanded
@@ -132,16 +133,13 @@ def prune(
     limit = None if max_size is None else _bytes_of(max_size)
     directory, items, mapped, now = _directory(model_dir), _items(model_dir), mapped_files(), time.time()
     chosen = [item for item in _chosen(items, keep_latest, older_than, limit, now) if not _why_in_use(item, mapped)]
-    rests = list(leftovers(directory))
+    rests = [path for path in leftovers(directory) if _is_of_the_dead(path)]
     if yes:
         for item in chosen:
             _remove(item, is_quiet=as_json)
         for path in rests:
             with wrap_write_errors(path):
                 path.unlink(missing_ok=True)
-        for item in items:
-            for entry in item.entries:
-                remove_dead_partials(entry, Settings.from_environment(), now)
     elif not as_json:
         for item in chosen:
             typer.echo(f"would remove {item.path} ({shown_size(item.size_bytes)})")
@@ -175,6 +173,12 @@ def _chosen(
         chosen.append(item)
         total -= item.size_bytes
     return chosen
+
+
+def _is_of_the_dead(path: Path) -> bool:
+    """Return whether nobody writes to a quarantined file, a partial file, or its journal any more."""
+    owner = owner_of(partial_path_of(path) or path)
+    return owner is None or owner.is_dead
 
 
 def _directory(model_dir: Path | None) -> Path:

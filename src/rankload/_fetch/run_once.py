@@ -106,7 +106,8 @@ def _lead(task: Task, call: CallContext) -> dict[str, Any]:
 
 
 def _run(task: Task, call: CallContext) -> Any:
-    _logger.info("running %r once for all ranks that share %s", task.key, task.directory)
+    level = logging.DEBUG if isinstance(task.redo, Turn) else logging.INFO  # one for each file would be too many
+    _logger.log(level, "running %r once for all ranks that share %s", task.key, task.directory)
     if not task.has_deadline:
         call.report(Progress("running"))
         return task.function()

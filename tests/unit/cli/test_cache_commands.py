@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 import rankload
 from harness.origin import Origin
+from rankload._cache.layout import Entry
 from rankload._cli import app
+from rankload._fetch.partials.owner import own_path
 
 DAY = 24 * 3600
 
@@ -143,10 +145,16 @@ def test_prune_removes_rests_of_the_dead(filled: Path, origin: Origin) -> None:
     quarantined = filled / ".rankload" / "quarantine" / "bad.bin"
     quarantined.parent.mkdir()
     quarantined.write_bytes(b"bad")
-    dead = filled / "new.bin.c9be96d8-0-0-0badc0de.partial"
-    dead.write_bytes(b"half")
+    dead = filled / "never_there.bin.c9be96d8-0-0-0badc0de.partial"
+    alive = own_path(Entry(filled / "never_there.bin"))
+    for path in (dead, alive):
+        path.write_bytes(b"half")
+        path.with_name(f"{path.name}.journal").write_bytes(b"{}\n")
+    assert str(dead) in run("prune", "--max-size", "1TB", "--model-dir", filled)
     run("prune", "--max-size", "1TB", "--yes", "--model-dir", filled)
-    assert not quarantined.exists() and not dead.exists()
+    assert not quarantined.exists()
+    left = {path.name for path in filled.glob("*.partial*")}
+    assert left == {alive.name, f"{alive.name}.journal"}
     assert len(names(filled)) == 4
 
 

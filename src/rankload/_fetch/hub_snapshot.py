@@ -1,0 +1,50 @@
+"""A snapshot of a repository, by huggingface_hub's own downloader, in its own cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rankload._fetch.origins.filesystem import wrap_any_errors
+from rankload._settings import Settings
+from rankload._urls import redact_text
+from rankload.errors import NetworkError, OfflineError
+
+
+def cache_directory(cache_dir: str | Path | None) -> Path:
+    """Return the cache directory that huggingface_hub uses, and make it.
+
+    Raises:
+        FetchError: huggingface_hub is not installed.
+    """
+    with wrap_any_errors("hf://", "the Hugging Face Hub"):
+        from huggingface_hub import constants
+
+        directory = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+
+def download_snapshot(repo_id: str, revision: str | None, directory: Path, settings: Settings, **options: Any) -> Path:
+    """Download a snapshot, or find it in the cache, and return its directory, whose name is the commit.
+
+    Raises:
+        OfflineError: offline mode is on, and the snapshot is not in the cache.
+        FetchError: the Hub does not serve it.
+    """
+    display_name = f"hf://{repo_id}" + (f"@{revision}" if revision else "")
+    with wrap_any_errors(display_name, display_name):
+        from huggingface_hub import constants, snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        is_offline = settings.offline or constants.HF_HUB_OFFLINE
+        try:
+            found = snapshot_download(
+                repo_id, revision=revision, cache_dir=directory, local_files_only=is_offline, **options
+            )
+        except LocalEntryNotFoundError as error:
+            if not is_offline:  # huggingface_hub's word for a Hub that does not answer
+                raise NetworkError(f"{display_name}: {redact_text(str(error))}", url=display_name) from None
+            text = f"{display_name}: offline mode is on, and the cache lacks it: {error}"
+            raise OfflineError(text, url=display_name) from None
+    return Path(found)
