@@ -248,3 +248,14 @@ def test_local_repository_and_the_rest_of_torch_hub(tmp_path):
     assert rankload.hub.load(str(tmp_path), "net", 2, source="local") == 3
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         rankload.hub.nothing_of_the_kind  # noqa: B018
+
+
+def test_legacy_zip_warns_as_torch_hub_does(origin, tmp_path):
+    path = checkpoints.write_legacy_zip(tmp_path / "source").path
+    url = origin.add(path.name, path)
+    with pytest.warns(FutureWarning, match="deprecated in favor of default zipfile format") as ours:
+        rankload.hub.load_state_dict_from_url(url, str(tmp_path / "ours"), progress=False)
+    with pytest.warns(FutureWarning) as theirs:
+        torch.hub.load_state_dict_from_url(url, str(tmp_path / "theirs"), progress=False)
+    assert [str(one.message) for one in ours] == [str(one.message) for one in theirs]
+    assert ours[0].filename == __file__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,6 +18,7 @@ from rankload._coordination.call_context import CallContext
 from rankload._coordination.membership import own_identity
 from rankload._coordination.single_process import SingleProcessChannel
 from rankload._fetch.request import UrlArgument, agreed_arguments, make_request
+from rankload._formats.sniff import sniff
 from rankload._settings import Settings
 from rankload._types import Delivery, FetchedFile, Scope, Verify
 from rankload.adapt import Adapter, as_adapter
@@ -31,6 +33,12 @@ if TYPE_CHECKING:
 
 
 _logger = logging.getLogger("rankload")
+
+#: torch.hub's own words (torch/hub.py, _legacy_zip_load).
+_LEGACY_ZIP_WARNING = (
+    "Falling back to the old format < 1.6. This support will be deprecated in favor of default zipfile format "
+    "introduced in 1.6. Please redo torch.save() to save it in the new zipfile format."
+)
 
 
 @short_tracebacks
@@ -174,6 +182,8 @@ def load_in_this_process(
         call = CallContext(channel, settings, stack)
         location = None if keeps_devices and map_location is None else _resolved(map_location, call)
         path, display_name = _delivered("read", file, 0, location, None, call)
+        if sniff(file.path) == "single_member_zip":
+            warnings.warn(_LEGACY_ZIP_WARNING, FutureWarning, stacklevel=4)
         return _read(path, display_name, location, call, weights_only, None)
 
 
