@@ -102,7 +102,7 @@ def github(directory: Path) -> Iterator[GitHub]:
 def _archive(top: str, files: Mapping[str, str]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.mkdir(top)
+        archive.writestr(f"{top}/", "")  # ZipFile.mkdir came with Python 3.11
         for name, text in files.items():
             archive.writestr(f"{top}/{name}", text)
     return buffer.getvalue()
