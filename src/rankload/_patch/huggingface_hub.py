@@ -32,7 +32,7 @@ FUNCTIONS = {
 _REQUIRED = ("repo_id", "revision", "repo_type", "cache_dir", "local_dir", "force_download", "local_files_only")
 _OTHERS = ("filename", "subfolder", "endpoint", "allow_patterns", "ignore_patterns")
 
-KNOWN_VERSIONS = "0.30 to 2.4"
+KNOWN_VERSIONS = "0.36 to 2.4"
 
 
 def once(original: Callable[..., Any]) -> Callable[..., Any] | None:
