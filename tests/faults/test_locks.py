@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import re
 import time
@@ -22,9 +23,6 @@ MIB = 1 << 20
 HALF = 4 * MIB
 NAME = "file.bin"
 LEASE_SECONDS = 2.0
-
-#: What a busy machine, and a filesystem in Python, may add; a holder that is waited for in vain takes two minutes.
-_BUSY_SECONDS = 20.0
 HOUR = 3600
 
 needs_fuse = pytest.mark.skipif(fuse.why_not() is not None, reason=str(fuse.why_not()))
@@ -47,6 +45,10 @@ def read_on_node(rank, url, paths):
 
 def read_on_mount(rank, url, path):
     """One more job of a single rank, on that mount."""
+    importlib.import_module(
+        "rankload._fetch.miss"
+    )  # first: what is measured is the wait for a lease, not an import on a busy machine
+
     return read_on_node(rank, url, [path])
 
 
@@ -194,7 +196,7 @@ def test_holder_that_died_on_another_host(origin, cache, tmp_path, big_content):
         [result] = job.wait()
     waited = origin.requests()[-1].started_at - looked_at
     assert result.value == big_content and "without the lease" not in result.stderr
-    assert LEASE_SECONDS - 0.5 < waited < LEASE_SECONDS + _BUSY_SECONDS
+    assert LEASE_SECONDS - 0.5 < waited < LEASE_SECONDS + 2.0
     assert files_in(cache) == [f".rankload/{NAME}.json", NAME]
 
 
@@ -241,7 +243,7 @@ def test_holder_that_died_where_filelock_cannot_take_over(origin, tmp_path, big_
             [result] = job.wait()
         waited = origin.requests()[-1].started_at - looked_at
         assert result.value == big_content
-        assert waited < LEASE_SECONDS + _BUSY_SECONDS  # 4 s on an idle machine
+        assert waited < LEASE_SECONDS + 5.0
         assert files_in(mount.path) == [f".rankload/{NAME}.json", NAME]
 
 

@@ -82,7 +82,7 @@ def test_waiter_goes_on_as_soon_as_the_file_is_there(origin, cache, big_content)
             wait_until(lambda: "DOWNLOAD" in job.stderr(0), 30, "the job has found nothing, and waits")
             cache.joinpath("other").write_bytes(big_content)
             cache.joinpath("other").rename(cache / NAME)
-            assert job.wait()[0].value == big_content
+            assert job.wait(10)[0].value == big_content
         assert holder.is_alive(0)
         holder.open_gate("holds")
         holder.wait()
@@ -99,7 +99,7 @@ def test_lease_of_a_dead_process_is_taken_over_at_once(origin, cache, big_conten
     assert lease_of(cache).exists()
     origin.add(NAME, big_content)
     with start_job(url, cache) as job:
-        [result] = job.wait()
+        [result] = job.wait(20)
     assert result.value == big_content and "without the lease" not in result.stderr
     assert left_in(cache) == []
 
@@ -141,9 +141,9 @@ def test_stopped_holder_is_taken_over_and_both_publish_the_same(origin, cache, b
         stopped.stop(0)
         origin.wait_until_held(NAME, 2)  # the other one has taken over
         origin.release(NAME)
-        assert other.wait()[0].value == big_content
+        assert other.wait(20)[0].value == big_content
         stopped.cont(0)
-        assert stopped.wait()[0].value == big_content
+        assert stopped.wait(20)[0].value == big_content
     assert origin.request_count() == 2
     assert left_in(cache) == []
 
@@ -255,7 +255,7 @@ def test_good_file_that_another_job_publishes_is_not_set_aside_for_the_damaged_o
             wait_until(lambda: "REPLACE" in job.stderr(0), 30, "the job has found the damage, and waits")
             (cache / "other").write_bytes(big_content)
             (cache / "other").rename(path)
-            assert job.wait()[0].value == big_content
+            assert job.wait(10)[0].value == big_content
         holder.open_gate("holds")
         holder.wait()
     assert origin.request_count() == 1

@@ -116,7 +116,7 @@ def write_own_json(path: Path, content: Any) -> None:
     """Write JSON atomically to a path inside a directory of rankload's, which is made if it does not exist.
 
     Raises:
-        CacheError: something else is in the place of the directory.
+        CacheError: the directory is no directory of rankload's (`check_own_directory`).
         OSError: the file cannot be written.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
+from rankload._cache.access import is_trusted
 from rankload._cache.layout import Entry
 from rankload._cache.record import Record, find_record
 from rankload._urls import OF_A_PARTIAL_FILE, OWN_DIRECTORY, is_own_name
@@ -142,7 +143,9 @@ def _item(path: Path, paths: list[Path], place: Path, root: Path) -> CachedItem 
         entry = Entry(one)
         with suppress(OSError):
             status, found = one.lstat(), find_record(entry.record_path)
-            if S_ISREG(status.st_mode) and found and found.record and found.record.size_bytes == status.st_size:
+            # another user's record could name a file that is not rankload's
+            is_own = found is not None and found.owner_uid is not None and is_trusted(found.owner_uid)
+            if is_own and S_ISREG(status.st_mode) and found and found.record and found.record.vouches_for(status):
                 entries.append(entry)
                 size_bytes += status.st_size
                 used_at = max(used_at, status.st_mtime, status.st_atime)

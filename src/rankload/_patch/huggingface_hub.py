@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from rankload._api.once_per_job import ErrorCodec, once_per_job
+from rankload._urls import redact_text, url_key
 
 _logger = logging.getLogger("rankload")
 
@@ -30,7 +31,7 @@ FUNCTIONS = {
 
 #: Parameters that decide what is downloaded, and where to. A function without the first ones is left alone.
 _REQUIRED = ("repo_id", "revision", "repo_type", "cache_dir", "local_dir", "force_download", "local_files_only")
-_OTHERS = ("filename", "subfolder", "endpoint", "allow_patterns", "ignore_patterns")
+_OTHERS = ("filename", "subfolder", "allow_patterns", "ignore_patterns")
 
 KNOWN_VERSIONS = "0.36 to 2.4"
 
@@ -58,7 +59,7 @@ def once(original: Callable[..., Any]) -> Callable[..., Any] | None:
         directory = Path(cache_dir, ".locks") if local_dir is None else Path(local_dir, ".cache", "huggingface")
         return once_per_job(
             lambda: original(*args, **kwargs),
-            key=f"{original.__name__} {os.environ.get('HF_ENDPOINT', '')} {json.dumps(deciding)}",
+            key=f"{original.__name__} {_endpoint_key(arguments.get('endpoint'))} {json.dumps(deciding)}",
             directory=directory.expanduser().absolute(),
             is_usable=os.path.exists,
             errors=_ERRORS,
@@ -102,7 +103,7 @@ def resolved_once(original: Callable[..., Any]) -> Callable[..., Any]:
         place = [repo_id, repo_type, revision, str(cache_dir)]
         commit = once_per_job(
             lambda: resolve().resolved,
-            key=f"resolve_revision {self.endpoint} {json.dumps(place)}",
+            key=f"resolve_revision {_endpoint_key(self.endpoint)} {json.dumps(place)}",
             directory=Path(cache_dir or constants.HF_HUB_CACHE, ".locks").expanduser().absolute(),
             errors=_ERRORS,
             has_lease=False,
@@ -116,6 +117,11 @@ def keep_inner_calls(module: ModuleType, original: Callable[..., Any]) -> None:
     """Let snapshot_download download its files by the original function: it is once per job as a whole."""
     if hasattr(module, "hf_hub_download"):
         vars(module)["hf_hub_download"] = original
+
+
+def _endpoint_key(endpoint: str | None) -> str:
+    """Return a digest: stamps are readable, and an endpoint may have a password."""
+    return url_key(endpoint or os.environ.get("HF_ENDPOINT", ""))[:16]
 
 
 def _text(value: Any) -> Any:
@@ -133,9 +139,9 @@ def _encode(error: Exception) -> dict[str, Any] | None:
         return None
     return {
         "type": type(error).__name__,
-        "message": str(error.args[0] if error.args else error),
+        "message": "\n".join(map(redact_text, str(error.args[0] if error.args else error).split("\n"))),
         "status": int(response.status_code),
-        "url": str(response.url),
+        "url": str(response.url).partition("?")[0],  # a signed query would let readers of the stamp in
     }
 
 

@@ -15,7 +15,6 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +61,6 @@ class StorageReader(storage.StorageReader):
         self, url: UrlArgument, model_dir: str | os.PathLike[str] | None = None, **options: Unpack[RequestOptions]
     ) -> None:
         self._url, self._model_dir, self._options = url, model_dir, options
-        self._path: Path | None = None
         self._tensors: dict[str, FileTensor] = {}
         self._values: dict[str, Any] = {}
         self._stack = ExitStack()

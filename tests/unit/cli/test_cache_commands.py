@@ -98,6 +98,22 @@ def test_rm(filled: Path, origin: Origin) -> None:
         assert "not in the cache" in run("rm", name, "--model-dir", filled, exit_code=2)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user")
+def test_record_of_another_user_exposes_no_file(filled: Path) -> None:
+    """Whoever may write to the cache could else name a file of the user's for removal."""
+    notes = filled / "notes.txt"
+    record = filled / ".rankload" / "notes.txt.json"
+    content = json.loads((filled / ".rankload" / "old.bin.json").read_text())
+    status = notes.stat()
+    content.update(size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, inode=status.st_ino)
+    record.write_text(json.dumps(content))
+    assert "notes.txt" in names(filled)
+    os.chown(record, 12345, -1)
+    assert "notes.txt" not in names(filled)
+    run("prune", "--keep-latest", "0", "--yes", "--model-dir", filled)
+    assert notes.exists()
+
+
 def test_rm_of_a_checkpoint_in_several_files(filled: Path) -> None:
     folder = next(name for name in names(filled) if name.startswith("model.safetensors-"))
     run("rm", folder, "--model-dir", filled)
