@@ -15,7 +15,8 @@ from harness import hf
 from harness.origin import Origin
 from harness.ranks import run_ranks
 from harness.scripts import run_script
-from rankload._fetch.hub_weights import HubRepository, choose_weights
+from rankload._fetch.hub_names import HubRepository
+from rankload._fetch.hub_weights import choose_weights
 from rankload.errors import FetchError, OfflineError
 
 STATE_DICT = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}

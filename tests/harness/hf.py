@@ -32,6 +32,7 @@ class Repository:
     Attributes:
         files: Path -> content.
         token: What requests must bear; those for signed URLs must not.
+        is_described: Whether the list of files has their sizes and digests, as the Hub's has and a proxy's may not.
     """
 
     origin: Origin
@@ -40,6 +41,7 @@ class Repository:
     files: Mapping[str, bytes]
     token: str | None
     commit: str = COMMIT
+    is_described: bool = True
 
     @property
     def environment(self) -> dict[str, str | None]:
@@ -76,6 +78,7 @@ def publish(
     cdn: Origin | None = None,
     missing: Iterable[str] = (),
     commit: str = COMMIT,
+    is_described: bool = True,
 ) -> Repository:
     """Puts a model repository on the origin.
 
@@ -83,9 +86,10 @@ def publish(
         name: owner/name
         cdn: Where weights are redirected to.
         commit: What ``main`` is.
+        is_described: Whether the list of files has their sizes and digests.
         missing: Paths for which the Hub says that the repository has no such file; others are just not found.
     """
-    repository = Repository(origin, cdn or origin, name, files, token, commit)
+    repository = Repository(origin, cdn or origin, name, files, token, commit, is_described)
     for revision in ("main", commit):
         _add_api(repository, revision)
         for path, content in files.items():
@@ -144,8 +148,18 @@ def _model_info(repository: Repository) -> dict[str, Any]:
         "tags": [],
         "downloads": 0,
         "likes": 0,
-        "siblings": [{"rfilename": path} for path in repository.files],
+        "siblings": [_sibling(path, content, repository) for path, content in repository.files.items()],
     }
+
+
+def _sibling(path: str, content: bytes, repository: Repository) -> dict[str, Any]:
+    """A file in the answer to ``?blobs=true``; the origin does not look at the query."""
+    if not repository.is_described:
+        return {"rfilename": path}
+    sibling = {"rfilename": path, "size": len(content), "blobId": _git_oid(content)}
+    if not _is_text(path):
+        sibling["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return sibling
 
 
 def _folder_entry(path: str) -> dict[str, Any]:

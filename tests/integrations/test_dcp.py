@@ -10,17 +10,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
+from harness import hf
 from harness.origin import Origin
 from harness.ranks import run_ranks
 from rankload.integrations.dcp import StorageReader
 
 #: Large enough for one shard of it to outweigh the index and torch's own reads.
 WIDTH, LAYERS = 512, 8
+
+INDEX = "model.safetensors.index.json"
 
 
 def make_model() -> nn.Sequential:
@@ -32,7 +35,7 @@ def read_bytes() -> int:
     return int(Path("/proc/self/io").read_text().partition("rchar:")[2].split()[0])
 
 
-def load_shards(rank: int, url: str, model_dir: str, prefix: str, style: str) -> tuple[int, int, bool]:
+def load_shards(rank: int, url: str, model_dir: str | None, prefix: str, style: str) -> tuple[int, int, bool]:
     """The bytes that this rank has read, those of its shards, and whether all elements are right."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -52,8 +55,9 @@ def load_shards(rank: int, url: str, model_dir: str, prefix: str, style: str) ->
     own = get_model_state_dict(model)
     state_dict: dict[str, Any] = {prefix: own} if prefix else dict(own)
     reader = StorageReader(url, model_dir)
-    if rank == 0:
-        reader.read_metadata()  # downloads: what follows reads the cache
+    reader.read_metadata()  # downloads: what follows reads the cache
+    import huggingface_hub.hf_api  # noqa: F401  # what only the rank that asks the Hub imports
+
     dist.barrier()
     reader = StorageReader(url, model_dir)
     before = read_bytes()
@@ -67,29 +71,41 @@ def load_shards(rank: int, url: str, model_dir: str, prefix: str, style: str) ->
     return used, shards, is_right
 
 
-def publish_index(origin: Origin, directory: Path) -> str:
+def index_and_parts() -> dict[str, bytes]:
     """The model as two safetensors files and their index."""
-    state_dict, weight_map = make_model().state_dict(), {}
+    state_dict, weight_map, files = make_model().state_dict(), {}, {}
     names = sorted(state_dict)
     for number, part in enumerate((names[: LAYERS // 2], names[LAYERS // 2 :]), 1):
         file = f"model-0000{number}-of-00002.safetensors"
-        save_file({name: state_dict[name] for name in part}, directory / file)
+        files[file] = save({name: state_dict[name] for name in part})
         weight_map.update(dict.fromkeys(part, file))
-        origin.add(file, directory / file)
-    index = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
-    return origin.add("model.safetensors.index.json", index)
+    return {**files, INDEX: json.dumps({"metadata": {}, "weight_map": weight_map}).encode()}
 
 
 @pytest.mark.parametrize("style", ["fsdp", "tensor-parallel"])
 def test_each_rank_reads_its_shards_of_an_index(origin: Origin, tmp_path: Path, style: str) -> None:
-    url = publish_index(origin, tmp_path)
-    results = run_ranks(load_shards, 4, args=(url, str(tmp_path / "cache"), "", style))
+    urls = {name: origin.add(name, content) for name, content in index_and_parts().items()}
+    results = run_ranks(load_shards, 4, args=(urls[INDEX], str(tmp_path / "cache"), "", style))
     for result in results:
         used, shards, is_right = result.value
         assert is_right
         if style == "fsdp":  # shards of rows; one of columns is read row by row
             assert used <= 1.02 * shards + (64 << 10), (used, shards)  # the index, and the interpreter's own reads
     assert origin.request_count() == 3
+
+
+def test_each_rank_reads_its_shards_of_a_repository_on_the_hub(origin: Origin, tmp_path: Path) -> None:
+    repository = hf.publish(origin, "org/name", index_and_parts())
+    variables = {name: value for name, value in repository.environment.items() if value is not None}
+    variables["HF_HOME"] = str(tmp_path)
+    results = run_ranks(
+        load_shards, 4, args=("hf://org/name", None, "", "fsdp"), rank_env=dict.fromkeys(range(4), variables)
+    )
+    for result in results:
+        used, shards, is_right = result.value
+        assert is_right
+        assert used <= 1.02 * shards + (64 << 10), (used, shards)
+    assert len([request for request in origin.requests() if "/blobs/" in request.path]) == 2
 
 
 def test_nested_checkpoint_of_torch_save(origin: Origin, tmp_path: Path) -> None:

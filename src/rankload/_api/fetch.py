@@ -15,9 +15,17 @@ from rankload._api.tracebacks import short_tracebacks
 from rankload._coordination.call_context import CallContext
 from rankload._coordination.membership import open_single_process_channel
 from rankload._fetch.fetch_once import fetch_at, fetch_once
+from rankload._fetch.hub_names import HubRepository
 from rankload._fetch.models import FetchRequest
 from rankload._fetch.offline import is_switched_off
-from rankload._fetch.request import RequestOptions, UrlArgument, agreed_arguments, default_directory, make_request
+from rankload._fetch.request import (
+    RequestOptions,
+    UrlArgument,
+    agreed_arguments,
+    default_directory,
+    make_request,
+    uses_hub_cache,
+)
 from rankload._settings import Settings
 from rankload._types import Delivery, FetchedFile, Progress, Scope, Verify
 from rankload._urls import Url, expanded
@@ -102,18 +110,24 @@ def weights_url(
         url = url[0]
     if not isinstance(url, str) or not url.startswith("hf://"):
         return url
-    from rankload._fetch.hub_weights import HubRepository, resolve_weights  # imports fsspec
-
     repository = HubRepository.parse(url)
     if repository is None:
         return url
-    directory = default_directory() if model_dir is None else expanded(model_dir).absolute()
+    from rankload._fetch.hub_cache import HubMemory, cache_directory  # imports huggingface_hub
+    from rankload._fetch.hub_weights import Memory, OwnMemory, resolve_weights
+
+    memory: Memory
+    if uses_hub_cache(model_dir):
+        memory, directory = HubMemory(), cache_directory() / ".locks"  # huggingface_hub's scan leaves it out
+    else:
+        directory = default_directory() if model_dir is None else expanded(model_dir).absolute()
+        memory = OwnMemory(directory)
     if (settings.offline if offline is None else offline) or is_switched_off(Url.parse(url)):
-        return resolve_weights(repository, directory, offline=True)
+        return resolve_weights(repository, memory, settings, offline=True)
     from rankload._api.once_per_job import once_per_job
 
     found: str = once_per_job(
-        lambda: resolve_weights(repository, directory, offline=False),
+        lambda: resolve_weights(repository, memory, settings, offline=False),
         key=f"weights of {url}",
         directory=directory,
         has_lease=False,

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from rankload._api.tracebacks import short_tracebacks
 from rankload._cache.files import check_has_scheme, wrap_read_errors
+from rankload._fetch.hub_names import HubFile, HubRepository
 from rankload._fetch.offline import is_switched_off
 from rankload._fetch.range_source import RemoteSource
 from rankload._fetch.request import checked_headers, checked_urls
@@ -50,7 +51,7 @@ def open_checkpoint(url: str | os.PathLike[str], *, headers: Mapping[str, str] |
         CacheError: the file cannot be read.
         OfflineError: offline mode is on (RANKLOAD_OFFLINE), and the checkpoint is not a local file.
     """
-    location = Url.parse(_weights_in(os.fspath(url)))
+    location = Url.parse(_on_the_hub(os.fspath(url)))
     path = location.local_path
     display_name = location.display_name if path is None else printable(str(path))
     if path is not None:
@@ -73,17 +74,23 @@ def open_checkpoint(url: str | os.PathLike[str], *, headers: Mapping[str, str] |
     return Checkpoint(index, sources, stack, display_name)
 
 
-def _weights_in(url: str) -> str:
-    """Return the URL of the weights in a repository of the Hugging Face Hub; any other URL unchanged."""
+def _on_the_hub(url: str) -> str:
+    """Return the path of a file of the Hugging Face Hub in huggingface_hub's cache, else its URL.
+
+    A repository stands for the weights in it. Any other URL is returned unchanged.
+    """
     if not url.startswith("hf://"):
         return url
-    from rankload._fetch.hub_weights import HubRepository, resolve_weights  # imports fsspec
+    from rankload._fetch.hub_cache import HubMemory, find_cached  # imports huggingface_hub
+    from rankload._fetch.hub_weights import resolve_weights
 
-    repository = HubRepository.parse(url)
-    if repository is None:
-        return url
-    is_offline = Settings.from_environment().offline or is_switched_off(Url.parse(url))
-    return resolve_weights(repository, None, offline=is_offline)
+    if (repository := HubRepository.parse(url)) is not None:
+        settings = Settings.from_environment()
+        is_offline = settings.offline or is_switched_off(Url.parse(url))
+        url = resolve_weights(repository, HubMemory(), settings, offline=is_offline)
+    file = HubFile.parse(url)
+    path = find_cached(file) if file is not None else None
+    return url if path is None else str(path)
 
 
 class _Sources:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankload._api.call import collective_call
 from rankload._api.tracebacks import short_tracebacks
+from rankload._cache.directory import make_directory
 from rankload._fetch.cache_domain import find_domain
 from rankload._types import Progress
 from rankload.errors import ArgumentError
@@ -60,9 +61,11 @@ def dist_snapshot(
         patterns = {"allow": _listed(allow_patterns), "ignore": _listed(ignore_patterns)}
         arguments = {"call": "snapshot", "repo_id": repo_id, "revision": revision, "repo_type": repo_type, **patterns}
         call.channel.agree(arguments)
-        from rankload._fetch.hub_snapshot import cache_directory, download_snapshot  # imports huggingface_hub
+        from rankload._fetch.hub_cache import cache_directory  # imports huggingface_hub
+        from rankload._fetch.hub_snapshot import download_snapshot
 
-        directory = cache_directory(cache_dir)
+        directory = Path(cache_dir).expanduser().absolute() if cache_dir else cache_directory()
+        make_directory(directory)
         domain = find_domain(call.channel, "auto", directory)
         if not domain.is_leader:
             return Path(call.channel.wait_for(f"snapshot/{domain.key}", from_rank=domain.leader)["path"])

@@ -11,20 +11,6 @@ from rankload._urls import redact_text
 from rankload.errors import NetworkError, OfflineError
 
 
-def cache_directory(cache_dir: str | Path | None) -> Path:
-    """Return the cache directory that huggingface_hub uses, and make it.
-
-    Raises:
-        FetchError: huggingface_hub is not installed.
-    """
-    with wrap_any_errors("hf://", "the Hugging Face Hub"):
-        from huggingface_hub import constants
-
-        directory = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
-        directory.mkdir(parents=True, exist_ok=True)
-        return directory
-
-
 def download_snapshot(repo_id: str, revision: str | None, directory: Path, settings: Settings, **options: Any) -> Path:
     """Download a snapshot, or find it in the cache, and return its directory, whose name is the commit.
 

@@ -5,27 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, unquote
+from typing import Protocol
 
 from rankload._cache.access import make_own_directory, open_plain, write_own_json
 from rankload._cache.directory import make_directory
 from rankload._cache.files import wrap_write_errors
-from rankload._fetch.origins.filesystem import wrap_any_errors
+from rankload._fetch.hub_listing import list_repository
+from rankload._fetch.hub_names import HubFile, HubRepository
+from rankload._settings import Settings
 from rankload._text import printable
 from rankload._urls import OWN_DIRECTORY, url_key
-from rankload.errors import FetchError, OfflineError
+from rankload.errors import FetchError, NetworkError, OfflineError
 
 _logger = logging.getLogger("rankload")
-
-#: A repository of models, an optional revision (slashes as %2F), and an optional variant.
-_REPOSITORY = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^/?#]+))?/?(?:\?(.*))?")
-
-#: First parts of a URL that name another kind of repository.
-_OTHER_KINDS = frozenset({"datasets", "spaces", "buckets", "kernels"})
 
 #: Names of weights in order of preference, with the variant in its place; ``*`` stands for one name only.
 _CHOICES = (
@@ -39,32 +34,6 @@ _CHOICES = (
     "pytorch_model{dot_variant}.bin",
     "*{dot_variant}.bin",
 )
-
-
-@dataclass(frozen=True)
-class HubRepository:
-    """A repository on the Hub.
-
-    Attributes:
-        name: ``org/name``.
-        revision: branch, tag or commit; None for the main branch.
-        variant: which of several weights, such as ``fp16``; None for those without a variant.
-    """
-
-    name: str
-    revision: str | None
-    variant: str | None
-
-    @classmethod
-    def parse(cls, url: object) -> HubRepository | None:
-        """Return the repository that a URL names; None for any other URL, and for a path."""
-        match = _REPOSITORY.fullmatch(url) if isinstance(url, str) else None
-        if match is None or match[1].partition("/")[0] in _OTHER_KINDS:
-            return None
-        query = dict(parse_qsl(match[3] or "", keep_blank_values=True))
-        if query.keys() - {"variant"}:
-            return None
-        return cls(match[1], unquote(match[2]) if match[2] else None, query.get("variant") or None)
 
 
 def choose_weights(names: Iterable[str], variant: str | None, display_name: str) -> str:
@@ -94,52 +63,82 @@ def choose_weights(names: Iterable[str], variant: str | None, display_name: str)
     raise FetchError(f"{display_name}: it has no {what} at its top: name a file in the URL", url=display_name)
 
 
-def resolve_weights(repository: HubRepository, directory: Path | None, *, offline: bool) -> str:
+def resolve_weights(repository: HubRepository, memory: Memory, settings: Settings, *, offline: bool) -> str:
     """Return the URL of a repository's weights, at the commit that the revision is now.
 
     Args:
         repository: the repository.
-        directory: cache directory, which remembers the answer for offline mode; None for none.
+        memory: remembers the answer for offline mode, and for a Hub that cannot be reached.
+        settings: deadline and retries.
         offline: ask nobody; use what an earlier call has found.
 
     Raises:
         OfflineError: offline mode is on, and no earlier call has asked.
         FetchError: the Hub does not answer, or the repository has no weights.
     """
-    display_name = f"hf://{repository.name}" + (f"@{repository.revision}" if repository.revision else "")
-    key = url_key(f"{display_name}?{repository.variant}")[:32]
-    memory = None if directory is None else directory / OWN_DIRECTORY / "hub" / f"{key}.json"
+    display_name = repository.display_name
     if offline:
-        return _remembered(memory, display_name)
-    with wrap_any_errors(display_name, display_name):
-        from huggingface_hub import HfApi
-
-        found = HfApi().model_info(repository.name, revision=repository.revision)
-        names = [sibling.rfilename for sibling in found.siblings or []]
-        commit = found.sha
-    name = choose_weights(names, repository.variant, display_name)
-    url = f"hf://{repository.name}@{commit}/{quote(name)}"
-    _logger.info("%s: %s at commit %s", display_name, name, commit)
-    if memory is not None and directory is not None:
-        make_directory(directory)
-        with wrap_write_errors(memory):
-            make_own_directory(memory.parent.parent)
-            write_own_json(memory, {"url": url})
+        if (known := memory.recall(repository)) is not None:
+            return known
+        raise OfflineError(
+            f"{display_name}: offline mode is on, and no earlier call has asked for this repository; on a node with "
+            f"internet access, run: rankload prefetch {display_name}",
+            url=display_name,
+        )
+    known = memory.recall(repository)
+    if known is not None:  # there is an answer: a Hub that cannot be reached is no reason to wait
+        settings = replace(settings, retries=0)
+    try:
+        listing = list_repository(repository.name, repository.revision, settings)
+    except NetworkError as error:
+        if known is None:
+            raise
+        _logger.warning("%s; using what an earlier call has found: %s", error.message, known)
+        return known
+    name = choose_weights(listing.blobs, repository.variant, display_name)
+    url = HubFile(repository.name, listing.commit, name).url
+    _logger.info("%s: %s at commit %s", display_name, name, listing.commit)
+    memory.keep(repository, url)
     return url
 
 
-def _remembered(memory: Path | None, display_name: str) -> str:
-    try:
-        if memory is None:
-            raise FileNotFoundError
-        with os.fdopen(open_plain(memory), encoding="utf-8") as file:
-            found = json.loads(file.read(1 << 16))["url"]
-        if HubRepository.parse(found) is None and found.startswith("hf://"):
-            return str(found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise OfflineError(
-        f"{display_name}: offline mode is on, and no earlier call has asked for this repository; on a node with "
-        f"internet access, run: rankload prefetch {display_name}",
-        url=display_name,
-    )
+class Memory(Protocol):
+    """Remembers which file a repository's weights were."""
+
+    def recall(self, repository: HubRepository) -> str | None:
+        """Return the URL of the weights that an earlier call found; None if there was no such call."""
+
+    def keep(self, repository: HubRepository, url: str) -> None:
+        """Remember the URL of the weights."""
+
+
+class OwnMemory:
+    """A memory in a cache directory of rankload's."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def recall(self, repository: HubRepository) -> str | None:
+        """Return the URL that was kept; None without one."""
+        try:
+            with os.fdopen(open_plain(self._path_for(repository)), encoding="utf-8") as file:
+                url = json.loads(file.read(1 << 16))["url"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return url if HubFile.parse(url) is not None else None
+
+    def keep(self, repository: HubRepository, url: str) -> None:
+        """Keep the URL in a file of rankload's own.
+
+        Raises:
+            CacheError: the file cannot be written.
+        """
+        path = self._path_for(repository)
+        make_directory(self._directory)
+        with wrap_write_errors(path):
+            make_own_directory(path.parent.parent)
+            write_own_json(path, {"url": url})
+
+    def _path_for(self, repository: HubRepository) -> Path:
+        key = url_key(f"{repository.display_name}?{repository.variant}")[:32]
+        return self._directory / OWN_DIRECTORY / "hub" / f"{key}.json"

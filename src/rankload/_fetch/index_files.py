@@ -152,15 +152,21 @@ def _part_names(path: Path) -> list[str] | None:
 
 
 def _request_for(name: str, index: FetchedFile, request: FetchRequest) -> FetchRequest:
+    hub_file = None
     if request.url.local_path is not None:
         urls: tuple[Url, ...] = (Url.parse(str(index.path.parent / name)),)
+    elif request.hub_file is not None:
+        commit = index.path.relative_to(request.directory).parts[1]  # snapshots/<commit>/…
+        hub_file = request.hub_file.beside(name, commit)
+        urls = (Url.parse(hub_file.url),)
     else:
         urls = tuple(url.beside(name) for url in request.urls)
     return replace(
         request,
         urls=urls,
-        directory=index.path.parent,
+        directory=request.directory if hub_file else index.path.parent,
         file_name=name,
+        hub_file=hub_file,
         sha256=None,
         sha256_source="sha256",
         hash_prefix=None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rankload._fetch.hub_names import HubFile
 from rankload._types import Scope, Verify
 from rankload._urls import Url
 
@@ -27,6 +28,8 @@ class FetchRequest:
         is_renewal: the file replaces a part of a cached checkpoint in several files. The origin may have replaced the
             other parts, too.
         must_be_checkpoint: reject files that are no checkpoint (a web page, a tar of JPEGs).
+        hub_file: the file on the Hugging Face Hub, if the cache is huggingface_hub's own; ``directory`` is then that of
+            the repository in it.
         headers: extra request headers for the first URL's host; never logged, never recorded.
         verify: when to hash a cached file again.
         sidecar: require the digest in ``<url>.sha256`` at the origin.
@@ -48,6 +51,7 @@ class FetchRequest:
     is_index: bool = False
     is_part: bool = False
     is_renewal: bool = False
+    hub_file: HubFile | None = None
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     verify: Verify = "once"
     sidecar: bool = False

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict, get_args
 
 from rankload._cache.layout import checked_file_name, checkpoints_directory, hash_prefix_of
+from rankload._fetch.hub_names import HubFile
 from rankload._fetch.index_files import is_index_name, name_in_own_folder
 from rankload._fetch.models import FetchRequest
 from rankload._fetch.offline import is_switched_off
@@ -78,9 +79,15 @@ def make_request(
     """
     urls = checked_urls(url)
     local_path = urls[0].local_path
+    is_for_hub_cache = len(urls) == 1 and not file_name and uses_hub_cache(model_dir)
+    hub_file = HubFile.parse(urls[0].raw) if is_for_hub_cache else None
     name = checked_file_name(file_name) if file_name else local_path.name if local_path else file_name_of(urls[0].raw)
     is_index = local_path is None and (is_index_name(PurePosixPath(name).name) or _names_index(urls[0]))
-    if model_dir is not None:
+    if hub_file is not None:
+        from rankload._fetch.hub_cache import directory_of  # imports huggingface_hub
+
+        directory, name = directory_of(hub_file.repository), hub_file.snapshot_path
+    elif model_dir is not None:
         directory = expanded(model_dir).absolute()
     else:  # a local file needs no cache
         directory = local_path.parent if local_path is not None else default_directory()
@@ -90,8 +97,9 @@ def make_request(
     return FetchRequest(
         urls=urls,
         directory=directory,
-        file_name=name_in_own_folder(name, urls[0].key) if is_index else name,
+        file_name=name_in_own_folder(name, urls[0].key) if is_index and hub_file is None else name,
         is_index=is_index,
+        hub_file=hub_file,
         sha256=_checked_sha256(sha256),
         hash_prefix=_promised_prefix(local_path.name if local_path else name, settings) if check_hash else None,
         must_be_checkpoint=must_be_checkpoint,
@@ -134,6 +142,11 @@ def agreed_arguments(request: FetchRequest, call: str) -> dict[str, Any]:
         "scope": request.scope,
         "refresh": request.refresh,
     }
+
+
+def uses_hub_cache(model_dir: str | os.PathLike[str] | None) -> bool:
+    """Return whether files of the Hugging Face Hub go to huggingface_hub's own cache: nobody has chosen a directory."""
+    return model_dir is None and not os.environ.get(MODEL_DIR_VARIABLE)
 
 
 def default_directory() -> Path:
