@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rankload._api.local import load
     from rankload._api.module import dist_load_into
     from rankload._api.once import dist_once, local_once
+    from rankload._api.pretrained import load_pretrained
     from rankload._api.snapshot import dist_snapshot
     from rankload._api.state_dict import dist_load_state_dict_from_url
     from rankload._formats.entry import TensorEntry
@@ -62,6 +63,7 @@ __all__ = [
     "errors",
     "hub",
     "load",
+    "load_pretrained",
     "local_once",
     "model_zoo",
     "open_checkpoint",
@@ -78,6 +80,7 @@ _HOMES = {
     "dist_snapshot": "_api.snapshot",
     "local_once": "_api.once",
     "load": "_api.local",
+    "load_pretrained": "_api.pretrained",
     "open_checkpoint": "_api.inspect",
     "patch": "_patch.patch",
     "unpatch": "_patch.patch",

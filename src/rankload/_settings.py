@@ -96,7 +96,8 @@ def misspelt(environ: Mapping[str, str]) -> dict[str, str]:
 
     Unknown variables that resemble none are left out: a job script may have ``RANKLOAD_`` variables of its own.
     """
-    known = [MODEL_DIR_VARIABLE, GITHUB_MIRRORS_VARIABLE, *(variable(field.name) for field in fields(Settings))]
+    others = [MODEL_DIR_VARIABLE, TABLE_VARIABLE, GITHUB_MIRRORS_VARIABLE]
+    known = [*others, *(variable(field.name) for field in fields(Settings))]
     unknown = sorted(name for name in environ if name.startswith(_PREFIX) and name not in known)
     return {name: close[0] for name in unknown if (close := get_close_matches(name, known, 1, _LIKENESS))}
 
@@ -127,6 +128,9 @@ _PREFIX = "RANKLOAD_"
 
 #: Environment variable with the cache directory, for calls that pass none. Its path may differ between nodes.
 MODEL_DIR_VARIABLE = "RANKLOAD_MODEL_DIR"
+
+#: Environment variable with the path of a table of named checkpoints.
+TABLE_VARIABLE = "RANKLOAD_TABLE"
 
 #: Environment variable with mirrors of github.com for repositories: URL prefixes, separated by commas.
 GITHUB_MIRRORS_VARIABLE = "RANKLOAD_GITHUB_MIRRORS"

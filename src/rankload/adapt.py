@@ -196,14 +196,31 @@ def to_dtype(dtype: Any) -> Adapter:
     """Convert floating-point tensors to a ``torch.dtype``; integers, such as batch norm's counters, stay.
 
     Tied tensors stay tied. Parameters stay parameters, and ``requires_grad`` is kept.
+
+    Args:
+        dtype: a ``torch.dtype`` such as ``torch.bfloat16``, or its name: ``"bfloat16"``.
+
+    Raises (the adapter):
+        ArgumentError: torch has no dtype of that name.
     """
 
     def converted(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        wanted = _dtype_of(dtype)
         floating = {id(value): value for value in state_dict.values() if _is_floating(value)}
-        made = {number: _converted(value, dtype) for number, value in floating.items()}
+        made = {number: _converted(value, wanted) for number, value in floating.items()}
         return _like(state_dict, ((name, made.get(id(value), value)) for name, value in state_dict.items()))
 
     return _of_dicts("to_dtype", converted)
+
+
+def _dtype_of(given: Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    torch = sys.modules["torch"]  # there are tensors
+    found = getattr(torch, given, None)
+    if not isinstance(found, torch.dtype):
+        raise ArgumentError(f"to_dtype({given!r}): torch has no dtype of this name; expected bfloat16, float32, …")
+    return found
 
 
 def _converted(value: Any, dtype: Any) -> Any:

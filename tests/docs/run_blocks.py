@@ -12,6 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import tomlkit
+
 from docs.blocks import Block, ranks_of
 from docs.example_world import World
 from harness.ranks import run_ranks
@@ -39,6 +41,8 @@ def check_syntax(block: Block) -> None:
     elif block.language == "sh":
         done = subprocess.run(["bash", "-n"], input=block.text, text=True, capture_output=True, check=False)
         assert done.returncode == 0, f"{block.where}: {done.stderr}"
+    elif block.language == "toml":
+        tomlkit.parse(block.text)
 
 
 def run_python(blocks: Sequence[Block], world: World, world_size: int) -> None:

@@ -20,7 +20,7 @@ PAGES = [
 ]
 
 #: Languages of blocks that are no code to run.
-_SHOWN_ONLY = {"text", "mermaid", "json"}
+_SHOWN_ONLY = {"text", "mermaid", "json", "toml"}
 
 
 def _name(page: Path) -> str:

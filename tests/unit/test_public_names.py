@@ -15,6 +15,7 @@ CALLS = {
     "dist_once",
     "dist_snapshot",
     "load",
+    "load_pretrained",
     "local_once",
     "open_checkpoint",
     "patch",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from rankload._api.call import collective_call
 from rankload._api.tracebacks import short_tracebacks
 from rankload._coordination.call_context import CallContext
 from rankload._coordination.membership import open_single_process_channel
+from rankload._fetch.checkpoint_table import NamedCheckpoint, find_checkpoint
 from rankload._fetch.fetch_once import fetch_at, fetch_once
 from rankload._fetch.hub_names import HubRepository
 from rankload._fetch.models import FetchRequest
@@ -25,6 +27,7 @@ from rankload._fetch.request import (
     default_directory,
     make_request,
     uses_hub_cache,
+    with_named,
 )
 from rankload._settings import Settings
 from rankload._types import Delivery, FetchedFile, Progress, Scope, Verify
@@ -59,8 +62,8 @@ def dist_fetch(
     In a single process this call does not import torch; use it to prefetch on a login node.
     """
     with collective_call(group, timeout) as call:
-        request = make_request(
-            weights_url(url, model_dir, call.settings, offline=offline),
+        request = prepare_request(
+            url,
             model_dir,
             call.settings,
             check_hash=check_hash,
@@ -80,17 +83,44 @@ def dist_fetch(
         return fetch_once(request, call).path
 
 
+def prepare_request(
+    url: UrlArgument | NamedCheckpoint,
+    model_dir: str | os.PathLike[str] | None,
+    settings: Settings,
+    *,
+    scope: Scope = "auto",
+    **options: Unpack[RequestOptions],
+) -> FetchRequest:
+    """Make a request from a public call's arguments. Not collective.
+
+    A name in a table stands for its URL and digest, a repository of the Hugging Face Hub for the weights in it.
+
+    Raises:
+        ArgumentError: an argument is invalid, or a table is malformed.
+        FetchError: the Hub does not say what the repository has.
+    """
+    named = url if isinstance(url, NamedCheckpoint) else find_checkpoint(url)
+    if named is not None:
+        url, options = named.urls, with_named(options, named)
+    assert not isinstance(url, NamedCheckpoint)
+    url = weights_url(url, model_dir, settings, offline=options.get("offline"))
+    request = make_request(url, model_dir, settings, scope=scope, **options)
+    return request if named is None else replace(request, named=named, part_digests=named.part_digests)
+
+
 def fetch_in_this_process(
-    url: UrlArgument,
+    url: UrlArgument | NamedCheckpoint,
     model_dir: str | os.PathLike[str] | None,
     settings: Settings | None = None,
     **options: Unpack[RequestOptions],
 ) -> FetchedFile:
     """Fetch in this process only, with the arguments of the public calls. Not collective; does not import torch."""
     settings = settings or Settings.from_environment()
+    return _fetch_alone(prepare_request(url, model_dir, settings, scope="process", **options), settings)
+
+
+def _fetch_alone(request: FetchRequest, settings: Settings) -> FetchedFile:
     with open_single_process_channel() as channel, ExitStack() as stack:
-        url = weights_url(url, model_dir, settings, offline=options.get("offline"))
-        request = make_request(url, model_dir, settings, scope="process", **options)
         return fetch_once(request, CallContext(channel, settings, stack))
 
 
@@ -145,18 +175,15 @@ def fetch_for_job(
 
     A process that waits for the lease of one whose download fails raises that error.
     """
-    url = weights_url(url, model_dir, settings, offline=options.get("offline"))
-    request = make_request(url, model_dir, settings, scope="process", **options)
-
-    def fetch() -> FetchedFile:
-        return fetch_in_this_process(url, model_dir, settings, **options)
-
+    request = prepare_request(url, model_dir, settings, scope="process", **options)
     if request.url.local_path is None and not (request.directory / request.file_name).exists():
         from rankload._api.once_per_job import once_per_job
 
         key = f"fetch {request.url.key} {request.file_name} {request.digest or ''}"
-        once_per_job(lambda: str(fetch().path), key=key, directory=request.directory, has_lease=False)
-    return fetch()
+        once_per_job(
+            lambda: str(_fetch_alone(request, settings).path), key=key, directory=request.directory, has_lease=False
+        )
+    return _fetch_alone(request, settings)
 
 
 def fetch_for(delivery: Delivery, request: FetchRequest, call: CallContext, source: int) -> FetchedFile | None:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from rankload._api.tracebacks import short_tracebacks
 from rankload._cache.files import check_has_scheme, wrap_read_errors
+from rankload._fetch.checkpoint_table import find_checkpoint
 from rankload._fetch.hub_names import HubFile, HubRepository
 from rankload._fetch.offline import is_switched_off
 from rankload._fetch.range_source import RemoteSource
@@ -51,6 +52,8 @@ def open_checkpoint(url: str | os.PathLike[str], *, headers: Mapping[str, str] |
         CacheError: the file cannot be read.
         OfflineError: offline mode is on (RANKLOAD_OFFLINE), and the checkpoint is not a local file.
     """
+    if (named := find_checkpoint(url)) is not None:
+        url = named.urls[0]
     location = Url.parse(_on_the_hub(os.fspath(url)))
     path = location.local_path
     display_name = location.display_name if path is None else printable(str(path))

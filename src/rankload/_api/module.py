@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from rankload._api.call import agree_on_delivery, collective_call
-from rankload._api.fetch import fetch_for, weights_url
+from rankload._api.fetch import fetch_for, prepare_request
 from rankload._api.tracebacks import short_tracebacks
-from rankload._fetch.request import UrlArgument, agreed_arguments, make_request
+from rankload._fetch.checkpoint_table import adapter_for
+from rankload._fetch.request import UrlArgument, agreed_arguments
 from rankload._load.delivery.select import open_strategy
 from rankload._load.delivery.strategy import LoadPlan
 from rankload._load.device.devices import own_device
@@ -31,7 +32,7 @@ from rankload._load.node.node_copy import may_change, settled
 from rankload._load.report import LoadReport
 from rankload._text import printable
 from rankload._types import Delivery, Scope, Verify
-from rankload.adapt import Adapter, as_adapter, is_lazy, unwrap
+from rankload.adapt import Adapter, is_lazy, unwrap
 from rankload.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -133,9 +134,8 @@ def dist_load_into(
     phases: dict[str, float] = {}
     with collective_call(group, timeout) as call:
         target, optimizer = _checked_targets(module, assign)
-        adapter = as_adapter(unwrap() if optimizer is not None and adapt is None else adapt)
-        request = make_request(
-            weights_url(url, model_dir, call.settings, offline=offline),
+        request = prepare_request(
+            url,
             model_dir,
             call.settings,
             check_hash=check_hash,
@@ -150,6 +150,9 @@ def dist_load_into(
             max_bytes=max_bytes,
             refresh=refresh,
         )
+        if optimizer is not None and adapt is None and not (request.named and request.named.adapt):
+            adapt = unwrap()
+        adapter = adapter_for(request.named, adapt)
         arguments = agreed_arguments(request, "load_into")
         chosen, sender = agree_on_delivery(call, arguments, delivery, src, get_args(Delivery))
         with _timed(phases, "fetch"):

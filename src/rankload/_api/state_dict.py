@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankload._api.call import agree_on_delivery, collective_call
-from rankload._api.fetch import fetch_for, fetch_for_job, weights_url
+from rankload._api.fetch import fetch_for, fetch_for_job, prepare_request
 from rankload._api.tracebacks import short_tracebacks
 from rankload._coordination.call_context import CallContext
 from rankload._coordination.membership import own_identity
 from rankload._coordination.single_process import SingleProcessChannel
-from rankload._fetch.request import UrlArgument, agreed_arguments, make_request
+from rankload._fetch.checkpoint_table import adapter_for
+from rankload._fetch.request import UrlArgument, agreed_arguments
 from rankload._formats.sniff import sniff
 from rankload._settings import Settings
 from rankload._types import Delivery, FetchedFile, Scope, Verify
-from rankload.adapt import Adapter, as_adapter
+from rankload.adapt import Adapter
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,9 @@ def dist_load_state_dict_from_url(
         url: a URL (http, https, file, or an fsspec scheme such as s3, gs and hf), a plain path, or several mirrors in
             order of preference. If one mirror breaks off, the next one continues, provided that a digest shows that
             both have the same file. Local files are used in place, never copied. If the URL names an index of several
-            files (``*.index.json``), those files are fetched, too, into a folder of their own.
+            files (``*.index.json``), those files are fetched, too, into a folder of their own. ``hf://org/name`` stands
+            for the weights of that repository; a name in a table for its URL, digest and adapters (see
+            `load_pretrained`).
         model_dir: cache directory; default ``torch.hub.get_dir()/checkpoints``. ``~`` is expanded. May differ between
             nodes.
         map_location: as in torch.load, or a per-rank template such as ``"{device}"`` or ``"cuda:{local_rank}"``, also
@@ -132,9 +135,8 @@ def dist_load_state_dict_from_url(
             VerificationError and LoadError (RuntimeErrors), and RankLostError (a ConnectionError).
     """
     with collective_call(group, timeout) as call:
-        adapter = as_adapter(adapt)
-        request = make_request(
-            weights_url(url, model_dir, call.settings, offline=offline),
+        request = prepare_request(
+            url,
             model_dir,
             call.settings,
             check_hash=check_hash,
@@ -149,6 +151,7 @@ def dist_load_state_dict_from_url(
             max_bytes=max_bytes,
             refresh=refresh,
         )
+        adapter = adapter_for(request.named, adapt)
         chosen, source = agree_on_delivery(call, agreed_arguments(request, "load"), delivery, src)
         location = _resolved(map_location, call)
         file = fetch_for(chosen, request, call, source)

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from rankload._cli import cache_commands, hash_command, inspect_command, prefetch
+from rankload._cli import cache_commands, hash_command, inspect_command, lock, prefetch
 from rankload._cli.app import app
 from rankload.errors import RankloadError
 
 #: Modules whose commands the application has: importing them registers the commands.
-COMMANDS = (prefetch, inspect_command, cache_commands, hash_command)
+COMMANDS = (prefetch, inspect_command, cache_commands, hash_command, lock)
 
 
 @app.command(name="run", add_help_option=False, context_settings={"ignore_unknown_options": True})

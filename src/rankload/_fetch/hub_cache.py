@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import os
 import secrets
 from collections.abc import Callable
@@ -38,8 +37,6 @@ from rankload._settings import Settings
 from rankload._types import FetchedFile, Report
 from rankload._urls import Url
 from rankload.errors import FetchError, OfflineError, VerificationError
-
-_logger = logging.getLogger("rankload")
 
 #: Largest content that is read into memory to compare it with git's SHA-1. The Hub keeps files of more than 10 MB in
 #: Git LFS (huggingface.co/docs/hub/repositories-getting-started).

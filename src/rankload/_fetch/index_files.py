@@ -96,7 +96,7 @@ def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -
     Args:
         index: fetched and verified file.
         request: request that fetched the file. Its digest is only the index's. Each part is checked by its structure,
-            and by the digest that its server gives.
+            and by its own digest: the request's, and the one that its server gives.
         fetch_one: fetches one file.
 
     Returns:
@@ -167,7 +167,7 @@ def _request_for(name: str, index: FetchedFile, request: FetchRequest) -> FetchR
         directory=request.directory if hub_file else index.path.parent,
         file_name=name,
         hub_file=hub_file,
-        sha256=None,
+        sha256=dict(request.part_digests).get(name),
         sha256_source="sha256",
         hash_prefix=None,
         must_be_checkpoint=True,

@@ -15,6 +15,7 @@ from rankload._cache.files import check_has_scheme, retry_if_stale, wrap_read_er
 from rankload._cache.layout import Entry
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, is_on_record, write_record
+from rankload._fetch.checkpoint_table import hint_on_name
 from rankload._fetch.digests import check_digest, claims_of
 from rankload._fetch.file_digest import sha256_of_file
 from rankload._fetch.index_files import check_index
@@ -26,7 +27,7 @@ from rankload._formats.hints import hint_on_directory
 from rankload._formats.sniff import check_structure
 from rankload._platform.linux import birth_ns, rename_if_absent
 from rankload._types import FetchedFile, Progress, Provenance, Report
-from rankload.errors import CacheError, DigestMismatchError, RankloadError, VerificationError
+from rankload.errors import CacheError, DigestMismatchError, MissingFileError, RankloadError, VerificationError
 
 _logger = logging.getLogger("rankload")
 
@@ -155,8 +156,12 @@ def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFi
         CacheError: the file cannot be read.
     """
     check_has_scheme(request.url.raw, path)
-    with wrap_read_errors(path):
-        return retry_if_stale(lambda: _in_place(path, request, report))
+    try:
+        with wrap_read_errors(path):
+            return retry_if_stale(lambda: _in_place(path, request, report))
+    except MissingFileError as error:
+        error.message += hint_on_name(request.url.raw)
+        raise
 
 
 def file_version(entry: Entry) -> FileVersion | None:

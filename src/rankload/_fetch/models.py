@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rankload._fetch.checkpoint_table import NamedCheckpoint
 from rankload._fetch.hub_names import HubFile
 from rankload._types import Scope, Verify
 from rankload._urls import Url
@@ -32,6 +33,8 @@ class FetchRequest:
             the repository in it.
         headers: extra request headers for the first URL's host; never logged, never recorded.
         verify: when to hash a cached file again.
+        part_digests: expected digests of the files that an index names, by their names.
+        named: the checkpoint in a table whose name the caller passed; None for a URL.
         sidecar: require the digest in ``<url>.sha256`` at the origin.
         scope: which ranks share one download.
         progress: show a progress bar on the downloading rank.
@@ -54,6 +57,8 @@ class FetchRequest:
     hub_file: HubFile | None = None
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     verify: Verify = "once"
+    part_digests: tuple[tuple[str, str], ...] = ()
+    named: NamedCheckpoint | None = None
     sidecar: bool = False
     scope: Scope = "auto"
     progress: bool = True

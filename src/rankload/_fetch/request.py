@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict, get_args
 
 from rankload._cache.layout import checked_file_name, checkpoints_directory, hash_prefix_of
+from rankload._fetch.checkpoint_table import NamedCheckpoint
 from rankload._fetch.hub_names import HubFile
 from rankload._fetch.index_files import is_index_name, name_in_own_folder
 from rankload._fetch.models import FetchRequest
@@ -44,6 +45,18 @@ class RequestOptions(TypedDict, total=False):
     must_be_checkpoint: bool
     max_bytes: int | None
     refresh: bool
+
+
+def with_named(options: RequestOptions, named: NamedCheckpoint) -> RequestOptions:
+    """Return a call's arguments with the digest of the table.
+
+    Raises:
+        ArgumentError: the call has another digest.
+    """
+    given = _checked_sha256(options.get("sha256"))
+    if given and named.sha256 and given != named.sha256:
+        raise ArgumentError(f"sha256={given!r}: {named.table} has another digest for {named.name}: pass one of them")
+    return {**options, "sha256": given or named.sha256}
 
 
 def make_request(
@@ -141,6 +154,7 @@ def agreed_arguments(request: FetchRequest, call: str) -> dict[str, Any]:
         "check_hash": request.hash_prefix is not None,
         "scope": request.scope,
         "refresh": request.refresh,
+        "adapt": request.named.adapt if request.named else None,
     }
 
 
