@@ -124,7 +124,10 @@ def unwrap(key: str = "auto") -> Adapter:
         if key != "auto" and (flat := _beneath(checkpoint, key)):
             return flat
         keys = ", ".join(shown_key(name) for name in list(checkpoint)[:_MAX_SHOWN])
-        raise LoadError(f"unwrap({key!r}): found no state dict; the checkpoint has {keys or 'nothing'}")
+        tried = (
+            f"under {', '.join(WRAPPERS)}; name its key: adapt=adapt.unwrap('…')" if key == "auto" else f"under {key!r}"
+        )
+        raise LoadError(f"unwrap({key!r}): found no state dict {tried}; the checkpoint has {keys or 'nothing'}")
 
     return _of_dicts(f"unwrap({key!r})", unwrapped)
 

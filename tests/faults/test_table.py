@@ -36,7 +36,7 @@ def test_no_marker_names_an_unknown_case() -> None:
 
 def test_the_page_is_what_would_be_written() -> None:
     is_current = DOCS_PATH.read_text(encoding="utf-8") == document(marked_tests())
-    assert is_current, "docs/faults.md is out of date; run PYTHONPATH=tests python -m faults.write_docs"
+    assert is_current, "docs/faults.md is out of date; run: make faults"
 
 
 def test_a_case_without_a_test_says_so_on_the_page() -> None:

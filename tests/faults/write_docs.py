@@ -14,7 +14,7 @@ from faults.marks import TESTS_DIR, MarkedTest, marked_tests
 DOCS_PATH = TESTS_DIR.parent / "docs" / "faults.md"
 
 HEADER = """\
-<!-- Written by `PYTHONPATH=tests python -m faults.write_docs` from tests/faults/cases.py: change it there. -->
+<!-- Written by `make faults` from tests/faults/cases.py: change it there. -->
 
 # What goes wrong, and what you can rely on
 

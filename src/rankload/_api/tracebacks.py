@@ -43,9 +43,22 @@ def short_tracebacks(function: Callable[_Arguments, _Result]) -> Callable[_Argum
 
 def _point_to_documentation(error: RankloadError) -> None:
     """Let the traceback end with the page that says what the error means; before Python 3.11 there are no notes."""
-    note = f"What it means and what to do: docs/reference/errors.md#{type(error).__name__.lower()}"
+    note = f"What it means and what to do: {_documentation()}/reference/errors.md#{type(error).__name__.lower()}"
     if sys.version_info >= (3, 11) and note not in getattr(error, "__notes__", ()):
         error.add_note(note)
+
+
+@functools.cache
+def _documentation() -> str:
+    """Return where the documentation is: the address that the package was built with, else the path in a checkout."""
+    from importlib import metadata
+
+    try:
+        addresses = metadata.metadata("rankload").get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
+        addresses = []
+    by_label: dict[str, str] = dict(address.split(", ", 1) for address in addresses)
+    return by_label.get("Documentation", "docs")
 
 
 def _shown_cause(error: RankloadError) -> BaseException | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a traceback with local variables would show headers and signed URLs
 )
 
+#: Arguments of the Python calls that commands have as options.
+_OPTIONS = {
+    "check_hash": "--check-hash",
+    "file_name": "--file-name",
+    "headers": "--header",
+    "max_bytes": "--max-bytes",
+    "model_dir": "--model-dir",
+    "refresh": "--refresh",
+    "sha256": "--sha256",
+    "sidecar": "--sidecar",
+    "verify": "--verify",
+}
+
+#: An argument, with a flag's value, or the beginning of another value.
+_ARGUMENT = re.compile(rf"\b({'|'.join(_OPTIONS)})=(?:True\b|(?=([\w'\"{{\[]))|)")
+
 #: Print JSON instead of text.
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -26,6 +43,12 @@ def common(version: bool = typer.Option(False, "--version", help="Show the versi
     if version:
         typer.echo(__version__)
         raise typer.Exit
+
+
+def in_shell_words(error: Exception) -> str:
+    """Return an error's message with options in place of Python's arguments: ``--check-hash``, not check_hash=True."""
+    text = _ARGUMENT.sub(lambda match: _OPTIONS[match[1]] + (" " if match[2] else ""), str(error))
+    return text.replace("dist_fetch", "rankload prefetch")
 
 
 def print_json(value: Any) -> None:

@@ -52,14 +52,18 @@ def ls(model_dir: ModelDir = None, as_json: AsJson = False) -> None:
             "size": shown_size(row["size_bytes"]),
             "used": f"{row['days_unused']:.0f} d ago",
             "sha256": (row["sha256"] or "-")[:12],
-            "vouched by": row["vouched_by"] or "-",
+            "vouched by": row["vouched_by"] or "nobody (structure only)",
             "in use": row["in_use"] or "-",
             "origin": row["origin"],
         }
         for row in rows
     ]
     print_table(shown, ("name", "size", "used", "sha256", "vouched by", "in use", "origin"))
-    typer.echo(f"\n{len(rows)} items, {shown_size(sum(item.size_bytes for item in items))}")
+    typer.echo(
+        f"\n{_directory(model_dir)}: {_counted(len(rows))}, {shown_size(sum(row['size_bytes'] for row in rows))}"
+    )
+    if rests := [path for path in leftovers(_directory(model_dir)) if _is_of_the_dead(path)]:
+        typer.echo(f"{_counted(len(rests))} in quarantine, or left by killed downloads: {shown_size(_size_of(rests))}")
 
 
 @app.command()
@@ -123,10 +127,11 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Remove. Without this option, only say what would be.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what was not used for longest, and the rests of dead downloads.
+    """Remove what was not used for longest, and what killed downloads have left.
 
-    An item is removed if all given options say so. What is in use stays, and so does every file that rankload has not
-    published. Quarantined files and partial files of dead processes go in any case.
+    At least one of --keep-latest, --older-than and --max-size is required. An item is removed if all given options say
+    so. What is in use stays, and so does every file that rankload has not published. Quarantined files and partial
+    files of dead processes go in any case.
     """
     if keep_latest is None and older_than is None and max_size is None:
         raise typer.BadParameter("say what to remove: --keep-latest, --older-than or --max-size")
@@ -134,6 +139,7 @@ def prune(
     directory, items, mapped, now = _directory(model_dir), _items(model_dir), mapped_files(), time.time()
     chosen = [item for item in _chosen(items, keep_latest, older_than, limit, now) if not _why_in_use(item, mapped)]
     rests = [path for path in leftovers(directory) if _is_of_the_dead(path)]
+    rests_bytes = _size_of(rests)
     if yes:
         for item in chosen:
             _remove(item, is_quiet=as_json)
@@ -144,8 +150,8 @@ def prune(
         for item in chosen:
             typer.echo(f"would remove {item.path} ({shown_size(item.size_bytes)})")
         for path in rests:
-            typer.echo(f"would remove {path}")
-    freed = sum(item.size_bytes for item in chosen)
+            typer.echo(f"would remove {path} ({shown_size(_size_of([path]))})")
+    freed = sum(item.size_bytes for item in chosen) + rests_bytes
     if as_json:
         print_json(
             {
@@ -155,7 +161,8 @@ def prune(
             }
         )
     else:
-        typer.echo(f"{len(chosen)} items, {shown_size(freed)}" + ("" if yes else "; --yes removes them"))
+        count = _counted(len(chosen) + len(rests))
+        typer.echo(f"{count}, {shown_size(freed)}" + ("" if yes else "; --yes removes them"))
 
 
 def _chosen(
@@ -181,12 +188,26 @@ def _is_of_the_dead(path: Path) -> bool:
     return owner is None or owner.is_dead
 
 
+def _size_of(paths: Iterable[Path]) -> int:
+    total = 0
+    for path in paths:
+        with suppress(OSError):
+            total += path.stat().st_size
+    return total
+
+
+def _counted(count: int) -> str:
+    return f"{count} item" + ("" if count == 1 else "s")
+
+
 def _directory(model_dir: Path | None) -> Path:
     return default_directory() if model_dir is None else expanded(model_dir).absolute()
 
 
 def _items(model_dir: Path | None) -> list[CachedItem]:
     directory = _directory(model_dir)
+    if model_dir is not None and not directory.is_dir():
+        typer.echo(f"rankload: {directory} is no directory: nothing is cached there", err=True)
     with wrap_read_errors(directory):
         return list(list_items(directory))
 

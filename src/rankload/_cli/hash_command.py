@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rankload._cache.files import wrap_read_errors, wrap_write_errors
-from rankload._cli.app import AsJson, app, print_json
+from rankload._cli.app import AsJson, app, in_shell_words, print_json
 from rankload._fetch.file_digest import sha256_of_file
 from rankload._platform.linux import rename_if_absent
 from rankload.errors import RankloadError
@@ -41,7 +41,7 @@ def hash_files(
                 digest = sha256_of_file(path, lambda _: None)
             renamed = _renamed(path, digest) if rename else path
         except RankloadError as error:
-            typer.echo(f"rankload: {error}", err=True)
+            typer.echo(f"rankload: {in_shell_words(error)}", err=True)
             has_failed = True
         else:
             found.append({"path": str(renamed), "sha256": digest})

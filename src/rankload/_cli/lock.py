@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rankload._cache.files import wrap_write_errors
-from rankload._cli.app import app
+from rankload._cli.app import app, in_shell_words
 from rankload._fetch.checkpoint_table import TABLE_NAME, NamedCheckpoint, read_table
 from rankload.errors import ArgumentError, RankloadError
 
@@ -58,7 +58,7 @@ def lock(
         try:
             found[name] = _fetched(rows[name], model_dir, update=update)
         except RankloadError as error:
-            typer.echo(f"rankload: {name}: {error}", err=True)
+            typer.echo(f"rankload: {name}: {in_shell_words(error)}", err=True)
             has_failed = True
             continue
         change = _change(rows[name], found[name])

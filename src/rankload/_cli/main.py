@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rankload._cli import cache_commands, hash_command, inspect_command, lock, prefetch
-from rankload._cli.app import app
+from rankload._cli.app import app, in_shell_words
 from rankload.errors import RankloadError
 
 #: Modules whose commands the application has: importing them registers the commands.
@@ -40,5 +40,5 @@ def main() -> None:
     try:
         app()
     except RankloadError as error:
-        typer.echo(f"rankload: {error}", err=True)
+        typer.echo(f"rankload: {in_shell_words(error)}", err=True)
         sys.exit(1)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from rankload._cli.app import app
+from rankload._cli.app import app, in_shell_words
 from rankload._urls import scheme_of, server_of
 from rankload.errors import RankloadError
 
@@ -89,7 +89,7 @@ def prefetch(
                 progress=not quiet,
             )
         except RankloadError as error:
-            typer.echo(f"rankload: {error}", err=True)
+            typer.echo(f"rankload: {in_shell_words(error)}", err=True)
             has_failed = True
         else:
             typer.echo(file.path)

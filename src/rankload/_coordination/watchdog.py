@@ -68,8 +68,9 @@ class Watchdog:
         absent = _ranges([watch.rank for watch in self._watches if watch.is_absent])
         if absent and self._watched.seconds >= self._settings.arrival_seconds:
             raise ArrivalTimeoutError(
-                f"rank {absent} did not make this call within {self._settings.arrival_seconds:g} s "
-                "(RANKLOAD_ARRIVAL_SECONDS): every rank must make it, and in the same order",
+                f"{_named(absent)} did not make this call within {self._settings.arrival_seconds:g} s "
+                "(RANKLOAD_ARRIVAL_SECONDS): every rank must make it, and in the same order; a call on one rank alone "
+                "(if rank == 0:) is rankload.hub's",
                 missing=absent,
             )
         if self._watched.seconds - self._reported_at >= self._settings.report_seconds:
@@ -81,7 +82,7 @@ class Watchdog:
         busy = [watch for watch in self._watches if watch.status and watch.status.progress.phase != "done"]
         if absent:
             waited = f"{self._watched.seconds:.0f} of {self._settings.arrival_seconds:g} s"
-            self._say(f"rank {absent} to make this call ({waited})", is_quiet=not is_voice)
+            self._say(f"{_named(absent)} to make this call ({waited})", is_quiet=not is_voice)
         elif busy:
             first = busy[0]
             assert first.status is not None
@@ -97,6 +98,11 @@ class Watchdog:
     def _say(self, awaited: str, *, is_quiet: bool) -> None:
         level = logging.DEBUG if is_quiet else logging.WARNING
         _logger.log(level, "rankload: rank %d is waiting for %s", self._identity.rank, awaited)
+
+
+def _named(ranks: str) -> str:
+    """Return ranks with the noun: ``rank 3``, ``ranks 1-3, 7``."""
+    return f"rank {ranks}" if ranks.isdecimal() else f"ranks {ranks}"
 
 
 def _ranges(ranks: list[int], limit: int = 20) -> str:

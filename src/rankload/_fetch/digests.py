@@ -6,6 +6,9 @@ from rankload._fetch.models import FetchRequest
 from rankload._fetch.origins.origin import Claim
 from rankload.errors import DigestMismatchError
 
+#: Sources under the names that callers know.
+_SHOWN = {"hash_prefix": "the file name, under check_hash"}
+
 
 def claims_of(request: FetchRequest, *others: Claim | None) -> tuple[Claim, ...]:
     """Return all claims about the file's digest, the strongest first.
@@ -29,7 +32,7 @@ def check_digest(sha256: str, claims: tuple[Claim, ...], origin: str) -> str | N
         if not sha256.startswith(claim.sha256):
             raise DigestMismatchError(
                 f'invalid hash value (expected "{claim.sha256}", got "{sha256}"): {origin} is damaged or was replaced, '
-                f"or the expected digest ({claim.source}) is that of another file",
+                f"or the expected digest ({_SHOWN.get(claim.source, claim.source)}) is that of another file",
                 expected=claim.sha256,
                 got=sha256,
                 url=origin,

@@ -18,7 +18,9 @@ import rankload
 from harness.origin import Origin
 from rankload._cache.layout import Entry
 from rankload._cli import app
+from rankload._cli.app import in_shell_words
 from rankload._fetch.partials.owner import own_path
+from rankload.errors import ArgumentError
 
 DAY = 24 * 3600
 
@@ -76,7 +78,19 @@ def test_ls(filled: Path, origin: Origin) -> None:
     assert rows[folder]["files"] == 3
     text = run("ls", "--model-dir", filled)
     assert text.splitlines()[0].split() == ["name", "size", "used", "sha256", "vouched", "by", "in", "use", "origin"]
-    assert "4 items, " in text.splitlines()[-1]
+    assert f"{filled}: 4 items, " in text.splitlines()[-1]
+
+
+def test_ls_counts_what_failed_downloads_have_left(filled: Path) -> None:
+    quarantined = filled / ".rankload" / "quarantine" / "bad.bin"
+    quarantined.parent.mkdir()
+    quarantined.write_bytes(b"bad")
+    assert run("ls", "--model-dir", filled).endswith("1 item in quarantine, or left by killed downloads: 3 B\n")
+    assert run("prune", "--model-dir", filled, "--older-than", 1000).endswith("1 item, 3 B; --yes removes them\n")
+
+
+def test_directory_that_does_not_exist(tmp_path: Path) -> None:
+    assert "is no directory" in run("ls", "--model-dir", tmp_path / "nowhere")
 
 
 def test_verify(filled: Path) -> None:
@@ -181,6 +195,7 @@ def test_prune_asks_what_to_remove(filled: Path, words: list[str]) -> None:
 
 
 def test_empty_cache(cache: Path) -> None:
+    cache.mkdir(exist_ok=True)
     assert json.loads(run("ls", "--model-dir", cache, "--json")) == []
     run("prune", "--keep-latest", "1", "--yes", "--model-dir", cache)
 
@@ -192,3 +207,20 @@ def test_running_job_that_maps_the_cache_goes_on(origin: Origin, cache: Path, ch
     run("rm", checkpoint.name, "--force", "--model-dir", cache)
     expected = torch.load(checkpoint.path)
     assert all(torch.equal(state_dict[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("check_hash=True, but 'x': pass sha256=, or", "--check-hash, but 'x': pass --sha256, or"),
+        ("or file_name= with it", "or --file-name with it"),
+        ("sha256='abc': expected 64 digits", "--sha256 'abc': expected 64 digits"),
+        ('headers={"User-Agent": "x"} sends', '--header {"User-Agent": "x"} sends'),
+        ("choose another (model_dir=)", "choose another (--model-dir)"),
+        ("max_bytes=100 allows", "--max-bytes 100 allows"),
+        ("fetch it with dist_fetch, and", "fetch it with rankload prefetch, and"),
+        ("my_sha256=3 stays", "my_sha256=3 stays"),
+    ],
+)
+def test_messages_name_options(message: str, shown: str) -> None:
+    assert in_shell_words(ArgumentError(message)) == shown
