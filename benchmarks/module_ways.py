@@ -24,18 +24,18 @@ Kind = Literal["state_dict", "module", "meta", "fsdp", "tensor-parallel"]
 
 @dataclass(frozen=True)
 class Files:
-    """The same weights in both formats.
+    """The same weights in both formats, in rankload's cache, which is their folder: their origin is not asked.
 
     Attributes:
-        zip: in rankload's cache, which is its folder, where ``url`` is not asked for it.
-        url: of that file.
-        safetensors: a local file.
+        zip, url: path and URL of a file of torch.save.
+        safetensors, safetensors_url: path and URL of a safetensors file.
         size_bytes, tensor_count: of the weights.
     """
 
     zip: Path
     url: str
     safetensors: Path
+    safetensors_url: str
     size_bytes: int
     tensor_count: int
 
@@ -172,7 +172,7 @@ def _rankload(module: nn.Module, files: Files) -> None:
 def _rankload_safetensors(module: nn.Module, files: Files) -> None:
     from rankload import dist_load_into
 
-    dist_load_into(module, files.safetensors)
+    dist_load_into(module, files.safetensors_url, files.safetensors.parent)
 
 
 def _torch_load(module: nn.Module, files: Files) -> None:

@@ -139,17 +139,20 @@ def _run(way: ModuleWay, case: Case, layers: int, files: Files, world_size: int)
 
 
 def write_files(directory: Path, model: Model, layers: int) -> Files:
-    """Write a model's weights in both formats; fetch one into the cache, as published files alone are mapped."""
+    """Write a model's weights in both formats, and fetch them into the cache, as published files alone are mapped."""
     torch.manual_seed(0)
     state_dict = {
         name: tensor.detach().normal_() if tensor.is_floating_point() else tensor + 1
         for name, tensor in make(model, layers).state_dict().items()
     }
-    saved, safetensors_path = directory / f"{model}.saved", directory / f"{model}.safetensors"
-    torch.save(state_dict, saved)
-    save_file(state_dict, safetensors_path)
+    sources = {f"{model}.pth": torch.save, f"{model}.safetensors": save_file}
+    urls, paths = [], []
     with Origin() as origin:
-        url = origin.add(f"{model}.pth", saved)
-        path = dist_fetch(url, directory, progress=False)
-    saved.unlink()
-    return Files(path, url, safetensors_path, sum(tensor.nbytes for tensor in state_dict.values()), len(state_dict))
+        for name, save in sources.items():
+            saved = directory / f"{name}.saved"
+            save(state_dict, saved)
+            urls.append(origin.add(name, saved))
+            paths.append(dist_fetch(urls[-1], directory, progress=False))
+            saved.unlink()
+    size_bytes = sum(tensor.nbytes for tensor in state_dict.values())
+    return Files(paths[0], urls[0], paths[1], urls[1], size_bytes, len(state_dict))
