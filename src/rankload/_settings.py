@@ -6,6 +6,7 @@ Every default suits a large cluster. Set the same values on all ranks.
 from __future__ import annotations
 
 import os
+import random
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -96,10 +97,29 @@ def misspelt(environ: Mapping[str, str]) -> dict[str, str]:
 
     Unknown variables that resemble none are left out: a job script may have ``RANKLOAD_`` variables of its own.
     """
-    others = [MODEL_DIR_VARIABLE, TABLE_VARIABLE, GITHUB_MIRRORS_VARIABLE]
+    others = [MODEL_DIR_VARIABLE, TABLE_VARIABLE, GITHUB_MIRRORS_VARIABLE, PORTS_VARIABLE]
     known = [*others, *(variable(field.name) for field in fields(Settings))]
     unknown = sorted(name for name in environ if name.startswith(_PREFIX) and name not in known)
     return {name: close[0] for name in unknown if (close := get_close_matches(name, known, 1, _LIKENESS))}
+
+
+def ports_to_try(environ: Mapping[str, str] = os.environ) -> list[int]:
+    """Return the ports at which this process may listen, in random order; ``[0]`` for any that the kernel chooses.
+
+    Raises:
+        ArgumentError: ``RANKLOAD_PORTS`` is not a range.
+    """
+    text = environ.get(PORTS_VARIABLE, "").strip()
+    if not text:
+        return [0]
+    first, dash, last = text.partition("-")
+    ends = (first, last if dash else first)
+    numbers = [int(end) for end in ends if end.strip().isdecimal() and len(end) <= _MAX_DIGITS]
+    if len(numbers) != 2 or not 0 < numbers[0] <= numbers[1] < 1 << 16:
+        raise ArgumentError(f"{PORTS_VARIABLE}={text!r}: expected a range of ports, such as 29600-29699")
+    ports = list(range(numbers[0], numbers[1] + 1))
+    random.shuffle(ports)  # jobs that share a node do not all begin with the first
+    return ports
 
 
 def _parse(name: str, text: str) -> float | int | bool:
@@ -128,6 +148,9 @@ _PREFIX = "RANKLOAD_"
 
 #: Environment variable with the cache directory, for calls that pass none. Its path may differ between nodes.
 MODEL_DIR_VARIABLE = "RANKLOAD_MODEL_DIR"
+
+#: Environment variable with the ports at which ranks may listen for one another: ``29600-29699``.
+PORTS_VARIABLE = "RANKLOAD_PORTS"
 
 #: Environment variable with the path of a table of named checkpoints.
 TABLE_VARIABLE = "RANKLOAD_TABLE"

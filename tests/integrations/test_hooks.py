@@ -94,3 +94,24 @@ def test_fabric_plugin(origin: Origin, url: str, tmp_path: Path) -> None:
     for result in run_ranks(load_by_fabric, 2, args=arguments, rank_env=environment):
         assert result.value == [[0, 1, 2, 3, 4, 5], [0] * 6]
     assert origin.request_count() == 1
+
+
+def read_by_fsspec(rank: int, url: str, model_dir: str) -> tuple[bytes, str, int, bool]:
+    import fsspec
+
+    with fsspec.open(f"rankload::{url}", "rb", rankload={"model_dir": model_dir}) as file:
+        content = file.read()
+    path = fsspec.open_local(f"rankload::{url}", rankload={"model_dir": model_dir})
+    filesystem, name = fsspec.core.url_to_fs(f"rankload::{url}", model_dir=model_dir)
+    missing, missing_name = fsspec.core.url_to_fs(f"rankload::{url}.none", model_dir=model_dir)
+    with pytest.raises(ValueError, match="not written"):
+        fsspec.open(f"rankload::{url}", "wb", rankload={"model_dir": model_dir}).open()
+    return content, path, filesystem.size(name), missing.exists(missing_name)
+
+
+def test_fsspec_filesystem(origin: Origin, tmp_path: Path) -> None:
+    url = origin.add("vocabulary.txt", b"a\nb\n")
+    cached = str(tmp_path / "vocabulary.txt")
+    for result in run_ranks(read_by_fsspec, 3, args=(url, str(tmp_path))):
+        assert result.value == (b"a\nb\n", cached, 4, False)
+    assert origin.request_count("vocabulary.txt") == 1

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from rankload._cli.app import app, in_shell_words
 from rankload._urls import scheme_of, server_of
 from rankload.errors import RankloadError
+
+T = TypeVar("T")
 
 
 class VerifyChoice(str, Enum):
@@ -57,6 +62,7 @@ def prefetch(
         bool, typer.Option("--refresh", help="Ask the origin whether a cached file is still current.")
     ] = False,
     any_file: Annotated[bool, typer.Option("--any-file", help="Accept files that are not checkpoints.")] = False,
+    jobs: Annotated[int, typer.Option(help="Fetch so many files at a time.", min=1)] = 4,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Fetch and verify files, and print their paths in the cache. Compute nodes can then load them offline.
@@ -71,30 +77,71 @@ def prefetch(
     headers = dict(map(_split, _lines(header or [])))
     if headers and len({server_of(url) or scheme_of(url) for url in urls}) > 1:
         raise typer.BadParameter("headers are for one server, but the URLs are on several", param_hint="--header")
+
+    def fetch(url: str) -> Path:
+        return fetch_in_this_process(
+            [url, *mirror] if mirror else url,
+            model_dir,
+            file_name=file_name,
+            sha256=sha256,
+            check_hash=check_hash,
+            verify=verify.value,
+            sidecar=sidecar,
+            headers=headers,
+            must_be_checkpoint=not any_file,
+            max_bytes=max_bytes,
+            refresh=refresh,
+            progress=not quiet,
+        ).path
+
     has_failed = False
-    for url in urls:
-        try:
-            file = fetch_in_this_process(
-                [url, *(mirror or [])],
-                model_dir,
-                file_name=file_name,
-                sha256=sha256,
-                check_hash=check_hash,
-                verify=verify.value,
-                sidecar=sidecar,
-                headers=headers,
-                must_be_checkpoint=not any_file,
-                max_bytes=max_bytes,
-                refresh=refresh,
-                progress=not quiet,
-            )
-        except RankloadError as error:
-            typer.echo(f"rankload: {in_shell_words(error)}", err=True)
+    for outcome in in_order(fetch, urls, jobs):
+        if isinstance(outcome, RankloadError):
+            typer.echo(f"rankload: {in_shell_words(outcome)}", err=True)
             has_failed = True
+        elif isinstance(outcome, Exception):
+            raise outcome
         else:
-            typer.echo(file.path)
+            typer.echo(outcome)
     if has_failed:
         raise typer.Exit(1)
+
+
+def in_order(function: Callable[[str], T], arguments: Sequence[str], count: int) -> Iterator[T | Exception]:
+    """Call a function for each argument, several at a time, and yield results and errors in the arguments' order.
+
+    The threads are daemons: Ctrl-C ends the process, and does not wait for downloads.
+
+    Args:
+        function: may run on another thread.
+        arguments: the arguments.
+        count: most calls at a time. A single call runs on this thread.
+    """
+    if len(arguments) == 1 or count == 1:
+        yield from (_outcome(function, argument) for argument in arguments)
+        return
+    waiting = queue.SimpleQueue[int]()
+    outcomes: list[queue.SimpleQueue[T | Exception]] = [queue.SimpleQueue() for _ in arguments]
+
+    def work() -> None:
+        with suppress(queue.Empty):
+            while True:
+                number = waiting.get_nowait()
+                outcomes[number].put(_outcome(function, arguments[number]))
+
+    for number in range(len(arguments)):
+        waiting.put(number)
+    for _ in range(min(count, len(arguments))):
+        threading.Thread(target=work, name="rankload-prefetch", daemon=True).start()
+    for outcome in outcomes:
+        yield outcome.get()
+
+
+def _outcome(function: Callable[[str], T], argument: str) -> T | Exception:
+    try:
+        return function(argument)
+    except Exception as error:
+        return error
 
 
 def _lines(headers: list[str]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from rankload._coordination.polling import silence_limit_seconds
 from rankload._coordination.store import RankStore, connect
 from rankload._platform.daemon_threads import DeadlineThread
-from rankload._settings import Settings
+from rankload._settings import PORTS_VARIABLE, Settings, ports_to_try
 from rankload.errors import CoordinationError
 
 #: Descriptors and ports of listening sockets: a forked child must not keep a port busy that its parent has left.
@@ -44,7 +44,9 @@ def host_store(host: str, port: int, settings: Settings) -> RankStore:
     def make_store() -> TCPStore:
         nonlocal is_taken
         socket.getaddrinfo(host, port)  # fail early: torch would retry for a minute and a half
-        listener = _listen(port)
+        listener = _listen_at_any(ports_to_try() if port == 0 else [port])
+        if listener is None and port == 0:
+            raise OSError(errno.EADDRINUSE, f"all ports of {PORTS_VARIABLE} are taken")
         if listener is None:
             is_taken = True  # perhaps by this process: then torch shares the server
             return TCPStore(host, port, is_master=True, multi_tenant=True, wait_for_workers=False, timeout=timeout)
@@ -112,6 +114,10 @@ def _listening_sockets(port: int) -> set[str]:
                 if int(columns[1].rpartition(":")[2], 16) == port and columns[3] == _TCP_LISTEN:
                     sockets.add(f"socket:[{columns[9]}]")
     return sockets
+
+
+def _listen_at_any(ports: list[int]) -> socket.socket | None:
+    return next((listener for port in ports if (listener := _listen(port)) is not None), None)
 
 
 def _listen(port: int) -> socket.socket | None:

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +34,22 @@ from rankload.errors import DigestMismatchError, MissingFileError, VerificationE
 _logger = logging.getLogger("rankload")
 
 
-def download(request: FetchRequest, entry: Entry, report: Report, settings: Settings) -> FetchedFile:
+def download(
+    request: FetchRequest,
+    entry: Entry,
+    report: Report,
+    settings: Settings,
+    receive: Callable[[Partial], Received] | None = None,
+) -> FetchedFile:
     """Download, verify and publish a file with its record.
+
+    Args:
+        request: request for the file.
+        entry: cache entry to publish to.
+        report: called with the progress.
+        settings: deadlines and sizes.
+        receive: fills the partial file in another way than from the request's URLs. A file that fails verification is
+            then not fetched again.
 
     A file that fails verification is fetched once more, from the next mirror if there is one. The second download uses
     no ranges, because an origin may serve wrong ranges.
@@ -48,13 +63,18 @@ def download(request: FetchRequest, entry: Entry, report: Report, settings: Sett
     urls, failures = request.urls, Counter[Url]()
     while True:
         with Partial(entry, settings, request.digest) as partial, partial.noticing_its_loss():
-            if not failures:
+            if not failures and receive is None:
                 _adopt(partial, entry, request, report, settings)
-            received = Receiver(request, partial, report, settings, is_whole=bool(failures)).receive(urls)
+            if receive is None:
+                received = Receiver(request, partial, report, settings, is_whole=bool(failures)).receive(urls)
+            else:
+                received = receive(partial)
             try:
                 vouched_by = verify(received, partial, request)
             except VerificationError as error:
                 _set_aside(partial, entry, error)
+                if receive is not None:
+                    raise
                 failures[received.url] += 1
                 urls = _next_urls(urls, received, failures, error)
                 continue

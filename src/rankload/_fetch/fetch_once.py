@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rankload._cache.directory import make_directory
 from rankload._cache.files import wrap_read_errors
@@ -26,6 +27,9 @@ from rankload._settings import Settings
 from rankload._types import FetchedFile, FileIdentity, Progress, Report
 from rankload.errors import CacheError
 
+if TYPE_CHECKING:
+    from rankload._fetch.exchange.peers import Peers
+
 _logger = logging.getLogger("rankload")
 
 
@@ -39,8 +43,9 @@ def fetch_once(request: FetchRequest, call: CallContext) -> FetchedFile:
     """
     domain = _domain_for(request, call.channel)
     if not domain.is_leader:
+        _tell_leader(domain, request, call.channel)
         return _wait_for_leader(domain, request, call)
-    file = _identified(fetch(request, call.report, call.settings))
+    file = _identified(fetch(request, call.report, call.settings, _peers(domain, request, call)))
     if file.source != "local" and request.sha256 is None:
         if call.channel.identity.rank == 0:
             offer_version(file, call.channel)
@@ -85,12 +90,41 @@ def fetch_at(rank: int, request: FetchRequest, call: CallContext) -> FetchedFile
     return file
 
 
+def _tell_leader(domain: Domain, request: FetchRequest, channel: Channel) -> None:
+    if _exchanges(request, channel):
+        channel.post(f"exchange/leader/{channel.identity.rank}", {"leader": domain.leader})
+
+
+def _exchanges(request: FetchRequest, channel: Channel) -> bool:
+    return request.scope == "job" and request.url.local_path is None and channel.identity.world_size > 1
+
+
+def _peers(domain: Domain, request: FetchRequest, call: CallContext) -> Peers | None:
+    """Return the leaders of all domains, if there are several, and they fetch the file together."""
+    channel, rank = call.channel, call.identity.rank
+    if not _exchanges(request, channel):
+        return None
+    _tell_leader(domain, request, channel)
+    if rank == 0:
+        told = (channel.wait_for(f"exchange/leader/{other}", other) for other in range(1, call.identity.world_size))
+        leaders = sorted({0, *(one["leader"] for one in told)})
+        channel.post("exchange/leaders", {"leaders": leaders})
+    else:
+        leaders = channel.wait_for("exchange/leaders", from_rank=0)["leaders"]
+    if len(leaders) == 1:
+        return None
+    from rankload._fetch.exchange.peers import Peers  # imports what only a miss needs
+
+    return Peers(leaders, call)
+
+
 def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
     if request.url.local_path is not None:
         # rank 0 checks a file that is used in place; the ranks of a node without that file report its absence
         return find_domain(channel, "job", request.directory)
     make_directory(request.directory)
-    return find_domain(channel, request.scope, request.directory)
+    scope = "auto" if _exchanges(request, channel) else request.scope  # nodes that share no directory exchange the file
+    return find_domain(channel, scope, request.directory)
 
 
 def _identified(file: FetchedFile) -> FetchedFile:

@@ -33,6 +33,7 @@ from rankload._fetch.models import FetchRequest
 from rankload._fetch.origins.credentials import headers_of
 from rankload._fetch.origins.filesystem import wrap_any_errors
 from rankload._fetch.origins.registry import origin_for
+from rankload._fetch.transfer.size_limit import SizeLimit
 from rankload._settings import Settings
 from rankload._types import FetchedFile, Report
 from rankload._urls import Url
@@ -190,6 +191,8 @@ def _ask_for_blob(request: FetchRequest, report: Report, settings: Settings) -> 
 def _download_small(blob: HubBlob, path: Path, request: FetchRequest, report: Report, settings: Settings) -> None:
     """Download a file that is in git itself, and publish it once its SHA-1 is right."""
     url = _url_at_commit(request)
+    limit = SizeLimit(request.max_bytes, request.downloaded_bytes)
+    limit.check(url.display_name, blob.size_bytes, is_announced=True)
     if blob.size_bytes > _MAX_GIT_BYTES:
         raise FetchError(f"{url}: {blob.size_bytes} bytes that are not in Git LFS: refused", url=url.display_name)
     with closing(origin_for(url, headers_of(request, url), settings)) as origin:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from stat import S_ISREG
+from typing import TYPE_CHECKING
 
 from rankload._cache.directory import make_directory
 from rankload._cache.layout import Entry
@@ -31,6 +32,9 @@ from rankload._settings import Settings
 from rankload._types import FetchedFile, Progress, Report
 from rankload.errors import CacheError
 
+if TYPE_CHECKING:
+    from rankload._fetch.exchange.peers import Peers
+
 _logger = logging.getLogger("rankload")
 
 #: Age, in lease durations, after which a silent lease counts as abandoned.
@@ -40,10 +44,10 @@ _LEASES_UNTIL_ABANDONED = 10
 _MAX_SUPERSEDED = 4
 
 
-def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedFile:
+def fetch(request: FetchRequest, report: Report, settings: Settings, peers: Peers | None = None) -> FetchedFile:
     """Return a verified local file for the request. If it is an index of several files, fetch those beside it.
 
-    Not collective: only the leader calls this.
+    Not collective: only the leader calls this. With ``peers``, collective over the leaders of the call's domains.
 
     Raises:
         FetchError: no URL served the file.
@@ -54,20 +58,27 @@ def fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedF
 
     downloaded_bytes = 0
 
+    def fetch_alone(request: FetchRequest) -> FetchedFile:
+        return _fetch(request, report, settings)
+
     def fetch_one(request: FetchRequest) -> FetchedFile:
         nonlocal downloaded_bytes
-        file = _fetch(replace(request, downloaded_bytes=downloaded_bytes), report, settings)
+        request = replace(request, downloaded_bytes=downloaded_bytes)
+        file = peers.fetch(request, fetch_alone) if peers is not None else fetch_alone(request)
         downloaded_bytes += file.size_bytes if file.source == "download" else 0
         return file
 
     while True:
         index = fetch_one(request)
         entry = Entry(index.path)
+        if peers is not None and request.is_index:
+            peers.check_same_index(index)
         # another job may renew parts from here on
         is_asked = request.refresh or not request.is_index or is_partly_renewed(entry)
         file = with_parts(index, request, fetch_one)
         if is_asked or not is_partly_renewed(entry):
             break
+        peers = None  # the other nodes do not repeat this
     if request.is_index and is_asked and not request.offline:
         end_renewal(entry)
     return file

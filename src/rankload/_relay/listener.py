@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from rankload._relay.handshake import CONFIRMATION_BYTES, HELLO_BYTES, KEY_BYTES, DownstreamHandshake
 from rankload._relay.links import LOOK_SECONDS, Link, LookAround, prepared
+from rankload._settings import PORTS_VARIABLE, ports_to_try
 from rankload.errors import CoordinationError
 
 #: Time limit for a connection to prove that it comes from upstream.
@@ -234,17 +235,19 @@ class _Newcomer:
 
 def _listen(addresses: Sequence[str]) -> dict[str, socket.socket]:
     """Return a listening socket for each address that can be bound; all share one port if a common port is free."""
-    for attempt in range(_PORT_ATTEMPTS):
+    allowed = ports_to_try()
+    attempts = allowed if allowed != [0] else allowed * _PORT_ATTEMPTS
+    for attempt, wanted in enumerate(attempts, 1):
         sockets: dict[str, socket.socket] = {}
         problems: dict[str, OSError] = {}
-        port = 0
+        port = wanted
         for address in addresses:
             try:
                 sockets[address] = _listen_on(address, port)
                 port = sockets[address].getsockname()[1]
             except OSError as error:
                 problems[address] = error
-        is_last = attempt == _PORT_ATTEMPTS - 1
+        is_last = attempt == len(attempts)
         if is_last or not any(problem.errno == errno.EADDRINUSE for problem in problems.values()):
             break
         for listening in sockets.values():
@@ -252,8 +255,8 @@ def _listen(addresses: Sequence[str]) -> dict[str, socket.socket]:
     if not sockets:
         tried = ", ".join(f"{address}: {problem.strerror or problem}" for address, problem in problems.items())
         raise CoordinationError(
-            f"cannot listen on any address of this host ({tried or 'it has none'}): set GLOO_SOCKET_IFNAME, or pass "
-            "delivery='read'"
+            f"cannot listen on any address of this host ({tried or 'it has none'}): set GLOO_SOCKET_IFNAME, a wider "
+            f"{PORTS_VARIABLE}, or pass delivery='read'"
         )
     return sockets
 

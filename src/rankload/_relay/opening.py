@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+import logging
+from contextlib import closing, suppress
 from typing import Any
 
 from rankload._coordination.channel import Channel
 from rankload._platform.host import kernel_id
-from rankload._relay.addresses import own_addresses
+from rankload._relay.addresses import interfaces, own_addresses
 from rankload._relay.chain import neighbours
 from rankload._relay.links import Link, connect
 from rankload._relay.listener import Listener
@@ -17,6 +18,8 @@ from rankload._settings import Settings
 from rankload._types import Progress
 
 _KEY = "relay"
+
+_logger = logging.getLogger("rankload")
 
 
 def open_relay(channel: Channel, source: int, settings: Settings, *, takes_part: bool) -> Relay | None:
@@ -76,19 +79,49 @@ def _connected(channel: Channel, order: dict[str, Any], listener: Listener | Non
     def look_around() -> None:
         watch(Progress("connecting"))
 
+    links: list[Link] = []
+    relays: list[Relay] = []
+    channel.on_exit(lambda: _end(relays, links))
     upstream = None
     if listener is not None and place.upstream is not None:
         is_source = place.upstream == order["hosts"][0][0]
         host = order["source_host"] if is_source else _announced(channel, place.upstream)["host"]
         upstream = listener.accept(place.upstream, host, look_around)
         listener.close()
-        channel.on_exit(upstream.socket.close)
+        links.append(upstream)
     downstreams: list[Link] = []
     for rank in place.downstreams:
         member = _announced(channel, rank)
         downstreams.append(connect(rank, member["host"], member["way"], settings.connect_seconds, look_around))
-        channel.on_exit(downstreams[-1].socket.close)
-    return Relay(upstream, downstreams, watch, settings.progress_seconds, bytes.fromhex(order["key"]))
+        links.append(downstreams[-1])
+    relays.append(Relay(upstream, downstreams, watch, settings.progress_seconds, bytes.fromhex(order["key"])))
+    return relays[0]
+
+
+def _end(relays: list[Relay], links: list[Link]) -> None:
+    """Close the connections, after a log line for each."""
+    for relay in relays:
+        _log(relay)
+    for link in links:
+        link.socket.close()
+
+
+def _log(relay: Relay) -> None:
+    """Log how many bytes came over which interface, and how fast."""
+    if not _logger.isEnabledFor(logging.INFO) or not relay.bytes_passed:
+        return
+    by_address = {address: name for name, addresses in interfaces().items() for address in addresses}
+    for link, what in [(relay.upstream, "from"), *((link, "to") for link in relay.downstreams)]:
+        if link is None:
+            continue
+        with suppress(OSError):  # the connection broke
+            own, port = link.socket.getsockname()[:2]
+            rate = relay.bytes_passed / max(relay.seconds, 1e-3) / 1e6
+            _logger.info(
+                "rankload: %.1f MB %s rank %d on %s in %.1f s (%.0f MB/s) by %s (%s, port %d)",
+                relay.bytes_passed / 1e6, what, link.rank, link.host, relay.seconds, rate,
+                by_address.get(own, "?"), own, port,
+            )  # fmt: skip
 
 
 def _announced(channel: Channel, rank: int) -> dict[str, Any]:

@@ -62,6 +62,12 @@ class Relay:
         self._looked_at, self._still = time.monotonic(), SuspendAwareTimer(_MAX_WAIT_SECONDS)
         self.bytes_passed = 0
         self.bytes_total: int | None = None
+        self._first_at = self._last_at = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Time from the first byte of the stream to the last so far."""
+        return self._last_at - self._first_at
 
     def send(self, block: Block) -> None:
         """Send a block to all downstream ranks. Only the source may call this."""
@@ -179,7 +185,9 @@ class Relay:
     def _note(self, count: int) -> None:
         self.bytes_passed += count
         self._still.restart()
-        if time.monotonic() - self._looked_at >= _LOOK_SECONDS:
+        self._last_at = time.monotonic()
+        self._first_at = self._first_at or self._last_at
+        if self._last_at - self._looked_at >= _LOOK_SECONDS:
             self._look()
 
     def _look(self) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from rankload._relay import relay as relay_module
-from rankload._relay.addresses import own_addresses
 from rankload._relay.blocks import BytesBlock, FileBlock
 from rankload._relay.handshake import HELLO_BYTES, UpstreamHandshake
 from rankload._relay.links import Link, connect
@@ -216,13 +215,3 @@ def test_waiting_for_the_upstream_rank_ends_with_what_is_heard() -> None:
 
     with closing(Listener(["127.0.0.1"])) as listener, pytest.raises(LoadError, match="another's"):
         listener.accept(0, "here", look_around)
-
-
-def test_addresses_named_by_the_user_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert own_addresses(None)[-1] == "127.0.0.1"
-    assert own_addresses("no.such.host.invalid")[-1] == "127.0.0.1"
-    monkeypatch.setattr("rankload._relay.addresses._of_interface", lambda name: {"ib0": ["10.1.2.3"]}.get(name, []))
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0,eth7")
-    assert own_addresses("127.0.0.1")[0] == "10.1.2.3"
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "^ib0")
-    assert "10.1.2.3" not in own_addresses("127.0.0.1")

@@ -130,6 +130,10 @@ class Partial:
         self._writers = [*(one for one in self._writers if not one.is_closed), writer]
         return writer
 
+    def lent(self) -> AbstractContextManager[int]:
+        """Lend a descriptor to a thread that reads what others have written."""
+        return self._file.lent()
+
     def take_writers_back(self) -> None:
         """Close all writers, so that threads that were left behind write no more. Waits for a running write."""
         for writer in self._writers:

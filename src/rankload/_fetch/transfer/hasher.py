@@ -66,6 +66,11 @@ class OrderedHasher:
         """Speed of the hash while it works; infinite before the first byte."""
         return self._position / self._hashing_seconds if self._hashing_seconds else math.inf
 
+    def has(self, begin: int, end: int) -> bool:
+        """Return whether a range is written."""
+        with self._changed:
+            return self.covered.end_of(begin) >= end
+
     def adopt(self, begin: int, end: int) -> None:
         """Add bytes that are in the file already. They are hashed like all others."""
         with self._changed:

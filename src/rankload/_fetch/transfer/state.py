@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import replace
 
 from rankload._fetch.origins.origin import Body, Origin, UnusableRange, Version
@@ -103,6 +104,28 @@ class TransferState:
         if self.version is None:
             return False
         return self._has_ended or (not self.is_whole and self._hasher.done_bytes == self.version.size_bytes)
+
+    def leave_to_others(self, version: Version, ranges: Iterable[tuple[int, int]]) -> None:
+        """Request no byte of some ranges: others bring them, and pass them to `accept`. Call this before the transfer.
+
+        Args:
+            version: version that all bring parts of.
+            ranges: begin and end of each range, in bytes.
+
+        Raises:
+            CacheError: there is no room for the file.
+        """
+        assert version.size_bytes is not None
+        is_long = version.size_bytes > self.settings.chunk_bytes
+        self.target.make_room(version, is_resumable=is_long and self._may_be_split(version))
+        with self.changed:
+            self.version = version
+            for begin, end in ranges:
+                self._taken.add(begin, end)
+
+    def has(self, begin: int, end: int) -> bool:
+        """Return whether a range is written."""
+        return self._hasher.has(begin, end)
 
     def enter(self, stream: object) -> bool:
         """Let a stream begin; return False if there is nothing to do for it."""

@@ -1,0 +1,75 @@
+"""Fetch this node's part of a file, while the other parts come from the ring."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from rankload._fetch.exchange.ring import Ring
+from rankload._fetch.mirrors import Received
+from rankload._fetch.models import FetchRequest
+from rankload._fetch.origins.credentials import headers_of
+from rankload._fetch.origins.registry import origin_for
+from rankload._fetch.partials.partial import Partial
+from rankload._fetch.progress import open_progress
+from rankload._fetch.transfer.engine import TransferRunner
+from rankload._fetch.transfer.failure_policy import Restart
+from rankload._fetch.transfer.hasher import OrderedHasher
+from rankload._fetch.transfer.retry import Retries
+from rankload._fetch.transfer.size_limit import SizeLimit
+from rankload._fetch.transfer.state import TransferState
+from rankload._settings import Settings
+from rankload._text import printable
+from rankload._types import Progress, Report
+from rankload._urls import Url
+from rankload.errors import ContentChangedError
+
+
+def receive_in_ring(
+    ring: Ring, url: Url, request: FetchRequest, partial: Partial, report: Report, settings: Settings
+) -> Received:
+    """Fill a partial file from the origin and from the ring. Return once the next node has all that it needs.
+
+    Raises:
+        ContentChangedError: the origin replaced the file meanwhile: parts of two versions do not fit.
+        FetchError: the origin does not serve this node's part.
+        RankLostError: a neighbour in the ring is gone.
+        CacheError: the bytes cannot be written.
+        RankloadError: any error of ``report``.
+    """
+    file_name = printable(Path(request.file_name).name)
+
+    def named_report(progress: Progress) -> None:
+        report(replace(progress, file=file_name))
+
+    hasher = OrderedHasher(partial.descriptor)
+    for begin, end in partial.spans:
+        hasher.adopt(begin, end)
+    partial.url_key = url.key
+    initial_bytes = partial.spans.total_bytes
+    with (
+        open_progress(
+            file_name, url.display_name, initial_bytes, settings.report_seconds, is_wanted=request.progress
+        ) as show,
+        closing(origin_for(url, headers_of(request, url), settings)) as origin,
+    ):
+        state = TransferState(
+            origin, partial, hasher, ring.version,
+            is_whole=False, has_digest=bool(request.digest), retries=Retries(settings), settings=settings,
+            size_limit=SizeLimit(request.max_bytes, request.downloaded_bytes),
+        )  # fmt: skip
+        try:
+            hasher.start()
+            ring.start(state, partial)
+            TransferRunner(state, named_report, show, 1).run()
+            ring.finish(state, named_report, settings.progress_seconds)
+            sha256 = hasher.finish(lambda count: named_report(Progress("hashing", count)), settings.progress_seconds)
+        except Restart as restart:
+            text = f"{url}: the file changed at its origin while the nodes fetched parts of it; make the call again"
+            raise restart.error or ContentChangedError(text, url=url.display_name) from None
+        finally:
+            ring.stop()
+            hasher.abort()
+    assert state.version is not None
+    return Received(url, state.version, hasher.done_bytes, sha256)

@@ -1,0 +1,180 @@
+"""``scope="job"`` where nodes share no directory: the origin serves the file once, for every node's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_functions import Outcome, outcomes, try_to_load
+from safetensors.torch import save
+
+import rankload
+from harness.checkpoints import CheckpointFile, digest_of
+from harness.origin import Origin
+from harness.ranks import run_ranks, start_ranks
+from harness.waiting import wait_until
+
+CHUNK = 64 << 10
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(CHUNK))
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> CheckpointFile:
+    torch.manual_seed(3)
+    content = {"w": torch.randn(700, 700), "b": torch.randn(7)}
+    path = tmp_path / "origin" / "big.pth"
+    path.parent.mkdir()
+    torch.save(content, path)
+    return CheckpointFile(path, hashlib.sha256(path.read_bytes()).hexdigest(), content)
+
+
+def load_in_own(rank: int, url: Any, root: str, ranks_per_node: int = 1, **arguments: Any) -> Outcome:
+    return try_to_load(rank, url, f"{root}/node{rank // ranks_per_node}", scope="job", **arguments)
+
+
+def run(url: Any, root: Path, world_size: int = 4, ranks_per_node: int = 1, **arguments: Any) -> list[Outcome]:
+    return outcomes(run_ranks(load_in_own, world_size, args=(url, str(root), ranks_per_node), kwargs=arguments))
+
+
+def published(root: Path, name: str = "big.pth") -> list[Path]:
+    return sorted(root.glob(f"node*/{name}"))
+
+
+def left_behind(root: Path) -> list[str]:
+    return [path.name for path in root.glob("node*/**/*") if ".partial" in path.name or path.name.endswith(".lease")]
+
+
+@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(2, 1), (4, 1), (6, 2)])
+def test_file_is_served_once_and_verified_in_every_cache(
+    origin: Origin, big: CheckpointFile, tmp_path: Path, world_size: int, ranks_per_node: int
+) -> None:
+    url = origin.add("big.pth", big.path)
+    ended = run(url, tmp_path, world_size, ranks_per_node)
+    assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * world_size, ended
+    nodes = world_size // ranks_per_node
+    size = big.path.stat().st_size
+    assert size <= origin.bytes_sent() <= size + nodes  # a byte for each node that asks which version there is
+    paths = published(tmp_path)
+    assert len(paths) == nodes and all(path.read_bytes() == big.path.read_bytes() for path in paths)
+    for path in paths:
+        record = json.loads((path.parent / ".rankload" / "big.pth.json").read_text())
+        assert record["sha256"] == big.sha256 and record["source"] == "download"
+    assert not left_behind(tmp_path)
+
+    before = origin.request_count()
+    ended = run(url, tmp_path, world_size, ranks_per_node)
+    assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * world_size
+    assert origin.request_count() == before
+
+
+def test_node_that_has_the_file_serves_it(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
+    url = origin.add("big.pth", big.path)
+    assert try_to_load(0, url, str(tmp_path / "node2")).digest == digest_of(big.content)
+    before = origin.bytes_sent()
+    ended = run(url, tmp_path)
+    assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 4, ended
+    assert origin.bytes_sent() - before <= 4 and len(published(tmp_path)) == 4
+
+
+def test_directory_that_is_shared_needs_no_exchange(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
+    url = origin.add("big.pth", big.path)
+    ended = run(url, tmp_path, 4, ranks_per_node=4)
+    assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 4
+    assert origin.bytes_sent() == big.path.stat().st_size
+
+
+def test_nodes_that_reach_no_origin_receive(
+    origin: Origin, big: CheckpointFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = origin.add("big.pth", big.path)
+    proxies = {rank: {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""} for rank in (0, 2)}
+    results = run_ranks(load_in_own, 4, args=(url, str(tmp_path)), rank_env=proxies)
+    ended = outcomes(results)
+    assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 4, ended
+    assert len(published(tmp_path)) == 4
+    assert origin.bytes_sent() <= big.path.stat().st_size + 2
+
+
+def test_origin_that_nobody_reaches_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKLOAD_RETRIES", "0")
+    ended = run("http://127.0.0.1:9/big.pth", tmp_path)
+    assert {outcome.error for outcome in ended} == {"NetworkError"}, ended
+
+
+@pytest.mark.parametrize("faults", [{"ranges": "ignored"}, {"etag": False, "last_modified": None}])
+def test_origin_without_ranges_or_validators_serves_each_node(
+    origin: Origin, big: CheckpointFile, tmp_path: Path, faults: dict[str, Any]
+) -> None:
+    url = origin.add("big.pth", big.path, **faults)
+    ended = run(url, tmp_path, 2)
+    assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 2, ended
+    assert len(published(tmp_path)) == 2
+
+
+def test_expected_digest_is_checked_on_every_node(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
+    url = origin.add("big.pth", big.path)
+    ended = run(url, tmp_path, 3, sha256="0" * 64)
+    assert {outcome.error for outcome in ended} == {"DigestMismatchError"}, ended
+    assert not published(tmp_path)
+    ended = run(url, tmp_path, 3, sha256=big.sha256)
+    assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 3, ended
+
+
+def load_index(rank: int, url: str, root: str) -> list[float]:
+    module = torch.nn.Linear(3, 2)
+    rankload.dist_load_into(module, url, f"{root}/node{rank}", scope="job")
+    return module.weight.flatten().tolist()
+
+
+def test_checkpoint_in_several_files(origin: Origin, tmp_path: Path) -> None:
+    parts = {
+        "part-1.safetensors": {"weight": torch.arange(6.0).reshape(2, 3)},
+        "part-2.safetensors": {"bias": torch.ones(2)},
+    }
+    for name, tensors in parts.items():
+        origin.add(name, save(tensors))
+    weight_map = {name: part for part, tensors in parts.items() for name in tensors}
+    url = origin.add("model.safetensors.index.json", json.dumps({"weight_map": weight_map}).encode())
+    results = run_ranks(load_index, 3, args=(url, str(tmp_path)))
+    assert [result.value for result in results] == [[0, 1, 2, 3, 4, 5]] * 3
+
+
+def test_other_job_downloads_on_one_node(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
+    """Its lease is respected: that node waits for its file, and the others go on without it."""
+    url = origin.add("big.pth", big.path, hold_at=CHUNK)
+    with start_ranks(try_to_load, 1, env="none", args=(url, str(tmp_path / "node1"))) as other:
+        wait_until(lambda: list(tmp_path.glob("node1/.rankload/*.lease")), 30, "the other job has its lease")
+        with start_ranks(load_in_own, 3, args=(url, str(tmp_path))) as group:
+            wait_until(lambda: len(list(tmp_path.glob("node*/*.partial"))) >= 2, 30, "both jobs download")
+            origin.release("big.pth")
+            ended = outcomes(group.wait())
+        other.wait()
+    assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 3, ended
+
+
+@pytest.mark.parametrize("killed", [0, 1, 3])
+def test_rank_that_is_killed_ends_the_others_and_the_next_job_succeeds(
+    origin: Origin, big: CheckpointFile, tmp_path: Path, killed: int
+) -> None:
+    url = origin.add("big.pth", big.path, bytes_per_second=200_000)
+    with start_ranks(load_in_own, 4, args=(url, str(tmp_path))) as group:
+        wait_until(lambda: len(list(tmp_path.glob("node*/*.partial"))) == 4, 60, "all nodes fetch")
+        group.kill(killed)
+        for rank in range(4):
+            if rank != killed:
+                [ended] = outcomes([group.wait_for_end(rank)])
+                assert ended.error in ("RankLostError", "StoreLostError"), ended
+    assert not published(tmp_path)
+    origin.add("big.pth", big.path)
+    ended_again = run(url, tmp_path)
+    assert [outcome.digest for outcome in ended_again] == [digest_of(big.content)] * 4, ended_again
+    assert os.path.getsize(published(tmp_path)[0]) == big.path.stat().st_size

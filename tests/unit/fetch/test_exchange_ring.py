@@ -1,0 +1,236 @@
+"""Nodes that fetch a file together, each in a thread of this process, with its own partial file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from harness.origin import Origin
+from rankload._cache.layout import Entry
+from rankload._fetch.exchange.frames import HEAD_BYTES
+from rankload._fetch.exchange.plan import Member, make_plan, units_in
+from rankload._fetch.exchange.receive import receive_in_ring
+from rankload._fetch.exchange.ring import Ring
+from rankload._fetch.mirrors import Received
+from rankload._fetch.models import FetchRequest
+from rankload._fetch.origins.origin import Version
+from rankload._fetch.partials.partial import Partial
+from rankload._relay.links import Link
+from rankload._settings import Settings
+from rankload._types import Progress
+from rankload._urls import Url
+from rankload.errors import ContentChangedError, CoordinationError, FetchError, LoadError, RankLostError
+
+UNIT = 64 << 10
+CONTENT = os.urandom(UNIT * 11 + 1234)
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+SETTINGS = replace(Settings(), chunk_bytes=UNIT, progress_seconds=20.0, retries=1, backoff_seconds=0.01)
+
+
+class Cluster:
+    """Nodes in a ring of socket pairs.
+
+    Args:
+        url: of the file.
+        directory: for the nodes' caches.
+        members: the nodes.
+        version: of the file, as the origin describes it.
+    """
+
+    def __init__(self, url: str, directory: Path, members: list[Member], version: Version) -> None:
+        self.url, self.members, self.version = Url.parse(url), members, version
+        plan = make_plan(len(CONTENT), UNIT, members)
+        assert plan is not None
+        self.plan, self._stack = plan, ExitStack()
+        self.pairs = [socket.socketpair() for _ in members]  # of each node to the next
+        for pair in self.pairs:
+            for end in pair:
+                end.setblocking(False)
+                self._stack.enter_context(end)
+        self.entries = [Entry(directory / str(index) / "file.bin") for index in range(len(members))]
+        for entry in self.entries:
+            entry.path.parent.mkdir()
+        self.report: Callable[[int, Progress], None] = lambda node, progress: None
+
+    def ring(self, node: int, key: bytes = bytes(32)) -> Ring:
+        before = (node - 1) % len(self.members)
+        upstream = Link(self.members[before].rank, "before", self.pairs[before][1])
+        downstream = Link(self.members[self.plan.next(node)].rank, "after", self.pairs[node][0])
+        return Ring(self.plan, node, self.version, upstream, downstream, key)
+
+    def fetch(self, node: int, ring: Ring | None = None) -> tuple[Received, bytes]:
+        request = FetchRequest((self.url,), self.entries[node].path.parent, "file.bin", progress=False)
+        with Partial(self.entries[node], SETTINGS) as partial:
+            for unit in self.members[node].held:
+                begin, end = self.plan.span(unit)
+                os.pwrite(partial.descriptor, CONTENT[begin:end], begin)
+                partial.spans.add(begin, end)
+            received = receive_in_ring(
+                ring or self.ring(node),
+                self.url,
+                request,
+                partial,
+                lambda progress: self.report(node, progress),
+                SETTINGS,
+            )
+            return received, partial.path.read_bytes()[: received.size_bytes]
+
+    def fetch_all(self) -> list[tuple[Received, bytes] | Exception]:
+        """Let all nodes fetch, and return what each got; a node that fails closes its connections."""
+
+        def outcome(node: int) -> tuple[Received, bytes] | Exception:
+            try:
+                return self.fetch(node)
+            except Exception as error:
+                self.pairs[node][0].close()
+                self.pairs[(node - 1) % len(self.members)][1].close()
+                return error
+
+        with ThreadPoolExecutor(len(self.members)) as pool:
+            return list(pool.map(outcome, range(len(self.members))))
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture
+def clusters(origin: Origin, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    made: list[Cluster] = []
+
+    def make(*members: Member, **faults: object) -> Cluster:
+        url = origin.add("file.bin", CONTENT, etag='"1"', **faults)
+        made.append(Cluster(url, tmp_path, list(members), Version(len(CONTENT), '"1"')))
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.close()
+
+
+ALL = frozenset(range(12))
+
+
+@pytest.mark.parametrize(
+    ("members", "fetched_bytes"),
+    [
+        ([Member(0), Member(1)], len(CONTENT)),
+        ([Member(0), Member(3), Member(4), Member(9)], len(CONTENT)),
+        ([Member(0), Member(1, may_fetch=False), Member(2, may_fetch=False)], len(CONTENT)),
+        ([Member(0), Member(1, frozenset({0, 1, 2})), Member(2, frozenset({1, 7}))], len(CONTENT) - 4 * UNIT),
+        ([Member(0, may_fetch=False), Member(1, ALL), Member(2, may_fetch=False)], 0),
+        ([Member(0), Member(1, ALL - {5}), Member(2, frozenset({5}))], 0),
+    ],
+)
+def test_all_nodes_have_the_file_and_the_origin_has_served_it_once(
+    origin: Origin, clusters: Callable[..., Cluster], members: list[Member], fetched_bytes: int
+) -> None:
+    cluster = clusters(*members)
+    for outcome in cluster.fetch_all():
+        assert not isinstance(outcome, Exception), outcome
+        received, content = outcome
+        assert content == CONTENT and received.sha256 == DIGEST and received.size_bytes == len(CONTENT)
+    assert origin.bytes_sent() == fetched_bytes
+
+
+def test_ring_carries_what_each_node_lacks_and_no_more(clusters: Callable[..., Cluster]) -> None:
+    cluster = clusters(Member(0), Member(1), Member(2), Member(3))
+    rings = [cluster.ring(node) for node in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda node: cluster.fetch(node, rings[node]), range(4)))
+    for node, ring in enumerate(rings):
+        assert ring.bytes_received == sum(
+            end - begin for begin, end in map(cluster.plan.span, cluster.plan.received_by(node))
+        )
+
+
+def test_origin_that_fails_fails_on_all_nodes(origin: Origin, clusters: Callable[..., Cluster]) -> None:
+    cluster = clusters(Member(0), Member(1), Member(2), status=404)
+    outcomes = cluster.fetch_all()
+    assert any(isinstance(outcome, FetchError) for outcome in outcomes)
+    assert all(isinstance(outcome, (FetchError, RankLostError)) for outcome in outcomes)
+
+
+def test_node_that_dies_ends_the_others(clusters: Callable[..., Cluster]) -> None:
+    cluster = clusters(Member(0), Member(1), Member(2))
+
+    def report(node: int, progress: Progress) -> None:
+        if node == 1 and progress.bytes_done > 3 * UNIT:
+            raise LoadError("this node dies")
+
+    cluster.report = report
+    first, second, third = cluster.fetch_all()
+    assert isinstance(second, LoadError)
+    assert isinstance(first, RankLostError) and isinstance(third, RankLostError)
+    assert not [path for entry in cluster.entries for path in entry.path.parent.iterdir() if path == entry.path]
+
+
+def test_file_that_changes_meanwhile(origin: Origin, clusters: Callable[..., Cluster]) -> None:
+    cluster = clusters(Member(0), Member(1))
+    origin.add("file.bin", CONTENT, etag='"2"')
+    outcomes = cluster.fetch_all()
+    assert any(isinstance(outcome, ContentChangedError) for outcome in outcomes), outcomes
+
+
+class Flipping:
+    """A socket that changes a byte of the payload on its way."""
+
+    def __init__(self, inner: socket.socket, at: int) -> None:
+        self._inner, self._at, self._seen = inner, at, 0
+
+    def fileno(self) -> int:
+        return self._inner.fileno()
+
+    def recv_into(self, view: memoryview) -> int:
+        count = self._inner.recv_into(view)
+        if self._seen <= self._at < self._seen + count:
+            view[self._at - self._seen] ^= 1
+        self._seen += count
+        return count
+
+
+@pytest.mark.parametrize("at", [HEAD_BYTES, HEAD_BYTES + UNIT - 1, HEAD_BYTES + UNIT + 3, 3])
+def test_byte_that_changes_on_the_wire_is_noticed_on_arrival(clusters: Callable[..., Cluster], at: int) -> None:
+    cluster = clusters(Member(0), Member(1))
+    ring = cluster.ring(1)
+    ring._upstream = replace(ring._upstream, socket=Flipping(ring._upstream.socket, at))
+    errors: list[Exception] = []
+
+    def other() -> None:
+        try:
+            cluster.fetch(0)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with pytest.raises(CoordinationError, match=r"differ from those that it sent|which nobody expects"):
+        cluster.fetch(1, ring)
+    for pair in cluster.pairs:
+        for end in pair:
+            end.close()
+    thread.join()
+    assert isinstance(errors[0], RankLostError)
+
+
+def test_another_key_is_refused(clusters: Callable[..., Cluster]) -> None:
+    cluster = clusters(Member(0), Member(1))
+    with ThreadPoolExecutor(2) as pool:
+        futures = [
+            pool.submit(cluster.fetch, 0, cluster.ring(0)),
+            pool.submit(cluster.fetch, 1, cluster.ring(1, b"x" * 32)),
+        ]
+        errors = [future.exception() for future in futures]
+    assert any(isinstance(error, CoordinationError) for error in errors)
+
+
+def test_units_that_are_there() -> None:
+    assert units_in(iter([(0, len(CONTENT))]), len(CONTENT), UNIT) == ALL
