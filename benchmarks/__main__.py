@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.bounds import Bound
 from benchmarks.broadcast import broadcast
+from benchmarks.exchange import exchange
 from benchmarks.fetch import CURL, LIMITED_SIZE_BYTES, fetch
 from benchmarks.gpu import gpu
 from benchmarks.imports import imports
@@ -99,6 +100,8 @@ def _tables(arguments: argparse.Namespace, root: Path) -> Iterator[Table]:
         yield from imports(arguments.rounds, root)
     if is_asked_for("broadcast"):
         yield broadcast(arguments.rounds)
+    if is_asked_for("exchange"):
+        yield from exchange(min(arguments.size_mb, 256), arguments.rounds)
     if not is_asked_for("cold", "warm", "fetch"):
         return
     checkpoint = write_big(root, arguments.size_mb * 1_000_000)
@@ -115,7 +118,7 @@ def _tables(arguments: argparse.Namespace, root: Path) -> Iterator[Table]:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    cases = ["cold", "warm", "fetch", "modules", "imports", "gpu", "broadcast", "all"]
+    cases = ["cold", "warm", "fetch", "modules", "imports", "gpu", "broadcast", "exchange", "all"]
     parser.add_argument("case", nargs="?", choices=cases, default="all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=4)

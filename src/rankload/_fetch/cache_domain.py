@@ -1,14 +1,16 @@
 """Domains: ranks that share a cache directory, or that scope= tells to share a download, and each domain's leader.
 
 Rank 0 always leads its own domain. Rank 0 publishes the kernel, device and inode of its directory, and creates a probe
-file with a new name there. A rank whose directory has the same kernel, device and inode shares that directory. On every
-other node, one rank looks for the probe file: a new name is in no client's cache of absent names. If the file is not
-visible there, the ranks of that directory, or node, form their own domain.
+file with a new name there. A rank whose directory has the same kernel, device and inode shares that directory. Another
+directory on a disk of its own machine is not shared. On every other node, one rank looks for the probe file: a new name
+is in no client's cache of absent names. If the file is not visible there, the ranks of that directory, or node, form
+their own domain.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 from contextlib import suppress
@@ -18,6 +20,7 @@ from pathlib import Path
 from rankload._coordination.channel import Channel
 from rankload._coordination.polling import backoff
 from rankload._platform.host import kernel_id
+from rankload._platform.linux import is_on_local_disk
 from rankload._types import Identity, Scope
 
 _logger = logging.getLogger("rankload")
@@ -92,7 +95,8 @@ def _ask_place(channel: Channel, place: str, probe: str | None, directory: Path)
     prober = channel.claim(f"prober/{place}")
     if prober != rank:
         return int(channel.wait_for(f"leader/{place}", from_rank=prober)["leader"])
-    leader = 0 if probe is not None and _sees(directory / probe) else rank
+    is_shared = probe is not None and not is_node_local(directory) and _sees(directory / probe)
+    leader = 0 if is_shared else rank
     channel.post(f"leader/{place}", {"leader": leader})
     _logger.debug("rank %d: %s is %s", rank, directory, "rank 0's too" if leader == 0 else "not shared with rank 0")
     return leader
@@ -103,6 +107,17 @@ def _leave_it_to_local_rank_0(channel: Channel, place: str) -> None:
     for _ in backoff(channel.identity.world_size):
         if channel.has(f"prober/{place}") or time.monotonic() > deadline:
             return
+
+
+def is_node_local(directory: Path) -> bool:
+    """Return whether a directory is on a disk of this machine, which no other machine can write to."""
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return is_on_local_disk(descriptor)
+        finally:
+            os.close(descriptor)
+    return False
 
 
 def _sees(path: Path) -> bool:

@@ -1,8 +1,8 @@
 """Units on the way from node to node: a head, the bytes, and a tag that only nodes of the job can make. Pure.
 
 The tag is an HMAC of the head and of the SHA-256 of the bytes. Its key reaches the nodes through the job's store. The
-owner's bytes are tagged anew by every node that sends them on, once it has verified them: a fault is noticed where it
-happens, before anything is written.
+owner makes it, and every node that gets the unit verifies it before it writes or forwards the bytes: a fault is noticed
+where it happens.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def read_head(head: bytes) -> tuple[int, int]:
     return unit, length
 
 
-def tag_of(key: bytes, head: bytes, content: bytes) -> bytes:
+def tag_of(key: bytes, head: bytes, content: bytes | bytearray) -> bytes:
     """Return the tag of a unit."""
     return hmac.digest(key, _LABEL + head + hashlib.sha256(content).digest(), "sha256")
 
 
-def check_tag(key: bytes, head: bytes, content: bytes, tag: bytes, sender: str) -> None:
+def check_tag(key: bytes, head: bytes, content: bytes | bytearray, tag: bytes, sender: str) -> None:
     """Check the tag of a unit that was received.
 
     Raises:

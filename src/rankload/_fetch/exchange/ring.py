@@ -62,7 +62,7 @@ class Ring:
         self._bytes_sent = 0
         self._is_stopped = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._arrived: deque[int] = deque()
+        self._arrived: deque[tuple[int, bytes]] = deque()  # units to forward, with their tags
 
     def start(self, state: TransferState, partial: Partial) -> None:
         """Leave to the other nodes what they bring, and begin to receive and to send."""
@@ -133,15 +133,15 @@ class Ring:
                 if length != end - begin:
                     raise CoordinationError(f"{sender} sent unit {unit} with {length} bytes, which nobody expects")
                 content = self._receive(length)
-                piece = bytes(content)
-                check_tag(self._key, head, piece, bytes(self._receive(TAG_BYTES)), sender)
-                writer.write(piece, begin)
+                tag = bytes(self._receive(TAG_BYTES))
+                check_tag(self._key, head, content, tag, sender)
+                writer.write(content, begin)
                 writer.finished(begin, end)
-                state.accept(begin, piece)
+                state.accept(begin, content)
                 self.bytes_received += length
                 awaited.discard(unit)
                 if unit in forwarded:
-                    self._arrived.append(unit)
+                    self._arrived.append((unit, tag))
                 with state.changed:
                     state.changed.notify_all()
         finally:
@@ -152,8 +152,9 @@ class Ring:
         left = len(own) + sum(unit not in own for unit in self.plan.sent_by(self._member))
         with file.lent() as descriptor:
             while left:
+                tag: bytes | None = None
                 if self._arrived:
-                    unit = self._arrived.popleft()
+                    unit, tag = self._arrived.popleft()
                 elif own and state.has(*self.plan.span(own[0])):
                     unit = own.popleft()
                 else:
@@ -163,7 +164,7 @@ class Ring:
                 begin, end = self.plan.span(unit)
                 content = _read(descriptor, begin, end)
                 head = head_of(unit, end - begin)
-                for part in (head, content, tag_of(self._key, head, content)):
+                for part in (head, content, tag or tag_of(self._key, head, content)):
                     self._send(memoryview(part))
                 self._bytes_sent += end - begin
                 left -= 1

@@ -38,7 +38,7 @@ class PartialWriter:
         with wrap_write_errors():
             self._descriptor = self._lent.enter_context(file.lent())
 
-    def write(self, piece: bytes, offset: int) -> None:
+    def write(self, piece: bytes | bytearray, offset: int) -> None:
         """Write a piece at an offset. Raise CacheError if the disk is full or broken."""
         view = memoryview(piece)
         with self._lock, self._wrap_write_errors():

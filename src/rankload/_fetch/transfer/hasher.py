@@ -43,7 +43,7 @@ class OrderedHasher:
         self.covered = ByteRanges()
         self._hashing_seconds = 0.0
         self._descriptor = descriptor
-        self._pieces: dict[int, bytes] = {}
+        self._pieces: dict[int, bytes | bytearray] = {}
         self._memory_bytes = 0
         self._position = 0
         self._is_complete = self._is_aborted = False
@@ -77,8 +77,8 @@ class OrderedHasher:
             self.covered.add(begin, end)
             self._changed.notify()
 
-    def offer(self, offset: int, piece: bytes) -> None:
-        """Add a piece that was written to the file. Never waits for the hash."""
+    def offer(self, offset: int, piece: bytes | bytearray) -> None:
+        """Add a piece that was written to the file, and does not change any more. Never waits for the hash."""
         with self._changed:
             self.covered.add(offset, offset + len(piece))
             if self._memory_bytes + len(piece) <= _MEMORY_BYTES:
@@ -133,7 +133,7 @@ class OrderedHasher:
         except Exception as error:
             self._error = error
 
-    def _next(self, buffer: memoryview) -> memoryview | bytes | None:
+    def _next(self, buffer: memoryview) -> memoryview | bytes | bytearray | None:
         """Wait for the next bytes in file order; return None if no more will come."""
         with self._changed:
             self._changed.wait_for(

@@ -205,7 +205,7 @@ class TransferState:
                 self._bound(span)
             return ByteRange(body.begin, body.end)
 
-    def accept(self, offset: int, piece: bytes) -> None:
+    def accept(self, offset: int, piece: bytes | bytearray) -> None:
         """Record a piece that was written."""
         self._hasher.offer(offset, piece)
 
