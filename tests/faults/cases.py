@@ -753,6 +753,28 @@ ALL_CASES = (
         "that a repository has no such file.",
         "Under the patch one rank asks. The others have its path, or an error of the same type, without a request.",
     ),
+    Case(
+        92,
+        "node-dies-in-exchange",
+        RANKS,
+        'With `scope="job"`, a node dies while the nodes exchange the parts of a file.',
+        "All others raise the same error; nothing is published on any node, and the next job has the file.",
+    ),
+    Case(
+        93,
+        "bytes-change-between-nodes",
+        TRUST,
+        "Something changes bytes of a file on the way from node to node, or another program takes a node's place.",
+        "The unit is refused on arrival, before it is written or sent on; nothing is published.",
+    ),
+    Case(
+        94,
+        "nodes-without-internet",
+        RANKS,
+        'With `scope="job"`, some nodes do not reach the origin, or one has the file already.',
+        "Those that reach it fetch all parts, and the others receive them; a node that has the file serves it, and the "
+        "origin is not asked.",
+    ),
 )
 
 CASES: dict[int, Case] = {case.number: case for case in sorted(ALL_CASES, key=lambda case: case.number)}

@@ -76,6 +76,7 @@ def test_file_is_served_once_and_verified_in_every_cache(
     assert origin.request_count() == before
 
 
+@pytest.mark.fault(94)
 def test_node_that_has_the_file_serves_it(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
     url = origin.add("big.pth", big.path)
     assert try_to_load(0, url, str(tmp_path / "node2")).digest == digest_of(big.content)
@@ -92,6 +93,7 @@ def test_directory_that_is_shared_needs_no_exchange(origin: Origin, big: Checkpo
     assert origin.bytes_sent() == big.path.stat().st_size
 
 
+@pytest.mark.fault(94)
 def test_nodes_that_reach_no_origin_receive(
     origin: Origin, big: CheckpointFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +131,13 @@ def test_expected_digest_is_checked_on_every_node(origin: Origin, big: Checkpoin
     assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 3, ended
 
 
+def test_limit_on_what_a_call_may_download(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
+    url = origin.add("big.pth", big.path)
+    ended = run(url, tmp_path, 3, max_bytes=1000)
+    assert {outcome.error for outcome in ended} == {"FetchError"} and "max_bytes=1000" in ended[0].text
+    assert not published(tmp_path) and origin.bytes_sent() <= 3
+
+
 def load_index(rank: int, url: str, root: str) -> list[float]:
     module = torch.nn.Linear(3, 2)
     rankload.dist_load_into(module, url, f"{root}/node{rank}", scope="job")
@@ -161,6 +170,7 @@ def test_other_job_downloads_on_one_node(origin: Origin, big: CheckpointFile, tm
     assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 3, ended
 
 
+@pytest.mark.fault(92)
 @pytest.mark.parametrize("killed", [0, 1, 3])
 def test_rank_that_is_killed_ends_the_others_and_the_next_job_succeeds(
     origin: Origin, big: CheckpointFile, tmp_path: Path, killed: int

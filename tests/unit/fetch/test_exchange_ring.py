@@ -28,7 +28,15 @@ from rankload._relay.links import Link
 from rankload._settings import Settings
 from rankload._types import Progress
 from rankload._urls import Url
-from rankload.errors import ContentChangedError, CoordinationError, FetchError, LoadError, RankLostError
+from rankload.errors import (
+    CacheError,
+    ContentChangedError,
+    CoordinationError,
+    FetchError,
+    LoadError,
+    ProgressTimeoutError,
+    RankLostError,
+)
 
 UNIT = 64 << 10
 CONTENT = os.urandom(UNIT * 11 + 1234)
@@ -91,12 +99,18 @@ class Cluster:
             try:
                 return self.fetch(node)
             except Exception as error:
-                self.pairs[node][0].close()
-                self.pairs[(node - 1) % len(self.members)][1].close()
+                for end in (self.pairs[node][0], self.pairs[(node - 1) % len(self.members)][1]):
+                    end.shutdown(socket.SHUT_RDWR)
                 return error
 
         with ThreadPoolExecutor(len(self.members)) as pool:
             return list(pool.map(outcome, range(len(self.members))))
+
+    def cut(self) -> None:
+        """Break all connections."""
+        for pair in self.pairs:
+            for end in pair:
+                end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._stack.close()
@@ -163,7 +177,7 @@ def test_node_that_dies_ends_the_others(clusters: Callable[..., Cluster]) -> Non
     cluster = clusters(Member(0), Member(1), Member(2))
 
     def report(node: int, progress: Progress) -> None:
-        if node == 1 and progress.bytes_done > 3 * UNIT:
+        if node == 1:  # before it has fetched its part, so that nobody can be through
             raise LoadError("this node dies")
 
     cluster.report = report
@@ -197,6 +211,7 @@ class Flipping:
         return count
 
 
+@pytest.mark.fault(93)
 @pytest.mark.parametrize("at", [HEAD_BYTES, HEAD_BYTES + UNIT - 1, HEAD_BYTES + UNIT + 3, 3])
 def test_byte_that_changes_on_the_wire_is_noticed_on_arrival(clusters: Callable[..., Cluster], at: int) -> None:
     cluster = clusters(Member(0), Member(1))
@@ -214,13 +229,12 @@ def test_byte_that_changes_on_the_wire_is_noticed_on_arrival(clusters: Callable[
     thread.start()
     with pytest.raises(CoordinationError, match=r"differ from those that it sent|which nobody expects"):
         cluster.fetch(1, ring)
-    for pair in cluster.pairs:
-        for end in pair:
-            end.close()
+    cluster.cut()
     thread.join()
     assert isinstance(errors[0], RankLostError)
 
 
+@pytest.mark.fault(93)
 def test_another_key_is_refused(clusters: Callable[..., Cluster]) -> None:
     cluster = clusters(Member(0), Member(1))
     with ThreadPoolExecutor(2) as pool:
@@ -234,3 +248,26 @@ def test_another_key_is_refused(clusters: Callable[..., Cluster]) -> None:
 
 def test_units_that_are_there() -> None:
     assert units_in(iter([(0, len(CONTENT))]), len(CONTENT), UNIT) == ALL
+
+
+def test_node_before_that_sends_nothing_is_named(
+    clusters: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = clusters(Member(0), Member(7))
+    monkeypatch.setattr("test_exchange_ring.SETTINGS", replace(SETTINGS, progress_seconds=1.0))
+    with pytest.raises(ProgressTimeoutError, match="from rank 0 on before for 1 s"):
+        cluster.fetch(1)
+
+
+def test_disk_that_cannot_be_written_is_told_as_such(
+    clusters: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = clusters(Member(0), Member(1))
+    ring = cluster.ring(1)
+    monkeypatch.setattr(ring, "_receive", lambda length: (_ for _ in ()).throw(CacheError("no room")))
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(cluster.fetch, 0)
+        with pytest.raises(CacheError, match="no room"):
+            cluster.fetch(1, ring)
+        cluster.cut()
+        assert isinstance(other.exception(), RankLostError)

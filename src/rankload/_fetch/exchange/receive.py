@@ -23,7 +23,7 @@ from rankload._settings import Settings
 from rankload._text import printable
 from rankload._types import Progress, Report
 from rankload._urls import Url
-from rankload.errors import ContentChangedError
+from rankload.errors import ContentChangedError, FetchTimeoutError, ProgressTimeoutError
 
 
 def receive_in_ring(
@@ -34,6 +34,7 @@ def receive_in_ring(
     Raises:
         ContentChangedError: the origin replaced the file meanwhile: parts of two versions do not fit.
         FetchError: the origin does not serve this node's part.
+        ProgressTimeoutError: nothing comes from the node before.
         RankLostError: a neighbour in the ring is gone.
         CacheError: the bytes cannot be written.
         RankloadError: any error of ``report``.
@@ -61,10 +62,21 @@ def receive_in_ring(
         )  # fmt: skip
         try:
             hasher.start()
+            if ring.is_fetched and ring.version.size_bytes is not None:
+                state.size_limit.check(url.display_name, ring.version.size_bytes, is_announced=True)
             ring.start(state, partial)
             TransferRunner(state, named_report, show, 1).run()
             ring.finish(state, named_report, settings.progress_seconds)
             sha256 = hasher.finish(lambda count: named_report(Progress("hashing", count)), settings.progress_seconds)
+        except FetchTimeoutError:
+            if (link := ring.awaited_link(state)) is None:
+                raise
+            raise ProgressTimeoutError(
+                f"no byte of {url} came from rank {link.rank} on {link.host} for {settings.progress_seconds:g} s: a "
+                "hung network, or a node before it that gets nothing either; raise timeout= if this is normal here",
+                stuck_rank=link.rank,
+                stuck_host=link.host,
+            ) from None
         except Restart as restart:
             text = f"{url}: the file changed at its origin while the nodes fetched parts of it; make the call again"
             raise restart.error or ContentChangedError(text, url=url.display_name) from None

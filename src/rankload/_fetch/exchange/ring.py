@@ -64,6 +64,16 @@ class Ring:
         self._threads: list[threading.Thread] = []
         self._arrived: deque[tuple[int, bytes]] = deque()  # units to forward, with their tags
 
+    @property
+    def is_fetched(self) -> bool:
+        """Whether any node fetches a part from the origin."""
+        return any(self.plan.fetched_by(member) for member in range(len(self.plan.members)))
+
+    def awaited_link(self, state: TransferState) -> Link | None:
+        """Return the node before if nothing but its units is missing; None if this node's own part is, too."""
+        own = map(self.plan.span, self.plan.fetched_by(self._member))
+        return self._upstream if all(state.has(begin, end) for begin, end in own) else None
+
     def start(self, state: TransferState, partial: Partial) -> None:
         """Leave to the other nodes what they bring, and begin to receive and to send."""
         foreign = [self.plan.span(unit) for unit in self.plan.received_by(self._member)]
@@ -115,8 +125,6 @@ class Ring:
             work()
         except _StoppedError:
             pass
-        except OSError as error:  # a connection of the ring
-            state.fail(error if isinstance(error, RankLostError) else self._lost(self._downstream, error))
         except Exception as error:
             state.fail(error)
 
@@ -148,8 +156,7 @@ class Ring:
             writer.close()
 
     def _send_units(self, state: TransferState | Served, file: Partial | Served) -> None:
-        own = deque(self._own_units())
-        left = len(own) + sum(unit not in own for unit in self.plan.sent_by(self._member))
+        own, left = deque(self._own_units()), len(self.plan.sent_by(self._member))
         with file.lent() as descriptor:
             while left:
                 tag: bytes | None = None
@@ -227,11 +234,21 @@ class Ring:
 
 
 def _read(descriptor: int, begin: int, end: int) -> bytes:
-    content = os.pread(descriptor, end - begin, begin)
-    while len(content) < end - begin:  # rare: pread(2) returns early on some filesystems
-        if not (more := os.pread(descriptor, end - begin - len(content), begin + len(content))):
-            raise CacheError(f"the partial file became shorter while it was sent: at {begin + len(content)}")
-        content += more
+    """Read a unit of a file.
+
+    Raises:
+        CacheError: the disk cannot read it, or the file has become shorter.
+    """
+    content = b""
+    try:
+        while len(content) < end - begin:  # pread(2) returns early on some filesystems
+            if not (more := os.pread(descriptor, end - begin - len(content), begin + len(content))):
+                raise CacheError(f"the file to send became shorter: it ends at {begin + len(content)} now")
+            content = content + more if content else more
+    except OSError as error:
+        if isinstance(error, CacheError):
+            raise
+        raise CacheError(f"cannot read the file to send: {error.strerror}", errno=error.errno) from error
     return content
 
 
@@ -242,13 +259,11 @@ class Served:
         descriptor: the open file.
 
     Attributes:
-        changed: notified when the exchange fails.
         failure: error that ended the exchange.
     """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self.changed = threading.Condition()
         self.failure: Exception | None = None
 
     def has(self, begin: int, end: int) -> bool:
