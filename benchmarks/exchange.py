@@ -32,9 +32,9 @@ _MB = 1_000_000
 _PORT, _ORIGIN_PORT = 29_500, 8080  # of network namespaces that nobody else is in
 
 _FLOOR = "the limited link alone"
-_JOB = 'rankload, scope="job": once, and exchanged'
+_JOB = 'rankload, scope="exchange": once, and exchanged'
 _AUTO = 'rankload, scope="auto": each node for itself'
-_SCOPES = {_JOB: "job", _AUTO: "auto"}
+_SCOPES = {_JOB: "exchange", _AUTO: "auto"}
 
 _NGINX = """
 worker_processes 1; daemon off; error_log stderr warn; pid {run}/nginx.pid;

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Scope = Literal["auto", "job", "node", "process"]
+Scope = Literal["auto", "job", "node", "process", "exchange"]
 Delivery = Literal["auto", "read", "broadcast", "gather"]
 Verify = Literal["once", "always", "never"]
 Provenance = Literal["cache", "adopted", "download", "local"]

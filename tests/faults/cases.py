@@ -757,7 +757,7 @@ ALL_CASES = (
         92,
         "node-dies-in-exchange",
         RANKS,
-        'With `scope="job"`, a node dies while the nodes exchange the parts of a file.',
+        'With `scope="exchange"`, a node dies while the nodes exchange the parts of a file.',
         "All others raise the same error; nothing is published on any node, and the next job has the file.",
     ),
     Case(
@@ -771,7 +771,7 @@ ALL_CASES = (
         94,
         "nodes-without-internet",
         RANKS,
-        'With `scope="job"`, some nodes do not reach the origin, or one has the file already.',
+        'With `scope="exchange"`, some nodes do not reach the origin, or one has the file already.',
         "Those that reach it fetch all parts, and the others receive them; a node that has the file serves it, and the "
         "origin is not asked.",
     ),

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from harness import hf
 from harness.github import github
 from harness.origin import Origin
 from harness.scripts import run_torchrun
+from harness.waiting import wait_until
 
 HERE = Path(__file__).parent
 PAGES = HERE.parents[1] / "docs" / "libraries"
@@ -145,9 +147,15 @@ def test_weights_at_a_url(origin: Origin, tmp_path: Path, name: str, make: Calla
 
 def test_without_rankload_every_rank_downloads(origin: Origin, tmp_path: Path) -> None:
     path = weights_file(torchvision_model(tmp_path), tmp_path)
-    url = origin.add(path.name, path)
+    url = origin.add(path.name, path, hold_before_reply=True)
     train = script("torchvision", tmp_path, {}, TORCHVISION_URL.format(url=url))
-    run(train, tmp_path / "home", {}, patched=False)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run, train, tmp_path / "home", {}, patched=False)
+        try:  # a rank that came after another's download would find its file
+            wait_until(lambda: running.done() or origin.request_count() == RANKS, 120, "all ranks ask")
+        finally:
+            origin.release(path.name)
+        running.result()
     assert origin.bytes_sent() == RANKS * path.stat().st_size
 
 

@@ -1,4 +1,4 @@
-"""``scope="job"`` where nodes share no directory: the origin serves the file once, for every node's cache."""
+"""``scope="exchange"`` where nodes share no directory: the origin serves the file once, for every node's cache."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def big(tmp_path: Path) -> CheckpointFile:
 
 
 def load_in_own(rank: int, url: Any, root: str, ranks_per_node: int = 1, **arguments: Any) -> Outcome:
-    return try_to_load(rank, url, f"{root}/node{rank // ranks_per_node}", scope="job", **arguments)
+    return try_to_load(rank, url, f"{root}/node{rank // ranks_per_node}", scope="exchange", **arguments)
 
 
 def run(url: Any, root: Path, world_size: int = 4, ranks_per_node: int = 1, **arguments: Any) -> list[Outcome]:
@@ -140,7 +140,7 @@ def test_limit_on_what_a_call_may_download(origin: Origin, big: CheckpointFile, 
 
 def load_index(rank: int, url: str, root: str) -> list[float]:
     module = torch.nn.Linear(3, 2)
-    rankload.dist_load_into(module, url, f"{root}/node{rank}", scope="job")
+    rankload.dist_load_into(module, url, f"{root}/node{rank}", scope="exchange")
     return module.weight.flatten().tolist()
 
 

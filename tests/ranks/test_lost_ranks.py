@@ -117,7 +117,7 @@ def test_by_default_the_others_raise_within_thirty_seconds(
 
 
 def _load_on_node(rank: int, url: str, model_dir: str, ranks_per_node: int) -> object:
-    return try_to_load(rank, url, f"{model_dir}/node{rank // ranks_per_node}")
+    return try_and_tell(rank, url, f"{model_dir}/node{rank // ranks_per_node}")
 
 
 @pytest.mark.fault(37)
@@ -130,6 +130,7 @@ def test_one_of_several_leaders_killed(
     nodes = world_size // per_node
     with start_ranks(_load_on_node, world_size, nodes=nodes, args=(url, cache_dir, per_node)) as group:
         _wait_for_partials(cache_dir, nodes)
+        group.wait_for_mark("waiting", [rank for rank in range(world_size) if rank % per_node])  # all have joined
         group.kill(victim)
         killed_at = time.monotonic()
         ended = [group.wait_for_end(rank) for rank in range(world_size) if rank != victim]

@@ -110,7 +110,7 @@ def test_node_with_directories_of_their_own(origin: Origin, checkpoint: Checkpoi
 
 
 @needs_machines
-def test_job_with_one_directory_is_led_by_rank_0(origin: Origin, checkpoint: CheckpointFile, tmp_path: Path) -> None:
+def test_job_rank_0_leads_without_looking(origin: Origin, checkpoint: CheckpointFile, tmp_path: Path) -> None:
     machines = [0, 0, 1, 1]
     _assert_led(origin, checkpoint, [tmp_path / "all"] * 4, [0], scope="job", nodes=2, machines=machines)
 

@@ -124,7 +124,7 @@ def test_command_line_takes_it(origin, cache):
     url = origin.add("file.bin", bytes(LIMIT))
     command = [sys.executable, "-m", "rankload", "prefetch", url, "--any-file", "--model-dir", cache, "--max-bytes"]
     refused = run_program([*command, "10"])
-    assert refused.exitcode == 1 and "max_bytes=10 " in refused.stderr
+    assert refused.exitcode == 1 and "--max-bytes 10 " in refused.stderr
     run_program([*command, str(LIMIT)]).check()
 
 

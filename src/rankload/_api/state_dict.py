@@ -99,10 +99,11 @@ def dist_load_state_dict_from_url(
             recorded. GH_TOKEN, GITHUB_TOKEN and HF_TOKEN are sent to their own hosts by default.
         timeout: no-progress deadline in seconds; default 120. A new byte or a new phase is progress. The total time
             has no limit.
-        scope: which ranks share one download: ``"node"``, ``"process"``, or ``"auto"``, which detects the ranks that
-            share the directory. ``"job"``: all ranks. Nodes that share no directory fetch parts of the file, and
-            exchange them over TCP, so that it ends verified in every node's cache, and the origin serves it once. That
-            needs an origin with ranges and a validator (``ETag``); else each node downloads for itself.
+        scope: which ranks share one download: ``"job"`` (all nodes share the directory), ``"node"``, ``"process"``, or
+            ``"auto"``, which detects the ranks that share the directory. ``"exchange"`` detects them, too; nodes that
+            share no directory fetch parts of the file, and exchange them over TCP, so that it ends verified in every
+            node's cache, and the origin serves it once. That needs an origin with ranges and a validator (``ETag``);
+            else each node downloads for itself.
         delivery: ``"read"``: every rank maps the file. ``"broadcast"``: one rank fetches the file and sends it from
             node to node, in a chain of TCP connections, into memory that the ranks of a node share. The other nodes
             cache nothing, and no directory need be shared. ``"auto"`` is ``"read"``. ``"gather"`` is only for

@@ -96,7 +96,7 @@ def _tell_leader(domain: Domain, request: FetchRequest, channel: Channel) -> Non
 
 
 def _exchanges(request: FetchRequest, channel: Channel) -> bool:
-    return request.scope == "job" and request.url.local_path is None and channel.identity.world_size > 1
+    return request.scope == "exchange" and request.url.local_path is None and channel.identity.world_size > 1
 
 
 def _peers(domain: Domain, request: FetchRequest, call: CallContext) -> Peers | None:

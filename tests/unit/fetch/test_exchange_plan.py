@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankload._fetch.exchange.plan import ExchangePlan, Member, make_plan, unit_bytes_for, units_in
+from rankload._fetch.exchange.plan import ExchangePlan, RingMember, make_plan, unit_bytes_for
 
 
 def test_each_unit_is_fetched_once_and_everyone_gets_the_rest() -> None:
-    plan = make_plan(100, 10, [Member(rank) for rank in (0, 2, 5, 7)])
+    plan = make_plan(100, 10, [RingMember(rank) for rank in (0, 2, 5, 7)])
     assert plan is not None
     assert [plan.fetched_by(member) for member in range(4)] == [[0, 4, 8], [1, 5, 9], [2, 6], [3, 7]]
     assert plan.received_by(0) == [1, 2, 3, 5, 6, 7, 9]
@@ -21,14 +21,14 @@ def test_each_unit_is_fetched_once_and_everyone_gets_the_rest() -> None:
 
 
 def test_node_that_reaches_no_origin_receives_all() -> None:
-    plan = make_plan(25, 10, [Member(0), Member(1, may_fetch=False)])
+    plan = make_plan(25, 10, [RingMember(0), RingMember(1, may_fetch=False)])
     assert plan is not None and plan.owners == (0, 0, 0)
     assert plan.received_by(1) == [0, 1, 2] and plan.sent_by(1) == []
     assert plan.span(2) == (20, 25)
 
 
 def test_what_a_node_has_is_not_fetched_again() -> None:
-    members = [Member(0, frozenset({0, 1})), Member(1, frozenset({1, 2})), Member(2)]
+    members = [RingMember(0, frozenset({0, 1})), RingMember(1, frozenset({1, 2})), RingMember(2)]
     plan = make_plan(50, 10, members)
     assert plan is not None
     assert [plan.fetched_by(member) for member in range(3)] == [[3], [4], []]
@@ -36,13 +36,13 @@ def test_what_a_node_has_is_not_fetched_again() -> None:
 
 
 def test_file_that_a_node_has_is_not_fetched_at_all() -> None:
-    plan = make_plan(50, 10, [Member(0), Member(1, frozenset(range(5)), may_fetch=False)])
+    plan = make_plan(50, 10, [RingMember(0), RingMember(1, frozenset(range(5)), may_fetch=False)])
     assert plan is not None and not plan.fetched_by(0) and not plan.fetched_by(1)
     assert plan.received_by(0) == [0, 1, 2, 3, 4] and not plan.received_by(1)
 
 
 def test_nobody_can_bring_a_unit() -> None:
-    members = [Member(0, frozenset({0}), may_fetch=False), Member(1, may_fetch=False)]
+    members = [RingMember(0, frozenset({0}), may_fetch=False), RingMember(1, may_fetch=False)]
     assert make_plan(20, 10, members) is None
 
 
@@ -53,28 +53,14 @@ def test_size_of_a_unit(size: int, chunk: int, expected: int) -> None:
     assert unit_bytes_for(size, chunk) == expected
 
 
-@pytest.mark.parametrize(
-    ("spans", "expected"),
-    [
-        ([], set()),
-        ([(0, 25)], {0, 1, 2}),
-        ([(0, 24)], {0, 1}),
-        ([(1, 20)], {1}),
-        ([(5, 9), (10, 20)], {1}),
-        ([(20, 25)], {2}),
-        ([(21, 25)], set()),
-    ],
-)
-def test_units_that_are_whole(spans: list[tuple[int, int]], expected: set[int]) -> None:
-    assert units_in(iter(spans), 25, 10) == expected
-
-
 @st.composite
 def plans(draw: st.DrawFn) -> ExchangePlan:
     size, unit = draw(st.integers(1, 200)), draw(st.integers(1, 30))
     count = -(-size // unit)
     held = st.frozensets(st.integers(0, count - 1))
-    members = [Member(rank, draw(held), draw(st.booleans()) or rank == 0) for rank in range(draw(st.integers(2, 6)))]
+    members = [
+        RingMember(rank, draw(held), draw(st.booleans()) or rank == 0) for rank in range(draw(st.integers(2, 6)))
+    ]
     plan = make_plan(size, unit, members)
     assert plan is not None
     return plan

@@ -17,7 +17,7 @@ import pytest
 from harness.origin import Origin
 from rankload._cache.layout import Entry
 from rankload._fetch.exchange.frames import HEAD_BYTES
-from rankload._fetch.exchange.plan import Member, make_plan, units_in
+from rankload._fetch.exchange.plan import RingMember, make_plan
 from rankload._fetch.exchange.receive import receive_in_ring
 from rankload._fetch.exchange.ring import Ring
 from rankload._fetch.mirrors import Received
@@ -54,7 +54,7 @@ class Cluster:
         version: of the file, as the origin describes it.
     """
 
-    def __init__(self, url: str, directory: Path, members: list[Member], version: Version) -> None:
+    def __init__(self, url: str, directory: Path, members: list[RingMember], version: Version) -> None:
         self.url, self.members, self.version = Url.parse(url), members, version
         plan = make_plan(len(CONTENT), UNIT, members)
         assert plan is not None
@@ -120,7 +120,7 @@ class Cluster:
 def clusters(origin: Origin, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     made: list[Cluster] = []
 
-    def make(*members: Member, **faults: object) -> Cluster:
+    def make(*members: RingMember, **faults: object) -> Cluster:
         url = origin.add("file.bin", CONTENT, etag='"1"', **faults)
         made.append(Cluster(url, tmp_path, list(members), Version(len(CONTENT), '"1"')))
         return made[-1]
@@ -136,16 +136,19 @@ ALL = frozenset(range(12))
 @pytest.mark.parametrize(
     ("members", "fetched_bytes"),
     [
-        ([Member(0), Member(1)], len(CONTENT)),
-        ([Member(0), Member(3), Member(4), Member(9)], len(CONTENT)),
-        ([Member(0), Member(1, may_fetch=False), Member(2, may_fetch=False)], len(CONTENT)),
-        ([Member(0), Member(1, frozenset({0, 1, 2})), Member(2, frozenset({1, 7}))], len(CONTENT) - 4 * UNIT),
-        ([Member(0, may_fetch=False), Member(1, ALL), Member(2, may_fetch=False)], 0),
-        ([Member(0), Member(1, ALL - {5}), Member(2, frozenset({5}))], 0),
+        ([RingMember(0), RingMember(1)], len(CONTENT)),
+        ([RingMember(0), RingMember(3), RingMember(4), RingMember(9)], len(CONTENT)),
+        ([RingMember(0), RingMember(1, may_fetch=False), RingMember(2, may_fetch=False)], len(CONTENT)),
+        (
+            [RingMember(0), RingMember(1, frozenset({0, 1, 2})), RingMember(2, frozenset({1, 7}))],
+            len(CONTENT) - 4 * UNIT,
+        ),
+        ([RingMember(0, may_fetch=False), RingMember(1, ALL), RingMember(2, may_fetch=False)], 0),
+        ([RingMember(0), RingMember(1, ALL - {5}), RingMember(2, frozenset({5}))], 0),
     ],
 )
 def test_all_nodes_have_the_file_and_the_origin_has_served_it_once(
-    origin: Origin, clusters: Callable[..., Cluster], members: list[Member], fetched_bytes: int
+    origin: Origin, clusters: Callable[..., Cluster], members: list[RingMember], fetched_bytes: int
 ) -> None:
     cluster = clusters(*members)
     for outcome in cluster.fetch_all():
@@ -156,7 +159,7 @@ def test_all_nodes_have_the_file_and_the_origin_has_served_it_once(
 
 
 def test_ring_carries_what_each_node_lacks_and_no_more(clusters: Callable[..., Cluster]) -> None:
-    cluster = clusters(Member(0), Member(1), Member(2), Member(3))
+    cluster = clusters(RingMember(0), RingMember(1), RingMember(2), RingMember(3))
     rings = [cluster.ring(node) for node in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda node: cluster.fetch(node, rings[node]), range(4)))
@@ -167,14 +170,14 @@ def test_ring_carries_what_each_node_lacks_and_no_more(clusters: Callable[..., C
 
 
 def test_origin_that_fails_fails_on_all_nodes(origin: Origin, clusters: Callable[..., Cluster]) -> None:
-    cluster = clusters(Member(0), Member(1), Member(2), status=404)
+    cluster = clusters(RingMember(0), RingMember(1), RingMember(2), status=404)
     outcomes = cluster.fetch_all()
     assert any(isinstance(outcome, FetchError) for outcome in outcomes)
     assert all(isinstance(outcome, (FetchError, RankLostError)) for outcome in outcomes)
 
 
 def test_node_that_dies_ends_the_others(clusters: Callable[..., Cluster]) -> None:
-    cluster = clusters(Member(0), Member(1), Member(2))
+    cluster = clusters(RingMember(0), RingMember(1), RingMember(2))
 
     def report(node: int, progress: Progress) -> None:
         if node == 1:  # before it has fetched its part, so that nobody can be through
@@ -188,7 +191,7 @@ def test_node_that_dies_ends_the_others(clusters: Callable[..., Cluster]) -> Non
 
 
 def test_file_that_changes_meanwhile(origin: Origin, clusters: Callable[..., Cluster]) -> None:
-    cluster = clusters(Member(0), Member(1))
+    cluster = clusters(RingMember(0), RingMember(1))
     origin.add("file.bin", CONTENT, etag='"2"')
     outcomes = cluster.fetch_all()
     assert any(isinstance(outcome, ContentChangedError) for outcome in outcomes), outcomes
@@ -214,7 +217,7 @@ class Flipping:
 @pytest.mark.fault(93)
 @pytest.mark.parametrize("at", [HEAD_BYTES, HEAD_BYTES + UNIT - 1, HEAD_BYTES + UNIT + 3, 3])
 def test_byte_that_changes_on_the_wire_is_noticed_on_arrival(clusters: Callable[..., Cluster], at: int) -> None:
-    cluster = clusters(Member(0), Member(1))
+    cluster = clusters(RingMember(0), RingMember(1))
     ring = cluster.ring(1)
     ring._upstream = replace(ring._upstream, socket=Flipping(ring._upstream.socket, at))
     errors: list[Exception] = []
@@ -236,7 +239,7 @@ def test_byte_that_changes_on_the_wire_is_noticed_on_arrival(clusters: Callable[
 
 @pytest.mark.fault(93)
 def test_another_key_is_refused(clusters: Callable[..., Cluster]) -> None:
-    cluster = clusters(Member(0), Member(1))
+    cluster = clusters(RingMember(0), RingMember(1))
     with ThreadPoolExecutor(2) as pool:
         futures = [
             pool.submit(cluster.fetch, 0, cluster.ring(0)),
@@ -246,14 +249,10 @@ def test_another_key_is_refused(clusters: Callable[..., Cluster]) -> None:
     assert any(isinstance(error, CoordinationError) for error in errors)
 
 
-def test_units_that_are_there() -> None:
-    assert units_in(iter([(0, len(CONTENT))]), len(CONTENT), UNIT) == ALL
-
-
 def test_node_before_that_sends_nothing_is_named(
     clusters: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = clusters(Member(0), Member(7))
+    cluster = clusters(RingMember(0), RingMember(7))
     monkeypatch.setattr("test_exchange_ring.SETTINGS", replace(SETTINGS, progress_seconds=1.0))
     with pytest.raises(ProgressTimeoutError, match="from rank 0 on before for 1 s"):
         cluster.fetch(1)
@@ -262,7 +261,7 @@ def test_node_before_that_sends_nothing_is_named(
 def test_disk_that_cannot_be_written_is_told_as_such(
     clusters: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = clusters(Member(0), Member(1))
+    cluster = clusters(RingMember(0), RingMember(1))
     ring = cluster.ring(1)
     monkeypatch.setattr(ring, "_receive", lambda length: (_ for _ in ()).throw(CacheError("no room")))
     with ThreadPoolExecutor(1) as pool:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from rankload._cache.directory import make_directory
 from rankload._cache.files import wrap_read_errors
@@ -16,7 +15,8 @@ from rankload._coordination.call_context import CallContext
 from rankload._fetch.bounded_read import read_bounded
 from rankload._fetch.digests import check_digest
 from rankload._fetch.download import download
-from rankload._fetch.exchange.plan import ExchangePlan, Member, make_plan, unit_bytes_for
+from rankload._fetch.exchange.offers import Offer, members_of, plan_as_json, plan_from_json
+from rankload._fetch.exchange.plan import ExchangePlan, RingMember, make_plan, unit_bytes_for
 from rankload._fetch.exchange.receive import receive_in_ring
 from rankload._fetch.exchange.ring import Ring, Served
 from rankload._fetch.file_digest import sha256_of_file
@@ -40,28 +40,6 @@ _logger = logging.getLogger("rankload")
 
 #: Fetches a file for this node alone.
 FetchAlone = Callable[[FetchRequest], FetchedFile]
-
-
-@dataclass(frozen=True)
-class _Offer:
-    """What a node has of a file, or what the origin told it.
-
-    Attributes:
-        is_alone: whether the node fetches, or uses, the file for itself.
-        has_file: whether it has the whole file, verified.
-        version: the file's version; None if the node has no file, and does not reach the origin.
-    """
-
-    is_alone: bool = False
-    has_file: bool = False
-    version: Version | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        return {"is_alone": self.is_alone, "has_file": self.has_file, "version": _version_as_json(self.version)}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> _Offer:
-        return cls(value["is_alone"], value["has_file"], _version_from_json(value["version"]))
 
 
 class Peers:
@@ -122,9 +100,9 @@ class Peers:
                 path=str(index.path),
             )
 
-    def _offer(self, request: FetchRequest, stack: ExitStack) -> tuple[_Offer, CacheLookup | None, Url]:
+    def _offer(self, request: FetchRequest, stack: ExitStack) -> tuple[Offer, CacheLookup | None, Url]:
         """Look what this node has; if nothing, take the lease and ask the origin."""
-        alone = _Offer(is_alone=True), None, request.url
+        alone = Offer(is_alone=True), None, request.url
         if request.refresh or request.sidecar or request.offline or request.hub_file is not None:
             return alone
         report, settings = self._call.report, self._call.settings
@@ -138,7 +116,7 @@ class Peers:
             claim = Claim(lookup.file.sha256, "another node's file")
             etag = lookup.record.etag if lookup.record else None
             return (
-                _Offer(has_file=True, version=Version(lookup.file.size_bytes, etag, claim=claim)),
+                Offer(has_file=True, version=Version(lookup.file.size_bytes, etag, claim=claim)),
                 lookup,
                 request.url,
             )
@@ -158,27 +136,27 @@ class Peers:
                     continue
             if answer.is_whole or not answer.version.size_bytes or not answer.version.has_validator:
                 return alone  # parts of it could not be told apart
-            return _Offer(version=answer.version), lookup, url
-        return _Offer(), lookup, request.url
+            return Offer(version=answer.version), lookup, url
+        return Offer(), lookup, request.url
 
     def _agreed_plan(self, key: str, request: FetchRequest) -> tuple[ExchangePlan | None, Version | None, bytes]:
         """Return the plan that the first leader makes of all offers."""
         if self._rank != self._leaders[0]:
-            return _plan_from_json(self._channel.wait_for(f"{key}/plan", from_rank=self._leaders[0]))
+            return plan_from_json(self._channel.wait_for(f"{key}/plan", from_rank=self._leaders[0]))
         offers = {
-            rank: _Offer.from_json(self._channel.wait_for(f"{key}/{rank}", from_rank=rank)) for rank in self._leaders
+            rank: Offer.from_json(self._channel.wait_for(f"{key}/{rank}", from_rank=rank)) for rank in self._leaders
         }
         version = offers[self._rank].version or next(
             (offer.version for offer in offers.values() if offer.version), None
         )
-        members = [] if version is None or offers[self._rank].is_alone else _members(offers, version)
+        members = [] if version is None or offers[self._rank].is_alone else members_of(offers, version)
         plan, secret = None, new_key()
         if version is not None and version.size_bytes and any(not offers[member.rank].has_file for member in members):
             unit_bytes = unit_bytes_for(version.size_bytes, self._call.settings.chunk_bytes)
             units = frozenset(range(-(-version.size_bytes // unit_bytes)))
             held = [replace(one, held=units if offers[one.rank].has_file else frozenset()) for one in members]
             plan = make_plan(version.size_bytes, unit_bytes, held) if len(held) > 1 else None
-        self._channel.post(f"{key}/plan", _plan_as_json(plan, version, secret))
+        self._channel.post(f"{key}/plan", plan_as_json(plan, version, secret))
         return plan, version, secret
 
     def _connected(self, key: str, ranks: list[int], member: int) -> tuple[Link, Link]:
@@ -228,7 +206,7 @@ class Peers:
 
         return download(request, lookup.entry, report, settings, receive)
 
-    def _compare(self, key: str, received: Received, members: Sequence[Member]) -> None:
+    def _compare(self, key: str, received: Received, members: Sequence[RingMember]) -> None:
         """Compare the digest with the first node's: the origin has given none.
 
         Raises:
@@ -240,62 +218,3 @@ class Peers:
         else:
             digest = self._channel.wait_for(f"{key}/digest", from_rank=first)["sha256"]
             check_digest(received.sha256, (Claim(digest, f"rank {first}'s bytes"),), received.url.display_name)
-
-
-def _members(offers: dict[int, _Offer], version: Version) -> list[Member]:
-    """Return the nodes that take part: those with this version of the file, and those that know of none."""
-    return [
-        Member(rank, may_fetch=offer.version is not None and not offer.has_file)
-        for rank, offer in offers.items()
-        if not offer.is_alone and (offer.version is None or _is_same(offer.version, version))
-    ]
-
-
-def _is_same(one: Version, other: Version) -> bool:
-    """Return whether two descriptions are certainly of one version."""
-    if one.size_bytes != other.size_bytes:
-        return False
-    if one.claim and other.claim:
-        return one.claim.sha256 == other.claim.sha256
-    return one.etag is not None and one.etag == other.etag
-
-
-def _version_as_json(version: Version | None) -> dict[str, Any] | None:
-    if version is None:
-        return None
-    claim = {"sha256": version.claim.sha256, "source": version.claim.source} if version.claim else None
-    return {
-        "size_bytes": version.size_bytes,
-        "etag": version.etag,
-        "last_modified": version.last_modified,
-        "claim": claim,
-        "content_type": version.content_type,
-    }
-
-
-def _version_from_json(value: dict[str, Any] | None) -> Version | None:
-    if value is None:
-        return None
-    return Version(**{**value, "claim": Claim(**value["claim"]) if value["claim"] else None})
-
-
-def _plan_as_json(plan: ExchangePlan | None, version: Version | None, secret: bytes) -> dict[str, Any]:
-    if plan is None:
-        return {"members": None}
-    members = [[member.rank, bool(member.held), member.may_fetch] for member in plan.members]
-    return {
-        "members": members,
-        "unit_bytes": plan.unit_bytes,
-        "version": _version_as_json(version),
-        "secret": secret.hex(),
-    }
-
-
-def _plan_from_json(value: dict[str, Any]) -> tuple[ExchangePlan | None, Version | None, bytes]:
-    if value["members"] is None:
-        return None, None, b""
-    version = _version_from_json(value["version"])
-    assert version is not None and version.size_bytes is not None
-    units = frozenset(range(-(-version.size_bytes // value["unit_bytes"])))
-    members = [Member(rank, units if has else frozenset(), may) for rank, has, may in value["members"]]
-    return make_plan(version.size_bytes, value["unit_bytes"], members), version, bytes.fromhex(value["secret"])

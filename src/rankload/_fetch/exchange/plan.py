@@ -10,7 +10,9 @@ while the rest arrives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 #: Most units of a file. A unit is held in memory while it is sent and received, so that units should be small.
@@ -18,7 +20,7 @@ _MAX_UNITS = 65536
 
 
 @dataclass(frozen=True)
-class Member:
+class RingMember:
     """A node that takes part.
 
     Attributes:
@@ -45,7 +47,7 @@ class ExchangePlan:
 
     size_bytes: int
     unit_bytes: int
-    members: tuple[Member, ...]
+    members: tuple[RingMember, ...]
     owners: tuple[int, ...]
 
     def span(self, unit: int) -> tuple[int, int]:
@@ -76,25 +78,18 @@ def unit_bytes_for(size_bytes: int, chunk_bytes: int) -> int:
     return max(chunk_bytes, -(-size_bytes // _MAX_UNITS))
 
 
-def make_plan(size_bytes: int, unit_bytes: int, members: Sequence[Member]) -> ExchangePlan | None:
+def make_plan(size_bytes: int, unit_bytes: int, members: Sequence[RingMember]) -> ExchangePlan | None:
     """Return a plan; None if nobody has a unit, and nobody can fetch it."""
-    load = [0] * len(members)
+    holders: dict[int, list[int]] = defaultdict(list)
+    for index, member in enumerate(members):
+        for unit in member.held:
+            holders[unit].append(index)
+    fetchers = itertools.cycle([index for index, member in enumerate(members) if member.may_fetch])
     owners = []
     for unit in range(-(-size_bytes // unit_bytes)):
-        holders = [index for index, member in enumerate(members) if unit in member.held]
-        able = holders or [index for index, member in enumerate(members) if member.may_fetch]
-        if not able:
+        able = holders.get(unit)
+        owner = able[unit % len(able)] if able else next(fetchers, None)
+        if owner is None:
             return None
-        owner = min(able, key=lambda index: (load[index], index))
-        load[owner] += not holders  # what is there already costs nobody a download
         owners.append(owner)
     return ExchangePlan(size_bytes, unit_bytes, tuple(members), tuple(owners))
-
-
-def units_in(spans: Iterator[tuple[int, int]], size_bytes: int, unit_bytes: int) -> frozenset[int]:
-    """Return the units of which all bytes are in some ranges, which do not touch one another."""
-    found: set[int] = set()
-    for begin, end in spans:
-        last = end // unit_bytes if end < size_bytes else -(-size_bytes // unit_bytes)
-        found.update(range(-(-begin // unit_bytes), last))
-    return frozenset(found)
