@@ -89,7 +89,9 @@ def local_once(
     Args:
         function: as for `dist_once`, without arguments. An error that it raises is raised here, and the next process
             that comes runs the function again.
-        key, directory, redo: as for `dist_once`.
+        key: as for `dist_once`.
+        directory: as for `dist_once`.
+        redo: as for `dist_once`.
 
     Returns:
         The function's value, from this run or an earlier one.

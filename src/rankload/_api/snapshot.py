@@ -41,8 +41,13 @@ def dist_snapshot(
     that rank 0's was.
 
     Args:
-        repo_id, revision, repo_type, allow_patterns, ignore_patterns, cache_dir, token: as in
-            ``huggingface_hub.snapshot_download``. The same on all ranks, but for ``cache_dir`` and ``token``.
+        repo_id: ``org/name``. This one and the next six are those of ``huggingface_hub.snapshot_download``.
+        revision: branch, tag or commit.
+        repo_type: ``"dataset"``, ``"space"``, or None for models.
+        allow_patterns: patterns of the files to download; default: all.
+        ignore_patterns: patterns of files to leave out.
+        cache_dir: huggingface_hub's cache. May differ between ranks.
+        token: token for the Hub. May differ between ranks.
         timeout: no-progress deadline in seconds for the other steps; the download may take as long as its process
             lives.
         group: process group of the ranks that make this call.

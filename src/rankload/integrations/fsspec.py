@@ -21,8 +21,9 @@ class RankloadFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is
 
     Args:
         fo: the URL, which fsspec passes for what follows ``rankload::``.
-        target_protocol, target_options: what fsspec passes besides. Options of the other filesystem are refused:
-            rankload takes credentials from where its documentation says.
+        target_protocol: scheme of the URL, which fsspec passes.
+        target_options: options of the other filesystem, which are refused: rankload takes credentials from where its
+            documentation says.
         model_dir: cache directory; default: as in `rankload.dist_fetch`.
         refresh: ask the origin whether the cached file is still current.
         sha256: expected digest of the file.
