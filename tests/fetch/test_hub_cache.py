@@ -267,3 +267,12 @@ def test_expected_digest(hub: Hub) -> None:
 
 def with_digest(rank: int, sha256: str) -> object:
     return load(rank, "hf://org/one", sha256=sha256)
+
+
+def test_gated_repository_needs_the_token(hub: Hub) -> None:
+    hf.publish(hub.origin, "org/gated", {"model.safetensors": WEIGHTS}, cdn=hub.cdn, token="hf_SECRET")
+    [refused] = hub.run(load, "hf://org/gated")
+    assert refused.value.startswith("HTTPStatusError: HTTP Error 401") and "HF_TOKEN" in refused.value
+    [result] = hub.run(load, "hf://org/gated", HF_TOKEN="hf_SECRET")
+    assert result.value == WEIGHT and "hf_SECRET" not in result.stderr
+    assert all("authorization" not in request.headers for request in hub.cdn.requests())
