@@ -155,6 +155,9 @@ PORTS_VARIABLE = "RANKLOAD_PORTS"
 #: Environment variable with the path of a table of named checkpoints.
 TABLE_VARIABLE = "RANKLOAD_TABLE"
 
+#: Name of such a table: in the working directory, and in a package that registers one.
+TABLE_NAME = "rankload.toml"
+
 #: Environment variable with mirrors of github.com for repositories: URL prefixes, separated by commas.
 GITHUB_MIRRORS_VARIABLE = "RANKLOAD_GITHUB_MIRRORS"
 

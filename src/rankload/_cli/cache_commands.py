@@ -17,7 +17,6 @@ from rankload._cli.app import AsJson, app, print_json, print_table, shown_size
 from rankload._fetch.file_digest import sha256_of_file
 from rankload._fetch.partials.journal import partial_path_of
 from rankload._fetch.partials.owner import owner_of
-from rankload._fetch.request import default_directory
 from rankload._settings import Settings
 from rankload._urls import expanded
 
@@ -201,6 +200,8 @@ def _counted(count: int) -> str:
 
 
 def _directory(model_dir: Path | None) -> Path:
+    from rankload._fetch.request import default_directory  # slow to import
+
     return default_directory() if model_dir is None else expanded(model_dir).absolute()
 
 

@@ -7,14 +7,17 @@ import stat
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rankload._cache.files import wrap_write_errors
 from rankload._cli.app import app, in_shell_words
-from rankload._fetch.checkpoint_table import TABLE_NAME, NamedCheckpoint, read_table
+from rankload._settings import TABLE_NAME
 from rankload.errors import ArgumentError, RankloadError
+
+if TYPE_CHECKING:
+    from rankload._fetch.checkpoint_table import NamedCheckpoint
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ def lock(
     A checkpoint that has a digest is verified by it. If its origin has another file now, or a checkpoint cannot be
     fetched, the others are still locked, and the exit status is 1.
     """
+    from rankload._fetch.checkpoint_table import read_table  # slow to import
+
     rows = read_table(table.absolute())
     if unknown := set(names or ()) - rows.keys():
         raise ArgumentError(f"{sorted(unknown)[0]!r} is not in {table}; it has {', '.join(sorted(rows))}")

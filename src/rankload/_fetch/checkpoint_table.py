@@ -25,14 +25,11 @@ from typing import Any
 
 from rankload import adapt as adapters_module
 from rankload._cache.files import wrap_read_errors
-from rankload._settings import TABLE_VARIABLE
+from rankload._settings import TABLE_NAME, TABLE_VARIABLE
 from rankload._text import printable
 from rankload._urls import expanded, scheme_of
 from rankload.adapt import Adapter, as_adapter, compose
 from rankload.errors import ArgumentError
-
-#: Name of a table: in the working directory, and in a package that registers one.
-TABLE_NAME = "rankload.toml"
 
 #: Group of entry points with which a package registers its table: the value is the package that contains the file.
 ENTRY_POINT_GROUP = "rankload.checkpoints"
