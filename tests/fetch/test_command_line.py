@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import rankload
 from harness.origin import Origin
+from harness.scripts import start_program
+from harness.waiting import wait_until
 
 TOKEN = "Bearer SECRET-TOKEN"
 
@@ -102,3 +107,14 @@ def test_directory_from_the_environment(origin, cache, checkpoint, monkeypatch):
     assert prefetch(url).stdout == f"{cache / 'a.pth'}\n"
     assert rankload.dist_fetch(url) == cache / "a.pth"
     assert origin.request_count() == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_several_downloads_that_are_interrupted_leave_nothing(origin, cache, signum):
+    urls = [origin.add(f"{number}.bin", bytes(3_000_000), hold_at=100_000) for number in range(2)]
+    command = [sys.executable, "-m", "rankload", "prefetch", "--any-file", "--model-dir", cache, *urls]
+    with start_program(command) as program:
+        wait_until(lambda: len(list(cache.glob("*.partial"))) == 2, 30, "both downloads have begun")
+        os.kill(program.pid, signum)
+        program.wait(20)
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == []

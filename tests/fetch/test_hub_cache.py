@@ -249,6 +249,22 @@ def test_open_checkpoint_reads_the_cached_file(hub: Hub) -> None:
     assert len(hub.origin.requests()) + len(hub.cdn.requests()) == before
 
 
+def test_open_checkpoint_writes_nothing(hub: Hub) -> None:
+    """A reference to a commit of which nothing is there would be a damaged cache to huggingface_hub."""
+    [result] = hub.run(opened, "hf://org/two")
+    assert result.value == WEIGHT and not list(hub.home.glob("hub/models--*"))
+
+
+def load_named_file(rank: int) -> object:
+    return load(rank, "hf://org/one", file_name="renamed.safetensors")
+
+
+def test_file_name_that_is_chosen_goes_to_the_own_cache_and_is_found_offline(hub: Hub) -> None:
+    assert hub.run(load_named_file)[0].value == WEIGHT
+    assert not list(hub.home.glob("hub/models--*"))
+    assert hub.run(load_named_file, HF_HUB_OFFLINE="1")[0].value == WEIGHT
+
+
 def test_cache_without_links(hub: Hub) -> None:
     """huggingface_hub then puts the file itself at its path in the snapshot."""
     path = hub.directory("one") / "snapshots" / hf.COMMIT / "model.safetensors"

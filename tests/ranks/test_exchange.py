@@ -94,9 +94,7 @@ def test_directory_that_is_shared_needs_no_exchange(origin: Origin, big: Checkpo
 
 
 @pytest.mark.fault(94)
-def test_nodes_that_reach_no_origin_receive(
-    origin: Origin, big: CheckpointFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nodes_that_reach_no_origin_receive(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
     url = origin.add("big.pth", big.path)
     proxies = {rank: {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""} for rank in (0, 2)}
     results = run_ranks(load_in_own, 4, args=(url, str(tmp_path)), rank_env=proxies)
@@ -155,6 +153,9 @@ def test_checkpoint_in_several_files(origin: Origin, tmp_path: Path) -> None:
     url = origin.add("model.safetensors.index.json", json.dumps({"weight_map": weight_map}).encode())
     results = run_ranks(load_index, 3, args=(url, str(tmp_path)))
     assert [result.value for result in results] == [[0, 1, 2, 3, 4, 5]] * 3
+    for name in (*parts, "model.safetensors.index.json"):
+        sent = sorted(request.body_bytes_sent for request in origin.requests(name))
+        assert sent[:3] == [1, 1, 1] and len(sent) == 4, (name, sent)  # each node asks for a byte, one for the file
 
 
 def test_other_job_downloads_on_one_node(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:

@@ -103,9 +103,9 @@ def prepare_request(
     if named is not None:
         url, options = named.urls, with_named(options, named)
     assert not isinstance(url, NamedCheckpoint)
-    url = weights_url(url, model_dir, settings, offline=options.get("offline"))
+    url = weights_url(url, model_dir, settings, offline=options.get("offline"), file_name=options.get("file_name"))
     request = make_request(url, model_dir, settings, scope=scope, **options)
-    return request if named is None else replace(request, named=named, part_digests=named.part_digests)
+    return replace(request, named=named)
 
 
 def fetch_in_this_process(
@@ -125,7 +125,12 @@ def _fetch_alone(request: FetchRequest, settings: Settings) -> FetchedFile:
 
 
 def weights_url(
-    url: UrlArgument, model_dir: str | os.PathLike[str] | None, settings: Settings, *, offline: bool | None = None
+    url: UrlArgument,
+    model_dir: str | os.PathLike[str] | None,
+    settings: Settings,
+    *,
+    offline: bool | None = None,
+    file_name: str | None = None,
 ) -> UrlArgument:
     """Return the URL of the weights in a repository of the Hugging Face Hub; any other argument unchanged.
 
@@ -133,7 +138,7 @@ def weights_url(
 
     Args:
         url: argument of a public call; ``hf://org/name[@revision][?variant=…]`` is a repository.
-        model_dir, offline: arguments of the public call.
+        model_dir, offline, file_name: arguments of the public call.
         settings: settings of the call.
     """
     if isinstance(url, (list, tuple)) and len(url) == 1:
@@ -147,7 +152,7 @@ def weights_url(
     from rankload._fetch.hub_weights import Memory, OwnMemory, resolve_weights
 
     memory: Memory
-    if uses_hub_cache(model_dir):
+    if uses_hub_cache(model_dir, file_name):
         memory, directory = HubMemory(), cache_directory() / ".locks"  # huggingface_hub's scan leaves it out
     else:
         directory = default_directory() if model_dir is None else expanded(model_dir).absolute()

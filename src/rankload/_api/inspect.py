@@ -90,7 +90,7 @@ def _on_the_hub(url: str) -> str:
     if (repository := HubRepository.parse(url)) is not None:
         settings = Settings.from_environment()
         is_offline = settings.offline or is_switched_off(Url.parse(url))
-        url = resolve_weights(repository, HubMemory(), settings, offline=is_offline)
+        url = resolve_weights(repository, HubMemory(is_kept=False), settings, offline=is_offline)
     file = HubFile.parse(url)
     path = find_cached(file) if file is not None else None
     return url if path is None else str(path)

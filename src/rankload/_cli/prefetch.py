@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -17,6 +19,12 @@ from rankload._urls import scheme_of, server_of
 from rankload.errors import RankloadError
 
 T = TypeVar("T")
+
+#: Time within which Ctrl-C is noticed.
+_SLICE_SECONDS = 0.2
+
+#: Longer than calls may clean up at SIGTERM, which then ends the process (`rankload._coordination.thread_signals`).
+_CLEAN_UP_SECONDS = 6.0
 
 
 class VerifyChoice(str, Enum):
@@ -95,14 +103,20 @@ def prefetch(
         ).path
 
     has_failed = False
-    for outcome in in_order(fetch, urls, jobs):
-        if isinstance(outcome, RankloadError):
-            typer.echo(f"rankload: {in_shell_words(outcome)}", err=True)
-            has_failed = True
-        elif isinstance(outcome, Exception):
-            raise outcome
-        else:
-            typer.echo(outcome)
+    try:
+        for outcome in in_order(fetch, urls, jobs):
+            if isinstance(outcome, RankloadError):
+                typer.echo(f"rankload: {in_shell_words(outcome)}", err=True)
+                has_failed = True
+            elif isinstance(outcome, Exception):
+                raise outcome
+            else:
+                typer.echo(outcome)
+    except KeyboardInterrupt:
+        if len(urls) > 1 and jobs > 1:  # calls on other threads hear of SIGTERM alone, and then clean up
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(_CLEAN_UP_SECONDS)
+        raise
     if has_failed:
         raise typer.Exit(1)
 
@@ -110,7 +124,7 @@ def prefetch(
 def in_order(function: Callable[[str], T], arguments: Sequence[str], count: int) -> Iterator[T | Exception]:
     """Call a function for each argument, several at a time, and yield results and errors in the arguments' order.
 
-    The threads are daemons: Ctrl-C ends the process, and does not wait for downloads.
+    The threads are daemons: the process does not wait for downloads that nobody needs any more.
 
     Args:
         function: may run on another thread.
@@ -134,7 +148,14 @@ def in_order(function: Callable[[str], T], arguments: Sequence[str], count: int)
     for _ in range(min(count, len(arguments))):
         threading.Thread(target=work, name="rankload-prefetch", daemon=True).start()
     for outcome in outcomes:
-        yield outcome.get()
+        yield _awaited(outcome)
+
+
+def _awaited(outcome: queue.SimpleQueue[T]) -> T:
+    """Wait in slices: a signal that another thread received does not wake this one, which runs Python's handlers."""
+    while True:
+        with suppress(queue.Empty):
+            return outcome.get(timeout=_SLICE_SECONDS)
 
 
 def _outcome(function: Callable[[str], T], argument: str) -> T | Exception:

@@ -69,8 +69,8 @@ class Watchdog:
         if absent and self._watched.seconds >= self._settings.arrival_seconds:
             raise ArrivalTimeoutError(
                 f"{_named(absent)} did not make this call within {self._settings.arrival_seconds:g} s "
-                "(RANKLOAD_ARRIVAL_SECONDS): every rank must make it, and in the same order; a call on one rank alone "
-                "(if rank == 0:) is rankload.hub's",
+                "(RANKLOAD_ARRIVAL_SECONDS): every rank must make it, and in the same order; for a call on one rank "
+                "alone (if rank == 0:) use rankload.hub",
                 missing=absent,
             )
         if self._watched.seconds - self._reported_at >= self._settings.report_seconds:

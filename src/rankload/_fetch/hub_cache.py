@@ -69,7 +69,14 @@ def find_cached(file: HubFile) -> Path | None:
 
 
 class HubMemory:
-    """Which file a repository's weights are, according to huggingface_hub's cache."""
+    """Which file a repository's weights are, according to huggingface_hub's cache.
+
+    Args:
+        is_kept: whether to note what was found; False for a caller that puts no file into the cache.
+    """
+
+    def __init__(self, *, is_kept: bool = True) -> None:
+        self._is_kept = is_kept
 
     def recall(self, repository: HubRepository) -> str | None:
         """Return the URL of the weights that are in the cache; None if there are none."""
@@ -85,7 +92,8 @@ class HubMemory:
 
     def keep(self, repository: HubRepository, url: str) -> None:
         """Note which commit the revision is, as huggingface_hub does before it downloads."""
-        if (file := HubFile.parse(url)) is not None and file.revision is not None:
+        file = HubFile.parse(url) if self._is_kept else None
+        if file is not None and file.revision is not None:
             _remember_commit(repository.name, repository.revision, file.revision)
 
 
@@ -269,3 +277,5 @@ def _remember_commit(repository: str, revision: str | None, commit: str) -> None
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(commit, encoding="ascii")
         temporary.replace(path)
+    with suppress(OSError):
+        temporary.unlink()  # exists only after an error

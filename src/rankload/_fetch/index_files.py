@@ -167,7 +167,7 @@ def _request_for(name: str, index: FetchedFile, request: FetchRequest) -> FetchR
         directory=request.directory if hub_file else index.path.parent,
         file_name=name,
         hub_file=hub_file,
-        sha256=dict(request.part_digests).get(name),
+        sha256=dict(request.named.part_digests).get(name) if request.named else None,
         sha256_source="sha256",
         hash_prefix=None,
         must_be_checkpoint=True,

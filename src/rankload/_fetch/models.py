@@ -33,7 +33,6 @@ class FetchRequest:
             the repository in it.
         headers: extra request headers for the first URL's host; never logged, never recorded.
         verify: when to hash a cached file again.
-        part_digests: expected digests of the files that an index names, by their names.
         named: the checkpoint in a table whose name the caller passed; None for a URL.
         sidecar: require the digest in ``<url>.sha256`` at the origin.
         scope: which ranks share one download.
@@ -57,7 +56,6 @@ class FetchRequest:
     hub_file: HubFile | None = None
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     verify: Verify = "once"
-    part_digests: tuple[tuple[str, str], ...] = ()
     named: NamedCheckpoint | None = None
     sidecar: bool = False
     scope: Scope = "auto"

@@ -92,7 +92,7 @@ def make_request(
     """
     urls = checked_urls(url)
     local_path = urls[0].local_path
-    is_for_hub_cache = len(urls) == 1 and not file_name and uses_hub_cache(model_dir)
+    is_for_hub_cache = len(urls) == 1 and uses_hub_cache(model_dir, file_name)
     hub_file = HubFile.parse(urls[0].raw) if is_for_hub_cache else None
     name = checked_file_name(file_name) if file_name else local_path.name if local_path else file_name_of(urls[0].raw)
     is_index = local_path is None and (is_index_name(PurePosixPath(name).name) or _names_index(urls[0]))
@@ -158,9 +158,9 @@ def agreed_arguments(request: FetchRequest, call: str) -> dict[str, Any]:
     }
 
 
-def uses_hub_cache(model_dir: str | os.PathLike[str] | None) -> bool:
-    """Return whether files of the Hugging Face Hub go to huggingface_hub's own cache: nobody has chosen a directory."""
-    return model_dir is None and not os.environ.get(MODEL_DIR_VARIABLE)
+def uses_hub_cache(model_dir: str | os.PathLike[str] | None, file_name: str | None) -> bool:
+    """Return whether files of the Hugging Face Hub go to huggingface_hub's own cache: nobody has chosen a place."""
+    return model_dir is None and not file_name and not os.environ.get(MODEL_DIR_VARIABLE)
 
 
 def default_directory() -> Path:

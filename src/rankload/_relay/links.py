@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankload._relay.handshake import ANSWER_BYTES, UpstreamHandshake
-from rankload.errors import CoordinationError
+from rankload.errors import CoordinationError, RankLostError
 
 #: Check on the other ranks, repeatedly during a wait. Raises another rank's error.
 LookAround = Callable[[], None]
 
 #: Interval between two checks on the other ranks.
 LOOK_SECONDS = 0.2
+
+#: After a connection broke, how long to wait for the other rank's error: a failing rank reports its error, then leaves.
+WORD_SECONDS = 2.0
 
 #: Time limit for connecting to one address, and again for its answer: another address may work.
 _ONE_ADDRESS_SECONDS = 5.0
@@ -38,6 +41,16 @@ class Link:
     rank: int
     host: str
     socket: socket.socket
+
+    def broken(self, error: OSError | None) -> RankLostError:
+        """Return the error for a connection that broke; without an error, the other side has closed it."""
+        why = "closed" if error is None else error.strerror or str(error)
+        return RankLostError(
+            f"the connection to rank {self.rank} on {self.host} broke ({why}): the rank was killed, or its node or the "
+            "network failed",
+            lost_rank=self.rank,
+            lost_host=self.host,
+        )
 
 
 def connect(rank: int, host: str, way: dict[str, Any], seconds: float, look_around: LookAround) -> Link:

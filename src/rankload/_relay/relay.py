@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from rankload._platform.clock import SuspendAwareTimer
 from rankload._relay.blocks import Block
-from rankload._relay.links import Link
+from rankload._relay.links import WORD_SECONDS, Link
 from rankload._relay.running_digest import BackgroundDigest
 from rankload._relay.seal import TAG_BYTES, Seal, pieces
 from rankload._types import Phase, Progress
@@ -25,9 +25,6 @@ _MAX_BYTES = 256 << 10
 
 #: Interval between two checks on the other ranks.
 _LOOK_SECONDS = 0.2
-
-#: After a connection broke, how long to wait for the other rank's error: a failing rank reports its error, then leaves.
-_WORD_SECONDS = 2.0
 
 #: The most that one wait may count towards a deadline; a longer wait means that this process was stopped.
 _MAX_WAIT_SECONDS = 6.0
@@ -208,15 +205,9 @@ class Relay:
 
     def _lost(self, link: Link, error: OSError | None) -> RankLostError:
         """Return the error for a broken connection. If the other rank reports its own error in time, raise that."""
-        deadline = time.monotonic() + _WORD_SECONDS
+        deadline = time.monotonic() + WORD_SECONDS
         while time.monotonic() < deadline:
             self._look()
             with suppress(InterruptedError):
                 time.sleep(0.05)
-        why = "closed" if error is None else error.strerror or str(error)
-        return RankLostError(
-            f"the connection to rank {link.rank} on {link.host} broke ({why}): the rank was killed, or its node or the "
-            "network failed",
-            lost_rank=link.rank,
-            lost_host=link.host,
-        )
+        return link.broken(error)

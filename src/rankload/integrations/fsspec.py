@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from rankload._api.fetch import fetch_for_job
 from rankload._settings import Settings
+from rankload._urls import redact
 
 
 class RankloadFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is untyped
@@ -56,7 +57,7 @@ class RankloadFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is
     @override
     def _open(self, path: str, mode: str = "rb", *_: Any, **__: Any) -> Any:
         if mode != "rb":
-            raise ValueError(f"{self._url}: URLs can be read, not written (mode {mode!r})")
+            raise ValueError(f"{redact(self._url)}: URLs can be read, not written (mode {mode!r})")
         return self._fetched().open("rb")
 
     @override

@@ -9,6 +9,7 @@ from iopath.common.file_io import PathHandler, PathManager
 
 from rankload._api.fetch import fetch_for_job
 from rankload._settings import Settings
+from rankload._urls import redact
 
 
 class RankloadHandler(PathHandler):  # type: ignore[misc]  # iopath is untyped
@@ -32,7 +33,7 @@ class RankloadHandler(PathHandler):  # type: ignore[misc]  # iopath is untyped
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **_: Any) -> IO[Any]:
         if set(mode) & set("wax+"):
-            raise ValueError(f"{path}: URLs can be read, not written (mode {mode!r})")
+            raise ValueError(f"{redact(path)}: URLs can be read, not written (mode {mode!r})")
         return Path(self._get_local_path(path)).open(mode, buffering)
 
     def _exists(self, path: str, **_: Any) -> bool:

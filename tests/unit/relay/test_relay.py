@@ -98,7 +98,7 @@ def test_file_that_cannot_be_read_or_was_cut_off(closing_all: ExitStack, tmp_pat
 def test_broken_connection_names_the_other_rank(
     closing_all: ExitStack, monkeypatch: pytest.MonkeyPatch, is_source: bool
 ) -> None:
-    monkeypatch.setattr(relay_module, "_WORD_SECONDS", 0.2)
+    monkeypatch.setattr(relay_module, "WORD_SECONDS", 0.2)
     source, other = chain(2, closing_all)
     if is_source:
         assert other.upstream is not None

@@ -200,6 +200,7 @@ class Peers:
 
         def receive(partial: Partial) -> Received:
             received = receive_in_ring(ring, url, request, partial, report, settings)
+            _logger.info("%s: %d bytes came from other nodes", request.url, ring.bytes_received)
             if ring.version.claim is None:
                 self._compare(key, received, ring.plan.members)
             return received

@@ -17,18 +17,15 @@ from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.partial import Partial
 from rankload._fetch.transfer.state import TransferState
 from rankload._platform.clock import NoProgressTimer
-from rankload._relay.links import Link
+from rankload._relay.links import WORD_SECONDS, Link
 from rankload._types import Progress, Report
-from rankload.errors import CacheError, CoordinationError, ProgressTimeoutError, RankLostError
+from rankload.errors import CacheError, CoordinationError, ProgressTimeoutError
 
 #: How often threads look whether the transfer has ended.
 _LOOK_SECONDS = 0.1
 
 #: How often the sender looks whether another of its own units has come from the origin.
 _POLL_SECONDS = 0.005
-
-#: After a connection broke, how long the other rank's own error may take.
-_WORD_SECONDS = 2.0
 
 #: Longest time that one wait may count towards a deadline. A longer one means that this process was stopped.
 _MAX_WAIT_SECONDS = 6.0
@@ -87,8 +84,8 @@ class Ring:
 
     def _run(self, name: str, work: Callable[[], None], state: TransferState | Served) -> None:
         thread = threading.Thread(target=self._guarded, args=(work, state), name=f"rankload-ring-{name}", daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)  # one that could not be started cannot be joined
 
     def finish(self, state: TransferState | Served, report: Report, progress_seconds: float) -> None:
         """Wait until the next node has got from this one all that it needs.
@@ -222,15 +219,7 @@ class Ring:
 
     def _lost(self, link: Link, error: OSError | None) -> Exception:
         """Return the error for a broken connection, after a moment in which the other rank may tell its own."""
-        if self._is_stopped.wait(_WORD_SECONDS):
-            return _StoppedError()
-        why = "closed" if error is None else error.strerror or str(error)
-        return RankLostError(
-            f"the connection to rank {link.rank} on {link.host} broke ({why}): the rank was killed, or its node or the "
-            "network failed",
-            lost_rank=link.rank,
-            lost_host=link.host,
-        )
+        return _StoppedError() if self._is_stopped.wait(WORD_SECONDS) else link.broken(error)
 
 
 def _read(descriptor: int, begin: int, end: int) -> bytes:
