@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rankload._cache.access import open_plain
 
-#: Extra time beyond the lease's duration: filelock's own takeover comes first where it works.
-MARGIN_SECONDS = 2.0
+#: Extra time beyond the lease's duration: filelock's own takeover comes first where it works. Longer than its polls.
+MARGIN_SECONDS = 1.0
 
 #: Most time that one check may count. If this process was stopped for an hour, only one second of that hour counts.
 _MAX_SECONDS = 1.0
