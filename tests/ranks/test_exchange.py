@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import os
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ from harness.checkpoints import CheckpointFile, digest_of
 from harness.origin import Origin
 from harness.ranks import run_ranks, start_ranks
 from harness.waiting import wait_until
+from rankload._fetch.exchange import neighbours
+from rankload._fetch.exchange.plan import units_within
+from rankload._fetch.partials.journal import read_journal
+from rankload._relay.links import Link
 
 CHUNK = 64 << 10
 
@@ -110,14 +116,20 @@ def test_origin_that_nobody_reaches_is_one_error(tmp_path: Path, monkeypatch: py
     assert {outcome.error for outcome in ended} == {"NetworkError"}, ended
 
 
-@pytest.mark.parametrize("faults", [{"ranges": "ignored"}, {"etag": False, "last_modified": None}])
-def test_origin_without_ranges_or_validators_serves_each_node(
+@pytest.mark.parametrize(
+    "faults",
+    [{"ranges": "ignored"}, {"etag": False, "last_modified": None}, {"ranges": "ignored", "is_chunked": True}],
+)
+def test_origin_without_ranges_or_validators_is_asked_by_one_node(
     origin: Origin, big: CheckpointFile, tmp_path: Path, faults: dict[str, Any]
 ) -> None:
+    """The others wait for that node, and get the file from it."""
     url = origin.add("big.pth", big.path, **faults)
-    ended = run(url, tmp_path, 2)
-    assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 2, ended
-    assert len(published(tmp_path)) == 2
+    ended = run(url, tmp_path, 3)
+    assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 3, ended
+    assert len(published(tmp_path)) == 3 and not left_behind(tmp_path)
+    origin.wait_until_idle()
+    assert origin.request_count() == 2  # the first node's question, and its download
 
 
 def test_expected_digest_is_checked_on_every_node(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
@@ -171,21 +183,85 @@ def test_other_job_downloads_on_one_node(origin: Origin, big: CheckpointFile, tm
     assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 3, ended
 
 
+def missing_on(root: Path, nodes: Iterable[int], size_bytes: int) -> int:
+    """Return how many bytes are in units that none of the nodes has, by the journals of their partial files."""
+    held: set[int] = set()
+    for node in nodes:
+        for path in root.glob(f"node{node}/*.partial"):
+            journal = read_journal(path)
+            held |= units_within(journal.spans if journal is not None else (), size_bytes, CHUNK)
+    units = set(range(-(-size_bytes // CHUNK)))
+    return sum(min(CHUNK, size_bytes - unit * CHUNK) for unit in units - held)
+
+
 @pytest.mark.fault(92)
 @pytest.mark.parametrize("killed", [0, 1, 3])
-def test_rank_that_is_killed_ends_the_others_and_the_next_job_succeeds(
+def test_node_that_dies_ends_the_others_and_the_next_job_fetches_what_is_missing(
     origin: Origin, big: CheckpointFile, tmp_path: Path, killed: int
 ) -> None:
-    url = origin.add("big.pth", big.path, bytes_per_second=200_000)
+    url, size = origin.add("big.pth", big.path, bytes_per_second=100_000), big.path.stat().st_size
     with start_ranks(load_in_own, 4, args=(url, str(tmp_path))) as group:
-        wait_until(lambda: len(list(tmp_path.glob("node*/*.partial"))) == 4, 60, "all nodes fetch")
+        origin.wait_until_sent("big.pth", size // 2, 60)
         group.kill(killed)
         for rank in range(4):
             if rank != killed:
                 [ended] = outcomes([group.wait_for_end(rank)])
                 assert ended.error in ("RankLostError", "StoreLostError"), ended
     assert not published(tmp_path)
-    origin.add("big.pth", big.path)
+    shutil.rmtree(tmp_path / f"node{killed}")  # another node takes its place
+    missing = missing_on(tmp_path, range(4), size)
+    assert missing < size - CHUNK
+    origin.wait_until_idle()
+    url, before = origin.add("big.pth", big.path), origin.bytes_sent()
     ended_again = run(url, tmp_path)
     assert [outcome.digest for outcome in ended_again] == [digest_of(big.content)] * 4, ended_again
-    assert os.path.getsize(published(tmp_path)[0]) == big.path.stat().st_size
+    assert origin.bytes_sent() - before <= missing + 4  # and a byte for each node's question
+    assert len(published(tmp_path)) == 4 and not left_behind(tmp_path)
+
+
+# --- scope="auto" ----------------------------------------------------------------------------------------------------
+
+
+def load_by_default(rank: int, url: str, root: str, **arguments: Any) -> Outcome:
+    return try_to_load(rank, url, f"{root}/node{rank}", **arguments)
+
+
+def run_by_default(url: str, root: Path, **options: Any) -> list[Outcome]:
+    return outcomes(run_ranks(load_by_default, 3, nodes=3, args=(url, str(root)), **options))
+
+
+def test_nodes_with_a_cache_on_their_own_disk_exchange_by_default(
+    origin: Origin, big: CheckpointFile, tmp_path: Path
+) -> None:
+    url, size = origin.add("big.pth", big.path), big.path.stat().st_size
+    assert [outcome.digest for outcome in run_by_default(url, tmp_path)] == [digest_of(big.content)] * 3
+    assert size <= origin.bytes_sent() <= size + 3 and len(published(tmp_path)) == 3
+    (tmp_path / "node0" / "big.pth").unlink()
+    ended = run_by_default(url, tmp_path, kwargs={"offline": True})
+    assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 3
+    assert origin.bytes_sent() <= size + 3 and len(published(tmp_path)) == 3
+
+
+def test_nodes_that_cannot_connect_fetch_for_themselves(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
+    """A firewall between them: what one listens at, the others do not reach."""
+    url, size = origin.add("big.pth", big.path), big.path.stat().st_size
+    results = run_ranks(load_behind_firewall, 3, nodes=3, args=(url, str(tmp_path), 1))
+    assert [outcome.digest for outcome in outcomes(results)] == [digest_of(big.content)] * 3
+    assert origin.bytes_sent() == 3 * size + 3 and len(published(tmp_path)) == 3
+    ended = outcomes(run_ranks(load_behind_firewall, 3, nodes=3, args=(url, str(tmp_path / "strict"), 1, "exchange")))
+    assert {outcome.error for outcome in ended} == {"CoordinationError"} and "cannot reach rank" in ended[0].text
+
+
+def load_behind_firewall(rank: int, url: str, root: str, blocked: int, scope: str = "auto") -> Outcome:
+    if rank == blocked:
+        neighbours.connect = functools.partial(connect_nowhere, neighbours.connect)  # type: ignore[assignment]
+    return load_by_default(rank, url, root, scope=scope)
+
+
+def connect_nowhere(connect: Callable[..., Link], rank: int, host: str, way: dict[str, Any], *more: Any) -> Link:
+    return connect(rank, host, {**way, "addresses": ["127.0.0.1"], "port": 9}, 0.5, *more[1:])
+
+
+def test_offline_nodes_of_which_none_has_the_file(big: CheckpointFile, tmp_path: Path) -> None:
+    ended = run_by_default("http://127.0.0.1:9/big.pth", tmp_path, kwargs={"offline": True})
+    assert {outcome.error for outcome in ended} == {"OfflineError"}, ended

@@ -103,6 +103,14 @@ class Channel(ABC):
         """
 
     @abstractmethod
+    def contribute(self, key: str, value: str | None) -> None:
+        """Add a value to a list, or with None just take part. Collective over all ranks; never waits."""
+
+    @abstractmethod
+    def contributions(self, key: str) -> list[str]:
+        """Wait until every rank has taken part in a list; return its values, in the same order on all ranks."""
+
+    @abstractmethod
     def watch_over(self, ranks: Iterable[int]) -> Callable[[Progress], None]:
         """Return a function to call repeatedly during another kind of wait, such as one on a socket.
 

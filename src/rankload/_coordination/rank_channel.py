@@ -120,6 +120,22 @@ class RankChannel(Channel):
         return agreed
 
     @override
+    def contribute(self, key: str, value: str | None) -> None:
+        # one counter, as in `meet`: the ranks that have come and, in the higher bits, the values
+        values, come = divmod(self._store.add(self._key(f"list/{key}"), 1 + _VOTE * (value is not None)), _VOTE)
+        if value is not None:
+            self.post(f"list/{key}/{values - 1}", {"value": value})
+        if come == self.identity.world_size:
+            found = [self._wait_for(f"list/{key}/{index}", self._watched)["value"] for index in range(values)]
+            self.post(f"list/{key}/all", {"values": found})
+
+    @override
+    def contributions(self, key: str) -> list[str]:
+        found = self._wait_for(f"list/{key}/all", self._watched)["values"]
+        self._agreement.have_all_come = True
+        return list(found)
+
+    @override
     def watch_over(self, ranks: Iterable[int]) -> Callable[[Progress], None]:
         watchdog = self._watchdog_over(ranks)
 

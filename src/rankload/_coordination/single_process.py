@@ -52,6 +52,14 @@ class SingleProcessChannel(Channel):
         return agrees
 
     @override
+    def contribute(self, key: str, value: str | None) -> None:
+        pass
+
+    @override
+    def contributions(self, key: str) -> list[str]:
+        raise AssertionError("a single process waits for nobody")
+
+    @override
     def watch_over(self, ranks: Iterable[int]) -> Callable[[Progress], None]:
         return self.report
 

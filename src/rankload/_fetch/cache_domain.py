@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rankload._coordination.channel import Channel
 from rankload._coordination.polling import backoff
@@ -46,11 +47,14 @@ class Domain:
         key: name of the domain within the call.
         leader: rank that fetches.
         is_leader: whether this rank is the leader.
+        is_node_local: whether rank 0's directory is on a disk of its own machine, so that no other node shares it.
+            Known under ``scope="auto"`` only.
     """
 
     key: str
     leader: int
     is_leader: bool
+    is_node_local: bool = False
 
     @property
     def key_of_rank_0(self) -> str:
@@ -68,14 +72,15 @@ def find_domain(channel: Channel, scope: Scope, directory: Path) -> Domain:
     if identity.rank == 0:
         is_probed = scope == "auto" and not identity.is_on_one_node
         probe = _leave_probe_file(channel, directory) if is_probed else None
-        channel.post("lead", {"place": _place(identity, scope, directory), "probe": probe})
-        return Domain("0", 0, is_leader=True)
-    leader = _leader_of(channel, scope, directory)
-    return Domain(str(leader), leader, is_leader=leader == identity.rank)
-
-
-def _leader_of(channel: Channel, scope: Scope, directory: Path) -> int:
+        is_local = is_probed and is_node_local(directory)
+        channel.post("lead", {"place": _place(identity, scope, directory), "probe": probe, "is_node_local": is_local})
+        return Domain("0", 0, is_leader=True, is_node_local=is_local)
     lead = channel.wait_for("lead", from_rank=0)
+    leader = _leader_of(channel, scope, directory, lead)
+    return Domain(str(leader), leader, is_leader=leader == identity.rank, is_node_local=lead["is_node_local"])
+
+
+def _leader_of(channel: Channel, scope: Scope, directory: Path, lead: dict[str, Any]) -> int:
     place = _place(channel.identity, scope, directory)
     if place == lead["place"]:
         return 0

@@ -39,7 +39,7 @@ def download(
     entry: Entry,
     report: Report,
     settings: Settings,
-    receive: Callable[[Partial], Received] | None = None,
+    receive: Callable[[Partial], Received | None] = lambda partial: None,
 ) -> FetchedFile:
     """Download, verify and publish a file with its record.
 
@@ -48,8 +48,8 @@ def download(
         entry: cache entry to publish to.
         report: called with the progress.
         settings: deadlines and sizes.
-        receive: fills the partial file in another way than from the request's URLs. A file that fails verification is
-            then not fetched again.
+        receive: fills the partial file in another way than from the request's URLs, and returns None if it cannot. A
+            file that came in that way and fails verification is not fetched again.
 
     A file that fails verification is fetched once more, from the next mirror if there is one. The second download uses
     no ranges, because an origin may serve wrong ranges.
@@ -63,17 +63,17 @@ def download(
     urls, failures = request.urls, Counter[Url]()
     while True:
         with Partial(entry, settings, request.digest) as partial, partial.noticing_its_loss():
-            if not failures and receive is None:
+            from_others = None
+            if not failures:
                 _adopt(partial, entry, request, report, settings)
-            if receive is None:
-                received = Receiver(request, partial, report, settings, is_whole=bool(failures)).receive(urls)
-            else:
-                received = receive(partial)
+                from_others = receive(partial)
+            is_again = bool(failures)
+            received = from_others or Receiver(request, partial, report, settings, is_whole=is_again).receive(urls)
             try:
                 vouched_by = verify(received, partial, request)
             except VerificationError as error:
                 _set_aside(partial, entry, error)
-                if receive is not None:
+                if from_others is not None:
                     raise
                 failures[received.url] += 1
                 urls = _next_urls(urls, received, failures, error)

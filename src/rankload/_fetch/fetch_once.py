@@ -42,10 +42,13 @@ def fetch_once(request: FetchRequest, call: CallContext) -> FetchedFile:
         RankloadError: the first failure of any rank.
     """
     domain = _domain_for(request, call.channel)
+    is_exchanged = _exchanges(request, domain, call)
+    if is_exchanged:
+        call.channel.contribute("leaders", str(domain.leader) if domain.is_leader else None)
     if not domain.is_leader:
-        _tell_leader(domain, request, call.channel)
         return _wait_for_leader(domain, request, call)
-    file = _identified(fetch(request, call.report, call.settings, _peers(domain, request, call)))
+    peers = _peers(request, call) if is_exchanged else None
+    file = _identified(fetch(request, call.report, call.settings, peers))
     if file.source != "local" and request.sha256 is None:
         if call.channel.identity.rank == 0:
             offer_version(file, call.channel)
@@ -90,32 +93,21 @@ def fetch_at(rank: int, request: FetchRequest, call: CallContext) -> FetchedFile
     return file
 
 
-def _tell_leader(domain: Domain, request: FetchRequest, channel: Channel) -> None:
-    if _exchanges(request, channel):
-        channel.post(f"exchange/leader/{channel.identity.rank}", {"leader": domain.leader})
+def _exchanges(request: FetchRequest, domain: Domain, call: CallContext) -> bool:
+    """Return whether nodes that share no directory fetch the file together. The same on all ranks."""
+    if request.url.local_path is not None or call.identity.world_size == 1:
+        return False
+    return request.scope == "exchange" or (request.scope == "auto" and domain.is_node_local)
 
 
-def _exchanges(request: FetchRequest, channel: Channel) -> bool:
-    return request.scope == "exchange" and request.url.local_path is None and channel.identity.world_size > 1
-
-
-def _peers(domain: Domain, request: FetchRequest, call: CallContext) -> Peers | None:
-    """Return the leaders of all domains, if there are several, and they fetch the file together."""
-    channel, rank = call.channel, call.identity.rank
-    if not _exchanges(request, channel):
-        return None
-    _tell_leader(domain, request, channel)
-    if rank == 0:
-        told = (channel.wait_for(f"exchange/leader/{other}", other) for other in range(1, call.identity.world_size))
-        leaders = sorted({0, *(one["leader"] for one in told)})
-        channel.post("exchange/leaders", {"leaders": leaders})
-    else:
-        leaders = channel.wait_for("exchange/leaders", from_rank=0)["leaders"]
+def _peers(request: FetchRequest, call: CallContext) -> Peers | None:
+    """Return the leaders of all domains, if there are several."""
+    leaders = sorted(map(int, call.channel.contributions("leaders")))
     if len(leaders) == 1:
         return None
     from rankload._fetch.exchange.peers import Peers  # imports what only a miss needs
 
-    return Peers(leaders, call)
+    return Peers(leaders, call, is_required=request.scope == "exchange")
 
 
 def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
@@ -123,8 +115,7 @@ def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
         # rank 0 checks a file that is used in place; the ranks of a node without that file report its absence
         return find_domain(channel, "job", request.directory)
     make_directory(request.directory)
-    scope = "auto" if _exchanges(request, channel) else request.scope  # nodes that share no directory exchange the file
-    return find_domain(channel, scope, request.directory)
+    return find_domain(channel, "auto" if request.scope == "exchange" else request.scope, request.directory)
 
 
 def _identified(file: FetchedFile) -> FetchedFile:

@@ -33,7 +33,7 @@ from rankload._types import FetchedFile, Progress, Report
 from rankload.errors import CacheError
 
 if TYPE_CHECKING:
-    from rankload._fetch.exchange.peers import Peers
+    from rankload._fetch.exchange.peers import Peers, Share
 
 _logger = logging.getLogger("rankload")
 
@@ -58,13 +58,13 @@ def fetch(request: FetchRequest, report: Report, settings: Settings, peers: Peer
 
     downloaded_bytes = 0
 
-    def fetch_alone(request: FetchRequest) -> FetchedFile:
-        return _fetch(request, report, settings)
-
     def fetch_one(request: FetchRequest) -> FetchedFile:
         nonlocal downloaded_bytes
         request = replace(request, downloaded_bytes=downloaded_bytes)
-        file = peers.fetch(request, fetch_alone) if peers is not None else fetch_alone(request)
+        share = peers.next_file() if peers is not None else None
+        file = _fetch(request, report, settings, share)
+        if share is not None:
+            share.finish(file)
         downloaded_bytes += file.size_bytes if file.source == "download" else 0
         return file
 
@@ -84,12 +84,12 @@ def fetch(request: FetchRequest, report: Report, settings: Settings, peers: Peer
     return file
 
 
-def _fetch(request: FetchRequest, report: Report, settings: Settings) -> FetchedFile:
+def _fetch(request: FetchRequest, report: Report, settings: Settings, share: Share | None) -> FetchedFile:
     report(Progress("looking"))
     if request.hub_file is not None:
         from rankload._fetch.hub_cache import fetch_into_hub_cache  # imports fsspec
 
-        return fetch_into_hub_cache(request, report, settings, lambda blob: _fetch(blob, report, settings))
+        return fetch_into_hub_cache(request, report, settings, lambda blob: _fetch(blob, report, settings, share))
     if (local_path := request.url.local_path) is not None:
         return use_in_place(local_path, _with_sidecar_of(local_path, request), report)
     make_directory(request.directory)
@@ -102,6 +102,8 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
         if lookup.file is not None and not lookup.is_unvouched:
             if not _is_outdated(lookup, request, report, settings):
                 _tidy_up(entry, settings)
+                if share is not None:
+                    share.serve(lookup.file, lookup.record.etag if lookup.record else None)
                 return lookup.file
             if not lookup.is_replaceable:
                 entry = reject(lookup, "its origin has another file now", request)
@@ -121,20 +123,22 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings) -> Fetched
                 text = "%s: nobody vouches that this is the file at %s: there is no record, and no digest (%s)"
                 _logger.warning(text, entry.path, request.url, opinion.reason)
             return replace(lookup.file, sha256=opinion.sha256)
-        if request.offline:
+        if request.offline and share is None:  # else another node may have the file
             raise offline_error(entry, request, lookup.reason if lookup.version else "")
         # report before the first trace on disk: then a leader that is killed is known to have made the call
         report(Progress("connecting"))
         from rankload._fetch import miss
 
-        if request.sidecar and request.sha256 is None:
+        if request.sidecar and request.sha256 is None and not request.offline:
             request = miss.with_sidecar(request, report, settings)
         else:
             try:
-                if (file := miss.download_under_lease(lookup, request, report, settings)) is not None:
+                if (file := miss.download_under_lease(lookup, request, report, settings, share)) is not None:
                     return file
             except miss.SupersededError:
                 superseded += 1
+                if share is not None and share.has_failed:
+                    superseded = _MAX_SUPERSEDED + 1  # the other nodes cannot go on
                 if superseded > _MAX_SUPERSEDED:
                     raise _disturbed(entry, superseded) from None
 

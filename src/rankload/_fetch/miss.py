@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from rankload._cache.lease import hold_lease
 from rankload._fetch.download import download
 from rankload._fetch.lookup import CacheLookup, file_version, set_damaged_file_aside
+from rankload._fetch.mirrors import Received
 from rankload._fetch.models import FetchRequest
+from rankload._fetch.offline import offline_error
 from rankload._fetch.origins.credentials import headers_of
-from rankload._fetch.partials.partial import SupersededError
+from rankload._fetch.partials.partial import Partial, SupersededError
 from rankload._fetch.partials.resume import progress_of_partials
 from rankload._fetch.sidecar import fetch_sidecar
 from rankload._settings import Settings
 from rankload._types import FetchedFile, Progress, Report
 from rankload.errors import FetchError
+
+if TYPE_CHECKING:
+    from rankload._fetch.exchange.peers import Share
 
 _logger = logging.getLogger("rankload")
 
@@ -23,9 +32,16 @@ __all__ = ["SupersededError", "download_under_lease", "with_sidecar"]
 
 
 def download_under_lease(
-    lookup: CacheLookup, request: FetchRequest, report: Report, settings: Settings
+    lookup: CacheLookup, request: FetchRequest, report: Report, settings: Settings, share: Share | None = None
 ) -> FetchedFile | None:
     """Download under the lease; return None if another job has published since the lookup.
+
+    Args:
+        lookup: result of the lookup.
+        request: request for the file.
+        report: called with the progress.
+        settings: deadlines and sizes.
+        share: this node's part in a download of several nodes. While another job has the lease, it stays out.
 
     Raises:
         SupersededError: another process took this one for dead, or took the file's name (see `download`).
@@ -37,10 +53,30 @@ def download_under_lease(
         report(Progress("waiting"))
         return file_version(entry) != lookup.version
 
-    with hold_lease(entry.lease_path, settings, progress_mark=lambda: progress_of_partials(entry), on_wait=has_changed):
+    def check_is_online() -> None:
+        if request.offline:
+            raise offline_error(entry, request, lookup.reason if lookup.version else "")
+
+    def receive(into: Partial) -> Received | None:
+        received = share.receive(into, request) if share is not None else None
+        if received is None:
+            check_is_online()
+        return received
+
+    with ExitStack() as stack:
+
+        def hold(on_wait: Callable[[], bool]) -> bool:
+            mark = partial(progress_of_partials, entry)
+            return stack.enter_context(hold_lease(entry.lease_path, settings, progress_mark=mark, on_wait=on_wait))
+
+        if share is None or not hold(lambda: True):
+            if share is not None:
+                share.stay_out()
+            check_is_online()
+            hold(has_changed)
         if file_version(entry) == lookup.version:
             set_damaged_file_aside(lookup)
-            return download(request, entry, report, settings)
+            return download(request, entry, report, settings, receive)
     return None
 
 

@@ -1,84 +1,171 @@
-"""Which node fetches which part of a file, and what goes round the ring."""
+"""Which node fetches which part of a file, and what the nodes agree on."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankload._fetch.exchange.plan import ExchangePlan, RingMember, make_plan, unit_bytes_for
+from rankload._fetch.exchange.catch_up import CatchUp
+from rankload._fetch.exchange.offers import Agreed, Offer, agreement_on
+from rankload._fetch.exchange.plan import ExchangePlan, count_units, make_plan, unit_bytes_for, units_within
+from rankload._fetch.origins.origin import Claim, Version
+
+VERSION = Version(100, '"1"')
+FETCHES = Offer(may_fetch=True, may_split=True, version=VERSION)
+RECEIVES = Offer()
+HAS_FILE = Offer(has_file=True, version=replace(VERSION, claim=Claim("ab", "its record")), spans=((0, 100),))
+ALONE = Offer(is_alone=True)
 
 
-def test_each_unit_is_fetched_once_and_everyone_gets_the_rest() -> None:
-    plan = make_plan(100, 10, [RingMember(rank) for rank in (0, 2, 5, 7)])
-    assert plan is not None
+def agree(*offers: Offer) -> Agreed:
+    agreed = agreement_on(dict(enumerate(offers)), b"secret", 10)
+    assert Agreed.from_json(json.loads(json.dumps(agreed.as_json()))) == agreed
+    for offer in offers:
+        assert Offer.from_json(json.loads(json.dumps(offer.as_json()))) == offer
+    return agreed
+
+
+def plan_of(*offers: Offer) -> ExchangePlan:
+    exchange = agree(*offers).exchange
+    assert exchange is not None
+    return exchange.plan
+
+
+def test_each_unit_is_fetched_once_in_turns() -> None:
+    plan = plan_of(FETCHES, FETCHES, FETCHES, FETCHES)
     assert [plan.fetched_by(member) for member in range(4)] == [[0, 4, 8], [1, 5, 9], [2, 6], [3, 7]]
-    assert plan.received_by(0) == [1, 2, 3, 5, 6, 7, 9]
-    assert plan.sent_by(3) == plan.received_by(0)
-    assert plan.span(9) == (90, 100)
+    assert plan.span(9) == (90, 100) and plan.ranks == (0, 1, 2, 3)
+
+
+def test_turn_is_a_run_of_units_as_long_as_a_request_but_not_longer_than_leaves_turns_to_all() -> None:
+    plan = make_plan(320, 10, 40, (0, 1), (0, 1), range(32))
+    assert plan is not None
+    assert plan.fetched_by(1) == [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]
+    short = make_plan(80, 10, 40, (0, 1), (0, 1), range(8))
+    assert short is not None and short.fetched_by(0) == [0, 2, 4, 6]
 
 
 def test_node_that_reaches_no_origin_receives_all() -> None:
-    plan = make_plan(25, 10, [RingMember(0), RingMember(1, may_fetch=False)])
-    assert plan is not None and plan.owners == (0, 0, 0)
-    assert plan.received_by(1) == [0, 1, 2] and plan.sent_by(1) == []
-    assert plan.span(2) == (20, 25)
+    plan = plan_of(FETCHES, RECEIVES)
+    assert plan.fetched_by(0) == list(range(10)) and plan.fetched_by(1) == []
 
 
 def test_what_a_node_has_is_not_fetched_again() -> None:
-    members = [RingMember(0, frozenset({0, 1})), RingMember(1, frozenset({1, 2})), RingMember(2)]
-    plan = make_plan(50, 10, members)
-    assert plan is not None
-    assert [plan.fetched_by(member) for member in range(3)] == [[3], [4], []]
-    assert plan.received_by(0) == [2, 4] and plan.received_by(2) == [0, 1, 2, 3, 4]
+    first, second = replace(FETCHES, spans=((0, 25),)), replace(FETCHES, spans=((10, 30), (95, 100)))
+    agreed = agree(first, second, FETCHES)
+    assert agreed.exchange is not None
+    assert [agreed.exchange.held(offer) for offer in (first, second, FETCHES)] == [{0, 1}, {1, 2}, set()]
+    assert sorted(unit for member in range(3) for unit in agreed.exchange.plan.fetched_by(member)) == list(range(3, 10))
 
 
-def test_file_that_a_node_has_is_not_fetched_at_all() -> None:
-    plan = make_plan(50, 10, [RingMember(0), RingMember(1, frozenset(range(5)), may_fetch=False)])
-    assert plan is not None and not plan.fetched_by(0) and not plan.fetched_by(1)
-    assert plan.received_by(0) == [0, 1, 2, 3, 4] and not plan.received_by(1)
+def test_bytes_of_another_version_do_not_count() -> None:
+    older = Offer(version=replace(VERSION, etag='"0"'), spans=((0, 100),))
+    agreed = agree(FETCHES, older)
+    assert agreed.exchange is not None and not agreed.exchange.held(older)
+    assert agreed.exchange.plan.missing == ((0, 10),)
 
 
-def test_nobody_can_bring_a_unit() -> None:
-    members = [RingMember(0, frozenset({0}), may_fetch=False), RingMember(1, may_fetch=False)]
-    assert make_plan(20, 10, members) is None
+def test_file_that_a_node_has_is_not_fetched_and_its_digest_counts_for_all() -> None:
+    agreed = agree(FETCHES, HAS_FILE, RECEIVES)
+    assert agreed.exchange is not None
+    assert agreed.exchange.plan.missing == () and agreed.exchange.version.claim == Claim("ab", "its record")
 
 
 @pytest.mark.parametrize(
-    ("size", "chunk", "expected"), [(100, 8, 8), (65536 * 8 + 1, 8, 9), (1 << 40, 8 << 20, 16 << 20)]
+    "offers",
+    [
+        (ALONE, FETCHES, FETCHES),
+        (FETCHES, ALONE),
+        (RECEIVES, RECEIVES),
+        (HAS_FILE, HAS_FILE),
+        (HAS_FILE, replace(FETCHES, version=Version(100, '"2"'))),
+        (replace(RECEIVES, version=VERSION, spans=((0, 50),)), RECEIVES),
+    ],
+)
+def test_nothing_to_exchange(offers: tuple[Offer, ...]) -> None:
+    assert agree(*offers) == Agreed()
+
+
+def test_origin_that_cannot_be_split_is_asked_by_one_node() -> None:
+    whole = Offer(may_fetch=True, version=Version(100))
+    assert agree(RECEIVES, whole, whole) == Agreed(fetcher=1)
+    assert agree(whole, replace(whole, version=Version(None))) == Agreed(fetcher=0)
+    assert plan_of(HAS_FILE, RECEIVES).missing == ()  # the next round
+
+
+@pytest.mark.parametrize(
+    ("size", "chunk", "expected"),
+    [(100, 8, 8), (65536 * 8 + 1, 8, 9), (1 << 40, 8 << 20, 16 << 20), (1 << 30, 8 << 20, 1 << 20)],
 )
 def test_size_of_a_unit(size: int, chunk: int, expected: int) -> None:
     assert unit_bytes_for(size, chunk) == expected
 
 
+@pytest.mark.parametrize(
+    ("spans", "expected"),
+    [
+        ([(0, 10), (10, 20)], {0, 1}),
+        ([(1, 25)], {1, 2}),
+        ([(20, 25)], {2}),
+        ([(15, 19)], set()),
+        ([(0, 9), (9, 10)], {0}),
+    ],
+)
+def test_units_that_lie_within_ranges(spans: list[tuple[int, int]], expected: set[int]) -> None:
+    assert units_within(spans, 25, 10) == expected
+
+
 @st.composite
-def plans(draw: st.DrawFn) -> ExchangePlan:
+def plans(draw: st.DrawFn) -> tuple[ExchangePlan, list[int]]:
     size, unit = draw(st.integers(1, 200)), draw(st.integers(1, 30))
-    count = -(-size // unit)
-    held = st.frozensets(st.integers(0, count - 1))
-    members = [
-        RingMember(rank, draw(held), draw(st.booleans()) or rank == 0) for rank in range(draw(st.integers(2, 6)))
-    ]
-    plan = make_plan(size, unit, members)
+    missing = sorted(draw(st.sets(st.integers(0, count_units(size, unit) - 1))))
+    ranks = range(draw(st.integers(2, 6)))
+    fetchers = sorted(draw(st.sets(st.sampled_from(ranks), min_size=1)))
+    plan = make_plan(size, unit, draw(st.integers(1, 200)), ranks, fetchers, missing)
     assert plan is not None
-    return plan
+    return plan, missing
 
 
 @settings(max_examples=200, deadline=None)
 @given(plans())
-def test_every_node_gets_every_unit_from_somewhere(plan: ExchangePlan) -> None:
-    units = set(range(len(plan.owners)))
-    fetched = Counter(unit for member in range(len(plan.members)) for unit in plan.fetched_by(member))
-    assert max(fetched.values(), default=1) == 1
-    for index, member in enumerate(plan.members):
-        assert {*member.held, *plan.fetched_by(index), *plan.received_by(index)} == units
-        assert not member.held & {*plan.fetched_by(index), *plan.received_by(index)}
-        assert member.may_fetch or not plan.fetched_by(index)
-    # every unit that is sent has come to the sender before: round the ring from a node that has or fetches it
-    for index in range(len(plan.members)):
-        before = (index - 1) % len(plan.members)
-        for unit in plan.received_by(index):
-            there = {*plan.members[before].held, *plan.fetched_by(before), *plan.received_by(before)}
-            assert unit in there
+def test_every_missing_unit_is_fetched_by_one_node(plan_and_missing: tuple[ExchangePlan, list[int]]) -> None:
+    plan, missing = plan_and_missing
+    fetched = [plan.fetched_by(member) for member in range(len(plan.ranks))]
+    assert Counter(unit for units in fetched for unit in units) == Counter(missing)
+    for member, units in enumerate(fetched):
+        assert units == sorted(units)
+        assert member in plan.fetchers or not units
+
+
+def test_plan_for_a_file_in_many_pieces_is_small_and_complete() -> None:
+    missing = [unit for unit in range(60_000) if unit % 10]
+    plan = make_plan(60_000, 1, 1, (0, 1), (0, 1), missing)
+    assert plan is not None and len(json.dumps(vars(plan))) < 64 << 10
+    assert {*plan.fetched_by(0), *plan.fetched_by(1)} >= set(missing)
+
+
+def rates(seconds: float, ring: float, *, done_at: float = 1.0) -> int:
+    """Return what is fetched in addition, of 1000 bytes from an origin with 100 bytes/s that sends for one second."""
+    catch_up, fetched = CatchUp(0.0, 1000), 0
+    for tick in range(1, round(seconds * 10)):
+        now = tick / 10
+        origin_bytes = round(100 * min(now, done_at)) + fetched
+        fetched += catch_up.bytes_to_fetch(
+            now, origin_bytes=origin_bytes, ring_bytes=round(ring * now), is_own_part_done=now >= done_at
+        )
+        if origin_bytes + ring * now >= 1000:
+            break
+    return fetched
+
+
+def test_node_fetches_more_only_if_it_would_have_the_file_earlier_without_the_others() -> None:
+    assert rates(20, 300) == 0  # the ring brings the rest in 3 s; alone it takes 10
+    assert rates(20, 100) == 0
+    assert rates(20, 50) > 300
+    assert rates(3, 0) > 0
+    assert rates(20, 0, done_at=0.0) == 0  # a node that fetches nothing does not know how fast the origin is

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ import pytest
 from harness.origin import Origin
 from rankload._cache.layout import Entry
 from rankload._fetch.exchange.frames import HEAD_BYTES
-from rankload._fetch.exchange.plan import RingMember, make_plan
+from rankload._fetch.exchange.plan import make_plan
 from rankload._fetch.exchange.receive import receive_in_ring
 from rankload._fetch.exchange.ring import Ring
 from rankload._fetch.mirrors import Received
@@ -40,8 +40,18 @@ from rankload.errors import (
 
 UNIT = 64 << 10
 CONTENT = os.urandom(UNIT * 11 + 1234)
+ALL = frozenset(range(12))
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 SETTINGS = replace(Settings(), chunk_bytes=UNIT, progress_seconds=20.0, retries=1, backoff_seconds=0.01)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node, the units that it has, and whether it reaches the origin."""
+
+    rank: int
+    held: frozenset[int] = frozenset()
+    may_fetch: bool = True
 
 
 class Cluster:
@@ -50,44 +60,50 @@ class Cluster:
     Args:
         url: of the file.
         directory: for the nodes' caches.
-        members: the nodes.
+        nodes: the nodes.
         version: of the file, as the origin describes it.
     """
 
-    def __init__(self, url: str, directory: Path, members: list[RingMember], version: Version) -> None:
-        self.url, self.members, self.version = Url.parse(url), members, version
-        plan = make_plan(len(CONTENT), UNIT, members)
+    def __init__(self, url: str, directory: Path, nodes: list[Node], version: Version) -> None:
+        self.url, self.nodes, self.version = Url.parse(url), nodes, version
+        held = frozenset[int]().union(*(node.held for node in nodes))
+        fetchers = [node.rank for node in nodes if node.may_fetch]
+        missing = sorted(ALL - held)
+        plan = make_plan(len(CONTENT), UNIT, UNIT, [node.rank for node in nodes], fetchers, missing)
         assert plan is not None
         self.plan, self._stack = plan, ExitStack()
-        self.pairs = [socket.socketpair() for _ in members]  # of each node to the next
+        self.pairs = [socket.socketpair() for _ in nodes]  # of each node to the next
         for pair in self.pairs:
             for end in pair:
                 end.setblocking(False)
                 self._stack.enter_context(end)
-        self.entries = [Entry(directory / str(index) / "file.bin") for index in range(len(members))]
+        self.entries = [Entry(directory / str(index) / "file.bin") for index in range(len(nodes))]
         for entry in self.entries:
             entry.path.parent.mkdir()
         self.report: Callable[[int, Progress], None] = lambda node, progress: None
 
-    def ring(self, node: int, key: bytes = bytes(32)) -> Ring:
-        before = (node - 1) % len(self.members)
-        upstream = Link(self.members[before].rank, "before", self.pairs[before][1])
-        downstream = Link(self.members[self.plan.next(node)].rank, "after", self.pairs[node][0])
-        return Ring(self.plan, node, self.version, upstream, downstream, key)
+    def ring(self, index: int, key: bytes = bytes(32), *, may_catch_up: bool = False) -> Ring:
+        before, after = (index - 1) % len(self.nodes), self.plan.next(index)
+        upstream = Link(self.nodes[before].rank, "before", self.pairs[before][1])
+        downstream = Link(self.nodes[after].rank, "after", self.pairs[index][0])
+        return Ring(
+            self.plan, index, self.version, self.nodes[index].held, self.nodes[after].held, (upstream, downstream), key,
+            may_catch_up=may_catch_up,
+        )  # fmt: skip
 
-    def fetch(self, node: int, ring: Ring | None = None) -> tuple[Received, bytes]:
-        request = FetchRequest((self.url,), self.entries[node].path.parent, "file.bin", progress=False)
-        with Partial(self.entries[node], SETTINGS) as partial:
-            for unit in self.members[node].held:
+    def fetch(self, index: int, ring: Ring | None = None) -> tuple[Received, bytes]:
+        request = FetchRequest((self.url,), self.entries[index].path.parent, "file.bin", progress=False)
+        with Partial(self.entries[index], SETTINGS) as partial:
+            for unit in self.nodes[index].held:
                 begin, end = self.plan.span(unit)
                 os.pwrite(partial.descriptor, CONTENT[begin:end], begin)
                 partial.spans.add(begin, end)
             received = receive_in_ring(
-                ring or self.ring(node),
+                ring or self.ring(index),
                 self.url,
                 request,
                 partial,
-                lambda progress: self.report(node, progress),
+                lambda progress: self.report(index, progress),
                 SETTINGS,
             )
             return received, partial.path.read_bytes()[: received.size_bytes]
@@ -99,12 +115,12 @@ class Cluster:
             try:
                 return self.fetch(node)
             except Exception as error:
-                for end in (self.pairs[node][0], self.pairs[(node - 1) % len(self.members)][1]):
+                for end in (self.pairs[node][0], self.pairs[(node - 1) % len(self.nodes)][1]):
                     end.shutdown(socket.SHUT_RDWR)
                 return error
 
-        with ThreadPoolExecutor(len(self.members)) as pool:
-            return list(pool.map(outcome, range(len(self.members))))
+        with ThreadPoolExecutor(len(self.nodes)) as pool:
+            return list(pool.map(outcome, range(len(self.nodes))))
 
     def cut(self) -> None:
         """Break all connections."""
@@ -120,9 +136,9 @@ class Cluster:
 def clusters(origin: Origin, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     made: list[Cluster] = []
 
-    def make(*members: RingMember, **faults: object) -> Cluster:
+    def make(*nodes: Node, **faults: object) -> Cluster:
         url = origin.add("file.bin", CONTENT, etag='"1"', **faults)
-        made.append(Cluster(url, tmp_path, list(members), Version(len(CONTENT), '"1"')))
+        made.append(Cluster(url, tmp_path, list(nodes), Version(len(CONTENT), '"1"')))
         return made[-1]
 
     yield make
@@ -130,27 +146,24 @@ def clusters(origin: Origin, tmp_path: Path) -> Iterator[Callable[..., Cluster]]
         cluster.close()
 
 
-ALL = frozenset(range(12))
-
-
 @pytest.mark.parametrize(
-    ("members", "fetched_bytes"),
+    ("nodes", "fetched_bytes"),
     [
-        ([RingMember(0), RingMember(1)], len(CONTENT)),
-        ([RingMember(0), RingMember(3), RingMember(4), RingMember(9)], len(CONTENT)),
-        ([RingMember(0), RingMember(1, may_fetch=False), RingMember(2, may_fetch=False)], len(CONTENT)),
+        ([Node(0), Node(1)], len(CONTENT)),
+        ([Node(0), Node(3), Node(4), Node(9)], len(CONTENT)),
+        ([Node(0), Node(1, may_fetch=False), Node(2, may_fetch=False)], len(CONTENT)),
         (
-            [RingMember(0), RingMember(1, frozenset({0, 1, 2})), RingMember(2, frozenset({1, 7}))],
+            [Node(0), Node(1, frozenset({0, 1, 2})), Node(2, frozenset({1, 7}))],
             len(CONTENT) - 4 * UNIT,
         ),
-        ([RingMember(0, may_fetch=False), RingMember(1, ALL), RingMember(2, may_fetch=False)], 0),
-        ([RingMember(0), RingMember(1, ALL - {5}), RingMember(2, frozenset({5}))], 0),
+        ([Node(0, may_fetch=False), Node(1, ALL), Node(2, may_fetch=False)], 0),
+        ([Node(0), Node(1, ALL - {5}), Node(2, frozenset({5}))], 0),
     ],
 )
 def test_all_nodes_have_the_file_and_the_origin_has_served_it_once(
-    origin: Origin, clusters: Callable[..., Cluster], members: list[RingMember], fetched_bytes: int
+    origin: Origin, clusters: Callable[..., Cluster], nodes: list[Node], fetched_bytes: int
 ) -> None:
-    cluster = clusters(*members)
+    cluster = clusters(*nodes)
     for outcome in cluster.fetch_all():
         assert not isinstance(outcome, Exception), outcome
         received, content = outcome
@@ -159,25 +172,48 @@ def test_all_nodes_have_the_file_and_the_origin_has_served_it_once(
 
 
 def test_ring_carries_what_each_node_lacks_and_no_more(clusters: Callable[..., Cluster]) -> None:
-    cluster = clusters(RingMember(0), RingMember(1), RingMember(2), RingMember(3))
+    cluster = clusters(Node(0), Node(1), Node(2), Node(3))
     rings = [cluster.ring(node) for node in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda node: cluster.fetch(node, rings[node]), range(4)))
     for node, ring in enumerate(rings):
-        assert ring.bytes_received == sum(
-            end - begin for begin, end in map(cluster.plan.span, cluster.plan.received_by(node))
-        )
+        own = sum(end - begin for begin, end in map(cluster.plan.span, cluster.plan.fetched_by(node)))
+        assert ring.received_bytes == len(CONTENT) - own and not ring.extra_bytes
+
+
+def test_node_whose_neighbours_are_slow_fetches_more_and_sends_it_on(
+    origin: Origin, clusters: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Node 1 reaches the origin, but slowly; node 0 fetches most of node 1's part, and node 1 gets it from node 0."""
+    monkeypatch.setattr("rankload._fetch.exchange.catch_up._WINDOW_SECONDS", 0.1)
+    cluster = clusters(Node(0), Node(1))
+    held = threading.Event()
+    ring, slow = cluster.ring(0, may_catch_up=True), cluster.ring(1)
+
+    def report(node: int, progress: Progress) -> None:
+        if node == 1 and not held.wait(20):  # the thread that starts the streams
+            raise LoadError("node 0 does not fetch more")
+        if ring.extra_bytes:
+            held.set()
+
+    cluster.report = report
+    with ThreadPoolExecutor(2) as pool:
+        received = [
+            future.result() for future in [pool.submit(cluster.fetch, 0, ring), pool.submit(cluster.fetch, 1, slow)]
+        ]
+    assert [content for _, content in received] == [CONTENT] * 2
+    assert ring.extra_bytes > 0 and len(CONTENT) <= origin.bytes_sent() <= len(CONTENT) + ring.extra_bytes
 
 
 def test_origin_that_fails_fails_on_all_nodes(origin: Origin, clusters: Callable[..., Cluster]) -> None:
-    cluster = clusters(RingMember(0), RingMember(1), RingMember(2), status=404)
+    cluster = clusters(Node(0), Node(1), Node(2), status=404)
     outcomes = cluster.fetch_all()
     assert any(isinstance(outcome, FetchError) for outcome in outcomes)
     assert all(isinstance(outcome, (FetchError, RankLostError)) for outcome in outcomes)
 
 
 def test_node_that_dies_ends_the_others(clusters: Callable[..., Cluster]) -> None:
-    cluster = clusters(RingMember(0), RingMember(1), RingMember(2))
+    cluster = clusters(Node(0), Node(1), Node(2))
 
     def report(node: int, progress: Progress) -> None:
         if node == 1:  # before it has fetched its part, so that nobody can be through
@@ -191,7 +227,7 @@ def test_node_that_dies_ends_the_others(clusters: Callable[..., Cluster]) -> Non
 
 
 def test_file_that_changes_meanwhile(origin: Origin, clusters: Callable[..., Cluster]) -> None:
-    cluster = clusters(RingMember(0), RingMember(1))
+    cluster = clusters(Node(0), Node(1))
     origin.add("file.bin", CONTENT, etag='"2"')
     outcomes = cluster.fetch_all()
     assert any(isinstance(outcome, ContentChangedError) for outcome in outcomes), outcomes
@@ -206,6 +242,9 @@ class Flipping:
     def fileno(self) -> int:
         return self._inner.fileno()
 
+    def send(self, content: memoryview) -> int:
+        return self._inner.send(content)
+
     def recv_into(self, view: memoryview) -> int:
         count = self._inner.recv_into(view)
         if self._seen <= self._at < self._seen + count:
@@ -217,9 +256,10 @@ class Flipping:
 @pytest.mark.fault(93)
 @pytest.mark.parametrize("at", [HEAD_BYTES, HEAD_BYTES + UNIT - 1, HEAD_BYTES + UNIT + 3, 3])
 def test_byte_that_changes_on_the_wire_is_noticed_on_arrival(clusters: Callable[..., Cluster], at: int) -> None:
-    cluster = clusters(RingMember(0), RingMember(1))
+    cluster = clusters(Node(0), Node(1))
     ring = cluster.ring(1)
-    ring._upstream = replace(ring._upstream, socket=Flipping(ring._upstream.socket, at))
+    wire = ring._upstream
+    wire.link = replace(wire.link, socket=Flipping(wire.link.socket, at))
     errors: list[Exception] = []
 
     def other() -> None:
@@ -239,7 +279,7 @@ def test_byte_that_changes_on_the_wire_is_noticed_on_arrival(clusters: Callable[
 
 @pytest.mark.fault(93)
 def test_another_key_is_refused(clusters: Callable[..., Cluster]) -> None:
-    cluster = clusters(RingMember(0), RingMember(1))
+    cluster = clusters(Node(0), Node(1))
     with ThreadPoolExecutor(2) as pool:
         futures = [
             pool.submit(cluster.fetch, 0, cluster.ring(0)),
@@ -252,7 +292,7 @@ def test_another_key_is_refused(clusters: Callable[..., Cluster]) -> None:
 def test_node_before_that_sends_nothing_is_named(
     clusters: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = clusters(RingMember(0), RingMember(7))
+    cluster = clusters(Node(0), Node(7))
     monkeypatch.setattr("test_exchange_ring.SETTINGS", replace(SETTINGS, progress_seconds=1.0))
     with pytest.raises(ProgressTimeoutError, match="from rank 0 on before for 1 s"):
         cluster.fetch(1)
@@ -261,9 +301,9 @@ def test_node_before_that_sends_nothing_is_named(
 def test_disk_that_cannot_be_written_is_told_as_such(
     clusters: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = clusters(RingMember(0), RingMember(1))
+    cluster = clusters(Node(0), Node(1))
     ring = cluster.ring(1)
-    monkeypatch.setattr(ring, "_receive", lambda length: (_ for _ in ()).throw(CacheError("no room")))
+    monkeypatch.setattr(ring._upstream, "receive", lambda length: (_ for _ in ()).throw(CacheError("no room")))
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(cluster.fetch, 0)
         with pytest.raises(CacheError, match="no room"):

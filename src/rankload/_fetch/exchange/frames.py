@@ -1,8 +1,11 @@
-"""Units on the way from node to node: a head, the bytes, and a tag that only nodes of the job can make. Pure.
+"""What goes over a connection between two nodes of the ring. Pure.
 
-The tag is an HMAC of the head and of the SHA-256 of the bytes. Its key reaches the nodes through the job's store. The
-owner makes it, and every node that gets the unit verifies it before it writes or forwards the bytes: a fault is noticed
-where it happens.
+Downstream go units: a head (number and length), the bytes, and a tag that only nodes of the job can make. The tag is an
+HMAC of the head and of the SHA-256 of the bytes; its key reaches the nodes through the job's store. The first node that
+has a unit makes the tag, and every node that gets the unit verifies it before it writes or forwards the bytes: a fault
+is noticed where it happens. The unit `END` says that no more will come.
+
+Upstream go the numbers of units that a node has got from elsewhere, and need not be sent.
 """
 
 from __future__ import annotations
@@ -15,10 +18,14 @@ from rankload.errors import CoordinationError
 
 TAG_BYTES = 32
 
+#: Number of the empty unit that ends the stream of units.
+END = (1 << 64) - 1
+
 _LABEL = b"rankload exchange unit\0"
 _HEAD = struct.Struct("<QQ")
+_HAVE = struct.Struct("<Q")
 
-HEAD_BYTES = _HEAD.size
+HEAD_BYTES, HAVE_BYTES = _HEAD.size, _HAVE.size
 
 
 def head_of(unit: int, length: int) -> bytes:
@@ -30,6 +37,16 @@ def read_head(head: bytes) -> tuple[int, int]:
     """Return number and length of a unit."""
     unit, length = _HEAD.unpack(head)
     return unit, length
+
+
+def have(unit: int) -> bytes:
+    """Return the message that a unit need not be sent."""
+    return _HAVE.pack(unit)
+
+
+def read_haves(messages: bytes | bytearray) -> list[int]:
+    """Return the units that need not be sent."""
+    return [unit for (unit,) in _HAVE.iter_unpack(messages)]
 
 
 def tag_of(key: bytes, head: bytes, content: bytes | bytearray) -> bytes:

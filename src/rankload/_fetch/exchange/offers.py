@@ -1,15 +1,19 @@
-"""What the nodes tell one another about a file: what each has, and the plan. Pure.
+"""What the nodes tell one another about a file before they exchange it: what each has, and the plan. Pure.
 
 Everything travels as JSON through the job's store.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rankload._fetch.exchange.plan import ExchangePlan, RingMember, make_plan
+from rankload._fetch.exchange.plan import ExchangePlan, count_units, make_plan, unit_bytes_for, units_within
 from rankload._fetch.origins.origin import Claim, Version
+
+#: Most ranges of an offer: a value in the store is small. Of a file in more pieces, the largest are offered.
+_MAX_SPANS = 1000
 
 
 @dataclass(frozen=True)
@@ -19,33 +23,111 @@ class Offer:
     Attributes:
         is_alone: whether the node fetches, or uses, the file for itself.
         has_file: whether it has the whole file, verified.
-        version: the file's version; None if the node has no file, and does not reach the origin.
+        may_fetch: whether it reaches the origin.
+        may_split: whether the origin sends ranges, and what it sends can be told from another version.
+        version: the file's version; None if the node has nothing of it, and does not reach the origin.
+        spans: ranges of bytes that it has.
     """
 
     is_alone: bool = False
     has_file: bool = False
+    may_fetch: bool = False
+    may_split: bool = False
     version: Version | None = None
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the origin is reached, but serves only the whole file."""
+        return self.may_fetch and not self.may_split
 
     def as_json(self) -> dict[str, Any]:
         """Return the offer for the store."""
-        return {"is_alone": self.is_alone, "has_file": self.has_file, "version": _version_as_json(self.version)}
+        largest = sorted(self.spans, key=lambda span: span[0] - span[1])[:_MAX_SPANS]
+        return {**vars(self), "version": _version_as_json(self.version), "spans": largest}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Offer:
         """Return the offer that another node posted."""
-        return cls(value["is_alone"], value["has_file"], _version_from_json(value["version"]))
+        spans = tuple((begin, end) for begin, end in value["spans"])
+        return cls(**{**value, "version": _version_from_json(value["version"]), "spans": spans})
 
 
-def members_of(offers: dict[int, Offer], version: Version) -> list[RingMember]:
-    """Return the nodes that take part: those with this version of the file, and those that know of none."""
-    return [
-        RingMember(rank, may_fetch=offer.version is not None and not offer.has_file)
-        for rank, offer in offers.items()
-        if not offer.is_alone and (offer.version is None or _is_same(offer.version, version))
-    ]
+@dataclass(frozen=True)
+class Exchange:
+    """An exchange that the nodes have agreed on.
+
+    Attributes:
+        plan: which node fetches what.
+        version: version of the file.
+        secret: key that authenticates units.
+    """
+
+    plan: ExchangePlan
+    version: Version
+    secret: bytes
+
+    def held(self, offer: Offer) -> frozenset[int]:
+        """Return the units of this version that a node has."""
+        if offer.version is None or not is_same(offer.version, self.version):
+            return frozenset()
+        return units_within(offer.spans, self.plan.size_bytes, self.plan.unit_bytes)
 
 
-def _is_same(one: Version, other: Version) -> bool:
+@dataclass(frozen=True)
+class Agreed:
+    """What the nodes do about a file. If nothing is agreed, each node fetches it for itself.
+
+    Attributes:
+        exchange: the exchange; None if there is none.
+        fetcher: rank that fetches the file for itself now, and then has it for the others; None if nobody does.
+    """
+
+    exchange: Exchange | None = None
+    fetcher: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the agreement for the store."""
+        if (found := self.exchange) is None:
+            return {"fetcher": self.fetcher, "plan": None}
+        version, secret = _version_as_json(found.version), found.secret.hex()
+        return {"fetcher": None, "plan": vars(found.plan), "version": version, "secret": secret}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Agreed:
+        """Return the agreement that the first leader posted."""
+        if (plan := value["plan"]) is None:
+            return cls(fetcher=value["fetcher"])
+        missing = tuple((first, last) for first, last in plan["missing"])
+        tuples = {"ranks": tuple(plan["ranks"]), "fetchers": tuple(plan["fetchers"]), "missing": missing}
+        version = _version_from_json(value["version"])
+        assert version is not None
+        return cls(Exchange(ExchangePlan(**{**plan, **tuples}), version, bytes.fromhex(value["secret"])))
+
+
+def agreement_on(offers: Mapping[int, Offer], secret: bytes, chunk_bytes: int) -> Agreed:
+    """Return what the nodes do about a file.
+
+    Args:
+        offers: offer of each leader, that of the first leader first. If that one is alone, so are all.
+        secret: key that authenticates units.
+        chunk_bytes: about the size of a request to the origin.
+    """
+    first, *_ = offers.values()
+    others = {rank: offer for rank, offer in offers.items() if not offer.is_alone}
+    version = first.version or next((offer.version for offer in others.values() if offer.version), None)
+    if first.is_alone or version is None or len(others) < 2:
+        return Agreed()
+    members = {rank: offer for rank, offer in others.items() if _takes_part(offer, version)}
+    claims = (offer.version.claim for offer in members.values() if offer.version is not None)
+    version = replace(version, claim=next(filter(None, claims), None))
+    if (plan := _plan(members, version, chunk_bytes)) is not None:
+        return Agreed(Exchange(plan, version, secret))
+    whole = [rank for rank, offer in others.items() if offer.is_whole]
+    return Agreed(fetcher=whole[0]) if whole and not any(offer.may_split for offer in others.values()) else Agreed()
+
+
+def is_same(one: Version, other: Version) -> bool:
     """Return whether two descriptions are certainly of one version."""
     if one.size_bytes != other.size_bytes:
         return False
@@ -54,44 +136,34 @@ def _is_same(one: Version, other: Version) -> bool:
     return one.etag is not None and one.etag == other.etag
 
 
+def _takes_part(offer: Offer, version: Version) -> bool:
+    """Return whether a node can use what others have of a version: it has none of another, nor is it offered one."""
+    is_other = offer.version is not None and not is_same(offer.version, version)
+    return not (is_other and (offer.may_fetch or offer.has_file))
+
+
+def _plan(members: Mapping[int, Offer], version: Version, chunk_bytes: int) -> ExchangePlan | None:
+    """Return the plan for an exchange; None if it is not possible, or nobody needs one."""
+    size_bytes = version.size_bytes
+    if not size_bytes or len(members) < 2 or all(offer.has_file for offer in members.values()):
+        return None
+    unit_bytes, held = unit_bytes_for(size_bytes, chunk_bytes), set[int]()
+    for offer in members.values():
+        if offer.version is not None and is_same(offer.version, version):
+            held |= units_within(offer.spans, size_bytes, unit_bytes)
+    missing = [unit for unit in range(count_units(size_bytes, unit_bytes)) if unit not in held]
+    fetchers = [rank for rank, offer in members.items() if offer.may_fetch and offer.may_split]
+    return make_plan(size_bytes, unit_bytes, chunk_bytes, tuple(members), fetchers, missing)
+
+
 def _version_as_json(version: Version | None) -> dict[str, Any] | None:
     if version is None:
         return None
-    claim = {"sha256": version.claim.sha256, "source": version.claim.source} if version.claim else None
-    return {
-        "size_bytes": version.size_bytes,
-        "etag": version.etag,
-        "last_modified": version.last_modified,
-        "claim": claim,
-        "content_type": version.content_type,
-    }
+    claim = version.claim and {"sha256": version.claim.sha256, "source": version.claim.source}
+    return {**vars(version), "claim": claim}
 
 
 def _version_from_json(value: dict[str, Any] | None) -> Version | None:
     if value is None:
         return None
     return Version(**{**value, "claim": Claim(**value["claim"]) if value["claim"] else None})
-
-
-def plan_as_json(plan: ExchangePlan | None, version: Version | None, secret: bytes) -> dict[str, Any]:
-    """Return a plan for the store; without a plan, nodes fetch for themselves."""
-    if plan is None:
-        return {"members": None}
-    members = [[member.rank, bool(member.held), member.may_fetch] for member in plan.members]
-    return {
-        "members": members,
-        "unit_bytes": plan.unit_bytes,
-        "version": _version_as_json(version),
-        "secret": secret.hex(),
-    }
-
-
-def plan_from_json(value: dict[str, Any]) -> tuple[ExchangePlan | None, Version | None, bytes]:
-    """Return the plan that the first leader posted, the file's version, and the key that authenticates units."""
-    if value["members"] is None:
-        return None, None, b""
-    version = _version_from_json(value["version"])
-    assert version is not None and version.size_bytes is not None
-    units = frozenset(range(-(-version.size_bytes // value["unit_bytes"])))
-    members = [RingMember(rank, units if has else frozenset(), may) for rank, has, may in value["members"]]
-    return make_plan(version.size_bytes, value["unit_bytes"], members), version, bytes.fromhex(value["secret"])

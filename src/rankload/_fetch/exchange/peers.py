@@ -1,26 +1,22 @@
-"""The nodes of a call that fetch files together: what each has, who does what, and how they are connected."""
+"""The nodes of a call that fetch files together, and a node's part in one file."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 
-from rankload._cache.directory import make_directory
 from rankload._cache.files import wrap_read_errors
-from rankload._cache.layout import Entry
-from rankload._cache.lease import hold_lease
 from rankload._coordination.call_context import CallContext
 from rankload._fetch.bounded_read import read_bounded
 from rankload._fetch.digests import check_digest
-from rankload._fetch.download import download
-from rankload._fetch.exchange.offers import Offer, members_of, plan_as_json, plan_from_json
-from rankload._fetch.exchange.plan import ExchangePlan, RingMember, make_plan, unit_bytes_for
+from rankload._fetch.exchange.neighbours import connect_ring, try_to_connect_ring
+from rankload._fetch.exchange.offers import Agreed, Exchange, Offer, agreement_on, is_same
+from rankload._fetch.exchange.plan import ExchangePlan
 from rankload._fetch.exchange.receive import receive_in_ring
 from rankload._fetch.exchange.ring import Ring, Served
 from rankload._fetch.file_digest import sha256_of_file
-from rankload._fetch.lookup import CacheLookup, file_version, look_up, make_directories, set_damaged_file_aside
 from rankload._fetch.mirrors import Received
 from rankload._fetch.models import FetchRequest
 from rankload._fetch.origins.credentials import headers_of
@@ -28,18 +24,12 @@ from rankload._fetch.origins.origin import Claim, UnusableRange, Version
 from rankload._fetch.origins.registry import origin_for
 from rankload._fetch.partials.partial import Partial
 from rankload._formats.source import open_regular
-from rankload._relay.addresses import own_addresses
-from rankload._relay.links import Link, connect
-from rankload._relay.listener import Listener
 from rankload._relay.seal import new_key
-from rankload._types import FetchedFile, Progress, Report
+from rankload._types import FetchedFile, Report
 from rankload._urls import Url
-from rankload.errors import ContentChangedError, FetchError
+from rankload.errors import ContentChangedError, FetchError, RankloadError
 
 _logger = logging.getLogger("rankload")
-
-#: Fetches a file for this node alone.
-FetchAlone = Callable[[FetchRequest], FetchedFile]
 
 
 class Peers:
@@ -48,39 +38,17 @@ class Peers:
     Args:
         leaders: these ranks, the same list on all of them.
         call: context of the call.
+        is_required: whether nodes that cannot be connected are an error; else each then fetches for itself.
     """
 
-    def __init__(self, leaders: Sequence[int], call: CallContext) -> None:
-        self._leaders, self._call, self._channel = list(leaders), call, call.channel
-        self._rank, self._number = call.identity.rank, 0
+    def __init__(self, leaders: Sequence[int], call: CallContext, *, is_required: bool) -> None:
+        self.leaders, self.call, self.is_required = list(leaders), call, is_required
+        self._number = 0
 
-    def fetch(self, request: FetchRequest, fetch_alone: FetchAlone) -> FetchedFile:
-        """Fetch a file together with the other nodes, or alone where that is not possible. Collective over the leaders.
-
-        Raises:
-            RankloadError: any error of a fetch, or another rank's.
-        """
-        key = f"exchange/{self._number}"
+    def next_file(self) -> Share:
+        """Return this node's part in the next file. Every leader calls this for the same files in the same order."""
         self._number += 1
-        with ExitStack() as stack:
-            offer, lookup, url = self._offer(request, stack)
-            self._channel.post(f"{key}/{self._rank}", offer.as_json())
-            plan, version, secret = self._agreed_plan(key, request)
-            ranks = [member.rank for member in plan.members] if plan else []
-            if plan is not None and version is not None and self._rank in ranks:
-                member = ranks.index(self._rank)
-                _logger.info(
-                    "%s: %d nodes exchange it; this one fetches %d of %d bytes", request.url, len(ranks),
-                    sum(end - begin for begin, end in map(plan.span, plan.fetched_by(member))), plan.size_bytes,
-                )  # fmt: skip
-                upstream, downstream = self._connected(key, ranks, member)
-                ring = Ring(plan, member, version, upstream, downstream, secret)
-                watch = self._channel.watch_over({upstream.rank, downstream.rank})
-                if lookup is not None and lookup.file is not None:
-                    self._serve(lookup.file, ring, watch)
-                elif lookup is not None:
-                    return self._download(key, ring, url, lookup, request, watch)
-        return fetch_alone(request)
+        return Share(f"exchange/{self._number}", self)
 
     def check_same_index(self, index: FetchedFile) -> None:
         """Check that all nodes have the same index: the parts that it names are then fetched in one order.
@@ -88,134 +56,195 @@ class Peers:
         Raises:
             ContentChangedError: this node's index is another one than the first leader's.
         """
-        key, sha256 = f"exchange/index/{self._number}", index.sha256
+        key, sha256, channel = f"exchange/index/{self._number}", index.sha256, self.call.channel
         if sha256 is None:
             sha256 = sha256_of_file(index.path, lambda _: None)
-        if self._rank == self._leaders[0]:
-            self._channel.post(key, {"sha256": sha256})
-        elif self._channel.wait_for(key, from_rank=self._leaders[0])["sha256"] != sha256:
+        if self.call.identity.rank == self.leaders[0]:
+            channel.post(key, {"sha256": sha256})
+        elif channel.wait_for(key, from_rank=self.leaders[0])["sha256"] != sha256:
             raise ContentChangedError(
-                f"{index.path}: rank {self._leaders[0]} has another index of this checkpoint: pass refresh=True to get "
+                f"{index.path}: rank {self.leaders[0]} has another index of this checkpoint: pass refresh=True to get "
                 "the origin's present files on all nodes, or sha256= to choose one",
                 path=str(index.path),
             )
 
-    def _offer(self, request: FetchRequest, stack: ExitStack) -> tuple[Offer, CacheLookup | None, Url]:
-        """Look what this node has; if nothing, take the lease and ask the origin."""
-        alone = Offer(is_alone=True), None, request.url
-        if request.refresh or request.sidecar or request.offline or request.hub_file is not None:
-            return alone
-        report, settings = self._call.report, self._call.settings
-        make_directory(request.directory)
-        entry = Entry(request.directory / request.file_name, request.directory)
-        make_directories(entry)
-        lookup = look_up(entry, request, report)
-        if lookup.file is not None:
-            if lookup.is_unvouched or lookup.file.sha256 is None:
-                return alone
-            claim = Claim(lookup.file.sha256, "another node's file")
-            etag = lookup.record.etag if lookup.record else None
-            return (
-                Offer(has_file=True, version=Version(lookup.file.size_bytes, etag, claim=claim)),
-                lookup,
-                request.url,
-            )
-        has_lease = stack.enter_context(
-            hold_lease(lookup.entry.lease_path, settings, progress_mark=lambda: 0, on_wait=lambda: True)
-        )
-        if not has_lease or file_version(lookup.entry) != lookup.version:  # another job fetches it, or has
-            return alone
-        set_damaged_file_aside(lookup)
-        for url in request.urls:
-            with closing(origin_for(url, headers_of(request, url), settings)) as origin:
-                try:
-                    once = replace(settings, retries=0)
-                    answer = read_bounded(origin, 0, 1, None, most_bytes=1, settings=once, report=report)
-                except (FetchError, UnusableRange) as error:
-                    _logger.info("%s; receiving the file from other nodes, if they reach it", error)
-                    continue
-            if answer.is_whole or not answer.version.size_bytes or not answer.version.has_validator:
-                return alone  # parts of it could not be told apart
-            return Offer(version=answer.version), lookup, url
-        return Offer(), lookup, request.url
 
-    def _agreed_plan(self, key: str, request: FetchRequest) -> tuple[ExchangePlan | None, Version | None, bytes]:
-        """Return the plan that the first leader makes of all offers."""
-        if self._rank != self._leaders[0]:
-            return plan_from_json(self._channel.wait_for(f"{key}/plan", from_rank=self._leaders[0]))
-        offers = {
-            rank: Offer.from_json(self._channel.wait_for(f"{key}/{rank}", from_rank=rank)) for rank in self._leaders
-        }
-        version = offers[self._rank].version or next(
-            (offer.version for offer in offers.values() if offer.version), None
-        )
-        members = [] if version is None or offers[self._rank].is_alone else members_of(offers, version)
-        plan, secret = None, new_key()
-        if version is not None and version.size_bytes and any(not offers[member.rank].has_file for member in members):
-            unit_bytes = unit_bytes_for(version.size_bytes, self._call.settings.chunk_bytes)
-            units = frozenset(range(-(-version.size_bytes // unit_bytes)))
-            held = [replace(one, held=units if offers[one.rank].has_file else frozenset()) for one in members]
-            plan = make_plan(version.size_bytes, unit_bytes, held) if len(held) > 1 else None
-        self._channel.post(f"{key}/plan", plan_as_json(plan, version, secret))
-        return plan, version, secret
+class Share:
+    """A node's part in one file: it has the file, receives the file, or stays out.
 
-    def _connected(self, key: str, ranks: list[int], member: int) -> tuple[Link, Link]:
-        """Connect to the neighbours. The first member connects first, and accepts last."""
-        before, after = ranks[member - 1], ranks[(member + 1) % len(ranks)]
-        watch = self._channel.watch_over({before, after})
+    The first of these methods that is called counts: it is collective over the leaders. `finish` ends the part.
 
-        def look_around() -> None:
-            watch(Progress("connecting"))
+    Args:
+        key: key of the file in the call.
+        peers: the nodes.
 
-        with closing(Listener(own_addresses(self._channel.store_host))) as listener:
-            way = {"way": listener.way, "host": self._channel.identity.host}
-            self._channel.post(f"{key}/way/{self._rank}", way)
-            ways = {rank: self._channel.wait_for(f"{key}/way/{rank}", from_rank=rank) for rank in {before, after}}
+    Attributes:
+        has_failed: whether an exchange has begun and failed: the other nodes cannot go on.
+    """
 
-            def reach() -> Link:
-                seconds, to = self._call.settings.connect_seconds, ways[after]
-                link = connect(after, to["host"], to["way"], seconds, look_around)
-                self._channel.on_exit(link.socket.close)
-                return link
+    def __init__(self, key: str, peers: Peers) -> None:
+        self._key, self._peers, self._call, self._channel = key, peers, peers.call, peers.call.channel
+        self._has_begun = self._is_first_fetcher = self.has_failed = False
+        self._rank = peers.call.identity.rank
+        self._others = peers.leaders  # those that have not stayed out
 
-            downstream = reach() if member == 0 else None
-            upstream = listener.accept(before, ways[before]["host"], look_around)
-            self._channel.on_exit(upstream.socket.close)
-            return upstream, downstream or reach()
+    def serve(self, file: FetchedFile, etag: str | None) -> None:
+        """Offer a file that this node has, and send it to the nodes that lack it.
 
-    def _serve(self, file: FetchedFile, ring: Ring, report: Report) -> None:
-        """Send this node's file to the next node."""
+        Raises:
+            RankloadError: any error of the exchange, or another rank's.
+        """
+        if not self._has_begun and file.sha256 is not None:
+            self._serve(self._key, file, etag)
+
+    def stay_out(self) -> None:
+        """Leave this file to the other nodes."""
+        if not self._has_begun:
+            self._agree(self._key, Offer(is_alone=True))
+
+    def receive(self, partial: Partial, request: FetchRequest) -> Received | None:
+        """Fill a partial file together with the other nodes. It may have bytes of an earlier download.
+
+        Returns:
+            What has come; None if this node must fetch the file for itself.
+
+        Raises:
+            RankloadError: any error of the exchange, or another rank's.
+        """
+        if self._has_begun:
+            return None
+        key, first = self._key, self._peers.leaders[0]
+        url, offer = request.url, Offer()
+        # an origin that sends no ranges would begin to send the file to every node that asks
+        if self._rank == first or not self._offer_of(key, first).is_whole:
+            url, offer = self._ask_origin(partial, request)
+        agreed = self._agree(key, offer)
+        if agreed.fetcher == self._rank:
+            self._is_first_fetcher = True
+            return None
+        if agreed.fetcher is not None:
+            _logger.info("%s: waiting for rank %d, which fetches it for all", request.url, agreed.fetcher)
+            key, offer = f"{key}/again", Offer()
+            agreed = self._agree(key, offer)
+        if (exchange := self._own(agreed)) is None:
+            return None
+        if partial.content is not None and not exchange.held(offer):
+            partial.clear()
+        try:
+            return self._receive(key, exchange, offer, url, partial, request)
+        except BaseException:
+            self.has_failed = True
+            raise
+
+    def finish(self, file: FetchedFile) -> None:
+        """End this node's part: it has the file, from wherever."""
+        self.stay_out()
+        if self._is_first_fetcher:
+            self._serve(f"{self._key}/again", file, None)
+
+    def _serve(self, key: str, file: FetchedFile, etag: str | None) -> None:
+        assert file.sha256 is not None
+        version = Version(file.size_bytes, etag, claim=Claim(file.sha256, "another node's file"))
+        offer = Offer(has_file=True, version=version, spans=((0, file.size_bytes),))
+        exchange = self._own(self._agree(key, offer))
+        if exchange is None or (ring := self._ring(key, exchange, offer)) is None:
+            return
         with wrap_read_errors(file.path), open_regular(file.path) as opened:
-            served = Served(opened.fileno())
             try:
-                ring.start_serving(served)
-                ring.finish(served, report, self._call.settings.progress_seconds)
+                ring.start_serving(Served(opened.fileno()))
+                ring.finish(self._watch(exchange.plan), self._call.settings.progress_seconds)
             finally:
                 ring.stop()
 
-    def _download(
-        self, key: str, ring: Ring, url: Url, lookup: CacheLookup, request: FetchRequest, report: Report
-    ) -> FetchedFile:
-        settings = self._call.settings
+    def _ask_origin(self, partial: Partial, request: FetchRequest) -> tuple[Url, Offer]:
+        """Return what this node has and gets, and from where."""
+        content, spans = partial.content, tuple(partial.spans)
+        for url in () if request.offline else request.urls:
+            with closing(origin_for(url, headers_of(request, url), self._call.settings)) as origin:
+                try:
+                    once = replace(self._call.settings, retries=0)
+                    report = self._call.report
+                    answer = read_bounded(origin, 0, 1, None, most_bytes=1, settings=once, report=report)
+                except (FetchError, UnusableRange) as error:
+                    if isinstance(error, RankloadError) and error.is_from_another_rank:
+                        raise
+                    _logger.info("%s; receiving the file from other nodes, if they reach it", error)
+                    continue
+            version = answer.version
+            if content is None or content.url_key != url.key or not is_same(content.version, version):
+                spans = ()
+            may_split = not answer.is_whole and bool(version.size_bytes) and version.has_validator
+            return url, Offer(may_fetch=True, may_split=may_split, version=version, spans=spans)
+        return request.url, Offer(version=content.version if content else None, spans=spans)
 
-        def receive(partial: Partial) -> Received:
-            received = receive_in_ring(ring, url, request, partial, report, settings)
-            _logger.info("%s: %d bytes came from other nodes", request.url, ring.bytes_received)
-            if ring.version.claim is None:
-                self._compare(key, received, ring.plan.members)
-            return received
+    def _agree(self, key: str, offer: Offer) -> Agreed:
+        """Return what the first leader decides once all have made their offers."""
+        self._has_begun, channel, first = True, self._channel, self._peers.leaders[0]
+        channel.post(f"{key}/{self._rank}", offer.as_json())
+        if self._rank != first:
+            return Agreed() if offer.is_alone else Agreed.from_json(channel.wait_for(f"{key}/plan", from_rank=first))
+        offers = {first: offer}
+        if not offer.is_alone:
+            offers |= {rank: self._offer_of(key, rank) for rank in self._others if rank != first}
+            self._others = [rank for rank in offers if not offers[rank].is_alone]
+        agreed = agreement_on(offers, new_key(), self._call.settings.chunk_bytes)
+        channel.post(f"{key}/plan", agreed.as_json())
+        return agreed
 
-        return download(request, lookup.entry, report, settings, receive)
+    def _offer_of(self, key: str, rank: int) -> Offer:
+        return Offer.from_json(self._channel.wait_for(f"{key}/{rank}", from_rank=rank))
 
-    def _compare(self, key: str, received: Received, members: Sequence[RingMember]) -> None:
+    def _own(self, agreed: Agreed) -> Exchange | None:
+        """Return the exchange in which this node takes part; None if it does not."""
+        exchange = agreed.exchange
+        return exchange if exchange is not None and self._rank in exchange.plan.ranks else None
+
+    def _ring(self, key: str, exchange: Exchange, offer: Offer) -> Ring | None:
+        """Return this node's place in the ring; None if the nodes cannot be connected."""
+        plan, channel, seconds = exchange.plan, self._channel, self._call.settings.connect_seconds
+        member = plan.ranks.index(self._rank)
+        if self._peers.is_required:
+            links = connect_ring(key, plan.ranks, channel, seconds)
+        elif (found := try_to_connect_ring(key, plan.ranks, channel, seconds)) is not None:
+            links = found
+        else:
+            return None
+        after = plan.ranks[plan.next(member)]
+        held_after = exchange.held(self._offer_of(key, after))
+        may_catch_up = offer.may_fetch and offer.may_split and not self._peers.is_required
+        return Ring(
+            plan, member, exchange.version, exchange.held(offer), held_after, links, exchange.secret,
+            may_catch_up=may_catch_up,
+        )  # fmt: skip
+
+    def _receive(
+        self, key: str, exchange: Exchange, offer: Offer, url: Url, partial: Partial, request: FetchRequest
+    ) -> Received | None:
+        plan = exchange.plan
+        if (ring := self._ring(key, exchange, offer)) is None:
+            return None
+        text = "%s: %d nodes exchange it; this one has %d of %d bytes, and fetches %d units of %d bytes"
+        counts = partial.spans.total_bytes, plan.size_bytes, len(ring.own_units), plan.unit_bytes
+        _logger.info(text, request.url, len(plan.ranks), *counts)
+        received = receive_in_ring(ring, url, request, partial, self._watch(plan), self._call.settings)
+        text = "%s: %d bytes came from other nodes, %d from the origin because the other nodes are slower"
+        _logger.info(text, request.url, ring.received_bytes, ring.extra_bytes)
+        if exchange.version.claim is None:
+            self._compare(f"{key}/digest", received, plan.ranks[0])
+        return received
+
+    def _watch(self, plan: ExchangePlan) -> Report:
+        member = plan.ranks.index(self._rank)
+        return self._channel.watch_over({plan.ranks[member - 1], plan.ranks[plan.next(member)]})
+
+    def _compare(self, key: str, received: Received, first: int) -> None:
         """Compare the digest with the first node's: the origin has given none.
 
         Raises:
             DigestMismatchError: they differ.
         """
-        first = members[0].rank
         if self._rank == first:
-            self._channel.post(f"{key}/digest", {"sha256": received.sha256})
+            self._channel.post(key, {"sha256": received.sha256})
         else:
-            digest = self._channel.wait_for(f"{key}/digest", from_rank=first)["sha256"]
+            digest = self._channel.wait_for(key, from_rank=first)["sha256"]
             check_digest(received.sha256, (Claim(digest, f"rank {first}'s bytes"),), received.url.display_name)

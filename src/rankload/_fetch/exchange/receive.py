@@ -60,13 +60,18 @@ def receive_in_ring(
             is_whole=False, has_digest=bool(request.digest), retries=Retries(settings), settings=settings,
             size_limit=SizeLimit(request.max_bytes, request.downloaded_bytes),
         )  # fmt: skip
+
+        def report_and_catch_up(progress: Progress) -> None:
+            named_report(progress)
+            ring.catch_up(state)
+
         try:
             hasher.start()
             if ring.is_fetched and ring.version.size_bytes is not None:
                 state.size_limit.check(url.display_name, ring.version.size_bytes, is_announced=True)
             ring.start(state, partial)
-            TransferRunner(state, named_report, show, 1).run()
-            ring.finish(state, named_report, settings.progress_seconds)
+            TransferRunner(state, report_and_catch_up, show, 1).run()
+            ring.finish(named_report, settings.progress_seconds)
             sha256 = hasher.finish(lambda count: named_report(Progress("hashing", count)), settings.progress_seconds)
         except FetchTimeoutError:
             if (link := ring.awaited_link(state)) is None:

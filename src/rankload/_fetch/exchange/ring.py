@@ -1,36 +1,52 @@
-"""A node's place in the ring: two threads, one that receives units from the node before, one that sends to the next."""
+"""A node's place in the ring: one thread that receives units from the node before, one that sends to the next.
+
+Which units a node sends is not planned: all that it has, from wherever, and the next node has not. Each node tells the
+node before which units it has got from elsewhere.
+"""
 
 from __future__ import annotations
 
 import os
-import select
-import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from rankload._fetch.exchange.frames import HEAD_BYTES, TAG_BYTES, check_tag, head_of, read_head, tag_of
+from rankload._fetch.exchange.catch_up import CatchUp
+from rankload._fetch.exchange.frames import (
+    END,
+    HAVE_BYTES,
+    HEAD_BYTES,
+    TAG_BYTES,
+    check_tag,
+    have,
+    head_of,
+    read_haves,
+    read_head,
+    tag_of,
+)
 from rankload._fetch.exchange.plan import ExchangePlan
+from rankload._fetch.exchange.wire import LOOK_SECONDS, StoppedError, Wire
 from rankload._fetch.origins.origin import Version
 from rankload._fetch.partials.partial import Partial
+from rankload._fetch.partials.writer import PartialWriter
 from rankload._fetch.transfer.state import TransferState
 from rankload._platform.clock import NoProgressTimer
-from rankload._relay.links import WORD_SECONDS, Link
+from rankload._relay.links import Link
 from rankload._types import Progress, Report
 from rankload.errors import CacheError, CoordinationError, ProgressTimeoutError
 
-#: How often threads look whether the transfer has ended.
-_LOOK_SECONDS = 0.1
-
-#: How often the sender looks whether another of its own units has come from the origin.
+#: How often the sender looks whether another unit has come from the origin, if it has nothing to send.
 _POLL_SECONDS = 0.005
+
+#: How many of the units that the origin is to send next are looked at: streams bring several at the same time.
+_LOOK_AHEAD = 64
 
 #: Longest time that one wait may count towards a deadline. A longer one means that this process was stopped.
 _MAX_WAIT_SECONDS = 6.0
 
-#: Time for a thread to end after the sockets are closed.
+#: Time for a thread to end after the exchange has.
 _JOIN_SECONDS = 1.0
 
 
@@ -38,78 +54,108 @@ class Ring:
     """Exchanges units with the neighbours while a transfer fetches this node's own.
 
     Args:
-        plan: which node brings what.
+        plan: which node fetches what.
         member: index of this node.
         version: version of the file, the same on all nodes.
-        upstream, downstream: connections from the node before, and to the next.
+        held: units that this node has.
+        held_after: units that the next node has.
+        links: connections from the node before, and to the next.
         key: key that authenticates units; all nodes of the job share it, and nobody else knows it.
+        may_catch_up: whether to fetch more than this node's part from the origin where the ring is slower.
 
     Attributes:
-        plan: which node brings what.
+        plan: which node fetches what.
         version: version of the file.
-        bytes_received: bytes of units that came from the ring.
+        own_units: units that this node is to fetch from the origin.
+        received_bytes: bytes of units that came from the ring.
+        extra_bytes: bytes of units that are fetched from the origin in addition.
     """
 
     def __init__(
-        self, plan: ExchangePlan, member: int, version: Version, upstream: Link, downstream: Link, key: bytes
-    ) -> None:
-        self.plan, self._member, self.version = plan, member, version
-        self._upstream, self._downstream, self._key = upstream, downstream, key
-        self.bytes_received = 0
-        self._bytes_sent = 0
+        self, plan: ExchangePlan, member: int, version: Version, held: frozenset[int], held_after: frozenset[int],
+        links: tuple[Link, Link], key: bytes, *, may_catch_up: bool = False,
+    ) -> None:  # fmt: skip
+        self.plan, self.version, self._member, self._key = plan, version, member, key
+        self.own_units = [unit for unit in plan.fetched_by(member) if unit not in held]
+        self._foreign = [unit for unit in plan.units if unit not in held.union(self.own_units)]
+        self.received_bytes = self.extra_bytes = 0
         self._is_stopped = threading.Event()
+        self._upstream, self._downstream = (Wire(link, self._is_stopped) for link in links)
+        self._wanted = set(plan.units) - held_after  # what the next node has not
+        self._ready: deque[tuple[int, bytes | None]] = deque((unit, None) for unit in sorted(held))  # with their tags
+        self._awaited = deque(self.own_units)  # from the origin
+        self._may_catch_up = may_catch_up
+        self._catch_up: CatchUp | None = None
+        self._sent_bytes = 0
         self._threads: list[threading.Thread] = []
-        self._arrived: deque[tuple[int, bytes]] = deque()  # units to forward, with their tags
+        self._failure: Exception | None = None
 
     @property
     def is_fetched(self) -> bool:
         """Whether any node fetches a part from the origin."""
-        return any(self.plan.fetched_by(member) for member in range(len(self.plan.members)))
+        return bool(self.plan.missing)
 
     def awaited_link(self, state: TransferState) -> Link | None:
         """Return the node before if nothing but its units is missing; None if this node's own part is, too."""
-        own = map(self.plan.span, self.plan.fetched_by(self._member))
-        return self._upstream if all(state.has(begin, end) for begin, end in own) else None
+        return self._upstream.link if self._has_all(state, self.own_units) else None
 
     def start(self, state: TransferState, partial: Partial) -> None:
         """Leave to the other nodes what they bring, and begin to receive and to send."""
-        foreign = [self.plan.span(unit) for unit in self.plan.received_by(self._member)]
-        state.leave_to_others(self.version, foreign)
-        self._run("receive", lambda: self._receive_units(state, partial), state)
+        state.leave_to_others(self.version, map(self.plan.span, self._foreign))
+        if self._may_catch_up:
+            self._catch_up = CatchUp(time.monotonic(), self.plan.size_bytes - state.done_bytes)
+        writer = partial.writer()
+        self._run("receive", lambda: self._receive_units(state, writer), state)
         self._run("send", lambda: self._send_units(state, partial), state)
 
     def start_serving(self, file: Served) -> None:
         """Begin to send a file that this node has as a whole."""
+        self._run("receive", self._ignore_units, file)
         self._run("send", lambda: self._send_units(file, file), file)
 
-    def _run(self, name: str, work: Callable[[], None], state: TransferState | Served) -> None:
-        thread = threading.Thread(target=self._guarded, args=(work, state), name=f"rankload-ring-{name}", daemon=True)
-        thread.start()
-        self._threads.append(thread)  # one that could not be started cannot be joined
+    def catch_up(self, state: TransferState) -> None:
+        """Let the transfer fetch more if the ring is late. Called repeatedly by the thread that runs the transfer."""
+        if self._catch_up is None:
+            return
+        wanted_bytes = self._catch_up.bytes_to_fetch(
+            time.monotonic(),
+            origin_bytes=state.fetched_bytes,
+            ring_bytes=self.received_bytes,
+            is_own_part_done=self._has_all(state, self.own_units),
+        )
+        count = -(-wanted_bytes // self.plan.unit_bytes)
+        if more := self._next_foreign(state)[:count]:
+            chosen = frozenset(more)
+            self._foreign = [unit for unit in self._foreign if unit not in chosen]
+            self.own_units = more
+            self.extra_bytes += sum(end - begin for begin, end in map(self.plan.span, more))
+            self._awaited.extend(more)
+            state.fetch_too(map(self.plan.span, more))
 
-    def finish(self, state: TransferState | Served, report: Report, progress_seconds: float) -> None:
-        """Wait until the next node has got from this one all that it needs.
+    def finish(self, report: Report, progress_seconds: float) -> None:
+        """Wait until the next node has all units, and the node before knows that this one has.
 
         Raises:
             RankLostError: a neighbour is gone.
             ProgressTimeoutError: the next node takes nothing any more.
             RankloadError: any error of ``report``.
         """
-        no_progress = NoProgressTimer(self._bytes_sent, _MAX_WAIT_SECONDS)
+        no_progress = NoProgressTimer(self._sent_bytes, _MAX_WAIT_SECONDS)
         while any(thread.is_alive() for thread in self._threads):
-            report(Progress("sending", self._bytes_sent, None))
-            if no_progress.seconds_without_progress(self._bytes_sent) > progress_seconds:
-                link = self._downstream
+            report(Progress("sending", self._sent_bytes, None))
+            if no_progress.seconds_without_progress(self._sent_bytes) > progress_seconds:
+                is_sending = self._threads[-1].is_alive()
+                link = self._downstream.link if is_sending else self._upstream.link
                 raise ProgressTimeoutError(
-                    f"rank {link.rank} on {link.host} has taken no byte for {progress_seconds:g} s: a hung network, or "
-                    "a hung disk there",
+                    f"rank {link.rank} on {link.host} has made no progress for {progress_seconds:g} s: a hung network, "
+                    "or a hung disk there",
                     stuck_rank=link.rank,
                     stuck_host=link.host,
                 )
             for thread in self._threads:
-                thread.join(_LOOK_SECONDS)
-        if state.failure is not None:
-            raise state.failure
+                thread.join(LOOK_SECONDS)
+        if self._failure is not None:  # a transfer that has ended keeps no failure
+            raise self._failure
 
     def stop(self) -> None:
         """End the threads. The connections stay open: see `rankload._relay.opening.open_relay`."""
@@ -117,109 +163,99 @@ class Ring:
         for thread in self._threads:
             thread.join(_JOIN_SECONDS)
 
-    def _guarded(self, work: Callable[[], None], state: TransferState | Served) -> None:
-        try:
-            work()
-        except _StoppedError:
-            pass
-        except Exception as error:
-            state.fail(error)
+    def _run(self, name: str, work: Callable[[], None], state: TransferState | Served) -> None:
+        def guarded() -> None:
+            try:
+                work()
+            except StoppedError:
+                pass
+            except Exception as error:
+                self._failure = self._failure or error
+                state.fail(error)
 
-    def _receive_units(self, state: TransferState, partial: Partial) -> None:
-        awaited = set(self.plan.received_by(self._member))
-        forwarded = set(self.plan.sent_by(self._member))
-        sender = f"rank {self._upstream.rank} on {self._upstream.host}"
-        writer = partial.writer()
+        thread = threading.Thread(target=guarded, name=f"rankload-ring-{name}", daemon=True)
+        thread.start()
+        self._threads.append(thread)  # one that could not be started cannot be joined
+
+    def _receive_units(self, state: TransferState, writer: PartialWriter) -> None:
         try:
-            while awaited:
-                head = bytes(self._receive(HEAD_BYTES))
-                unit, length = read_head(head)
-                begin, end = self.plan.span(unit) if unit in awaited else (0, -1)
-                if length != end - begin:
-                    raise CoordinationError(f"{sender} sent unit {unit} with {length} bytes, which nobody expects")
-                content = self._receive(length)
-                tag = bytes(self._receive(TAG_BYTES))
-                check_tag(self._key, head, content, tag, sender)
-                writer.write(content, begin)
-                writer.finished(begin, end)
-                state.accept(begin, content)
-                self.bytes_received += length
-                awaited.discard(unit)
-                if unit in forwarded:
-                    self._arrived.append((unit, tag))
-                with state.changed:
-                    state.changed.notify_all()
+            while (received := self._receive_unit()) is not None:
+                unit, content, tag = received
+                begin, end = self.plan.span(unit)
+                if not state.has(begin, end):
+                    writer.write(content, begin)
+                    writer.finished(begin, end)
+                    self.received_bytes += end - begin
+                    state.bring(begin, content)
+                    self._ready.append((unit, tag))
         finally:
             writer.close()
 
+    def _receive_unit(self) -> tuple[int, bytearray, bytes] | None:
+        """Return the next unit, its bytes and its tag; None after the last."""
+        sender = f"rank {self._upstream.link.rank} on {self._upstream.link.host}"
+        head = bytes(self._upstream.receive(HEAD_BYTES))
+        unit, length = read_head(head)
+        begin, end = self.plan.span(unit) if unit in self.plan.units else (0, 0 if unit == END else -1)
+        if length != end - begin:
+            raise CoordinationError(f"{sender} sent unit {unit} with {length} bytes, which nobody expects")
+        content = self._upstream.receive(length)
+        tag = bytes(self._upstream.receive(TAG_BYTES))
+        check_tag(self._key, head, content, tag, sender)
+        return None if unit == END else (unit, content, tag)
+
+    def _ignore_units(self) -> None:
+        """Wait until the node before knows that this one has all units."""
+        while self._receive_unit() is not None:
+            pass
+
     def _send_units(self, state: TransferState | Served, file: Partial | Served) -> None:
-        own, left = deque(self._own_units()), len(self.plan.sent_by(self._member))
+        looked_at: list[int] = []
+        has_ended, heard = False, bytearray()
         with file.lent() as descriptor:
-            while left:
-                tag: bytes | None = None
-                if self._arrived:
-                    unit, tag = self._arrived.popleft()
-                elif own and state.has(*self.plan.span(own[0])):
-                    unit = own.popleft()
+            while not has_ended or looked_at or self._awaited:
+                if not has_ended:
+                    heard += self._downstream.receive_some()
+                    whole = len(heard) // HAVE_BYTES * HAVE_BYTES
+                    self._wanted.difference_update(read_haves(heard[:whole]))
+                    del heard[:whole]
+                while self._awaited and len(looked_at) < _LOOK_AHEAD:
+                    looked_at.append(self._awaited.popleft())
+                come = [unit for unit in looked_at if state.has(*self.plan.span(unit))]
+                looked_at = [unit for unit in looked_at if unit not in come]
+                self._upstream.send_soon(b"".join(map(have, come)))  # before they come round the ring
+                self._ready.extend((unit, None) for unit in come)
+                if self._ready:
+                    unit, tag = self._ready.popleft()
+                    if unit in self._wanted:
+                        self._send_unit(unit, tag, descriptor)
+                elif not self._wanted and not has_ended:
+                    head, has_ended = head_of(END, 0), True
+                    self._downstream.send(head + tag_of(self._key, head, b""))
+                elif self._is_stopped.is_set() or state.failure is not None:
+                    raise StoppedError
                 else:
-                    self._check_goes_on(state)
                     time.sleep(_POLL_SECONDS)
-                    continue
-                begin, end = self.plan.span(unit)
-                content = _read(descriptor, begin, end)
-                head = head_of(unit, end - begin)
-                for part in (head, content, tag or tag_of(self._key, head, content)):
-                    self._send(memoryview(part))
-                self._bytes_sent += end - begin
-                left -= 1
 
-    def _own_units(self) -> list[int]:
-        """Return the units to send that do not come from the ring."""
-        received = set(self.plan.received_by(self._member))
-        return [unit for unit in self.plan.sent_by(self._member) if unit not in received]
+    def _send_unit(self, unit: int, tag: bytes | None, descriptor: int) -> None:
+        begin, end = self.plan.span(unit)
+        content, head = _read(descriptor, begin, end), head_of(unit, end - begin)
+        for part in (head, content, tag or tag_of(self._key, head, content)):
+            self._downstream.send(part)
+        self._sent_bytes += end - begin
+        self._wanted.discard(unit)
 
-    def _receive(self, length: int) -> bytearray:
-        content, done = bytearray(length), 0
-        view = memoryview(content)
-        while done < length:
-            self._await(self._upstream.socket, select.POLLIN)
-            with suppress(BlockingIOError):
-                try:
-                    count = self._upstream.socket.recv_into(view[done:])
-                except OSError as error:
-                    if isinstance(error, BlockingIOError):
-                        raise
-                    raise self._lost(self._upstream, error) from error
-                if not count:
-                    raise self._lost(self._upstream, None)
-                done += count
-        return content
+    def _has_all(self, state: TransferState, units: Sequence[int]) -> bool:
+        return all(state.has(*self.plan.span(unit)) for unit in reversed(units))
 
-    def _send(self, content: memoryview) -> None:
-        while content:
-            self._await(self._downstream.socket, select.POLLOUT)
-            with suppress(BlockingIOError):
-                try:
-                    content = content[self._downstream.socket.send(content) :]
-                except OSError as error:
-                    if isinstance(error, BlockingIOError):
-                        raise
-                    raise self._lost(self._downstream, error) from error
+    def _next_foreign(self, state: TransferState) -> list[int]:
+        """Return the units that only the ring was to bring, in the order in which this node would fetch them.
 
-    def _await(self, connection: socket.socket, event: int) -> None:
-        poll = select.poll()
-        poll.register(connection, event)
-        while not poll.poll(_LOOK_SECONDS * 1000):
-            if self._is_stopped.is_set():
-                raise _StoppedError
-
-    def _check_goes_on(self, state: TransferState | Served) -> None:
-        if self._is_stopped.is_set() or state.failure is not None:
-            raise _StoppedError
-
-    def _lost(self, link: Link, error: OSError | None) -> Exception:
-        """Return the error for a broken connection, after a moment in which the other rank may tell its own."""
-        return _StoppedError() if self._is_stopped.wait(WORD_SECONDS) else link.broken(error)
+        The ring brings the first ones first. Each node begins in another place: what it fetches, it sends on.
+        """
+        left = [unit for unit in reversed(self._foreign) if not state.has(*self.plan.span(unit))]
+        begin = len(left) * self._member // len(self.plan.ranks)
+        return left[begin:] + left[:begin]
 
 
 def _read(descriptor: int, begin: int, end: int) -> bytes:
@@ -267,7 +303,3 @@ class Served:
     def fail(self, error: Exception) -> None:
         """Note the error that ends the exchange."""
         self.failure = self.failure or error
-
-
-class _StoppedError(Exception):
-    """The transfer has ended; its thread says why."""

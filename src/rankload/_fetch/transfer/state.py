@@ -76,6 +76,7 @@ class TransferState:
         self._active: set[object] = set()
         self._first: FirstRequest | None = None
         self._has_ended = False
+        self._bytes_before, self._brought_bytes = hasher.done_bytes, 0
         if known is not None and hasher.done_bytes == known.size_bytes:
             self.version = known  # nothing is missing
 
@@ -88,6 +89,11 @@ class TransferState:
     def done_bytes(self) -> int:
         """Number of bytes that are written."""
         return self._hasher.done_bytes
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Number of bytes that the origin has sent."""
+        return self.done_bytes - self._bytes_before - self._brought_bytes
 
     @property
     def hash_bytes_per_second(self) -> float:
@@ -106,7 +112,7 @@ class TransferState:
         return self._has_ended or (not self.is_whole and self._hasher.done_bytes == self.version.size_bytes)
 
     def leave_to_others(self, version: Version, ranges: Iterable[tuple[int, int]]) -> None:
-        """Request no byte of some ranges: others bring them, and pass them to `accept`. Call this before the transfer.
+        """Request no byte of some ranges: others bring them, and pass them to `bring`. Call this before the transfer.
 
         Args:
             version: version that all bring parts of.
@@ -122,6 +128,22 @@ class TransferState:
             self.version = version
             for begin, end in ranges:
                 self._taken.add(begin, end)
+
+    def bring(self, offset: int, piece: bytes | bytearray) -> None:
+        """Record a piece that others brought, and that is written. A stream may fetch parts of it as well."""
+        with self.changed:
+            was = self._hasher.done_bytes
+            self._taken.add(offset, offset + len(piece))
+            self.accept(offset, piece)
+            self._brought_bytes += self._hasher.done_bytes - was
+            self.changed.notify_all()
+
+    def fetch_too(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Request ranges that were left to others, and have not come yet."""
+        with self.changed:
+            for begin, end in ranges:
+                if not self.has(begin, end):
+                    self._taken.remove(begin, end)
 
     def has(self, begin: int, end: int) -> bool:
         """Return whether a range is written."""

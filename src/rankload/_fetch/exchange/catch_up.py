@@ -1,0 +1,54 @@
+"""Decide when a node fetches more than its part from the origin, because the ring is slower. Pure.
+
+While all nodes fetch their parts at the same time, each sees the rate at which the origin would serve it if all nodes
+fetched the whole file. So a node knows when it would have the whole file without the ring. It never wants to be later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+#: Length of one measurement of the ring's rate.
+_WINDOW_SECONDS = 0.5
+
+#: How much to fetch at once: what the origin sends in this time. Meanwhile the ring goes on.
+_STEP_SECONDS = 0.5
+
+
+class CatchUp:
+    """Compares the ring with the origin.
+
+    Args:
+        now: time at which the exchange begins, of a monotonic clock, in seconds.
+        missing_bytes: what the node does not have at that time.
+    """
+
+    def __init__(self, now: float, missing_bytes: int) -> None:
+        self._began_at, self._missing_bytes = now, missing_bytes
+        self._bytes_per_second: float | None = None  # of the origin
+        self._samples = deque([(now, 0)])
+
+    def bytes_to_fetch(self, now: float, *, origin_bytes: int, ring_bytes: int, is_own_part_done: bool) -> int:
+        """Return how many further bytes to fetch from the origin, 0 for none.
+
+        Args:
+            now: the time.
+            origin_bytes: what has come from the origin.
+            ring_bytes: what has come from the ring.
+            is_own_part_done: whether everything has come that the node was to fetch so far.
+        """
+        self._samples.append((now, ring_bytes))
+        while now - self._samples[1][0] >= _WINDOW_SECONDS:
+            self._samples.popleft()
+        if not is_own_part_done:
+            return 0
+        if self._bytes_per_second is None:
+            self._bytes_per_second = origin_bytes / max(now - self._began_at, 1e-3)
+        (then, ring_bytes_then), rate = self._samples[0], self._bytes_per_second
+        if not rate or now - then < _WINDOW_SECONDS:
+            return 0
+        missing_bytes = self._missing_bytes - origin_bytes - ring_bytes
+        seconds_alone = self._missing_bytes / rate
+        rest_alone = seconds_alone - (now - self._began_at)
+        comes_in_time = (ring_bytes - ring_bytes_then) / (now - then) * max(0.0, rest_alone)
+        return 0 if comes_in_time >= missing_bytes else round(rate * _STEP_SECONDS)
