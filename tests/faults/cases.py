@@ -757,8 +757,9 @@ ALL_CASES = (
         92,
         "node-dies-in-exchange",
         RANKS,
-        'With `scope="exchange"`, a node dies while the nodes exchange the parts of a file.',
-        "All others raise the same error; nothing is published on any node, and the next job has the file.",
+        "A node dies while nodes without a shared directory exchange the parts of a file.",
+        "All others raise the same error, and nothing is published on any node. The next job fetches only the parts "
+        "that no node has.",
     ),
     Case(
         93,
@@ -771,7 +772,7 @@ ALL_CASES = (
         94,
         "nodes-without-internet",
         RANKS,
-        'With `scope="exchange"`, some nodes do not reach the origin, or one has the file already.',
+        "Of nodes without a shared directory, some do not reach the origin, or all are offline and one has the file.",
         "Those that reach it fetch all parts, and the others receive them; a node that has the file serves it, and the "
         "origin is not asked.",
     ),

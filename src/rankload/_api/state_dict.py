@@ -100,10 +100,11 @@ def dist_load_state_dict_from_url(
         timeout: no-progress deadline in seconds; default 120. A new byte or a new phase is progress. The total time
             has no limit.
         scope: which ranks share one download: ``"job"`` (all nodes share the directory), ``"node"``, ``"process"``, or
-            ``"auto"``, which detects the ranks that share the directory. ``"exchange"`` detects them, too; nodes that
-            share no directory fetch parts of the file, and exchange them over TCP, so that it ends verified in every
-            node's cache, and the origin serves it once. That needs an origin with ranges and a validator (``ETag``);
-            else each node downloads for itself.
+            ``"auto"``, which detects the ranks that share the directory. If the cache is on each node's own disk, the
+            nodes fetch parts of the file under ``"auto"``, and exchange them over TCP, so that the file ends verified
+            in every node's cache, and the origin serves it once. A node fetches more than its part if the other nodes
+            are slower than the origin, and everything if they cannot be reached. Under ``"exchange"`` it does neither:
+            the origin serves the file once, or the call fails.
         delivery: ``"read"``: every rank maps the file. ``"broadcast"``: one rank fetches the file and sends it from
             node to node, in a chain of TCP connections, into memory that the ranks of a node share. The other nodes
             cache nothing, and no directory need be shared. ``"auto"`` is ``"read"``. ``"gather"`` is only for

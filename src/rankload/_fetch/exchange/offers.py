@@ -24,7 +24,7 @@ class Offer:
         is_alone: whether the node fetches, or uses, the file for itself.
         has_file: whether it has the whole file, verified.
         may_fetch: whether it reaches the origin.
-        may_split: whether the origin sends ranges, and what it sends can be told from another version.
+        may_split: whether the origin sends ranges, and other nodes can tell whether theirs are of the same version.
         version: the file's version; None if the node has nothing of it, and does not reach the origin.
         spans: ranges of bytes that it has.
     """
@@ -40,6 +40,11 @@ class Offer:
     def is_whole(self) -> bool:
         """Whether the origin is reached, but serves only the whole file."""
         return self.may_fetch and not self.may_split
+
+    @property
+    def may_others_ask(self) -> bool:
+        """Whether other nodes should ask the origin, too, when the first leader has made this offer."""
+        return not (self.is_alone or self.is_whole)
 
     def as_json(self) -> dict[str, Any]:
         """Return the offer for the store."""
@@ -128,7 +133,7 @@ def agreement_on(offers: Mapping[int, Offer], secret: bytes, chunk_bytes: int) -
 
 
 def is_same(one: Version, other: Version) -> bool:
-    """Return whether two descriptions are certainly of one version."""
+    """Return whether two descriptions are certainly of one version. A date is not enough: parts of two would mix."""
     if one.size_bytes != other.size_bytes:
         return False
     if one.claim and other.claim:

@@ -94,7 +94,7 @@ class Share:
         Raises:
             RankloadError: any error of the exchange, or another rank's.
         """
-        if not self._has_begun and file.sha256 is not None:
+        if not self._has_begun:
             self._serve(self._key, file, etag)
 
     def stay_out(self) -> None:
@@ -116,7 +116,7 @@ class Share:
         key, first = self._key, self._peers.leaders[0]
         url, offer = request.url, Offer()
         # an origin that sends no ranges would begin to send the file to every node that asks
-        if self._rank == first or not self._offer_of(key, first).is_whole:
+        if self._rank == first or self._offer_of(key, first).may_others_ask:
             url, offer = self._ask_origin(partial, request)
         agreed = self._agree(key, offer)
         if agreed.fetcher == self._rank:
@@ -143,9 +143,10 @@ class Share:
             self._serve(f"{self._key}/again", file, None)
 
     def _serve(self, key: str, file: FetchedFile, etag: str | None) -> None:
-        assert file.sha256 is not None
-        version = Version(file.size_bytes, etag, claim=Claim(file.sha256, "another node's file"))
-        offer = Offer(has_file=True, version=version, spans=((0, file.size_bytes),))
+        offer = Offer(is_alone=True)  # nobody could verify a file without a digest
+        if file.sha256 is not None:
+            version = Version(file.size_bytes, etag, claim=Claim(file.sha256, "another node's file"))
+            offer = Offer(has_file=True, version=version, spans=((0, file.size_bytes),))
         exchange = self._own(self._agree(key, offer))
         if exchange is None or (ring := self._ring(key, exchange, offer)) is None:
             return
@@ -173,7 +174,7 @@ class Share:
             version = answer.version
             if content is None or content.url_key != url.key or not is_same(content.version, version):
                 spans = ()
-            may_split = not answer.is_whole and bool(version.size_bytes) and version.has_validator
+            may_split = not answer.is_whole and bool(version.size_bytes) and is_same(version, version)
             return url, Offer(may_fetch=True, may_split=may_split, version=version, spans=spans)
         return request.url, Offer(version=content.version if content else None, spans=spans)
 
