@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from soak import chaos, faults, kill_leader, many_jobs, parsers, random_faults, runs
+from soak import chaos, faults, kill_leader, kill_node, many_jobs, parsers, random_faults, runs
 
 
 @pytest.mark.parametrize(
     ("soak", "count"),
-    [(chaos, 6), (kill_leader, 2), (random_faults, 5), (many_jobs, 1), (parsers, 2)],
+    [(chaos, 6), (kill_leader, 2), (kill_node, 1), (random_faults, 5), (many_jobs, 1), (parsers, 2)],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_slice(soak, count, capsys):
