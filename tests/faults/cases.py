@@ -389,8 +389,9 @@ ALL_CASES = (
         48,
         "node-local-caches",
         DISKS,
-        "Each of two nodes has its cache on a disk of its own.",
-        "One download per node.",
+        "Each node has its cache on a disk of its own.",
+        "One download for all nodes, which exchange its parts. Where directories on network filesystems turn out not to "
+        "be shared: one per node.",
     ),
     Case(
         49,

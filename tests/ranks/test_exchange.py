@@ -235,6 +235,7 @@ def run_by_default(url: str, root: Path, **options: Any) -> list[Outcome]:
     return outcomes(run_ranks(load_by_default, 3, nodes=3, args=(url, str(root)), **options))
 
 
+@pytest.mark.fault(48)
 def test_nodes_with_a_cache_on_their_own_disk_exchange_by_default(
     origin: Origin, big: CheckpointFile, tmp_path: Path
 ) -> None:
