@@ -390,8 +390,8 @@ ALL_CASES = (
         "node-local-caches",
         DISKS,
         "Each node has its cache on a disk of its own.",
-        "One download for all nodes, which exchange its parts. Where directories on network filesystems turn out not to "
-        "be shared: one per node.",
+        "One download for all nodes, which exchange its parts. Where directories on network filesystems turn out not "
+        "to be shared: one per node.",
     ),
     Case(
         49,
