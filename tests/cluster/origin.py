@@ -2,13 +2,14 @@
 
     python origin.py BIND_ADDRESS PORT DIRECTORY JOURNAL
 
-`?rate=N` on a URL limits that response to N bytes a second, each connection for itself.
+`?rate=N` on a URL limits that response to N bytes a second, each connection for itself. It serves ranges.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import threading
 import time
@@ -80,14 +81,21 @@ def serve(bind_address: str, port: int, directory: Path, journal_path: Path) -> 
                     self.send_error(404)
                     return
                 size = path.stat().st_size
-                self.send_response(200)
-                self.send_header("Content-Length", str(size))
-                self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}-{size:x}"')
+                etag = f'"{path.stat().st_mtime_ns:x}-{size:x}"'
+                wanted = self._wanted_range(size, etag)
+                first, last = wanted or (0, size - 1)
+                self.send_response(206 if wanted else 200)
+                self.send_header("Content-Length", str(last - first + 1))
+                self.send_header("Accept-Ranges", "bytes")
+                self.send_header("ETag", etag)
+                if wanted:
+                    self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
                 self.end_headers()
                 rate = int(parse_qs(url.query).get("rate", ["0"])[0])
                 started = time.monotonic()
                 with path.open("rb") as body:
-                    while with_body and (chunk := body.read(CHUNK_BYTES)):
+                    body.seek(first)
+                    while with_body and (chunk := body.read(min(CHUNK_BYTES, last - first + 1 - sent))):
                         self.wfile.write(chunk)
                         sent += len(chunk)
                         if rate:
@@ -96,6 +104,13 @@ def serve(bind_address: str, port: int, directory: Path, journal_path: Path) -> 
                 self.close_connection = True  # the client left; the journal shows how far it came
             finally:
                 note(event="end", body_bytes=sent, **request)
+
+        def _wanted_range(self, size: int, etag: str) -> tuple[int, int] | None:
+            """The first and the last byte of the one range asked for; None if the file is not If-Range's any more."""
+            found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if found is None or self.headers.get("If-Range", etag) != etag:
+                return None
+            return int(found[1]), min(int(found[2] or size - 1), size - 1)
 
         def log_message(self, *_: object) -> None:
             pass

@@ -36,6 +36,8 @@ MpiDefault=none
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=2,sched_interval=2
 PropagateResourceLimits=NONE
@@ -49,7 +51,8 @@ BatchStartTimeout=5
 KillWait=3
 GresTypes=gpu
 NodeName=node[1-{nodes}] CPUs=4 RealMemory=8000 Gres=gpu:{gpus} State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=2 PreemptMode=OFF
+PartitionName=preemptible Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1 GraceTime=20
 """
 
 FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY")
@@ -98,8 +101,9 @@ class Slurm:
         count = len(self.lab.nodes)
         wait_until(lambda: len(self._idle_nodes()) == count, seconds, lambda: f"nodes not idle, see {self.directory}")
 
-    def _idle_nodes(self) -> list[str]:
-        return self.run("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").split()
+    def _idle_nodes(self) -> set[str]:
+        # A node is in two partitions.
+        return set(self.run("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").split())
 
     # --- configuration ----------------------------------------------------------------------------------------
 
@@ -139,8 +143,12 @@ class Job:
 
     def output(self) -> str:
         """What the batch script and its ranks have printed so far, also into files of their own."""
-        rank_paths = sorted(self.output_path.parent.glob(f"*-{self.id}-rank*.out"))
-        return "".join(path.read_text() for path in (self.output_path, *rank_paths) if path.exists())
+        directory = self.output_path.parent
+        paths = [
+            *directory.glob(f"{self.id}[._]*out"),
+            *directory.glob(f"*-{self.id}-rank*.out"),
+        ]  # [_]: an array's task
+        return "".join(path.read_text() for path in sorted(paths))
 
     def rank_output(self, rank: int) -> str:
         """What a rank with a log of its own has printed so far."""
@@ -148,10 +156,13 @@ class Job:
         return "".join(path.read_text() for path in paths)
 
     def wait(self, seconds: float) -> str:
-        """Wait for the job's end and return its final state."""
+        """Wait for the job's end and return its final state; an array's is that of a task that failed, if one did."""
 
         def final_state() -> str | None:
-            return state if (state := self.field("JobState")) in FINAL_STATES else None
+            states = re.findall(r"\bJobState=(\S*)", self.slurm.run("scontrol", "show", "job", self.id))
+            if not all(state in FINAL_STATES for state in states):
+                return None
+            return next((state for state in states if state != "COMPLETED"), "COMPLETED")
 
         # `sbatch --wait` and `srun` poll every few seconds; this finds the end sooner.
         state = wait_until(final_state, seconds, lambda: f"job {self.id} has not ended:\n{self.output()}")
