@@ -3,6 +3,8 @@
     torchrun --nproc-per-node=2 launch/train.py https://host/crepe_tiny-0a1b2c3d.pth --capacity tiny
     srun --ntasks=8 python launch/train.py https://host/crepe_tiny-0a1b2c3d.pth --capacity tiny
 
+The other files of launch/ and slurm/ start it by mpirun, submitit, Kubernetes and sbatch.
+
 Copy it, and put your model and data where CREPE and the tones are. The loading stays one line.
 
 With --checkpoint it saves its state now and then, and when SIGTERM comes: before the time limit, or when the job has to
@@ -28,7 +30,7 @@ from crepe import PITCH_BINS, Crepe, pitch_hz, tone
 from rankload import dist_load_state_dict_from_url
 
 
-def parse_arguments():
+def parse_arguments(words=None):
     parser = argparse.ArgumentParser(description="Fine-tune CREPE from the checkpoint at URL.")
     parser.add_argument("url", help="where the weights are; a hash in the name (model-0a1b2c3d.pth) is checked")
     parser.add_argument("--model-dir", help="cache directory, shared or node-local (default: torch.hub's)")
@@ -43,18 +45,33 @@ def parse_arguments():
         default="auto",
         help="broadcast: rank 0 downloads, and sends the weights to the other nodes",
     )
+    parser.add_argument(
+        "--scope",
+        choices=["auto", "exchange"],
+        default="auto",
+        help="exchange: nodes that share no directory share one download, and send each other its parts",
+    )
     parser.add_argument("--no-check-hash", action="store_true", help="for a name whose digits are no hash, but a date")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def describe_slurm_step():
-    """Give a task that plain srun started the variables that torchrun would have set."""
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
+# Rank, number of ranks and local rank, as Open MPI, MPICH or Intel MPI, and srun call them. srun comes last: an mpirun
+# in a SLURM job starts its own daemons by srun, and they leave SLURM's variables to the ranks.
+LAUNCHER_VARIABLES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+
+
+def describe_rank():
+    """Give a rank that mpirun or plain srun started the variables that torchrun would have set."""
+    names = next((names for names in LAUNCHER_VARIABLES if all(name in os.environ for name in names)), None)
+    if "RANK" in os.environ or names is None:
         return
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    if "MASTER_ADDR" not in os.environ:
+    for variable, name in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), names, strict=True):
+        os.environ[variable] = os.environ[name]
+    if "MASTER_ADDR" not in os.environ:  # launch/mpirun.sh sets it
         # The step's list, not the job's: a step on part of the job has its rank 0 elsewhere.
         list_hosts = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
         os.environ["MASTER_ADDR"] = subprocess.check_output(list_hosts, text=True).split()[0]
@@ -124,13 +141,15 @@ def load(arguments):
         model_dir=arguments.model_dir,
         check_hash=has_hash and not arguments.no_check_hash,
         delivery=arguments.delivery,
+        scope=arguments.scope,
     )
     return {"step": 0, "model": weights}
 
 
-def train():
-    arguments = parse_arguments()
-    describe_slurm_step()
+def train(words=None):
+    """Train as the words of a command line say; None stands for this process's."""
+    arguments = parse_arguments(words)
+    describe_rank()
     device = own_device()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
