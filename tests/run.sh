@@ -13,12 +13,12 @@ run() {
   "$@"
 }
 
-# slurm*, munge, tini and iproute2 make the cluster of tests/cluster; nginx and squid are the servers
-# of tests/harness, openssl names their certificates, nftables and iproute2 make its networks, e2fsprogs and btrfs-progs its small disks; curl and
-# aria2 are what tests and benchmarks compare with.
+# slurm*, munge, tini and iproute2 make the cluster of tests/cluster, and openmpi-bin and mpich are launchers on it; nginx
+# and squid are the servers of tests/harness, openssl names their certificates, nftables and iproute2 make its networks,
+# e2fsprogs and btrfs-progs its small disks; curl and aria2 are what tests and benchmarks compare with.
 packages=(
-  slurmd slurmctld slurm-client munge tini iproute2 nftables nginx-light squid openssl curl aria2 e2fsprogs btrfs-progs
-  shellcheck
+  slurmd slurmctld slurm-client munge tini openmpi-bin mpich iproute2 nftables nginx-light squid openssl curl aria2
+  e2fsprogs btrfs-progs shellcheck
 )
 
 install_packages() {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +16,7 @@ from harness.checkpoints import CheckpointFile, digest_of
 from harness.origin import Origin
 from harness.ports import reserved_port
 from harness.ranks import run_ranks
-from harness.scripts import run_torchrun
+from harness.scripts import run_program, run_torchrun
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "env"])
@@ -32,17 +34,48 @@ def test_cold_the_origin_serves_the_file_once_and_every_rank_has_torch_loads_ten
     assert leftovers(cache_dir) == []
 
 
-def test_mpirun_without_a_store_the_lease_makes_one_download(
-    origin: Origin, checkpoint: CheckpointFile, cache_dir: str
-) -> None:
-    def variables(rank: int) -> Mapping[str, str]:
-        names = {"RANK": rank, "SIZE": 4, "LOCAL_RANK": rank, "LOCAL_SIZE": 4}
-        return {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in names.items()}
+UNDER_MPIRUN = """
+import json, os, sys
+from rankload import RankloadError, dist_fetch
+from rankload._coordination.launchers import identity_from_environment
 
-    url = origin.add(checkpoint.name, checkpoint.path)
-    results = run_ranks(load_like_torch, 4, env=variables, args=(url, cache_dir, checkpoint.path))
-    assert [result.outcome for result in results] == ["returned"] * 4
-    assert (origin.request_count(), origin.bytes_sent()) == (1, checkpoint.size)
+url, other_url, absent_url, cache_dir = sys.argv[1:]
+address = {name: os.environ.pop(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
+dist_fetch(url, cache_dir)  # only the lease is between the ranks
+os.environ.update(address)
+dist_fetch(other_url, cache_dir)
+try:
+    dist_fetch(absent_url, cache_dir)
+except RankloadError as error:
+    me = identity_from_environment()
+    # One write, or the lines of the ranks mix.
+    line = [me.launcher, me.rank, me.world_size, me.local_rank, me.local_world_size, error.rank]
+    os.write(1, f"{json.dumps(line)}\\n".encode())
+"""
+
+
+@pytest.mark.skipif(shutil.which("mpirun.openmpi") is None, reason="needs openmpi-bin, which tests/run.sh installs")
+@pytest.mark.skipif(shutil.which("mpirun.mpich") is None, reason="needs mpich, which tests/run.sh installs")
+@pytest.mark.parametrize(("mpirun", "launcher"), [("openmpi", "ompi"), ("mpich", "pmi")])
+def test_real_mpirun(
+    origin: Origin,
+    checkpoint: CheckpointFile,
+    other_checkpoint: CheckpointFile,
+    cache_dir: str,
+    mpirun: str,
+    launcher: str,
+) -> None:
+    files = (checkpoint, other_checkpoint)
+    urls = [*(origin.add(file.name, file.path) for file in files), origin.url("absent.pth")]
+    variables = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    options = ["--oversubscribe"] if mpirun == "openmpi" else []
+    command = [f"mpirun.{mpirun}", "-n", "4", *options, sys.executable, "-c", UNDER_MPIRUN, *urls, cache_dir]
+    with reserved_port() as port:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        result = run_program(command, env={**variables, **address}).check()
+    found = sorted(json.loads(line) for line in result.stdout.splitlines())
+    assert found == [[launcher, rank, 4, rank, 4, 0] for rank in range(4)], result
+    assert [origin.request_count(file.name) for file in files] == [1, 1]
 
 
 def test_srun_the_ranks_meet_at_the_steps_first_host(
