@@ -45,12 +45,6 @@ def parse_arguments(words=None):
         default="auto",
         help="broadcast: rank 0 downloads, and sends the weights to the other nodes",
     )
-    parser.add_argument(
-        "--scope",
-        choices=["auto", "exchange"],
-        default="auto",
-        help="exchange: nodes that share no directory share one download, and send each other its parts",
-    )
     parser.add_argument("--no-check-hash", action="store_true", help="for a name whose digits are no hash, but a date")
     return parser.parse_args(words)
 
@@ -141,7 +135,6 @@ def load(arguments):
         model_dir=arguments.model_dir,
         check_hash=has_hash and not arguments.no_check_hash,
         delivery=arguments.delivery,
-        scope=arguments.scope,
     )
     return {"step": 0, "model": weights}
 
