@@ -162,7 +162,7 @@ def test_without_rankload_every_rank_downloads(origin: Origin, tmp_path: Path) -
 def test_fabric_with_the_plugin(origin: Origin, tmp_path: Path) -> None:
     model = two_layers()
     path = weights_file(model, tmp_path, {"state_dict": model.state_dict()})
-    texts = {"https://example.org/weights-0a1b2c3d.pth": origin.add(path.name, path)}
+    texts = {"https://example.org/weights-0a1b2c3d.pth": origin.add(path.name, path), "devices=4": f"devices={RANKS}"}
     assert run(script("lightning", tmp_path, texts), tmp_path / "home", {}, patched=False) == digest_of(model)
     assert origin.request_count() == 1 and origin.bytes_sent() == path.stat().st_size
 
