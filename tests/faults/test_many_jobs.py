@@ -41,7 +41,7 @@ def digest_of_file(rank, url, caches):
         (2, {}, JOBS, 1),
         (2, {"locks": "local"}, FEWER_JOBS, 1),  # the lease needs no lock
         # an exclusive open excludes nobody on the other node
-        (2, {"locks": "local", "lag_seconds": 60}, FEWER_JOBS, FEWER_JOBS),
+        (2, {"locks": "local", "lag_seconds": 20}, FEWER_JOBS, FEWER_JOBS),
         (2, {"locks": "ENOLCK"}, FEWER_JOBS, 1),
         (
             2,
