@@ -16,6 +16,7 @@ from cluster.lab import REPOSITORY, Lab, ended
 from cluster.origin import Origin
 from cluster.slurm import Job, Slurm
 from cluster.templates import TRAIN, assert_trained, ranks_in, settings, user_environment
+from cluster.wait import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
 
@@ -42,21 +43,33 @@ def test_mpirun_starts_ranks_on_two_nodes(
     assert origin.body_bytes(url) == weights.stat().st_size
 
 
-def test_submitit_submits_the_training(slurm: Slurm, origin: Origin, project: Path, weights: Path) -> None:
+@pytest.mark.timeout(400)
+def test_submitit_submits_the_training_and_requeues_it(
+    slurm: Slurm, origin: Origin, project: Path, weights: Path
+) -> None:
     url = origin.publish(weights, "submitit")
-    options = ("--nodes=2", "--ranks-per-node=2", url, f"--model-dir={project}/cache", *TRAIN)
-
-    submit = ("sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", project, "python", "launch/submitit_job.py", *options)
+    training = (url, f"--model-dir={project}/cache", "--capacity=tiny", "--steps=40", "--save-every=1")
+    in_project = ("sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", project)
+    submit = (*in_project, "python", "launch/submitit_job.py", "--nodes=2", *training)
     [job_id] = re.findall(r"^job (\d+) writes to ", slurm.run(*submit, variables={"OMP_NUM_THREADS": "1"}))
     logs = project / "submitit-logs" / job_id
     job = Job(slurm, job_id, logs / "none")
+    wait_until((logs / "checkpoint.pt").exists, 120, lambda: f"nothing was saved:\n{said(logs)}")
 
-    state = job.wait(150)
-    output = "".join(path.read_text() for path in logs.glob("*.out"))
-    assert state == "COMPLETED", output + "".join(path.read_text() for path in logs.glob("*.err"))
-    assert ranks_in(output) == FOUR_RANKS
-    assert_trained(project / "trained.pth", weights)
+    slurm.run("scancel", "--signal=USR2", job_id)  # what submitit's --signal=USR2@90 does before the time limit
+
+    assert job.wait(200) == "COMPLETED", said(logs)
+    assert job.field("Restarts") == "1"
+    assert ranks_in(said(logs)) == {0: "node1", 1: "node2"}
+    [resumed_at] = set(re.findall(r"steps (\d+) to 40", said(logs)))
+    assert 0 < int(resumed_at) < 40
     assert len(origin.requests(url)) == 1
+    assert (project / "trained.pth").exists()
+
+
+def said(logs: Path) -> str:
+    """What the ranks of a submitit job have printed."""
+    return "".join(path.read_text() for path in sorted(logs.iterdir()) if path.suffix in (".out", ".err"))
 
 
 def test_what_kubernetes_would_start_trains(lab: Lab, origin: Origin, project: Path, weights: Path) -> None:
