@@ -60,6 +60,7 @@ def fill(url: str, directory: Path, root: Path) -> Path:
     return directory / "model.pth"
 
 
+@pytest.mark.fault(48)
 @SCOPES
 def test_some_nodes_share_a_directory_and_some_do_not(
     origin: Origin, versions: list[CheckpointFile], tmp_path: Path, scope: str
@@ -81,6 +82,7 @@ def test_some_nodes_share_a_directory_and_some_do_not(
     assert served * file.size <= origin.bytes_sent() <= served * file.size + questions
 
 
+@pytest.mark.fault(77)
 @SCOPES
 def test_nodes_that_have_different_things_end_with_the_same(
     origin: Origin, versions: list[CheckpointFile], tmp_path: Path, scope: str
