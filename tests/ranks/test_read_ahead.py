@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from harness import fuse
 from harness.nodes import become_node
+from harness.origin import Origin
 from harness.ranks import run_ranks
 from rankload._coordination.launchers import identity_from_environment
 from rankload._coordination.single_process import SingleProcessChannel
@@ -94,6 +96,47 @@ def test_replicated_modules_too(file: Path, tmp_path: Path) -> None:
     assert all(total == _ROWS * _COLUMNS for _, total in results)
     assert sum(int(line.split()[1]) for line in log.read_text().splitlines()) < 1.2 * size
     assert sorted(round(read / size) for read, _ in results) == [1, 1, 2]
+
+
+def _load_over_network(rank: int, url: str, directory: Path, log: Path, kind: str) -> tuple[bool, int]:
+    """Loads a published file on two nodes; returns whether it is right, and what the server had sent before."""
+    from torch.distributed.fsdp import fully_shard
+
+    from rankload import dist_fetch, dist_load_into
+
+    become_node(rank // 2, directory)
+    dist.init_process_group("gloo")
+    module: nn.Module = nn.Linear(_COLUMNS, _ROWS, bias=False)
+    if kind == "sharded":
+        fully_shard(module)
+    path = dist_fetch(url, directory / "mount", scope="job")
+    dist.barrier()
+    before = _sent_bytes(log)
+    dist.barrier()
+    report = dist_load_into(
+        module, url, directory / "mount", scope="job", delivery="read" if kind == "sharded" else "gather"
+    )
+    assert report.path == path
+    weight = module.weight
+    is_right = bool((getattr(weight, "_local_tensor", weight) == 1).all())
+    dist.barrier()
+    dist.destroy_process_group()
+    return is_right, before
+
+
+def _sent_bytes(log: Path) -> int:
+    return sum(int(line.split()[1]) for line in log.read_text().splitlines())
+
+
+@pytest.mark.parametrize("kind", ["sharded", "replicated"])
+def test_each_byte_leaves_the_server_once_for_all_nodes(file: Path, tmp_path: Path, origin: Origin, kind: str) -> None:
+    """Each node reads its shards; replicas are gathered."""
+    log, size = tmp_path / "reads", file.stat().st_size
+    url = origin.add("served.pth", file)
+    with fuse.mounted(file.parent, tmp_path / "mount", reads_log=str(log)):  # each open() forgets what was read
+        results = [result.value for result in run_ranks(_load_over_network, 4, args=(url, tmp_path, log, kind))]
+    assert all(is_right for is_right, _ in results)
+    assert 0.9 * size < _sent_bytes(log) - max(before for _, before in results) < 1.2 * size
 
 
 class _FailedElsewhere(SingleProcessChannel):

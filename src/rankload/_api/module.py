@@ -27,8 +27,7 @@ from rankload._load.module.module_load import left_on_meta, plan_load, prepare_l
 from rankload._load.module.optimizer_load import plan_optimizer_load, prepare_optimizer_load
 from rankload._load.module.own_code import looks_at_state_dict
 from rankload._load.module.slots import bare, device_of, is_distributed, tensor_slots
-from rankload._load.node.held import hold
-from rankload._load.node.node_copy import may_change, settled
+from rankload._load.node.node_copy import read_in_place, settled
 from rankload._load.report import LoadReport
 from rankload._text import printable
 from rankload._types import Delivery, Scope, Verify
@@ -162,12 +161,11 @@ def dist_load_into(
             device = functools.cache(lambda: device_of(inner) or own_device(call.identity, call.group))
             path = file.path if file is not None else None
             may_map = True
-            if file is not None and (_leaves_views(inner, assign, adapter) or file.sha256 is not None):
+            if file is not None and _leaves_views(inner, assign, adapter):
                 location = str(device()) if _has_meta(inner) else "cpu"
                 path = settled(file.path, file, location, call, mmap=mmap)
             elif file is not None:
-                held = hold(file.path, None, call.stack, file.identity)
-                path, may_map = held.loaded_by_name(call.stack), not (mmap is None and may_change(held, file))
+                path, may_map = read_in_place(file.path, file, call, mmap=mmap)
             strategy = open_strategy(chosen, path, file, sender, call)
             if file is not None:
                 strategy.path, strategy.files.display_name = file.path, printable(str(file.path))

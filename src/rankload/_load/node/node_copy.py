@@ -73,11 +73,6 @@ def why_copied(path: Path, map_location: Any, *, is_published: bool) -> str:
     return "it is on a network filesystem" if is_published else "rankload did not put it there, and it may be rewritten"
 
 
-def may_change(held: Held, file: FetchedFile) -> bool:
-    """Return whether a file may change under a mapping, or its file server fail."""
-    return held.is_changeable or not file.is_published or not all(map(_is_on_local_disk, all_files(held.path)))
-
-
 def with_node_copy(
     held: Held,
     display_name: Path,
@@ -177,6 +172,27 @@ def settled(
         text = "%s: %s; there is too little free memory for a copy, so it is mapped: %s"
         _logger.log(level, text, printable(str(path)), reason, advice)
     return copied or held.loaded_by_name(call.stack)
+
+
+def read_in_place(path: Path, file: FetchedFile, call: CallContext, *, mmap: bool | None) -> tuple[Path, bool]:
+    """Return the path to read tensors from, none of which stays mapped, and whether tensors may be mapped for a moment.
+
+    Unlike `settled`, copy nothing because of a network filesystem: a rank may need only a small part of a large file.
+    Only a verified file that another user may change is copied, so that the hashed bytes are the loaded bytes.
+
+    Args:
+        path: path of the checkpoint.
+        file: the fetched file.
+        call: context of the call (see `with_node_copy`).
+        mmap: the caller's ``mmap=``; None maps no file that may change, or whose server may fail.
+    """
+    held = hold(path, file.sha256, call.stack, file.identity)
+    if held.is_changeable and file.sha256 is not None:
+        copied = with_node_copy(held, path, call, sha256=file.sha256, must_fit=False)
+        assert copied is not None
+        return copied, True
+    is_safe = not held.is_changeable and file.is_published and all(map(_is_on_local_disk, all_files(held.path)))
+    return held.loaded_by_name(call.stack), mmap is not None or is_safe
 
 
 def _copy(source: int, target: int, size_bytes: int, display_name: str, call: CallContext) -> None:
