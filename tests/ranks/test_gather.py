@@ -25,9 +25,8 @@ _SHARE_BYTES = 1024
 
 def _cut_finely() -> None:
     from rankload._load.device import pinned
-    from rankload._load.streams import whole_tensors
 
-    pinned.BUFFER_BYTES = whole_tensors.BUFFER_BYTES = _SHARE_BYTES
+    pinned.BUFFER_BYTES = _SHARE_BYTES
 
 
 def _load(
@@ -172,7 +171,7 @@ def _load_without_group(rank: int, path: Path) -> str:
 def test_without_a_process_group_it_is_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "linear.pth")
     for result in run_ranks(_load_without_group, 2, args=(tmp_path / "linear.pth",)):
-        assert "no process group with a backend for the module's device 'cpu'" in result.value
+        assert "no process group with a backend for the device 'cpu'" in result.value
 
 
 def _load_state_dict(rank: int, path: Path) -> str:

@@ -107,11 +107,15 @@ def dist_load_into(
             ``load_state_dict(assign=True)`` does. On the CPU this makes no copy. Create the optimizer afterwards.
             None replaces only tensors on the meta device. As in torch, None replaces all tensors if the saved state
             dict had been loaded with ``assign=True``.
-        delivery: as in `dist_load_state_dict_from_url`, and ``"gather"``: the ranks share the reading of the
-            tensors that all of them need. Each rank reads and uploads its share, and gets the other shares by
-            all-gathers of the process group, which must have a backend for the module's device. A device holds two
-            buckets beyond its own tensors: at most 64 MiB. Sharded tensors are read by their owners.
-            ``"auto"`` is ``"read"``, because ``"gather"`` has not been tested on several accelerators yet.
+        delivery: as in `dist_load_state_dict_from_url`. With ``"gather"``, ranks share the reading of what they hold
+            in common, so that each byte of the file is read once per job: whole tensors among all ranks; the parts of a
+            DTensor among the ranks over which its mesh replicates them (HSDP, tensor with data parallel); of an
+            optimizer's state, what is sharded. A tensor-parallel mesh that is a slice of a larger one is replicated
+            over the larger one's other dimensions (from torch 2.10 on), unless the ranks there want something else, as
+            the stages of a pipeline do. Each rank reads and uploads its share, and gets the other shares by all-gathers
+            of the mesh's process groups. They must have a backend for the module's device. What no other rank holds is
+            read by its owner. A device holds two buckets beyond its own tensors, each of
+            ``max(32 MiB, 4 MiB × ranks)``, at most 512 MiB.
             With ``"broadcast"``, each rank takes its own bytes out of the stream. A rank holds 8 MiB beyond its own
             tensors, and up to 64 MiB of tensors that are too small to be sent one by one. Each receiver gets the whole
             file first if the source itself has to load the whole file: if the file has no index, if an ``adapt``
@@ -189,12 +193,13 @@ def dist_load_into(
             )
             if load.warning and call.identity.rank == 0:
                 _logger.warning("%s", load.warning)
-            others: list[LazyTensor] = []
+            others: list[tuple[LazyTensor, torch.Tensor | None]] = []
             if optimizer is not None:
                 optimizer_load = plan_optimizer_load(optimizer, content.whole, target, strategy.files.display_name)
                 others = optimizer_load.wanted
-            would_gather = strategy.prepare(LoadPlan(content.index, load.assignments, others, device))
-            strategy.on_agreement(all_would_gather=call.channel.meet("checked", agrees=would_gather))
+            strategy.prepare(LoadPlan(content.index, load.assignments, others, device))
+            call.channel.meet("checked")
+            strategy.on_agreement()
         with _timed(phases, "fill"), torch.no_grad():
             may_share = strategy.may_share and strategy.files.may_map and mmap is not False
             prepared = [prepare_load(load, device, may_share=may_share)]

@@ -75,6 +75,14 @@ class Channel(ABC):
         return int(self.first(key, str(self.identity.rank)))
 
     @abstractmethod
+    def count(self, key: str) -> None:
+        """Add this rank to the ranks that are counted under a key."""
+
+    @abstractmethod
+    def counted(self, key: str) -> int:
+        """Return how many ranks have been counted under a key, without waiting."""
+
+    @abstractmethod
     def answer(self, question: str, respond: Callable[[], dict[str, Any]]) -> None:
         """Answer another rank's question while this rank waits for others.
 
@@ -91,16 +99,8 @@ class Channel(ABC):
         """
 
     @abstractmethod
-    def meet(self, key: str, *, agrees: bool = False) -> bool:
-        """Wait until every rank has reached this point. If one fails before, none goes on. Collective.
-
-        Args:
-            key: name of the meeting point.
-            agrees: this rank's vote.
-
-        Returns:
-            Whether all ranks voted True.
-        """
+    def meet(self, key: str) -> None:
+        """Wait until every rank has reached this point. If one fails before, none goes on. Collective."""
 
     @abstractmethod
     def contribute(self, key: str, value: str | None) -> None:

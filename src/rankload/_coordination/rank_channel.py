@@ -45,9 +45,6 @@ _HURRIED_SECONDS = 0.3
 #: How often a wait also looks for a failure. Waits of a warm call are shorter.
 _LOOK_SECONDS = 0.05
 
-#: Amount that one vote adds to a counter of ranks.
-_VOTE = 1 << 32
-
 #: Errors after which rank 0 waits for no other rank.
 _GIVING_UP = (ArrivalTimeoutError, RankLostError)
 
@@ -110,14 +107,11 @@ class RankChannel(Channel):
         return self.wait_for(f"answer/{question}", from_rank=of_rank)
 
     @override
-    def meet(self, key: str, *, agrees: bool = False) -> bool:
-        # one counter holds both numbers: the ranks that have come and, in the higher bits, those that agree
-        agreeing, come = divmod(self._store.add(self._key(f"met/{key}"), 1 + _VOTE * agrees), _VOTE)
-        if come == self.identity.world_size:
-            self.post(f"met/{key}/all", {"agree": agreeing == come})
-        agreed = bool(self._wait_for(f"met/{key}/all", self._watched)["agree"])
+    def meet(self, key: str) -> None:
+        if self._store.add(self._key(f"met/{key}"), 1) == self.identity.world_size:
+            self.post(f"met/{key}/all", {})
+        self._wait_for(f"met/{key}/all", self._watched)
         self._agreement.have_all_come = True
-        return agreed
 
     @override
     def contribute(self, key: str, value: str | None) -> None:
@@ -158,6 +152,14 @@ class RankChannel(Channel):
     @override
     def first(self, key: str, value: str) -> str:
         return self._store.set_first(self._key(key), value)
+
+    @override
+    def count(self, key: str) -> None:
+        self._store.add(self._key(key), 1)
+
+    @override
+    def counted(self, key: str) -> int:
+        return self._store.add(self._key(key), 0)
 
     @override
     def remember(self, fact: str, value: str | None = None) -> str | None:

@@ -40,6 +40,14 @@ class SingleProcessChannel(Channel):
         return value
 
     @override
+    def count(self, key: str) -> None:
+        pass
+
+    @override
+    def counted(self, key: str) -> int:
+        return 1
+
+    @override
     def answer(self, question: str, respond: Callable[[], dict[str, Any]]) -> None:
         pass
 
@@ -48,8 +56,8 @@ class SingleProcessChannel(Channel):
         raise AssertionError("a single process asks nobody")
 
     @override
-    def meet(self, key: str, *, agrees: bool = False) -> bool:
-        return agrees
+    def meet(self, key: str) -> None:
+        pass
 
     @override
     def contribute(self, key: str, value: str | None) -> None:

@@ -24,7 +24,7 @@ class LoadReport:
         unexpected_keys: names that the checkpoint has and the module lacks; only with ``strict=False``.
         path: the verified file on this node; None if the tensors came from another node.
         bytes_read: bytes of tensors that this rank read, mapped, or took out of a broadcast; with a gather, only the
-            bytes of its own shares.
+            bytes of its own shares and of what no other rank holds.
         phases: seconds by phase: ``fetch``, ``check`` (until all ranks have checked), and ``fill``.
         delivery: delivery that was used: ``"read"``, ``"broadcast"`` or ``"gather"``.
         reason: why this delivery was used.

@@ -26,7 +26,7 @@ from rankload._load.module.copies import TensorCopy
 from rankload._load.module.file_tensor import FileTensor
 from rankload._load.module.module_load import plan_load, prepare_load
 from rankload._load.module.regions import Region, whole
-from rankload._load.streams import own_parts, whole_tensors
+from rankload._load.streams import own_parts
 from rankload._load.streams.own_parts import is_of_long_runs, upload_parts
 from rankload._load.streams.run import read_all
 from rankload._load.streams.whole_tensors import is_of_whole, upload_whole
@@ -205,7 +205,7 @@ def saved_tensors(path: Path, content: dict[str, torch.Tensor], closing: ExitSta
 
 @pytest.fixture
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (own_parts, pinned, whole_tensors):
+    for module in (own_parts, pinned):
         monkeypatch.setattr(module, "BUFFER_BYTES", 1024)
 
 

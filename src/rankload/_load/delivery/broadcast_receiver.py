@@ -58,12 +58,11 @@ class BroadcastReceiver(DeliveryStrategy):
         self.may_share = not isinstance(self.files, ReceivedFiles)
 
     @override
-    def prepare(self, plan: LoadPlan) -> bool:
+    def prepare(self, plan: LoadPlan) -> None:
         """Tell the source if this rank needs more tensors than the source is going to send."""
         self._index = plan.index
         if not all(self.files.has(entry) or is_kept(entry, self._ranges) for entry in plan.entries):
             self._channel.post(ALL_KEY, {})
-        return False
 
     @override
     def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:

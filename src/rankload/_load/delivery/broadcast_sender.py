@@ -53,7 +53,7 @@ class BroadcastSender(DeliveryStrategy):
         call.report_loading()  # not a declared wait: a stuck source must be noticed
 
     @override
-    def prepare(self, plan: LoadPlan) -> bool:
+    def prepare(self, plan: LoadPlan) -> None:
         """Send the headers, for the checkpoint fits this rank's module. Without an index, send whole files."""
         index, text = plan.index, b""
         if index is not None:
@@ -68,13 +68,12 @@ class BroadcastSender(DeliveryStrategy):
                 ).as_json()
         if index is None or len(text) > MAX_HEADER_BYTES:
             self._send_whole()
-            return False
+            return
         self._index = index
         self._send_header(text)
         for file, ranges in self._kept.items():
             for begin, end in ranges:
                 self._relay.send(FileBlock(self.files.source(file).descriptor, begin, end - begin))
-        return False
 
     @override
     def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:

@@ -1,16 +1,14 @@
-"""`delivery="gather"`: ranks share the reading of the tensors that all of them want."""
+"""`delivery="gather"`: ranks that want the same bytes share the reading, and exchange what they have read."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import functools
 import logging
-from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from typing_extensions import override
 
 from rankload._coordination.call_context import CallContext
@@ -18,13 +16,15 @@ from rankload._load.delivery.read import ReadDelivery
 from rankload._load.delivery.strategy import LoadPlan
 from rankload._load.module.checkpoint_files import CheckpointFiles
 from rankload._load.module.copies import TensorCopy
-from rankload._load.module.lazy_tensor import Assignment
-from rankload._load.module.slots import is_replicated
-from rankload._load.streams.gather_group import GatherGroup
+from rankload._load.module.guesses import Guesses
+from rankload._load.module.slots import own_part
+from rankload._load.sharing.gather_group import GatherGroup
+from rankload._load.sharing.offer import Offer, Sharers, group_for
+from rankload._load.sharing.shared_reads import SharedRead, bucket_bytes, read_shared
+from rankload._load.streams.packed_parts import PartKey, is_packable, pack, part_key
 from rankload._load.streams.run import ReportBytes, read_all
-from rankload._load.streams.whole_tensors import is_good_as_it_is, upload_whole
+from rankload._load.streams.whole_tensors import cut_whole, is_of_whole
 from rankload._types import Progress
-from rankload.errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -33,9 +33,10 @@ _logger = logging.getLogger("rankload")
 
 
 class GatherDelivery(ReadDelivery):
-    """Each rank reads its share of the common tensors, and its own parts of the others.
+    """Each rank reads its share of what others want, too, and everything that nobody else wants.
 
-    If the ranks want different tensors, each rank reads everything it needs.
+    Each rank offers to read parts together with the ranks that should hold the same ones. What all ranks of an offer
+    have offered is read together.
 
     Args:
         files: files of the checkpoint.
@@ -44,89 +45,94 @@ class GatherDelivery(ReadDelivery):
 
     def __init__(self, files: CheckpointFiles, call: CallContext) -> None:
         super().__init__(files, call)
-        self._shared: set[int] = set()
+        self._device = torch.device("cpu")
+        self._offers: list[tuple[Sequence[PartKey], Sequence[Offer]]] = []
+        self._accepted: list[tuple[Sequence[PartKey], Offer]] = []
 
     @override
-    def prepare(self, plan: LoadPlan) -> bool:
-        """Compare the wanted tensors with the other ranks'; return whether this rank would gather.
+    def prepare(self, plan: LoadPlan) -> None:
+        """Offer to share.
 
         Raises:
             ArgumentError: the process group has no backend for the module's device.
         """
         super().prepare(plan)
-        device = _device(plan)
-        if _backend(self._call.group, device.type) is None:
-            raise ArgumentError(
-                "delivery='gather': there is no process group with a backend for the module's device "
-                f"{device.type!r}: call init_process_group with such a backend first ('nccl' or 'cpu:gloo,cuda:nccl' "
-                "for cuda), or pass delivery='auto'"
-            )
-        shared = [step for step in plan.steps if _is_shared(step, plan, device)]
-        self._shared = {id(step.saved) for step in shared}
-        if self._call.channel.first("gather/wanted", _digest(shared)) != _digest(shared):
-            self.reason = "another rank wants other tensors than this one"
-            return False
-        self.delivery = "gather"
-        return True
+        channel, self._device = self._call.channel, _device(plan)
+        everyone = group_for(self._call, self._device)
+        self._offers = [
+            (parts, [Offer.make(channel, sharers, self._device, sorted(parts)) for sharers in guesses])
+            for guesses, parts in _parts(plan, everyone, self._device).items()
+        ]
 
     @override
-    def on_agreement(self, all_would_gather: bool) -> None:
-        if self.delivery == "gather" and not all_would_gather:
-            self.delivery, self.reason = "read", "another rank has other tensors, another device or another backend"
-        self.may_share = self.delivery == "read"
+    def on_agreement(self) -> None:
+        """Accept, for each set of parts, the offer to the most ranks that holds."""
+        for parts, offers in self._offers:
+            offer = next((offer for offer in offers if offer.holds(self._call.channel)), None)
+            if offer is not None:
+                self._accepted.append((parts, offer))
+        # all ranks need the same order, or they would wait for one another in a circle
+        self._accepted.sort(key=lambda accepted: (accepted[1].sharers.ranks, accepted[1].name))
+        if self._accepted:
+            self.delivery, self.may_share = "gather", False
+        else:
+            self.reason = "another rank wants other tensors than this one, or on another kind of device"
+            if not self._offers:
+                self.reason = "no other rank holds the same parts as this one"
         _logger.debug("rank %d: delivery=%r: %s", self._call.identity.rank, self.delivery, self.reason)
 
     @override
     def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:
-        if self.delivery == "read":
+        by_part: dict[PartKey, list[TensorCopy]] = defaultdict(list)
+        for copy in copies:
+            if copy.saved.in_file is not None:
+                by_part[part_key(copy.saved.in_file, copy.region)].append(copy)
+        reads = [self._shared_read({part: by_part[part] for part in parts}, offer) for parts, offer in self._accepted]
+        meet = functools.partial(self._call.channel.meet, "ready to gather")
+        if not reads:
+            meet()
             return super().execute(copies, report)
-        identity = self._call.identity
-        shared = [copy for copy in copies if id(copy.saved) in self._shared]
-        others = [copy for copy in copies if id(copy.saved) not in self._shared]
-        done = 0
-        if shared:
-            watch = self._call.channel.watch_over(range(1, identity.world_size) if identity.rank == 0 else [0])
-            group = self._call.group if self._call.group is not None else dist.group.WORLD
-            assert group is not None
-            done = upload_whole(
-                shared,
-                shared[0].destination.device,
-                self._limits,
-                lambda done: watch(Progress("loading", done)),
-                GatherGroup.of(group, self._call.settings, lambda: self._call.channel.meet("ready to gather")),
-            )
+        rank, world_size = self._call.identity.rank, self._call.identity.world_size
+        watch = self._call.channel.watch_over(range(1, world_size) if rank == 0 else [0])
+
+        def report_gathered(done: int) -> None:
+            watch(Progress("loading", done))
+
+        done = read_shared(reads, self._device, self._limits, report_gathered, self.files.display_name, meet)
+        shared = {id(copy) for parts, _ in self._accepted for part in parts for copy in by_part[part]}
+        others = [copy for copy in copies if id(copy) not in shared]
         return done + read_all(others, lambda more: report(done + more), self._limits)
+
+    def _shared_read(self, parts: Mapping[PartKey, Sequence[TensorCopy]], offer: Offer) -> SharedRead:
+        group = GatherGroup.of(offer.sharers.groups, self._call.settings)
+        copies = [copy for of_part in parts.values() for copy in of_part]
+        are_whole, size = all(map(is_of_whole, copies)), bucket_bytes(group.count)
+        return SharedRead(cut_whole(copies, size) if are_whole else pack(parts, size), group)
+
+
+def _parts(plan: LoadPlan, everyone: ProcessGroup, device: torch.device) -> dict[tuple[Sharers, ...], list[PartKey]]:
+    """Return the parts that this rank may share, by the guesses with whom."""
+    guesses = Guesses(everyone)
+    found: dict[PartKey, tuple[Sharers, ...]] = {}
+    for saved, target in plan.targets:
+        sharers = guesses.of(target)
+        if saved.in_file is not None and sharers and _destination(target, plan) == device:
+            _, region = own_part(target)
+            if is_packable(saved.in_file, region):
+                found.setdefault(part_key(saved.in_file, region), sharers)
+    parts: dict[tuple[Sharers, ...], list[PartKey]] = defaultdict(list)
+    for part, sharers in found.items():
+        parts[sharers].append(part)
+    return parts
 
 
 def _device(plan: LoadPlan) -> torch.device:
-    """Return the device that most bytes of the module go to."""
+    """Return the device that most bytes go to."""
     bytes_of: Counter[torch.device] = Counter()
-    for step in plan.steps:
-        bytes_of[_destination(step, plan)] += step.saved.shape.numel() * step.saved.dtype.itemsize
+    for saved, target in plan.targets:
+        bytes_of[_destination(target, plan)] += saved.shape.numel() * saved.dtype.itemsize
     return max(bytes_of, key=bytes_of.__getitem__, default=torch.device("cpu"))
 
 
-def _destination(step: Assignment, plan: LoadPlan) -> torch.device:
-    return plan.device() if step.target.is_meta else step.target.device
-
-
-def _is_shared(step: Assignment, plan: LoadPlan, device: torch.device) -> bool:
-    saved = step.saved.in_file
-    is_here = saved is not None and is_good_as_it_is(saved)
-    return is_here and is_replicated(step.target) and _destination(step, plan) == device
-
-
-def _digest(steps: Sequence[Assignment]) -> str:
-    wanted: list[Any] = []
-    for step in steps:
-        assert step.saved.in_file is not None
-        entry = step.saved.in_file.entry
-        wanted.append((entry.file, entry.offset, entry.length))
-    return hashlib.sha256(json.dumps(sorted(wanted)).encode()).hexdigest()
-
-
-def _backend(group: ProcessGroup | None, device_type: str) -> str | None:
-    if not dist.is_available() or not dist.is_initialized():
-        return None
-    backends = dict(item.split(":") for item in dist.get_backend_config(group).split(","))
-    return backends.get(device_type)
+def _destination(target: torch.Tensor, plan: LoadPlan) -> torch.device:
+    return plan.device() if target.is_meta else target.device

@@ -32,9 +32,8 @@ class ReadDelivery(DeliveryStrategy):
         self._wanted_bytes = 0
 
     @override
-    def prepare(self, plan: LoadPlan) -> bool:
+    def prepare(self, plan: LoadPlan) -> None:
         self._wanted_bytes = sum(entry.length for entry in plan.entries)
-        return False
 
     @override
     def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:

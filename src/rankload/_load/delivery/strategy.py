@@ -24,20 +24,26 @@ class LoadPlan:
     Attributes:
         index: index of the checkpoint; None if torch.load loads all of it.
         steps: assignments to the module's tensors.
-        others: tensors for the optimizer.
+        others: tensors for the optimizer, each with the parameter that it is laid out like, or None.
         device: returns the device for tensors that are on the meta device now.
     """
 
     index: Index | None
     steps: Sequence[Assignment]
-    others: Sequence[LazyTensor]
+    others: Sequence[tuple[LazyTensor, torch.Tensor | None]]
     device: Callable[[], torch.device]
 
     @property
     def entries(self) -> list[TensorEntry]:
         """Entries of the wanted tensors that are in files."""
-        wanted = [*(step.saved for step in self.steps), *self.others]
+        wanted = [*(step.saved for step in self.steps), *(saved for saved, _ in self.others)]
         return [saved.in_file.entry for saved in wanted if saved.in_file is not None]
+
+    @property
+    def targets(self) -> list[tuple[LazyTensor, torch.Tensor]]:
+        """The wanted tensors of which this rank may want a part, each with a tensor on the same mesh and device."""
+        of_module = [(step.saved, step.target) for step in self.steps]
+        return [*of_module, *((saved, like) for saved, like in self.others if like is not None)]
 
 
 class DeliveryStrategy(ABC):
@@ -58,11 +64,11 @@ class DeliveryStrategy(ABC):
     reason = "it was asked for"
 
     @abstractmethod
-    def prepare(self, plan: LoadPlan) -> bool:
-        """Prepare for a plan, before the ranks agree. Return whether this rank would gather."""
+    def prepare(self, plan: LoadPlan) -> None:
+        """Prepare for a plan, before the ranks agree."""
 
-    def on_agreement(self, all_would_gather: bool) -> None:  # noqa: B027 - most strategies have nothing to decide
-        """Decide the delivery from the answers of all ranks to `prepare`."""
+    def on_agreement(self) -> None:  # noqa: B027 - most strategies have nothing to decide
+        """Decide what depends on the other ranks' plans, after all ranks have prepared."""
 
     @abstractmethod
     def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:

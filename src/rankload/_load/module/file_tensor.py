@@ -97,13 +97,19 @@ class FileTensor(LazyTensor):
     @override
     def reader(self, destination: torch.Tensor, region: Region) -> Callable[[], int]:
         """Return the function that fills a tensor; it reads straight into the destination if the layouts match."""
-        entry, item_bytes = self.entry, self.dtype.itemsize
-        is_alike = self.is_native and entry.is_contiguous and destination.dtype == self.dtype and self._made is None
-        if is_alike and destination.device.type == "cpu" and holds_plain_elements(destination):
-            parts = runs(entry.shape, region)
-            if parts.length == region.element_count or parts.length * item_bytes >= _MIN_RUN_BYTES:
-                return functools.partial(self._read_runs, parts, destination)
+        is_alike = self.is_native and destination.dtype == self.dtype and self._made is None
+        is_alike = is_alike and destination.device.type == "cpu" and holds_plain_elements(destination)
+        if is_alike and (parts := self.long_runs(region)) is not None:
+            return functools.partial(self._read_runs, parts, destination)
         return super().reader(destination, region)
+
+    def long_runs(self, region: Region) -> Runs | None:
+        """Return the runs of a region, if each is worth its own system call, or the region is one run; else None."""
+        if not self.entry.is_contiguous:
+            return None
+        parts = runs(self.entry.shape, region)
+        is_long = parts.length == region.element_count or parts.length * self.dtype.itemsize >= _MIN_RUN_BYTES
+        return parts if is_long else None
 
     def _read_runs(self, parts: Runs, destination: torch.Tensor) -> int:
         item_bytes, position = self.dtype.itemsize, destination.data_ptr()

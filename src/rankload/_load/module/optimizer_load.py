@@ -40,10 +40,15 @@ class OptimizerLoad:
     parameters: Sequence[torch.Tensor]
 
     @property
-    def wanted(self) -> list[LazyTensor]:
-        """Lazy tensors of the content."""
-        found: list[LazyTensor] = []
-        _with_tensors(self.content, found.append)
+    def wanted(self) -> list[tuple[LazyTensor, torch.Tensor | None]]:
+        """Lazy tensors of the content, each with the sharded parameter that it is cut like, or None."""
+        state = self.content["state"]
+        parts = [(values, _of_number(self.parameters, key)) for key, values in state.items()]
+        found: list[tuple[LazyTensor, torch.Tensor | None]] = []
+        for part, parameter in [*parts, ({**self.content, "state": {}}, None)]:
+            tensors: list[LazyTensor] = []
+            _with_tensors(part, tensors.append)
+            found += [(saved, _cut_like(saved, parameter)) for saved in tensors]
         return found
 
 
@@ -184,8 +189,14 @@ def _problems(number: int, parameter: torch.Tensor, values: Any) -> list[str]:
     ]
 
 
+def _cut_like(saved: LazyTensor, parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the parameter if it is sharded, and a state tensor is sharded in the same way; else None."""
+    is_alike = parameter is not None and is_distributed(parameter) and saved.shape == parameter.shape
+    return parameter if is_alike and saved.shape else None
+
+
 def _prepared(saved: LazyTensor, parameter: torch.Tensor | None) -> tuple[torch.Tensor, TensorCopy]:
-    if parameter is not None and is_distributed(parameter) and saved.shape == parameter.shape and saved.shape:
+    if (parameter := _cut_like(saved, parameter)) is not None:
         tensor = empty_copy(parameter, own_part(parameter)[0].device, saved.dtype)
     else:
         tensor = torch.empty(saved.shape, dtype=saved.dtype, device="cpu")

@@ -80,7 +80,7 @@ class _Parts(TensorAssembler):
             if (common := intersection(region, self._region)) is None:
                 continue
             part = elements.narrow(0, start - first, region.element_count).view(region.shape)
-            _narrowed(self._destination, self._region, common).copy_(_narrowed(part, region, common))
+            narrowed(self._destination, self._region, common).copy_(narrowed(part, region, common))
 
 
 class _Whole(TensorAssembler):
@@ -105,7 +105,7 @@ class _Whole(TensorAssembler):
         if saved.byte_order != sys.byteorder:
             storage.byteswap(saved.dtype)  # type: ignore[no-untyped-call]
         part = torch.empty(0, dtype=saved.dtype, device="cpu").set_(storage, 0, saved.entry.shape, saved.entry.stride)
-        part = _narrowed(part, whole(saved.entry.shape), region).to(self._copy.saved.dtype)
+        part = narrowed(part, whole(saved.entry.shape), region).to(self._copy.saved.dtype)
         self._copy.destination.copy_(part)
         self._bytes = None
 
@@ -152,7 +152,7 @@ class TensorAssemblers:
             raise LoadError("the source did not send all tensors of this rank")
 
 
-def _narrowed(tensor: torch.Tensor, its_region: Region, region: Region) -> torch.Tensor:
+def narrowed(tensor: torch.Tensor, its_region: Region, region: Region) -> torch.Tensor:
     """Return the part of a tensor that a region covers.
 
     Args:

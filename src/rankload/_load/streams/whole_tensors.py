@@ -1,34 +1,19 @@
-"""Upload whole tensors to accelerators, bucket by bucket.
-
-If all ranks of a process group want the same tensors, each rank reads and uploads its share of every bucket. The ranks
-exchange their shares by an in-place all-gather. So each byte is read once, and crosses PCIe once, for all ranks.
-"""
+"""Upload whole tensors in buckets. A bucket is a piece of the file, read at once, however many tensors it holds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from rankload._load.device.pinned import BUFFER_BYTES, staged
 from rankload._load.device.readers import Limits
 from rankload._load.module.checkpoint_files import CheckpointFiles
 from rankload._load.module.copies import TensorCopy
 from rankload._load.module.file_tensor import FileTensor
+from rankload._load.sharing.gather_group import GatherGroup
+from rankload._load.sharing.shared_reads import SharedRead, bucket_bytes, read_shared
 from rankload._load.streams.assemble import TensorAssemblers, is_dense
 from rankload._load.streams.buckets import Bucket, cut, tensor_ranges
-from rankload._load.streams.gather_group import GatherGroup
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
-
-#: Size of each of the two buckets in the device's memory.
-_BUCKET_BYTES = 32 << 20
-
-#: Shares of a bucket are multiples of this.
-_ALIGNMENT_BYTES = 64
 
 
 def is_good_as_it_is(saved: FileTensor) -> bool:
@@ -43,105 +28,62 @@ def is_of_whole(copy: TensorCopy) -> bool:
 
 
 def upload_whole(
-    copies: Sequence[TensorCopy],
-    device: torch.device,
-    limits: Limits,
-    report: Callable[[int], None],
-    sharers: GatherGroup | None = None,
+    copies: Sequence[TensorCopy], device: torch.device, limits: Limits, report: Callable[[int], None]
 ) -> int:
-    """Read whole tensors into one device; return the bytes that this rank has read. Collective over the sharers.
+    """Read whole tensors into one device; return the bytes that were read.
 
-    Besides the tensors, the device holds two buckets, and one bucket's tensors if dtypes are converted. A read error is
-    raised after all collectives, so the process group stays usable. After any other error the process group is not
-    usable: ranks may be out of step.
+    Besides the tensors, the device holds two buckets, and one bucket's tensors if dtypes are converted.
 
     Args:
-        copies: copies for which `is_of_whole` is True, in the same order on all sharers.
+        copies: copies for which `is_of_whole` is True.
         device: device of all destinations.
         limits: number of reader threads, and longest time without progress.
         report: called with the bytes done so far; raises another rank's error.
-        sharers: ranks that make this call together; None for this rank alone.
 
     Raises:
         LoadError: the file ended early.
         CacheError: the file cannot be read.
     """
-    sharers = sharers or GatherGroup()
-    share_bytes = min(BUFFER_BYTES, _BUCKET_BYTES // sharers.count) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
-    tensors = [copy.saved.in_file for copy in copies if copy.saved.in_file is not None]
-    entries = [saved.entry for saved in tensors]
-    buckets = cut(tensor_ranges(entries, {}), entries, share_bytes * sharers.count)
-    assemblers = TensorAssemblers(copies, buckets)
-    shares = [_Share(tensors[0].files, bucket, sharers) for bucket in buckets]
-    memory = [torch.empty(share_bytes * sharers.count, dtype=torch.uint8, device=device) for _ in range(2)]
-    done = 0
-    before: _UnderWay | None = None
-
-    def check_cancelled() -> None:
-        report(done)
-
-    sharers.warm_up(device, check_cancelled)
-    for share, content in staged(shares, device, limits, check_cancelled, tensors[0].files.display_name):
-        whole = memory[0].narrow(0, 0, share.size * sharers.count)
-        own = whole.narrow(0, share.size * sharers.number, share.size)
-        own.narrow(0, 0, len(share)).copy_(content, non_blocking=True)
-        now = _UnderWay(share.bucket, whole, sharers.begin(whole, own, check_cancelled))
-        if before is not None:
-            before.finish(sharers, assemblers, check_cancelled)
-        before = now
-        memory.reverse()
-        done += len(share)
-        check_cancelled()
-    if before is not None:
-        before.finish(sharers, assemblers, check_cancelled)
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    for share in shares:
-        share.raise_error()
-    assemblers.check_empty()
-    return done
+    alone = GatherGroup()
+    display_name = next(copy.saved.in_file.files.display_name for copy in copies if copy.saved.in_file is not None)
+    read = SharedRead(cut_whole(copies, bucket_bytes(alone.count)), alone)
+    return read_shared([read], device, limits, report, display_name)
 
 
-class _Share:
-    """This rank's share of a bucket.
+class WholeTensors:
+    """A bucket of whole tensors: a piece of a file.
 
-    Attributes:
-        bucket: the bucket.
-        size: bytes of each rank's share; the end of the bucket may shorten the last shares.
+    Args:
+        bucket: the piece.
+        files: files of the checkpoint.
+        assemblers: take the tensors out of all buckets, in order.
     """
 
-    def __init__(self, files: CheckpointFiles, bucket: Bucket, sharers: GatherGroup) -> None:
-        self.bucket = bucket
-        self.size = -(-len(bucket) // (sharers.count * _ALIGNMENT_BYTES)) * _ALIGNMENT_BYTES
-        self._begin = min(bucket.begin + sharers.number * self.size, bucket.end)
-        self._end = min(self._begin + self.size, bucket.end)
-        self._files = files
-        self._error: Exception | None = None
+    def __init__(self, bucket: Bucket, files: CheckpointFiles, assemblers: TensorAssemblers) -> None:
+        self._bucket, self._files, self._assemblers = bucket, files, assemblers
 
     def __len__(self) -> int:
-        return self._end - self._begin
+        return len(self._bucket)
 
-    def fill(self, address: int) -> None:
-        """Read the share to an address in memory. Keep an error for `raise_error`."""
-        try:
-            self._files.read(self.bucket.file, address, self._begin, len(self), what="its tensors")
-        except Exception as error:
-            self._error = error
+    def read(self, address: int, begin: int, end: int) -> int:
+        """See `SharedBucket.read`."""
+        self._files.read(self._bucket.file, address, self._bucket.begin + begin, end - begin, what="its tensors")
+        return end - begin
 
-    def raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
+    def finish(self, content: torch.Tensor) -> None:
+        """See `SharedBucket.finish`."""
+        self._assemblers.take(self._bucket, content)
 
 
-@dataclass(frozen=True)
-class _UnderWay:
-    """A bucket that the ranks are exchanging."""
+def cut_whole(copies: Sequence[TensorCopy], size: int) -> list[WholeTensors]:
+    """Cut whole tensors into buckets of at most ``size`` bytes. Ranks that want the same tensors get the same buckets.
 
-    bucket: Bucket
-    content: torch.Tensor
-    work: dist.Work | None
-
-    def finish(self, sharers: GatherGroup, assemblers: TensorAssemblers, check_cancelled: Callable[[], None]) -> None:
-        """Wait for the exchange, then copy the tensors out of the bucket."""
-        sharers.end(self.work, check_cancelled)
-        assemblers.take(self.bucket, self.content)
+    Args:
+        copies: copies for which `is_of_whole` is True.
+        size: a multiple of the alignment of shares.
+    """
+    tensors = [copy.saved.in_file for copy in copies if copy.saved.in_file is not None]
+    entries = [saved.entry for saved in tensors]
+    buckets = cut(tensor_ranges(entries, {}), entries, size)
+    assemblers = TensorAssemblers(copies, buckets)
+    return [WholeTensors(bucket, tensors[0].files, assemblers) for bucket in buckets]
