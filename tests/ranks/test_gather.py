@@ -174,20 +174,6 @@ def test_without_a_process_group_it_is_refused(tmp_path: Path) -> None:
         assert "no process group with a backend for the device 'cpu'" in result.value
 
 
-def _load_state_dict(rank: int, path: Path) -> str:
-    from rankload import ArgumentError, dist_load_state_dict_from_url
-
-    with pytest.raises(ArgumentError) as caught:
-        dist_load_state_dict_from_url(path, delivery="gather")
-    return str(caught.value)
-
-
-def test_state_dicts_are_not_gathered(tmp_path: Path) -> None:
-    torch.save({}, tmp_path / "empty.pth")
-    for result in run_ranks(_load_state_dict, 2, args=(tmp_path / "empty.pth",)):
-        assert "'auto', 'read', 'broadcast'" in result.value
-
-
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 _ROWS = 2000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 
 from harness.origin import Origin
@@ -261,3 +263,58 @@ def test_a_rank_that_is_killed_ends_the_call_on_those_that_share_nothing_with_it
     for result in results:
         name, text, waited = result.value
         assert name == "RankLostError" and "rank 3" in text and waited < 10
+
+
+# --- state dicts ------------------------------------------------------------------------------------------------------
+
+
+def _load_state_dict(rank: int, path: Path, on_device: int) -> tuple[dict[str, torch.Tensor], int]:
+    """The first ``on_device`` ranks take the CPU for an accelerator; returns the bytes copied out of the file, too."""
+    from rankload import dist_load_state_dict_from_url
+    from rankload._load.state_dict import deferred_storages
+
+    _cut_finely()
+    dist.init_process_group("gloo")
+    memmove, sizes = deferred_storages.ctypes.memmove, []
+
+    def counted(target: int, source: int, size: int) -> None:
+        sizes.append(size)
+        memmove(target, source, size)
+
+    deferred_storages.ctypes.memmove = counted  # type: ignore[assignment]
+    deferred_storages.is_staged = lambda device: rank < on_device
+    state_dict = dist_load_state_dict_from_url(path, map_location="cpu", delivery="gather")
+    dist.barrier()
+    dist.destroy_process_group()
+    return state_dict, sum(sizes)
+
+
+@pytest.mark.parametrize(("on_device", "file_format"), [(3, "zip"), (3, "parts"), (2, "zip"), (0, "zip")])
+def test_a_state_dict_on_devices(tmp_path: Path, on_device: int, file_format: str) -> None:
+    torch.manual_seed(3)
+    content = Net().state_dict()
+    if file_format == "zip":
+        torch.save(content, path := tmp_path / "net.pth")
+    else:
+        del content["head.weight"]
+        path = _in_parts(tmp_path, content)
+    results = [result.value for result in run_ranks(_load_state_dict, 3, args=(path, on_device))]
+    for state_dict, _ in results:
+        assert state_dict.keys() == content.keys()
+        assert all(torch.equal(state_dict[name], tensor) for name, tensor in content.items())
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in content.values()}
+    read_bytes, all_bytes = [read for _, read in results], sum(tensors.values())
+    if on_device == 3:
+        assert sum(read_bytes) == all_bytes and max(read_bytes) < 0.4 * all_bytes
+    else:
+        assert read_bytes == [all_bytes if rank < on_device else 0 for rank in range(3)]
+
+
+def _in_parts(directory: Path, content: dict[str, torch.Tensor]) -> Path:
+    names = list(content)
+    weight_map = {name: f"part{number % 3}.safetensors" for number, name in enumerate(names)}
+    for part in set(weight_map.values()):
+        save_file({name: content[name] for name in names if weight_map[name] == part}, directory / part)
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": weight_map}))
+    return path

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rankload._coordination.call_context import CallContext
 from rankload._coordination.membership import open_channel
@@ -52,7 +52,6 @@ def agree_on_delivery(
     arguments: dict[str, Any],
     delivery: Delivery,
     src: int | None,
-    deliveries: Sequence[Delivery] = ("auto", "read", "broadcast"),
 ) -> tuple[Delivery, int]:
     """Agree on all arguments of the call. Collective.
 
@@ -61,16 +60,15 @@ def agree_on_delivery(
         arguments: all other arguments that must be the same on every rank, by name.
         delivery: the caller's ``delivery=``.
         src: the caller's ``src=``: a global rank; None for the first rank of the group.
-        deliveries: values of ``delivery`` that the call accepts.
 
     Returns:
         The delivery to use, and the rank of the source within the channel.
 
     Raises:
-        ArgumentError: the call has no such delivery, or the group has no such rank.
+        ArgumentError: there is no such delivery, or the group has no such rank.
         ArgumentMismatchError: another rank passed different arguments.
     """
-    if delivery not in deliveries:
+    if delivery not in (deliveries := get_args(Delivery)):
         raise ArgumentError(f"delivery={delivery!r}: expected one of {', '.join(map(repr, deliveries))}")
     source = 0 if src is None else _rank_in_channel(src, call.identity, call.group)
     call.channel.agree({**arguments, "delivery": delivery, "src": src})

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -157,7 +157,7 @@ def dist_load_into(
             adapt = unwrap()
         adapter = adapter_for(request.named, adapt)
         arguments = agreed_arguments(request, "load_into")
-        chosen, sender = agree_on_delivery(call, arguments, delivery, src, get_args(Delivery))
+        chosen, sender = agree_on_delivery(call, arguments, delivery, src)
         with _timed(phases, "fetch"):
             file = fetch_for(chosen, request, call, sender)
         with _timed(phases, "check"), uninitialised_again_on_error(target):

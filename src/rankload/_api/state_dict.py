@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
+    from rankload._load.state_dict.deferred_storages import DeferredStorages
+
     MapLocation = (
         str | torch.device | dict[str, str] | Callable[[torch.UntypedStorage, str], torch.UntypedStorage] | None
     )
@@ -107,8 +109,10 @@ def dist_load_state_dict_from_url(
             the origin serves the file once, or the call fails.
         delivery: ``"read"``: every rank maps the file. ``"broadcast"``: one rank fetches the file and sends it from
             node to node, in a chain of TCP connections, into memory that the ranks of a node share. The other nodes
-            cache nothing, and no directory need be shared. ``"auto"`` is ``"read"``. ``"gather"`` is only for
-            `dist_load_into`.
+            cache nothing, and no directory need be shared. ``"auto"`` is ``"read"``.
+            ``"gather"``: as ``"read"``, but for what all ranks put on accelerators: each rank reads and uploads its
+            share, and gets the other shares by all-gathers of the process group, which must have a backend for them.
+            ``"auto"`` never chooses it, because it has not been tested on several accelerators yet.
         src: global rank of the source, which fetches and sends the file with ``"broadcast"``, as in
             torch.distributed.broadcast; default: the first rank of the group.
         group: the process group whose ranks make this call.
@@ -160,7 +164,7 @@ def dist_load_state_dict_from_url(
         location = _resolved(map_location, call)
         file = fetch_for(chosen, request, call, source)
         path, display_name = _delivered(chosen, file, source, location, mmap, call)
-        state_dict = _read(path, display_name, location, call, weights_only, mmap)
+        state_dict = _read(chosen, path, display_name, location, call, weights_only, mmap)
         return adapter(state_dict)  # type: ignore[no-any-return]
 
 
@@ -191,7 +195,7 @@ def load_in_this_process(
         path, display_name = _delivered("read", file, 0, location, None, call)
         if sniff(file.path) == "single_member_zip":
             warnings.warn(_LEGACY_ZIP_WARNING, FutureWarning, stacklevel=4)
-        return _read(path, display_name, location, call, weights_only, None)
+        return _read("read", path, display_name, location, call, weights_only, None)
 
 
 def _delivered(
@@ -221,8 +225,9 @@ def _delivered(
         path, display_name = broadcast_files(path, file, source, call)
         return with_unpacked(path, call), display_name
     assert file is not None and path is not None
-    _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", call.identity.rank)
-    read_ahead(all_files(path), call.channel, call.settings.progress_seconds)
+    if delivery != "gather":
+        _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", call.identity.rank)
+        read_ahead(all_files(path), call.channel, call.settings.progress_seconds)
     return with_unpacked(path, call), str(file.path)
 
 
@@ -233,6 +238,7 @@ def _resolved(map_location: MapLocation, call: CallContext) -> Any:
 
 
 def _read(
+    delivery: Delivery,
     path: Path,
     display_name: str,
     location: Any,
@@ -243,12 +249,20 @@ def _read(
     from rankload._load.device.readers import Limits
     from rankload._load.state_dict.read_checkpoint import read_checkpoint  # imports torch
 
-    return read_checkpoint(
+    limits = Limits.of(call.identity, call.settings)
+    empty: list[DeferredStorages] = []
+    result = read_checkpoint(
         path,
         location,
         weights_only=weights_only,
         mmap=mmap,
-        limits=Limits.of(call.identity, call.settings),
+        limits=limits,
         check_cancelled=call.report_loading,
         display_name=display_name,
+        fill=empty.append if delivery == "gather" else None,
     )
+    if delivery == "gather":
+        from rankload._load.state_dict.gathered_storages import gather_storages
+
+        gather_storages(empty, call, limits, display_name)
+    return result

@@ -31,16 +31,27 @@ class DeferredStorages:
     def __init__(self, map_location: Any) -> None:
         self._restore = restore_of(map_location)
         self._late_device = functools.cache(lambda tag: _late_device(location_of(map_location, tag)))
-        self._pairs: dict[torch.device, list[tuple[torch.UntypedStorage, torch.UntypedStorage]]] = defaultdict(list)
+        self._pairs: dict[torch.device, list[_Pair]] = defaultdict(list)
+        self._number = 0
 
     def __call__(self, storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
         """Return a storage on its device, empty if that is an accelerator; see `Restore`."""
         device = self._late_device(tag)
+        self._number += 1
         if device is None:
             return self._restore(storage, tag)
         empty = torch.empty(storage.nbytes(), dtype=torch.uint8, device=device).untyped_storage()
-        self._pairs[empty.device].append((empty, storage))
+        self._pairs[empty.device].append(_Pair(empty, storage, self._number))
         return empty
+
+    @property
+    def wanted(self) -> dict[torch.device, list[tuple[int, int]]]:
+        """Number and size in bytes of each empty storage, by device. Ranks that load one file agree on the numbers."""
+        return {device: [(pair.number, pair.full.nbytes()) for pair in pairs] for device, pairs in self._pairs.items()}
+
+    def cut(self, device: torch.device, size: int) -> list[StoragePieces]:
+        """Return the pieces of a device's storages, in groups of at most ``size`` bytes."""
+        return list(_groups(self._pairs[device], size))
 
     def fill(self, limits: Limits, check_cancelled: Callable[[], None], display_name: str) -> None:
         """Fill the empty storages.
@@ -51,11 +62,9 @@ class DeferredStorages:
             display_name: name of the checkpoint, for messages.
         """
         for device, pairs in self._pairs.items():
-            for job, content in staged(_jobs(pairs), device, limits, check_cancelled, display_name):
-                for piece, begin in zip(job.pieces, job.begins, strict=True):
-                    target = torch.empty(0, dtype=torch.uint8, device=device).set_(piece.storage)
-                    part = content.narrow(0, begin, piece.length)
-                    target.narrow(0, piece.offset, piece.length).copy_(part, non_blocking=True)
+            jobs = _groups(pairs, BUFFER_BYTES)
+            for job, content in staged(jobs, device, limits, check_cancelled, display_name):
+                job.finish(content)
         self._pairs.clear()
 
 
@@ -69,52 +78,75 @@ def _late_device(location: str) -> torch.device | None:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A range of a storage on a device, and the mapped storage that has its bytes.
+class _Pair:
+    """An empty storage on a device, the mapped storage that has its bytes, and its number in the file."""
 
-    The reference keeps the file mapped while a thread reads.
-    """
-
-    storage: torch.UntypedStorage
-    source: torch.UntypedStorage
-    offset: int
-    length: int
+    empty: torch.UntypedStorage
+    full: torch.UntypedStorage
+    number: int
 
 
 @dataclass(frozen=True)
-class _Pieces:
-    """Consecutive pieces that fit into one buffer."""
+class _Piece:
+    """A range of a storage.
+
+    The reference to the mapped storage keeps the file mapped while a thread reads.
+
+    Attributes:
+        pair: the storage.
+        offset: offset of the first byte in the storage.
+        length: number of bytes.
+        begin: offset of the first byte in the group.
+    """
+
+    pair: _Pair
+    offset: int
+    length: int
+    begin: int
+
+
+@dataclass(frozen=True)
+class StoragePieces:
+    """Consecutive pieces of storages: what fits into one buffer (`Job`), or into one bucket (`SharedBucket`)."""
 
     pieces: Sequence[_Piece]
 
     def __len__(self) -> int:
         return sum(piece.length for piece in self.pieces)
 
-    @property
-    def begins(self) -> list[int]:
-        """Offset of each piece in the buffer."""
-        begins = [0]
-        for piece in self.pieces[:-1]:
-            begins.append(begins[-1] + piece.length)
-        return begins
-
     def fill(self, address: int) -> None:
+        """See `Job.fill`."""
+        self.read(address, 0, len(self))
+
+    def read(self, address: int, begin: int, end: int) -> int:
+        """See `SharedBucket.read`."""
         for piece in self.pieces:
-            ctypes.memmove(address, piece.source.data_ptr() + piece.offset, piece.length)
-            address += piece.length
+            first, last = max(begin, piece.begin), min(end, piece.begin + piece.length)
+            if first < last:
+                source = piece.pair.full.data_ptr() + piece.offset + first - piece.begin
+                ctypes.memmove(address + first - begin, source, last - first)
+        return end - begin
+
+    def finish(self, content: torch.Tensor) -> None:
+        """Copy bytes to the device: all of the pieces', ``uint8[n]``."""
+        for piece in self.pieces:
+            empty = piece.pair.empty
+            target = torch.empty(0, dtype=torch.uint8, device=empty.device).set_(empty)
+            part = content.narrow(0, piece.begin, piece.length)
+            target.narrow(0, piece.offset, piece.length).copy_(part, non_blocking=True)
 
 
-def _jobs(pairs: Sequence[tuple[torch.UntypedStorage, torch.UntypedStorage]]) -> Iterator[_Pieces]:
+def _groups(pairs: Sequence[_Pair], size: int) -> Iterator[StoragePieces]:
     pieces: list[_Piece] = []
-    room = BUFFER_BYTES
-    for empty, full in pairs:
+    room = size
+    for pair in pairs:
         done = 0
-        while done < full.nbytes():
-            length = min(room, full.nbytes() - done)
-            pieces.append(_Piece(empty, full, done, length))
+        while done < pair.full.nbytes():
+            length = min(room, pair.full.nbytes() - done)
+            pieces.append(_Piece(pair, done, length, size - room))
             done, room = done + length, room - length
             if not room:
-                yield _Pieces(pieces)
-                pieces, room = [], BUFFER_BYTES
+                yield StoragePieces(pieces)
+                pieces, room = [], size
     if pieces:
-        yield _Pieces(pieces)
+        yield StoragePieces(pieces)

@@ -48,6 +48,7 @@ def read_checkpoint(
     limits: Limits | None = None,
     check_cancelled: Callable[[], None] = lambda: None,
     display_name: str | None = None,
+    fill: Callable[[DeferredStorages], None] | None = None,
     **torch_load_arguments: Any,
 ) -> Any:
     """Load a checkpoint, with the same result as ``torch.load``. Not collective.
@@ -61,6 +62,7 @@ def read_checkpoint(
         limits: number of reader threads for accelerators, and longest time without progress.
         check_cancelled: called repeatedly while those threads wait for a file; an error that it raises ends the wait.
         display_name: name of the file in messages; default: its path.
+        fill: takes storages on accelerators that are still empty, by file of the checkpoint; default: fill them.
         **torch_load_arguments: passed to torch.load (``pickle_module``, ``encoding``, …).
 
     Raises:
@@ -70,7 +72,7 @@ def read_checkpoint(
     path = Path(path)
     limits = limits or Limits.of(identity_from_environment(), Settings.from_environment())
     display_name = printable(display_name or str(path))
-    options = _Options(weights_only, mmap, limits, check_cancelled, display_name, torch_load_arguments)
+    options = _Options(weights_only, mmap, limits, check_cancelled, display_name, fill, torch_load_arguments)
 
     with wrap_load_errors(path, display_name):
         return retry_if_stale(lambda: _read(path, map_location, options))
@@ -85,6 +87,7 @@ class _Options:
     limits: Limits
     check_cancelled: Callable[[], None]
     display_name: str
+    fill: Callable[[DeferredStorages], None] | None
     torch_load_arguments: dict[str, Any]
 
     def may_be_built(self, map_location: Any) -> bool:
@@ -140,14 +143,17 @@ def _restore(map_location: Any, options: _Options, *, may_defer: bool) -> Iterat
         return
     deferred = DeferredStorages(map_location)
     yield deferred
-    deferred.fill(options.limits, options.check_cancelled, options.display_name)
+    if options.fill is not None:
+        options.fill(deferred)
+    else:
+        deferred.fill(options.limits, options.check_cancelled, options.display_name)
 
 
 def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, Any]:
     """Read the state dicts of several files, and merge them in the order of the index."""
     with path.open("rb", buffering=0) as file:
         weight_map = read_weight_map(LocalSource(file.fileno()))
-    paths = {name: path.parent / name for name in set(weight_map.values())}
+    paths = {name: path.parent / name for name in dict.fromkeys(weight_map.values())}  # in one order on all ranks
     if strange := [name for name, part in paths.items() if sniff(part) == "sharded"]:
         raise BrokenFileError(f"index of a sharded checkpoint with another index as a part: {strange[0]!r}")
     parts = {
@@ -159,6 +165,7 @@ def _read_parts(path: Path, map_location: Any, options: _Options) -> dict[str, A
             limits=options.limits,
             check_cancelled=options.check_cancelled,
             display_name=str(Path(options.display_name).parent / name),
+            fill=options.fill,
             **options.torch_load_arguments,
         )
         for name, part in paths.items()
