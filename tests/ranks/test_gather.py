@@ -74,8 +74,8 @@ def test_each_reads_its_share(tmp_path: Path, world_size: int, device: str, file
     assert [result.value[2:4] for result in results] == [("gather", "it was asked for")] * world_size
 
 
-@pytest.mark.parametrize("kind", ["ddp", "hybrid", "by-hand"])
-def test_sharded_tensors_are_read_by_their_owners(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["ddp", "by-hand"])
+def test_wrapped_and_sharded_modules(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(3)
     content = Net().state_dict()
     torch.save(content, tmp_path / "net.pth")

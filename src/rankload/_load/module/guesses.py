@@ -46,8 +46,21 @@ class Guesses:
             guesses = [self._everyone] if is_replicated(tensor) else []
             if layout is not None:
                 guesses += _along_mesh(*layout)
-            self._known[layout] = tuple(guess for guess in dict.fromkeys(guesses) if len(guess.ranks) > 1)
+            self._known[layout] = tuple(_nested(guesses))
         return self._known[layout]
+
+
+def _nested(guesses: Sequence[Sharers]) -> Iterator[Sharers]:
+    """Leave out guesses that are not within the one before, and those of this rank alone.
+
+    When a guess turns out wrong, it does so on all its ranks. So they go on to the next one together, if it is within.
+    """
+    last: set[int] | None = None
+    for guess in guesses:
+        ranks = set(guess.ranks)
+        if len(ranks) > 1 and (last is None or ranks < last):
+            yield guess
+            last = ranks
 
 
 def _along_mesh(mesh: Any, placements: Sequence[Any]) -> Iterator[Sharers]:
@@ -55,7 +68,8 @@ def _along_mesh(mesh: Any, placements: Sequence[Any]) -> Iterator[Sharers]:
     # torch 2.10 and newer (pytorch#164510); with older ones, tensors are shared within their own mesh
     larger = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
     if larger is not mesh and larger.get_coordinate() is not None:
-        own_ranks, own_groups = set(mesh.mesh.flatten().tolist()), [_ranks_along(mesh, at) for at in replicated]
+        own_ranks = set(mesh.mesh.flatten().tolist())
+        own_groups = [_ranks_along(mesh, at) for at in replicated if mesh.size(at) > 1]
         others, same = [], []
         for dimension in range(larger.ndim):
             ranks = _ranks_along(larger, dimension)
@@ -63,7 +77,8 @@ def _along_mesh(mesh: Any, placements: Sequence[Any]) -> Iterator[Sharers]:
                 others.append(dimension)
             elif ranks in own_groups:
                 same.append(dimension)
-        for number in range(len(others)):
+        # a dimension that is several of the larger mesh's, flattened, has a process group of its own: none of that grid
+        for number in range(len(others) if len(same) == len(own_groups) else 0):
             yield from _grid(larger, sorted((*others[number:], *same)))
     if mesh.get_coordinate() is not None:
         yield from _grid(mesh, replicated)
