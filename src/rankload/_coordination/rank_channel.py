@@ -45,6 +45,9 @@ _HURRIED_SECONDS = 0.3
 #: How often a wait also looks for a failure. Waits of a warm call are shorter.
 _LOOK_SECONDS = 0.05
 
+#: Amount that one value adds to the counter of a list (see `RankChannel.contribute`).
+_VALUE = 1 << 32
+
 #: Errors after which rank 0 waits for no other rank.
 _GIVING_UP = (ArrivalTimeoutError, RankLostError)
 
@@ -115,8 +118,8 @@ class RankChannel(Channel):
 
     @override
     def contribute(self, key: str, value: str | None) -> None:
-        # one counter, as in `meet`: the ranks that have come and, in the higher bits, the values
-        values, come = divmod(self._store.add(self._key(f"list/{key}"), 1 + _VOTE * (value is not None)), _VOTE)
+        # one counter holds both numbers: the ranks that have come and, in the higher bits, the values
+        values, come = divmod(self._store.add(self._key(f"list/{key}"), 1 + _VALUE * (value is not None)), _VALUE)
         if value is not None:
             self.post(f"list/{key}/{values - 1}", {"value": value})
         if come == self.identity.world_size:
