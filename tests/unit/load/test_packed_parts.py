@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from rankload._formats.read_index import read_index
 from rankload._load.device import pinned
+from rankload._load.module import file_tensor
 from rankload._load.module.checkpoint_files import CheckpointFiles
 from rankload._load.module.copies import TensorCopy
 from rankload._load.module.file_tensor import FileTensor
@@ -34,14 +36,20 @@ def parts(draw: st.DrawFn) -> tuple[torch.Tensor, Region]:
 
 
 @settings(max_examples=60)
-@given(st.lists(parts(), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 4))
+@given(st.lists(parts(), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 4), st.booleans())
 def test_shares_make_the_parts(
-    tmp_path_factory: pytest.TempPathFactory, wanted: list[tuple[torch.Tensor, Region]], alignments: int, ranks: int
+    tmp_path_factory: pytest.TempPathFactory,
+    wanted: list[tuple[torch.Tensor, Region]],
+    alignments: int,
+    ranks: int,
+    may_map: bool,
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "packed"
     torch.save({str(number): tensor for number, (tensor, _) in enumerate(wanted)}, path)
     with ExitStack() as closing:
         files = CheckpointFiles(path, closing)
+        files.may_map = may_map
+        closing.enter_context(mock.patch.object(file_tensor, "_ROWS_BYTES", 100))
         index = read_index(files.source(files.name), files.name, files.source, is_remote=False)
         by_part = defaultdict(list)
         for number, (tensor, region) in enumerate(wanted):
@@ -68,20 +76,18 @@ def test_shares_make_the_parts(
     assert bytes_read == sum(sizes)
 
 
-def test_what_costs_more_than_its_bytes_is_not_packed(tmp_path: Path) -> None:
-    torch.save({"x": torch.ones(100, 2000), "empty": torch.ones(0, 5)}, tmp_path / "file")
-    columns, half, rows = Region((0, 0), (100, 500)), Region((0, 0), (100, 1500)), Region((5, 0), (1, 2000))
+def test_what_is_not_packed(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(9, 7), "empty": torch.ones(0, 5)}, tmp_path / "file")
     with ExitStack() as closing:
         files = CheckpointFiles(tmp_path / "file", closing)
         index = read_index(files.source(files.name), files.name, files.source, is_remote=False)
-        saved, empty, swapped = (
+        saved, swapped, empty = (
             FileTensor(index.tensors[name], files, byte_order, [], "shown")
-            for name, byte_order in (("x", "little"), ("empty", "little"), ("x", "big"))
+            for name, byte_order in (("x", "little"), ("x", "big"), ("empty", "little"))
         )
-        assert is_packable(saved, columns)  # out of the mapping
-        files.may_map = False
-        assert [is_packable(saved, region) for region in (columns, half, rows)] == [False, True, True]
-        assert not is_packable(empty, Region((0, 0), (0, 5))) and not is_packable(swapped, rows)
+        columns = Region((0, 2), (9, 3))
+        assert is_packable(saved, columns) and not is_packable(swapped, columns)
+        assert not is_packable(saved, Region((9, 0), (0, 7))) and not is_packable(empty, Region((0, 0), (0, 5)))
 
 
 def test_sizes_of_buckets(monkeypatch: pytest.MonkeyPatch) -> None:

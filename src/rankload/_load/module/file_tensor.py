@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from operator import mul
 from typing import Any
 
 import torch
 from typing_extensions import override
 
-from rankload._formats.entry import TensorEntry
+from rankload._formats.entry import TensorEntry, span_bytes
 from rankload._formats.index import ByteOrder
 from rankload._load.module.checkpoint_files import CheckpointFiles
 from rankload._load.module.lazy_tensor import Assignment, LazyTensor
@@ -20,6 +21,9 @@ from rankload._load.values.tensors import read_tensor, tensor_on, torch_dtype
 
 #: Shorter runs are copied from the mapped file: a system call costs more than the copy of so few bytes.
 _MIN_RUN_BYTES = 4096
+
+#: If the file must not be mapped, this much of it is read at a time, and the short runs are copied out of that.
+_ROWS_BYTES = 8 << 20
 
 
 class FileTensor(LazyTensor):
@@ -82,14 +86,17 @@ class FileTensor(LazyTensor):
         """Whether the elements have this machine's byte order."""
         return self.byte_order == sys.byteorder
 
+    @property
+    def _is_mappable(self) -> bool:
+        return self.files.may_map and self.is_native and not self.entry.offset % self.entry.item_bytes
+
     @override
     def view(self) -> torch.Tensor:
         if self._made is not None:
             return self._made
         entry = self.entry
         self.files.note_use(entry)
-        is_mappable = self.files.may_map and self.is_native and not entry.offset % entry.item_bytes
-        if not is_mappable or not entry.length:
+        if not self._is_mappable or not entry.length:
             return read_tensor(self.files.source(entry.file), entry, self.byte_order, self._display_name).detach()
         storage: Any = self.files.mapping(entry.file)[entry.offset : entry.offset + entry.length]
         return torch.empty(0, dtype=self.dtype, device="cpu").set_(storage, 0, entry.shape, entry.stride)
@@ -101,6 +108,9 @@ class FileTensor(LazyTensor):
         is_alike = is_alike and destination.device.type == "cpu" and holds_plain_elements(destination)
         if is_alike and (parts := self.long_runs(region)) is not None:
             return functools.partial(self._read_runs, parts, destination)
+        is_part = region.shape != self.entry.shape and region.element_count
+        if is_part and self._made is None and self.is_native and not self._is_mappable:
+            return functools.partial(self._read_rows, region, destination)
         return super().reader(destination, region)
 
     def long_runs(self, region: Region) -> Runs | None:
@@ -118,6 +128,20 @@ class FileTensor(LazyTensor):
             self.read_bytes(position, self.entry.offset + start * item_bytes, length)
             position += length
         return position - destination.data_ptr()
+
+    def _read_rows(self, region: Region, destination: torch.Tensor) -> int:
+        """Read some rows of a region at a time, from their first element to their last, and copy the elements."""
+        entry, item_bytes = self.entry, self.dtype.itemsize
+        origin = sum(map(mul, region.offset, entry.stride))
+        count = max(1, _ROWS_BYTES // max(1, entry.stride[0] * item_bytes))
+        for row in range(0, region.shape[0], count):
+            shape = (min(count, region.shape[0] - row), *region.shape[1:])
+            content = torch.empty(span_bytes(shape, entry.stride, item_bytes), dtype=torch.uint8, device="cpu")
+            offset = entry.offset + (origin + row * entry.stride[0]) * item_bytes
+            self.read_bytes(content.data_ptr(), offset, content.numel())
+            part = content.view(self.dtype).as_strided(shape, entry.stride)
+            destination.narrow(0, row, shape[0]).copy_(part)
+        return region.element_count * item_bytes
 
     def read_bytes(self, address: int, offset: int, length: int) -> None:
         """Read bytes of the file to an address in memory.

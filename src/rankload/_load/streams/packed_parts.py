@@ -30,10 +30,8 @@ def part_key(saved: FileTensor, region: Region) -> PartKey:
 
 
 def is_packable(saved: FileTensor, region: Region) -> bool:
-    """Return whether a share of a part can be read for about the price of its bytes."""
-    if not is_good_as_it_is(saved) or not region.element_count:
-        return False
-    return region.shape == saved.entry.shape or saved.files.may_map or saved.long_runs(region) is not None
+    """Return whether shares of a part can be read."""
+    return is_good_as_it_is(saved) and region.element_count > 0
 
 
 def pack(parts: Mapping[PartKey, Sequence[TensorCopy]], size: int) -> list[PackedParts]:
