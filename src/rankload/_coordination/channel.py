@@ -75,12 +75,8 @@ class Channel(ABC):
         return int(self.first(key, str(self.identity.rank)))
 
     @abstractmethod
-    def count(self, key: str) -> None:
-        """Add this rank to the ranks that are counted under a key."""
-
-    @abstractmethod
-    def counted(self, key: str) -> int:
-        """Return how many ranks have been counted under a key, without waiting."""
+    def count(self, key: str, ranks: int = 1) -> int:
+        """Count this rank, or with 0 none, under a key; return how many have been counted, without waiting."""
 
     @abstractmethod
     def answer(self, question: str, respond: Callable[[], dict[str, Any]]) -> None:

@@ -45,9 +45,6 @@ _HURRIED_SECONDS = 0.3
 #: How often a wait also looks for a failure. Waits of a warm call are shorter.
 _LOOK_SECONDS = 0.05
 
-#: Amount that one value adds to the counter of a list (see `RankChannel.contribute`).
-_VALUE = 1 << 32
-
 #: Errors after which rank 0 waits for no other rank.
 _GIVING_UP = (ArrivalTimeoutError, RankLostError)
 
@@ -118,8 +115,8 @@ class RankChannel(Channel):
 
     @override
     def contribute(self, key: str, value: str | None) -> None:
-        # one counter holds both numbers: the ranks that have come and, in the higher bits, the values
-        values, come = divmod(self._store.add(self._key(f"list/{key}"), 1 + _VALUE * (value is not None)), _VALUE)
+        # one counter holds both numbers: the ranks that have come and, from the 33rd bit on, the values
+        values, come = divmod(self._store.add(self._key(f"list/{key}"), 1 + ((value is not None) << 32)), 1 << 32)
         if value is not None:
             self.post(f"list/{key}/{values - 1}", {"value": value})
         if come == self.identity.world_size:
@@ -157,12 +154,8 @@ class RankChannel(Channel):
         return self._store.set_first(self._key(key), value)
 
     @override
-    def count(self, key: str) -> None:
-        self._store.add(self._key(key), 1)
-
-    @override
-    def counted(self, key: str) -> int:
-        return self._store.add(self._key(key), 0)
+    def count(self, key: str, ranks: int = 1) -> int:
+        return self._store.add(self._key(key), ranks)
 
     @override
     def remember(self, fact: str, value: str | None = None) -> str | None:

@@ -19,7 +19,7 @@ from rankload._load.module.copies import TensorCopy
 from rankload._load.module.guesses import Guesses
 from rankload._load.module.slots import own_part
 from rankload._load.sharing.gather_group import GatherGroup
-from rankload._load.sharing.offer import Offer, Sharers, group_for
+from rankload._load.sharing.proposal import Proposal, Sharers, group_for
 from rankload._load.sharing.shared_reads import SharedRead, bucket_bytes, read_shared
 from rankload._load.streams.packed_parts import PartKey, is_packable, pack, part_key
 from rankload._load.streams.run import ReportBytes, read_all
@@ -35,8 +35,8 @@ _logger = logging.getLogger("rankload")
 class GatherDelivery(ReadDelivery):
     """Each rank reads its share of what others want, too, and everything that nobody else wants.
 
-    Each rank offers to read parts together with the ranks that should hold the same ones. What all ranks of an offer
-    have offered is read together.
+    Each rank proposes to read parts together with the ranks that should hold the same ones. What all of these ranks
+    have proposed is read together.
 
     Args:
         files: files of the checkpoint.
@@ -46,12 +46,12 @@ class GatherDelivery(ReadDelivery):
     def __init__(self, files: CheckpointFiles, call: CallContext) -> None:
         super().__init__(files, call)
         self._device = torch.device("cpu")
-        self._offers: list[tuple[Sequence[PartKey], Sequence[Offer]]] = []
-        self._accepted: list[tuple[Sequence[PartKey], Offer]] = []
+        self._proposals: list[tuple[Sequence[PartKey], Sequence[Proposal]]] = []
+        self._accepted: list[tuple[Sequence[PartKey], Proposal]] = []
 
     @override
     def prepare(self, plan: LoadPlan) -> None:
-        """Offer to share.
+        """Propose to share.
 
         Raises:
             ArgumentError: the process group has no backend for the module's device.
@@ -59,25 +59,25 @@ class GatherDelivery(ReadDelivery):
         super().prepare(plan)
         channel, self._device = self._call.channel, _device(plan)
         everyone = group_for(self._call, self._device)
-        self._offers = [
-            (parts, [Offer.make(channel, sharers, self._device, sorted(parts)) for sharers in guesses])
+        self._proposals = [
+            (parts, [Proposal.make(channel, sharers, self._device, sorted(parts)) for sharers in guesses])
             for guesses, parts in _parts(plan, everyone, self._device).items()
         ]
 
     @override
     def on_agreement(self) -> None:
-        """Accept, for each set of parts, the offer to the most ranks that holds."""
-        for parts, offers in self._offers:
-            offer = next((offer for offer in offers if offer.holds(self._call.channel)), None)
-            if offer is not None:
-                self._accepted.append((parts, offer))
+        """Accept, for each set of parts, the proposal that holds for the most ranks."""
+        for parts, proposals in self._proposals:
+            proposal = next((proposal for proposal in proposals if proposal.holds(self._call.channel)), None)
+            if proposal is not None:
+                self._accepted.append((parts, proposal))
         # all ranks need the same order, or they would wait for one another in a circle
         self._accepted.sort(key=lambda accepted: (accepted[1].sharers.ranks, accepted[1].name))
         if self._accepted:
             self.delivery, self.may_share = "gather", False
         else:
             self.reason = "another rank wants other tensors than this one, or on another kind of device"
-            if not self._offers:
+            if not self._proposals:
                 self.reason = "no other rank holds the same parts as this one"
         _logger.debug("rank %d: delivery=%r: %s", self._call.identity.rank, self.delivery, self.reason)
 
@@ -87,7 +87,7 @@ class GatherDelivery(ReadDelivery):
         for copy in copies:
             if copy.saved.in_file is not None:
                 by_part[part_key(copy.saved.in_file, copy.region)].append(copy)
-        reads = [self._shared_read({part: by_part[part] for part in parts}, offer) for parts, offer in self._accepted]
+        reads = [self._shared_read({part: by_part[part] for part in parts}, made) for parts, made in self._accepted]
         meet = functools.partial(self._call.channel.meet, "ready to gather")
         if not reads:
             meet()
@@ -103,8 +103,8 @@ class GatherDelivery(ReadDelivery):
         others = [copy for copy in copies if id(copy) not in shared]
         return done + read_all(others, lambda more: report(done + more), self._limits)
 
-    def _shared_read(self, parts: Mapping[PartKey, Sequence[TensorCopy]], offer: Offer) -> SharedRead:
-        group = GatherGroup.of(offer.sharers.groups, self._call.settings)
+    def _shared_read(self, parts: Mapping[PartKey, Sequence[TensorCopy]], proposal: Proposal) -> SharedRead:
+        group = GatherGroup.of(proposal.sharers.groups, self._call.settings)
         copies = [copy for of_part in parts.values() for copy in of_part]
         are_whole, size = all(map(is_of_whole, copies)), bucket_bytes(group.count)
         return SharedRead(cut_whole(copies, size) if are_whole else pack(parts, size), group)

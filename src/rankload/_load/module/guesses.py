@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from rankload._load.module.slots import is_distributed, is_replicated
-from rankload._load.sharing.offer import Sharers
+from rankload._load.sharing.proposal import Sharers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

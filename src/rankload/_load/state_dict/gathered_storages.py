@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rankload._coordination.call_context import CallContext
 from rankload._load.device.readers import Limits
 from rankload._load.sharing.gather_group import GatherGroup
-from rankload._load.sharing.offer import Offer, Sharers, group_for
+from rankload._load.sharing.proposal import Proposal, Sharers, group_for
 from rankload._load.sharing.shared_reads import SharedRead, bucket_bytes, read_shared
 from rankload._load.state_dict.deferred_storages import DeferredStorages
 from rankload._types import Progress
@@ -33,18 +33,18 @@ def gather_storages(parts: Sequence[DeferredStorages], call: CallContext, limits
         RankLostError, ProgressTimeoutError: see `GatherGroup.end`.
     """
     devices = {device for part in parts for device in part.wanted}
-    offer = None
+    proposal = None
     if len(devices) == 1:
         (device,) = devices
         wanted = [part.wanted.get(device, []) for part in parts]
-        offer = Offer.make(call.channel, Sharers.of(group_for(call, device)), device, wanted)
+        proposal = Proposal.make(call.channel, Sharers.of(group_for(call, device)), device, wanted)
     call.channel.meet("storages are known")
-    if offer is None or not offer.holds(call.channel):
+    if proposal is None or not proposal.holds(call.channel):
         _logger.debug("rank %d: the ranks want storages on different devices; each reads its own", call.identity.rank)
         for part in parts:
             part.fill(limits, call.report_loading, display_name)
         return
-    group = GatherGroup.of(offer.sharers.groups, call.settings)
+    group = GatherGroup.of(proposal.sharers.groups, call.settings)
     size = bucket_bytes(group.count)
     read = SharedRead([bucket for part in parts for bucket in part.cut(device, size)], group)
     rank, world_size = call.identity.rank, call.identity.world_size

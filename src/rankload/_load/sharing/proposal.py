@@ -42,11 +42,11 @@ class Sharers:
 
 
 @dataclass(frozen=True)
-class Offer:
-    """This rank's offer to read something together with others. It holds if all of them make the same one.
+class Proposal:
+    """This rank's proposal to read something together with others. It holds if all of them make the same one.
 
     Attributes:
-        name: the same on all ranks that offer to read the same with the same ranks.
+        name: the same on all ranks that propose to read the same with the same ranks.
         sharers: those ranks.
     """
 
@@ -54,8 +54,8 @@ class Offer:
     sharers: Sharers
 
     @classmethod
-    def make(cls, channel: Channel, sharers: Sharers, device: torch.device, wanted: Any) -> Offer:
-        """Make an offer. All ranks of the call have to meet before they look at it.
+    def make(cls, channel: Channel, sharers: Sharers, device: torch.device, wanted: Any) -> Proposal:
+        """Make a proposal. All ranks of the call have to meet before they look at it.
 
         Args:
             channel: channel of the call.
@@ -64,13 +64,13 @@ class Offer:
             wanted: JSON-able description of what to read, without anything that only this rank knows.
         """
         text = json.dumps([sharers.ranks, sharers.sizes, device.type, wanted])
-        offer = cls(f"gather/{hashlib.sha256(text.encode()).hexdigest()}", sharers)
-        channel.count(offer.name)
-        return offer
+        proposal = cls(f"gather/{hashlib.sha256(text.encode()).hexdigest()}", sharers)
+        channel.count(proposal.name)
+        return proposal
 
     def holds(self, channel: Channel) -> bool:
-        """Return whether all ranks have made this offer: the same on all of them."""
-        return channel.counted(self.name) == len(self.sharers.ranks)
+        """Return whether all ranks have made this proposal: the same on all of them."""
+        return channel.count(self.name, 0) == len(self.sharers.ranks)
 
 
 def group_for(call: CallContext, device: torch.device) -> ProcessGroup:
