@@ -8,6 +8,7 @@ fetch: one process, no ranks, without loading; see ``benchmarks.fetch``.
 modules: into modules, replicated, on meta and sharded; see ``benchmarks.modules``.
 gpu: into modules on an accelerator, where there is one; see ``benchmarks.gpu``.
 broadcast: from one node to three others over links of 1 Gbit/s; see ``benchmarks.broadcast``.
+scale: what a call costs one of many ranks; see ``benchmarks.scale``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from benchmarks.gpu import gpu
 from benchmarks.imports import imports
 from benchmarks.modules import modules
 from benchmarks.rounds import interleaved
+from benchmarks.scale import scale
 from benchmarks.table import Table
 from benchmarks.ways import WAYS, Way, timed
 from harness.checkpoints import CheckpointFile, write_big
@@ -102,6 +104,8 @@ def _tables(arguments: argparse.Namespace, root: Path) -> Iterator[Table]:
         yield broadcast(arguments.rounds)
     if is_asked_for("exchange"):
         yield from exchange(min(arguments.size_mb, 256), arguments.rounds)
+    if is_asked_for("scale"):
+        yield from scale(arguments.world_sizes, arguments.rounds, root)
     if not is_asked_for("cold", "warm", "fetch"):
         return
     checkpoint = write_big(root, arguments.size_mb * 1_000_000)
@@ -118,12 +122,13 @@ def _tables(arguments: argparse.Namespace, root: Path) -> Iterator[Table]:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    cases = ["cold", "warm", "fetch", "modules", "imports", "gpu", "broadcast", "exchange", "all"]
+    cases = ["cold", "warm", "fetch", "modules", "imports", "gpu", "broadcast", "exchange", "scale", "all"]
     parser.add_argument("case", nargs="?", choices=cases, default="all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--size-mb", type=int, default=1000)
     parser.add_argument("--layers", type=int, default=9, help="of the transformer for modules; 9 are 1.19 GB")
+    parser.add_argument("--world-sizes", type=int, nargs="+", default=[64, 256, 1024], help="of scale")
     parser.add_argument("--cold", action="store_true", help="modules: from the disk, not from the page cache")
     parser.add_argument("--only", nargs="+", help="some of the tables of modules or gpu, by their names")
     parser.add_argument("--directory", type=Path, help="a disk for files and caches (default: the temporary directory)")

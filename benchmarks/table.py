@@ -99,4 +99,5 @@ class Table:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+    digits = 3 if max(values) >= 0.1 else 5
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
