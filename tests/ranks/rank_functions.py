@@ -72,7 +72,7 @@ def try_to_load(rank: int, url: str, model_dir: str, **arguments: Any) -> Outcom
 def try_and_tell(rank: int, url: str, model_dir: str, **arguments: Any) -> Outcome:
     """Tries to load; a rank that waits for another's download marks ``waiting``, and every rank logs its waits."""
     log_everything()
-    with at_store_operation("peek", "/fetched/", marking("waiting")):
+    with at_store_operation("request", "/fetched/", marking("waiting")):
         return try_to_load(rank, url, model_dir, **arguments)
 
 

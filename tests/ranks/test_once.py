@@ -127,7 +127,7 @@ def _held(rank: int, log: str, directory: str) -> Any:
         mark_and_wait("runs")
         return _noting(log, "done")()
 
-    with at_store_operation("peek", "/once/", marking("waiting")):
+    with at_store_operation("request", "/once/", marking("waiting")):
         return rankload.dist_once(function, key="task", directory=directory)
 
 

@@ -49,6 +49,7 @@ def _count_operations(rank: int, url: str, model_dir: str, calls: int) -> tuple[
 
     load(rank, url, model_dir)
     count("peek", lambda result: result is None)
+    count("request", lambda result: False)
     count("add", lambda result, *amount: amount == (0,))
     count("set", lambda result, *value: False)
     count("set_first", lambda result, *value: False)

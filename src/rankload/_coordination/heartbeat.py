@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
-from rankload._coordination.polling import silence_limit_seconds
+from rankload._coordination.polling import look_interval_seconds, silence_limit_seconds
 from rankload._coordination.store import RankStore
 from rankload._settings import Settings
 from rankload._types import DECLARED_WAITS, Identity, Phase, Progress
@@ -122,7 +122,7 @@ class Heartbeat:
             self._thread.join(patience_seconds)
 
     def _run(self) -> None:
-        longest_seconds = max(_LOOK_SECONDS, self._identity.world_size / 4000)
+        longest_seconds = look_interval_seconds(self._identity.world_size, _LOOK_SECONDS)
         tick_seconds = max(_MIN_TICK_SECONDS, min(self._interval_seconds, longest_seconds))
         published_at = -self._interval_seconds
         try:

@@ -16,6 +16,9 @@ from rankload.errors import ArrivalTimeoutError
 
 _logger = logging.getLogger("rankload")
 
+#: Longest time between two looks of a rank for a failure, in a job of any size: all ranks have to hear within 2 s.
+LARGE_JOB_LOOK_SECONDS = 1.0
+
 #: Longest time that one round of polling may count. A connection attempt takes up to 5 s; a longer round means that
 #: this process was stopped.
 _MAX_ROUND_SECONDS = 6.0
@@ -39,6 +42,17 @@ def backoff(world_size: int, sleep: Callable[[float], object] = time.sleep) -> I
         sleep(delay)
         slept += delay
         delay = min(delay * 4 / 3, max(0.01 if slept < 1 else 0.1, shortest))
+
+
+def look_interval_seconds(
+    world_size: int, shortest_seconds: float, longest_seconds: float = LARGE_JOB_LOOK_SECONDS
+) -> float:
+    """Return how often each rank may read a key during a long wait.
+
+    All ranks together read it 250 times per second, so that a wait of a second costs a rank the same in a job of any
+    size. In jobs so large that more than ``longest_seconds`` would pass between two reads of a rank, they read it more.
+    """
+    return max(shortest_seconds, min(world_size / 250, longest_seconds))
 
 
 def until_rank_0_comes(identity: Identity, settings: Settings) -> Iterator[float]:

@@ -2,7 +2,8 @@
 
 A warm call costs a rank six store operations: the agreement, the leader's message (where the file is, who shares it),
 the fetched file, the rank's own success, the verdict, and ``seen``. The last is needed only if the store lives in rank
-0's process. A wait costs one operation per poll. Rank 0 also counts the ranks that are through.
+0's process. The server answers a wait when the value is there (see `AwaitedKey`). Only rank 0 polls: it counts the
+ranks that are through.
 """
 
 from __future__ import annotations
@@ -18,31 +19,28 @@ from typing import Any
 from typing_extensions import Self, override
 
 from rankload._coordination.agreement import Agreement
+from rankload._coordination.awaited_key import GIVEN_UP, AwaitedKey
 from rankload._coordination.channel import Channel
 from rankload._coordination.heartbeat import Heartbeat, PeerMonitor, RollCall
-from rankload._coordination.polling import backoff, silence_limit_seconds
+from rankload._coordination.polling import backoff, look_interval_seconds, silence_limit_seconds
 from rankload._coordination.rendezvous import Session
 from rankload._coordination.signals import Terminated
 from rankload._coordination.verdict import Verdict, as_shared_error
 from rankload._coordination.watchdog import Watchdog
 from rankload._settings import Settings
 from rankload._types import Progress
-from rankload.errors import (
-    ArrivalTimeoutError,
-    RankloadError,
-    RankLostError,
-    StoreLostError,
-)
+from rankload.errors import ArrivalTimeoutError, RankloadError, RankLostError, StoreLostError
 
 #: How long rank 0 keeps the store open after a failed call, for ranks that have not read the verdict. If some still
 #: have not, rank 0's process waits again at exit.
 _FAREWELL_SECONDS = 5.0
 
 #: The same after SIGTERM (schedulers kill soon after), and after the loss of a rank, which will never read the verdict.
-#: Waiting ranks poll every 0.1 s.
+#: In large jobs it is longer, since the other ranks look less often.
 _HURRIED_SECONDS = 0.3
 
-#: How often a wait also looks for a failure. Waits of a warm call are shorter.
+#: How often a wait also looks for a failure, except in large jobs. The first rank that finds a failure wakes those that
+#: wait for the same key.
 _LOOK_SECONDS = 0.05
 
 #: Errors after which rank 0 waits for no other rank.
@@ -61,12 +59,17 @@ class RankChannel(Channel):
         super().__init__(session.identity)
         self._session, self._settings = session, settings
         self._store, self._prefix = session.store, session.call_prefix(session.calls.made)
-        self._watched = range(1, self.identity.world_size) if self.identity.rank == 0 else [0]
+        self._watched = list(range(1, self.identity.world_size)) if self.identity.rank == 0 else [0]
         self._agreement = Agreement(self._store, self._key, self.identity, session.calls.made)
         self._facts: dict[str, str] = {}
         self._answers: dict[str, Callable[[], dict[str, Any]]] = {}
         self._verdict = Verdict(self._store, self._key, self.identity)
         self._failure: RankloadError | None = None
+        self._awaited: list[int] = []  # ranks that this rank's own thread waits for, and watches meanwhile
+        others_look_seconds = look_interval_seconds(self.identity.world_size, _LOOK_SECONDS)
+        self._look_seconds = others_look_seconds if self.identity.rank else _LOOK_SECONDS
+        self._hurried_seconds = max(_HURRIED_SECONDS, 1.5 * others_look_seconds)
+        self._looked_at = time.monotonic()
         self._roll_call: RollCall | None = None
         self._heartbeat = Heartbeat(
             self._store,
@@ -147,7 +150,7 @@ class RankChannel(Channel):
 
     @override
     def has(self, key: str) -> bool:
-        return self._store.peek(self._key(key)) is not None
+        return self._store.peek_requested(self._key(key)) is not None
 
     @override
     def first(self, key: str, value: str) -> str:
@@ -205,7 +208,9 @@ class RankChannel(Channel):
         if self.identity.rank == 0:
             self._wait_until(self._may_succeed, self._watched, Progress("done"))
             self._verdict.succeed()
-        self._wait_until(self._verdict.look, self._watched, Progress("done"))
+        else:
+            with self._verdict.await_key(self._session.waiting, self._look_seconds) as awaited:
+                self._wait_until(lambda: self._verdict.read(awaited), self._watched, Progress("done"), awaited.sleep)
         self._raise_failure()
         if not self._verdict.outlast_readers(silence_limit_seconds(self._settings)) and not self._verdict.has_readers():
             raise RankLostError(
@@ -229,15 +234,16 @@ class RankChannel(Channel):
 
     def _answer_questions(self) -> None:
         for question in [question for question in self._answers if self.has(f"asked/{question}")]:
+            self._awaited = []  # an answer may take long
             self.post(f"answer/{question}", self._answers.pop(question)())
 
     def _tell(self, error: BaseException) -> None:
         """Publish why this rank fails. If another rank failed first, raise that rank's error."""
         if isinstance(error, _GIVING_UP):
             self._session.give_up_absent_ranks()
-        patience_seconds = _HURRIED_SECONDS if isinstance(error, _GIVING_UP) else _FAREWELL_SECONDS
+        is_hurried = isinstance(error, (*_GIVING_UP, Terminated))
+        patience_seconds = self._hurried_seconds if is_hurried else _FAREWELL_SECONDS
         if isinstance(error, Terminated):
-            patience_seconds = _HURRIED_SECONDS
             self._verdict.hurry(patience_seconds)
         has_lost_store = isinstance(error, StoreLostError) and error.rank is None  # not another rank's StoreLostError
         mine = as_shared_error(error, self.identity)
@@ -261,9 +267,10 @@ class RankChannel(Channel):
     def _look_around(self) -> None:
         """Look for the verdict, and at the ranks that this rank watches. Runs on the heartbeat thread."""
         self._agreement.support()
-        self._verdict.look()
+        if not self._awaited:
+            self._verdict.look()
         self._session.raise_joining_failure()
-        if self._watchdog_meanwhile.is_due():
+        if self._awaited != self._watched and self._watchdog_meanwhile.is_due():
             self._watchdog_meanwhile.look()
 
     def _note_failure(self, error: RankloadError) -> None:
@@ -277,31 +284,36 @@ class RankChannel(Channel):
             raise failure
 
     def _wait_for(self, key: str, ranks: Iterable[int]) -> dict[str, Any]:
-        text: str | None = None
+        with AwaitedKey(self._store, self._session.waiting, self._key(key), self._look_seconds) as awaited:
+            self._wait_until(awaited.is_there, ranks, Progress("waiting"), awaited.sleep)
+        assert awaited.text is not None
+        if awaited.text == GIVEN_UP:  # the rank that gave up publishes why
+            self._wait_until(self._verdict.look, ranks, Progress("waiting"))
+            self._raise_failure()
+        return json.loads(awaited.text)  # type: ignore[no-any-return]
 
-        def is_there() -> bool:
-            nonlocal text
-            text = self._store.peek(self._key(key))
-            return text is not None
-
-        self._wait_until(is_there, ranks, Progress("waiting"))
-        assert text is not None
-        return json.loads(text)  # type: ignore[no-any-return]
-
-    def _wait_until(self, is_there: Callable[[], bool], ranks: Iterable[int], progress: Progress) -> None:
-        """Poll until ``is_there`` returns True, and watch the ranks that are to bring that about."""
-        watchdog, looked_at = self._watchdog_over(ranks), time.monotonic()
-        for _ in backoff(self.identity.world_size):
+    def _wait_until(
+        self,
+        is_there: Callable[[], bool],
+        ranks: Iterable[int],
+        progress: Progress,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        """Check until ``is_there`` returns True, and watch the ranks that are to bring that about."""
+        watchdog = self._watchdog_over(ranks)
+        self._awaited = list(ranks)
+        for _ in backoff(self.identity.world_size if self.identity.rank else 1, sleep):  # rank 0's keys are its own
             if is_there():
-                return
-            if time.monotonic() - looked_at >= _LOOK_SECONDS:
-                looked_at = time.monotonic()
+                break
+            if time.monotonic() - self._looked_at >= self._look_seconds:
+                self._looked_at = time.monotonic()
                 self._verdict.look()
                 self._answer_questions()
             self._raise_failure()
             if watchdog.is_due():
                 watchdog.look()
                 self._heartbeat.beat(progress)
+        self._awaited = []
 
     def _watchdog_over(self, ranks: Iterable[int], *, while_working: bool = False) -> Watchdog:
         watches = [

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from rankload._coordination.admission import Rendezvous, RendezvousHost
 from rankload._coordination.draining import keep_word
-from rankload._coordination.store import RankStore
+from rankload._coordination.store import RankStore, client_for_requests
 from rankload._coordination.store_host import host_neighbour, neighbour
 from rankload._coordination.verdict import as_shared_error, tell_failure
 from rankload._settings import Settings
@@ -69,6 +69,8 @@ class Session:
         calls: calls that this rank has made, also before this session.
         rendezvous_host: thread that admits ranks; on rank 0, until all have joined.
         pid: process that joined: a forked child must not use its parent's connection.
+        waiting: client of the store for requests that the server may leave unanswered (see `AwaitedKey`). None on rank
+            0, which waits for few keys, and in a store without a server.
         remembered: facts that stay true for the session, such as which directories are shared.
         is_over: whether the next call needs another session.
     """
@@ -79,6 +81,7 @@ class Session:
     calls: Calls = field(default_factory=Calls)
     rendezvous_host: RendezvousHost | None = None
     pid: int = field(default_factory=os.getpid)
+    waiting: RankStore | None = None
     remembered: dict[str, str] = field(default_factory=dict)
     is_over: bool = False
     _joined: dict[int, int] = field(default_factory=dict)
@@ -208,6 +211,7 @@ def join(
         session_id, port = rendezvous.await_admission(number, calls.made, identity, settings, former_id)
         own_store = store if port == "-" else neighbour(store, int(port), settings)
         session = Session(own_store, identity, f"{rendezvous.root}/{session_id}", calls)
+        session.waiting = client_for_requests(own_store, settings)
         session.announce()
     except BaseException as error:
         shared = as_shared_error(error, identity)

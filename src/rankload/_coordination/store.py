@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rankload._coordination.polling import silence_limit_seconds
-from rankload._platform.daemon_threads import DeadlineThread, park_terminated_threads
+from rankload._platform.daemon_threads import DeadlineThread, Job, park_terminated_threads
 from rankload._settings import Settings
 from rankload.errors import StoreLostError
 
@@ -35,6 +35,9 @@ _ABSENT = "\0absent"
 
 #: Time without a connection after which rankload looks for the reason. torch retries silently until its timeout.
 _LOOK_AFTER_SECONDS = 1.0
+
+#: How long a request may be pending: torch gives poll(2) a number of milliseconds of 32 bits (24.8 days).
+_LONGEST_REQUEST = timedelta(days=20)
 
 #: How long a store operation may take to end after its connection was shut down.
 _SEVERED_SECONDS = 2.0
@@ -75,9 +78,17 @@ class RankStore:
         return replace(self, patience_seconds=min(patience_seconds, self.patience_seconds))
 
     def peek(self, key: str) -> str | None:
-        """Return a key's value, or None while it does not exist."""
+        """Return a key's value, or None while it does not exist. Only for keys that no rank requests."""
         value = self._call(lambda: self.store.compare_set(key, _ABSENT, _ABSENT)).decode()
         return None if value == _ABSENT else value
+
+    def peek_requested(self, key: str) -> str | None:
+        """Return a key's value, or None while it does not exist, with two operations if it exists.
+
+        For a key that others `request`: libuv's server answers pending requests, with an empty value, upon any
+        compare_set (TCPStoreLibUvBackend.cpp, compareAndSet).
+        """
+        return self.peek(key) if self._call(lambda: self.store.check([key])) else None
 
     def set(self, key: str, value: str) -> None:
         """Write a key."""
@@ -87,9 +98,24 @@ class RankStore:
         """Write a key unless it exists; return the key's value."""
         return self._call(lambda: self.store.compare_set(key, "", value)).decode()
 
+    def settle(self, key: str, value: str) -> str:
+        """Like `set_first`, for a key that others `request`."""
+        settled = self.set_first(key, value)
+        if settled == value:  # a server without libuv (USE_LIBUV=0) answers no pending request upon compare_set
+            self.set(key, value)
+        return settled
+
     def add(self, key: str, amount: int = 1) -> int:
         """Add to a counter and return its new value."""
         return self._call(lambda: self.store.add(key, amount))
+
+    def request(self, key: str) -> Job | None:
+        """Ask for a key's value. The server answers when the key exists; this client can do nothing else until then.
+
+        Returns:
+            The pending call, whose value are bytes; None while an earlier request is pending.
+        """
+        return self._calls.start(lambda: self.store.get(key)) if self._calls.ends_overdue_call(0) else None
 
     def _call(self, operation: Callable[[], T]) -> T:
         try:
@@ -238,6 +264,29 @@ def connect(
             place=place,
         ) from error
     return RankStore(store, place, dies_with_rank_0, silence_limit_seconds(settings), _calls=calls)
+
+
+def client_for_requests(store: RankStore, settings: Settings) -> RankStore | None:
+    """Open another client of a store, for `RankStore.request`; return None if the store is no TCPStore.
+
+    Raises:
+        StoreLostError: as `connect`.
+    """
+    from torch._C._distributed_c10d import TCPStore
+
+    base: Any = _without_prefixes(store.store)
+    if not isinstance(base, TCPStore):
+        return None
+    client = connect(
+        base.host,
+        base.port,
+        settings,
+        dies_with_rank_0=store.dies_with_rank_0,
+        limit_seconds=store.patience_seconds,
+        make_client=getattr(store.store, "clone", None),
+    )
+    client.store.set_timeout(_LONGEST_REQUEST)
+    return client
 
 
 def _check_listener(host: str, port: int) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from rankload._coordination.awaited_key import AwaitedKey
 from rankload._coordination.polling import backoff
 from rankload._coordination.signals import Terminated
 from rankload._coordination.store import RankStore
@@ -41,8 +42,19 @@ class Verdict:
     def look(self) -> bool:
         """Return whether there is a verdict. The first time, read and acknowledge it."""
         with self._looking:
-            if not self.is_known and (text := self._store.peek(self._key(_KEY))) is not None:
+            if not self.is_known and (text := self._store.peek_requested(self._key(_KEY))) is not None:
                 self._take(text)
+            return self.is_known
+
+    def await_key(self, waiting: RankStore | None, round_seconds: float) -> AwaitedKey:
+        """Return a wait for the verdict, for `read`."""
+        return AwaitedKey(self._store, waiting, self._key(_KEY), round_seconds, is_write_once=True)
+
+    def read(self, awaited: AwaitedKey) -> bool:
+        """Like `look`, if the wait for the verdict has ended."""
+        with self._looking:
+            if not self.is_known and awaited.is_there() and awaited.text is not None:
+                self._take(awaited.text)
             return self.is_known
 
     def count_through(self) -> None:
@@ -71,7 +83,7 @@ class Verdict:
             return True
         deadline = time.monotonic() + patience_seconds
         with suppress(StoreLostError):
-            for _ in backoff(self._identity.world_size):
+            for _ in backoff(1):  # no other rank polls
                 if self._store.add(self._key("seen"), 0) >= self._identity.world_size - 1:
                     return True
                 if time.monotonic() > deadline:
@@ -89,7 +101,7 @@ class Verdict:
     def _decide(self, text: str) -> None:
         with self._looking:
             if not self.is_known:
-                self._take(self._store.set_first(self._key(_KEY), text))
+                self._take(self._store.settle(self._key(_KEY), text))
 
     def _take(self, text: str) -> None:
         verdict = json.loads(text)
@@ -103,7 +115,7 @@ class Verdict:
 
 def tell_failure(store: RankStore, prefix: str, error: RankloadError) -> None:
     """Write the verdict of a call that failed before this session, for ranks that have yet to make that call."""
-    store.set_first(f"{prefix}/{_KEY}", _text_of_failure(error))
+    store.settle(f"{prefix}/{_KEY}", _text_of_failure(error))
 
 
 def _text_of_failure(error: RankloadError) -> str:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import logging
 
 from rankload._coordination.heartbeat import PeerMonitor
-from rankload._coordination.polling import is_on_own_node, is_voice_of_node, silence_limit_seconds
+from rankload._coordination.polling import (
+    is_on_own_node,
+    is_voice_of_node,
+    look_interval_seconds,
+    silence_limit_seconds,
+)
 from rankload._platform.clock import SuspendAwareTimer
 from rankload._settings import Settings
 from rankload._types import Identity
@@ -13,9 +18,13 @@ from rankload.errors import ArrivalTimeoutError
 
 _logger = logging.getLogger("rankload")
 
-#: Most keys that a rank reads per second: a percent of what a TCPStore can serve. A rank that works reads fewer.
+#: How many keys one rank reads per second. A rank that works reads fewer.
 _LOOKS_PER_SECOND = 500
 _LOOKS_PER_SECOND_AT_WORK = 200
+
+#: Longest time between two looks, in a job of any size. A rank is lost `silence_limit_seconds` after a heartbeat:
+#: a fifth of ``liveness_seconds`` (6 s by default) is left to notice that.
+_LONGEST_INTERVAL_SECONDS = 4.0
 
 
 class Watchdog:
@@ -24,7 +33,7 @@ class Watchdog:
     One rank per node logs at WARNING (`is_voice_of_node`), the others at DEBUG.
 
     Only rank 0 watches all ranks. The others watch rank 0 or their leader. A look is due every heartbeat, and less
-    often in a large job: rank 0 reads one key per rank.
+    often in a large job: rank 0 reads one key per rank, and all others read rank 0's.
 
     Only time in which this process is awake counts. A scheduler may suspend and resume the job: then all heartbeats are
     unchanged after an hour, and no rank is dead.
@@ -42,7 +51,11 @@ class Watchdog:
     ) -> None:
         self._watches, self._identity, self._settings, self._is_working = watches, identity, settings, while_working
         looks_per_second = _LOOKS_PER_SECOND_AT_WORK if while_working else _LOOKS_PER_SECOND
-        self._interval_seconds = max(min(settings.heartbeat_seconds, 0.5), len(watches) / looks_per_second)
+        shortest_seconds = max(min(settings.heartbeat_seconds, 0.5), len(watches) / looks_per_second)
+        self._interval_seconds = min(
+            look_interval_seconds(identity.world_size, shortest_seconds, _LONGEST_INTERVAL_SECONDS),
+            _LONGEST_INTERVAL_SECONDS,
+        )
         # a longer time between two looks means that this process was stopped or starved, and others perhaps, too
         self._watched = SuspendAwareTimer(max(2 * self._interval_seconds, silence_limit_seconds(settings) / 4))
         self._reported_at = 0.0

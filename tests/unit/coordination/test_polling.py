@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from rankload._coordination.polling import is_on_own_node, is_voice_of_node
+from rankload._coordination.polling import (
+    LARGE_JOB_LOOK_SECONDS,
+    is_on_own_node,
+    is_voice_of_node,
+    look_interval_seconds,
+)
 from rankload._types import Identity
 
 
@@ -30,3 +35,11 @@ def test_only_ranks_of_the_own_node_are_known_to_be_there():
     assert [rank for rank in range(8) if is_on_own_node(identity(5), rank)] == [4, 5, 6, 7]
     assert not is_on_own_node(identity(5, job_size=16), 4)
     assert not is_on_own_node(Identity(3, 8, None, None, None, "host", "mpi"), 2)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "seconds"),
+    [(2, 0.05), (64, 0.256), (250, 1.0), (100_000, LARGE_JOB_LOOK_SECONDS)],
+)
+def test_ranks_of_a_large_job_look_less_often_but_hear_of_a_failure_in_time(world_size, seconds):
+    assert look_interval_seconds(world_size, 0.05) == seconds
