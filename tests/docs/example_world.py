@@ -75,6 +75,8 @@ def make_world(origin: Origin, directory: Path) -> World:
         origin.add(name, saved.path)
     origin.add(f"model-{prefix}.pth.sha256", f"{saved.sha256}  model-{prefix}.pth\n".encode())
     origin.add(f"private/model-{prefix}.pth", saved.path, required_headers={"Authorization": f"Bearer {TOKEN}"})
+    dragonfly = {"X-Dragonfly-Registry": "https://example.org"}
+    origin.add(f"dragonfly/model-{prefix}.pth", saved.path, required_headers=dragonfly)
     origin.add("ddp.pth", wrapped.path)
     origin.add("model.safetensors", safe.path)
     origin.add("vocabulary.txt", b"a\nb\n")
@@ -93,6 +95,7 @@ def make_world(origin: Origin, directory: Path) -> World:
     texts = {
         "https://example.org/": f"{origin.base_url}/",
         "https://mirror.example.org/": f"{origin.base_url}/",
+        "http://127.0.0.1:4001/": f"{origin.base_url}/dragonfly/",
         "0676ba61…": saved.sha256,
         "0676ba61": prefix,
         "0a1b2c3d": prefix,
