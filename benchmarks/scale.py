@@ -87,6 +87,7 @@ def scale(world_sizes: Sequence[int], rounds: int, scratch: Path) -> Iterator[Ta
         for world_size, _, way in itertools.product(world_sizes, range(rounds), _STEPS):
             for step in _run(network, way, world_size, url, model_dir):
                 steps[step.name, world_size].append(step)
+                print(f"{world_size} ranks: {step}", file=sys.stderr)  # the tables come after some minutes
     rows = {f"{name}, {world_size:,} ranks": runs for (name, world_size), runs in steps.items()}
     small, large = f"{min(world_sizes):,} ranks", f"{max(world_sizes):,} ranks"
     title = f"scale, {os.cpu_count()} cores, ranks forked from one process, medians of {rounds}"
@@ -135,7 +136,7 @@ def _fork_ranks(way: str, world_size: int, url: str, model_dir: str) -> list[_St
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     for module in pkgutil.walk_packages(rankload.__path__, "rankload."):
-        if not module.name.endswith("__main__") and "._cli" not in module.name:
+        if not module.name.endswith("__main__") and module.name.split(".")[1] not in ("_cli", "integrations"):
             importlib.import_module(module.name)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -79,19 +79,26 @@ def _before_operation(number: int, action: Callable[[], None]) -> Callable[[], N
 
     from rankload._coordination.store import RankStore
 
-    original, left = RankStore._call, [number]
+    originals, left = (RankStore._call, RankStore.request), [number]
 
-    def call(store: RankStore, operation: Any) -> Any:
+    def count() -> None:
         if threading.current_thread() is threading.main_thread():
             left[0] -= 1
             if left[0] == -1:
                 action()
-        return original(store, operation)
 
-    RankStore._call = call  # type: ignore[method-assign, assignment]
+    def call(store: RankStore, operation: Any) -> Any:
+        count()
+        return originals[0](store, operation)
+
+    def request(store: RankStore, key: str) -> Any:
+        count()
+        return originals[1](store, key)
+
+    RankStore._call, RankStore.request = call, request  # type: ignore[method-assign, assignment]
 
     def restore() -> None:
-        RankStore._call = original  # type: ignore[method-assign]
+        RankStore._call, RankStore.request = originals  # type: ignore[method-assign]
 
     return restore
 
