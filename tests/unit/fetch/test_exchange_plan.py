@@ -149,23 +149,23 @@ def test_plan_for_a_file_in_many_pieces_is_small_and_complete() -> None:
     assert {*plan.fetched_by(0), *plan.fetched_by(1)} >= set(missing)
 
 
-def rates(seconds: float, ring: float, *, done_at: float = 1.0) -> int:
-    """Return what is fetched in addition, of 1000 bytes from an origin with 100 bytes/s that sends for one second."""
-    catch_up, fetched = CatchUp(0.0, 1000), 0
-    for tick in range(1, round(seconds * 10)):
-        now = tick / 10
-        origin_bytes = round(100 * min(now, done_at)) + fetched
-        fetched += catch_up.bytes_to_fetch(
-            now, origin_bytes=origin_bytes, ring_bytes=round(ring * now), is_own_part_done=now >= done_at
+def extra(ring: float, *, part: int = 100, seconds: float = 20) -> tuple[int, float]:
+    """Return what a node fetches beyond its part of 1000 bytes, and when it has all; the origin sends 100 bytes/s."""
+    catch_up, wanted, come, now = CatchUp(0.0, 1000), float(part), 0.0, 0.0
+    while come + ring * now < 1000 and now < seconds:
+        now += 0.1
+        come = min(come + 10, wanted)
+        wanted += catch_up.bytes_to_fetch(
+            now, origin_bytes=round(come), ring_bytes=round(ring * now), left_bytes=round(wanted - come)
         )
-        if origin_bytes + ring * now >= 1000:
-            break
-    return fetched
+    return round(wanted - part), now
 
 
 def test_node_fetches_more_only_if_it_would_have_the_file_earlier_without_the_others() -> None:
-    assert rates(20, 300) == 0  # the ring brings the rest in 3 s; alone it takes 10
-    assert rates(20, 100) == 0
-    assert rates(20, 50) > 300
-    assert rates(3, 0) > 0
-    assert rates(20, 0, done_at=0.0) == 0  # a node that fetches nothing does not know how fast the origin is
+    assert extra(300) == (0, pytest.approx(3, abs=0.2))
+    assert extra(120)[0] == 0
+    fetched, seconds = extra(50)  # the ring alone would take 18 s, the origin alone 10 s
+    assert 300 < fetched < 900 and seconds < 9
+    fetched, seconds = extra(0)
+    assert fetched >= 900 and seconds < 10.5
+    assert extra(0, part=0)[0] == 0  # a node that fetches nothing does not know how fast the origin is

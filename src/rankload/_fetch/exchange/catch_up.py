@@ -11,6 +11,9 @@ from collections import deque
 #: Length of one measurement of the ring's rate.
 _WINDOW_SECONDS = 0.5
 
+#: Share of the time that the file would take without the ring, by which to have it: rates vary.
+_AIM = 0.8
+
 #: How much to fetch at once: what the origin sends in this time. Meanwhile the ring goes on.
 _STEP_SECONDS = 0.5
 
@@ -28,27 +31,27 @@ class CatchUp:
         self._bytes_per_second: float | None = None  # of the origin
         self._samples = deque([(now, 0)])
 
-    def bytes_to_fetch(self, now: float, *, origin_bytes: int, ring_bytes: int, is_own_part_done: bool) -> int:
+    def bytes_to_fetch(self, now: float, *, origin_bytes: int, ring_bytes: int, left_bytes: int) -> int:
         """Return how many further bytes to fetch from the origin, 0 for none.
 
         Args:
             now: the time.
             origin_bytes: what has come from the origin.
             ring_bytes: what has come from the ring.
-            is_own_part_done: whether everything has come that the node was to fetch so far.
+            left_bytes: what the node is to fetch, and has not come yet.
         """
         self._samples.append((now, ring_bytes))
         while now - self._samples[1][0] >= _WINDOW_SECONDS:
             self._samples.popleft()
-        if not is_own_part_done:
+        seconds = now - self._began_at
+        rate = self._bytes_per_second or origin_bytes / max(seconds, 1e-3)
+        if left_bytes > rate * _STEP_SECONDS / 2:
             return 0
-        if self._bytes_per_second is None:
-            self._bytes_per_second = origin_bytes / max(now - self._began_at, 1e-3)
-        (then, ring_bytes_then), rate = self._samples[0], self._bytes_per_second
+        self._bytes_per_second = rate  # later on, the origin sends at intervals
+        then, ring_bytes_then = self._samples[0]
         if not rate or now - then < _WINDOW_SECONDS:
             return 0
-        missing_bytes = self._missing_bytes - origin_bytes - ring_bytes
-        seconds_alone = self._missing_bytes / rate
-        rest_alone = seconds_alone - (now - self._began_at)
-        comes_in_time = (ring_bytes - ring_bytes_then) / (now - then) * max(0.0, rest_alone)
+        seconds_left = max(0.0, _AIM * self._missing_bytes / rate - seconds)
+        comes_in_time = (ring_bytes - ring_bytes_then) / (now - then) * seconds_left
+        missing_bytes = self._missing_bytes - origin_bytes - ring_bytes - left_bytes
         return 0 if comes_in_time >= missing_bytes else round(rate * _STEP_SECONDS)

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rankload._fetch.exchange.catch_up import CatchUp
@@ -83,7 +83,8 @@ class Ring:
         self._upstream, self._downstream = (Wire(link, self._is_stopped) for link in links)
         self._wanted = set(plan.units) - held_after  # what the next node has not
         self._ready: deque[tuple[int, bytes | None]] = deque((unit, None) for unit in sorted(held))  # with their tags
-        self._awaited = deque(self.own_units)  # from the origin
+        self._own = self.own_units  # those that the origin is to send, now or later
+        self._awaited = deque(self.own_units)  # those of them that the sender has to look for
         self._may_catch_up = may_catch_up
         self._catch_up: CatchUp | None = None
         self._sent_bytes = 0
@@ -97,7 +98,7 @@ class Ring:
 
     def awaited_link(self, state: TransferState) -> Link | None:
         """Return the node before if nothing but its units is missing; None if this node's own part is, too."""
-        return self._upstream.link if self._has_all(state, self.own_units) else None
+        return self._upstream.link if all(state.has(*self.plan.span(unit)) for unit in self._own) else None
 
     def start(self, state: TransferState, partial: Partial) -> None:
         """Leave to the other nodes what they bring, and begin to receive and to send."""
@@ -117,17 +118,18 @@ class Ring:
         """Let the transfer fetch more if the ring is late. Called repeatedly by the thread that runs the transfer."""
         if self._catch_up is None:
             return
+        self._own = [unit for unit in self._own if not state.has(*self.plan.span(unit))]
         wanted_bytes = self._catch_up.bytes_to_fetch(
             time.monotonic(),
             origin_bytes=state.fetched_bytes,
             ring_bytes=self.received_bytes,
-            is_own_part_done=self._has_all(state, self.own_units),
+            left_bytes=len(self._own) * self.plan.unit_bytes,
         )
         count = -(-wanted_bytes // self.plan.unit_bytes)
         if more := self._next_foreign(state)[:count]:
             chosen = frozenset(more)
             self._foreign = [unit for unit in self._foreign if unit not in chosen]
-            self.own_units = more
+            self._own += more
             self.extra_bytes += sum(end - begin for begin, end in map(self.plan.span, more))
             self._awaited.extend(more)
             state.fetch_too(map(self.plan.span, more))
@@ -244,9 +246,6 @@ class Ring:
             self._downstream.send(part)
         self._sent_bytes += end - begin
         self._wanted.discard(unit)
-
-    def _has_all(self, state: TransferState, units: Sequence[int]) -> bool:
-        return all(state.has(*self.plan.span(unit)) for unit in reversed(units))
 
     def _next_foreign(self, state: TransferState) -> list[int]:
         """Return the units that only the ring was to bring, in the order in which this node would fetch them.
