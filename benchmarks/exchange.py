@@ -1,6 +1,6 @@
 """One file from an origin outside into the caches of four nodes that share no directory.
 
-The nodes are network namespaces with links that are shaped by tc, one rank on each. ``egress``: what leaves the origin
+The nodes are network namespaces with links that are shaped by tc, two ranks on each. ``egress``: what leaves the origin
 is limited, for all nodes together. ``ingress``: what each node gets from outside is limited. ``fast origin``: the
 network between the nodes is the slower one. Seconds are the slowest rank's, and are compared with the time that the
 bytes take over the limited link at best. Needs root and nginx.
@@ -27,7 +27,7 @@ from benchmarks.table import Table
 from cluster.lab import Lab
 from cluster.wait import wait_until
 
-NODES = 4
+NODES, RANKS_PER_NODE = 4, 2
 _MB = 1_000_000
 _PORT, _ORIGIN_PORT = 29_500, 8080  # of network namespaces that nobody else is in
 
@@ -108,7 +108,8 @@ def _measured(case: Case, lab: Lab, size_mb: int, rounds: int) -> Table:
         server.terminate()
         server.wait(timeout=10)
     floor = case.floor_seconds(size_mb)
-    title = f"{case.name}, {NODES} nodes, {size_mb / 1000:.3g} GB, medians of {rounds}, slowest rank"
+    size = f"{NODES} nodes × {RANKS_PER_NODE} ranks, {size_mb / 1000:.3g} GB"
+    title = f"{case.name}, {size}, medians of {rounds}, slowest rank"
     shown = {
         way: f"{statistics.median(seconds) / floor:.2f} x the floor; {notes[way]}" for way, seconds in results.items()
     }
@@ -132,8 +133,10 @@ def _run(lab: Lab, url: str, size_mb: int, rounds: int) -> tuple[dict[str, list[
         for way, scope in _SCOPES.items():
             before = [[lab.received_bytes(node, network) for node in lab.nodes] for network in ("wan0", "mg0")]
             ranks: list[subprocess.Popen[str]] = []
-            for rank, node in enumerate(lab.nodes):
-                variables = {"RANK": rank, "WORLD_SIZE": NODES, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+            for rank in range(NODES * RANKS_PER_NODE):
+                node = lab.nodes[rank // RANKS_PER_NODE]
+                variables = {"RANK": rank, "WORLD_SIZE": NODES * RANKS_PER_NODE}
+                variables |= {"LOCAL_RANK": rank % RANKS_PER_NODE, "LOCAL_WORLD_SIZE": RANKS_PER_NODE}
                 variables |= {"MASTER_ADDR": lab.nodes[0], "MASTER_PORT": _PORT, "PYTHONPATH": python_path}
                 environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
                 directory = lab.scratch / f"{number}-{scope}"

@@ -97,6 +97,19 @@ def load(rank: int, url: str, **arguments: object) -> list[float] | str:
 WEIGHT = STATE_DICT["weight"].flatten().tolist()
 
 
+def test_nodes_with_caches_of_their_own_get_each_file_once(hub: Hub, tmp_path: Path) -> None:
+    homes = [tmp_path / f"node{rank}" for rank in range(2)]
+    variables = {rank: {**hub.environment, "HF_HOME": str(home)} for rank, home in enumerate(homes)}
+    results = run_ranks(load, 2, nodes=2, args=("hf://org/two",), rank_env=variables)
+    assert [result.value for result in results] == [WEIGHT] * 2
+    parts = [save({name: value}) for name, value in STATE_DICT.items()]
+    questions = len(homes) * len(parts)  # each node asks for a byte of each part
+    assert sum(map(len, parts)) <= hub.cdn.bytes_sent() <= sum(map(len, parts)) + questions
+    for home in homes:
+        blobs = home / "hub" / "models--org--two" / "blobs"
+        assert {hashlib.sha256(part).hexdigest() for part in parts} <= {path.name for path in blobs.iterdir()}
+
+
 def test_the_client_finds_what_rankload_has_fetched(hub: Hub) -> None:
     for url in ("hf://org/two", "hf://org/one/model.safetensors"):
         assert [result.value for result in hub.run(load, url, ranks=3)] == [WEIGHT] * 3

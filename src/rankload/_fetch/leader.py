@@ -137,9 +137,8 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings, share: Sha
                     return file
             except miss.SupersededError:
                 superseded += 1
-                if share is not None and share.has_failed:
-                    superseded = _MAX_SUPERSEDED + 1  # the other nodes cannot go on
-                if superseded > _MAX_SUPERSEDED:
+                is_over = share is not None and share.has_failed  # the other nodes cannot go on
+                if is_over or superseded > _MAX_SUPERSEDED:
                     raise _disturbed(entry, superseded) from None
 
 
