@@ -79,7 +79,7 @@ def connect(rank: int, host: str, way: dict[str, Any], seconds: float, look_arou
     tried = ", ".join(f"{address}: {problem}" for address, problem in problems.items())
     raise CoordinationError(
         f"cannot reach rank {rank} on {host} at port {way['port']} ({tried}): a firewall between the nodes, or the "
-        "wrong interface; set GLOO_SOCKET_IFNAME, or pass delivery='read'",
+        "wrong interface; set GLOO_SOCKET_IFNAME, or let nodes send one another nothing: scope='node', delivery='read'",
         unreachable_rank=rank,
     )
 

@@ -136,8 +136,8 @@ class _Newcomers:
             raise CoordinationError(
                 f"something other than the upstream rank keeps connecting to the relay's port {self._port} of this "
                 f"host, {what} ({self._wrong + self._rubbish} times): a port scanner, another job, or an attacker; "
-                "block its access to the nodes' ports, choose another network by GLOO_SOCKET_IFNAME, or pass "
-                "delivery='read'",
+                "block its access to the nodes' ports, choose another network by GLOO_SOCKET_IFNAME, or let nodes send "
+                "one another nothing: scope='node', delivery='read'",
                 port=self._port,
             )
         return state is _State.PROVED
@@ -256,7 +256,7 @@ def _listen(addresses: Sequence[str]) -> dict[str, socket.socket]:
         tried = ", ".join(f"{address}: {problem.strerror or problem}" for address, problem in problems.items())
         raise CoordinationError(
             f"cannot listen on any address of this host ({tried or 'it has none'}): set GLOO_SOCKET_IFNAME, a wider "
-            f"{PORTS_VARIABLE}, or pass delivery='read'"
+            f"{PORTS_VARIABLE}, or let nodes send one another nothing: scope='node', delivery='read'"
         )
     return sockets
 
