@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from harness.waiting import wait_until
 from rankload._fetch.exchange import neighbours
 from rankload._fetch.exchange.plan import units_within
 from rankload._fetch.partials.journal import read_journal
-from rankload._relay.links import Link
+from rankload.errors import CoordinationError
 
 CHUNK = 64 << 10
 
@@ -248,24 +247,28 @@ def test_nodes_with_a_cache_on_their_own_disk_exchange_by_default(
     assert origin.bytes_sent() <= size + 3 and len(published(tmp_path)) == 3
 
 
-def test_nodes_that_cannot_connect_fetch_for_themselves(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
-    """A firewall between them: what one listens at, the others do not reach."""
+@pytest.mark.parametrize("trouble", ["connect", "Listener"])
+def test_nodes_that_cannot_connect_fetch_for_themselves(
+    origin: Origin, big: CheckpointFile, tmp_path: Path, trouble: str
+) -> None:
+    """A firewall between them, or a node on which nothing may listen. With ``scope="exchange"`` that is an error."""
     url, size = origin.add("big.pth", big.path), big.path.stat().st_size
-    results = run_ranks(load_behind_firewall, 3, nodes=3, args=(url, str(tmp_path), 1))
+    results = run_ranks(load_with_trouble, 3, nodes=3, args=(url, str(tmp_path), trouble))
     assert [outcome.digest for outcome in outcomes(results)] == [digest_of(big.content)] * 3
     assert origin.bytes_sent() == 3 * size + 3 and len(published(tmp_path)) == 3
-    ended = outcomes(run_ranks(load_behind_firewall, 3, nodes=3, args=(url, str(tmp_path / "strict"), 1, "exchange")))
-    assert {outcome.error for outcome in ended} == {"CoordinationError"} and "cannot reach rank" in ended[0].text
+    assert "each node fetches the file for itself" in results[1].stderr
+    arguments = (url, str(tmp_path / "strict"), trouble, "exchange")
+    ended = outcomes(run_ranks(load_with_trouble, 3, nodes=3, args=arguments))
+    assert {outcome.error for outcome in ended} == {"CoordinationError"} and "no way here" in ended[0].text
 
 
-def load_behind_firewall(rank: int, url: str, root: str, blocked: int, scope: str = "auto") -> Outcome:
-    if rank == blocked:
-        neighbours.connect = functools.partial(connect_nowhere, neighbours.connect)  # type: ignore[assignment]
+def load_with_trouble(rank: int, url: str, root: str, name: str, scope: str = "auto") -> Outcome:
+    def fail(*arguments: Any) -> Any:
+        raise CoordinationError("no way here")
+
+    if rank == 1:
+        setattr(neighbours, name, fail)
     return load_by_default(rank, url, root, scope=scope)
-
-
-def connect_nowhere(connect: Callable[..., Link], rank: int, host: str, way: dict[str, Any], *more: Any) -> Link:
-    return connect(rank, host, {**way, "addresses": ["127.0.0.1"], "port": 9}, 0.5, *more[1:])
 
 
 def test_offline_nodes_of_which_none_has_the_file(big: CheckpointFile, tmp_path: Path) -> None:

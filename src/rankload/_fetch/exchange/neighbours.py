@@ -53,6 +53,7 @@ def try_to_connect_ring(key: str, ranks: tuple[int, ...], channel: Channel, seco
             raise
         _logger.warning("%s; each node fetches the file for itself", error)
         channel.post(alarm, {})
+        channel.post(_way_key(key, channel.identity.rank), {})  # for neighbours that still wait for it
     rank, first = channel.identity.rank, ranks[0]
     channel.post(f"{key}/connected/{rank}", {"is_connected": links is not None})
     if rank == first:
@@ -77,9 +78,15 @@ def _connect(
         channel.on_exit(link.socket.close)
         return link
 
-    channel.post(f"{key}/way/{ranks[member]}", {"way": listener.way, "host": channel.identity.host})
-    ways = {rank: channel.wait_for(f"{key}/way/{rank}", from_rank=rank) for rank in {before, after}}
+    channel.post(_way_key(key, ranks[member]), {"way": listener.way, "host": channel.identity.host})
+    ways = {rank: channel.wait_for(_way_key(key, rank), from_rank=rank) for rank in {before, after}}
+    if not all(ways.values()):
+        raise UnconnectedError
     downstream = reach() if member % 2 == 0 else None  # every other node, or all would wait for one another
     upstream = listener.accept(before, ways[before]["host"], look_around)
     channel.on_exit(upstream.socket.close)
     return upstream, downstream or reach()
+
+
+def _way_key(key: str, rank: int) -> str:
+    return f"{key}/way/{rank}"
