@@ -97,4 +97,4 @@ def test_model_dir_map_location_and_progress_may_differ(
     url = origin.add(checkpoint.name, checkpoint.path)
     results = run_ranks(_load_with_own_taste, 4, nodes=2, args=(url, cache_dir))
     assert [result.value for result in results] == [digest_of(checkpoint.content)] * 4
-    assert origin.request_count() == 2
+    assert origin.bytes_sent() <= checkpoint.path.stat().st_size + 2  # and a byte for each node's question

@@ -33,6 +33,7 @@ def test_calls_for_two_urls_in_turn_never_mix(
 def _count_operations(rank: int, url: str, model_dir: str, calls: int) -> tuple[list[int], list[float]]:
     """Returns, for each warm call, the store operations that were not polls, and the seconds."""
     from rankload._coordination.store import RankStore
+    from rankload._fetch import cache_domain
 
     counted = 0
 
@@ -47,6 +48,7 @@ def _count_operations(rank: int, url: str, model_dir: str, calls: int) -> tuple[
 
         setattr(RankStore, method, operation)
 
+    cache_domain.is_node_local = lambda directory: False  # the machine's own disk stands for a file server
     load(rank, url, model_dir)
     count("peek", lambda result: result is None)
     count("request", lambda result: False)
