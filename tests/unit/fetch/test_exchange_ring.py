@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pytest
 
 from harness.origin import Origin
 from rankload._cache.layout import Entry
-from rankload._fetch.exchange.frames import HEAD_BYTES
+from rankload._fetch.exchange.frames import END, HEAD_BYTES, head_of, tag_of
 from rankload._fetch.exchange.plan import make_plan
 from rankload._fetch.exchange.receive import receive_in_ring
 from rankload._fetch.exchange.ring import Ring
@@ -81,6 +81,7 @@ class Cluster:
         for entry in self.entries:
             entry.path.parent.mkdir()
         self.report: Callable[[int, Progress], None] = lambda node, progress: None
+        self.rest = (0, b"")  # of an earlier download of node 1: an offset, and bytes
 
     def ring(self, index: int, key: bytes = bytes(32), *, may_catch_up: bool = False) -> Ring:
         before, after = (index - 1) % len(self.nodes), self.plan.next(index)
@@ -98,6 +99,10 @@ class Cluster:
                 begin, end = self.plan.span(unit)
                 os.pwrite(partial.descriptor, CONTENT[begin:end], begin)
                 partial.spans.add(begin, end)
+            if index == 1 and self.rest[1]:
+                begin, content = self.rest
+                os.pwrite(partial.descriptor, content, begin)
+                partial.spans.add(begin, begin + len(content))
             received = receive_in_ring(
                 ring or self.ring(index),
                 self.url,
@@ -210,6 +215,41 @@ def test_origin_that_fails_fails_on_all_nodes(origin: Origin, clusters: Callable
     outcomes = cluster.fetch_all()
     assert any(isinstance(outcome, FetchError) for outcome in outcomes)
     assert all(isinstance(outcome, (FetchError, RankLostError)) for outcome in outcomes)
+
+
+def test_unit_that_the_origin_sends_is_not_overwritten_by_another_node(clusters: Callable[..., Cluster]) -> None:
+    """What was hashed must be what is on the disk. This test is node 1, and sends a wrong unit of node 0's part."""
+    cluster = clusters(Node(0), Node(1), bytes_per_second=200_000)
+    wrong, own = cluster.plan.fetched_by(0)[-1], cluster.plan.fetched_by(1)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(cluster.fetch, 0)
+        for unit in (wrong, *own):
+            begin, end = cluster.plan.span(unit)
+            content = bytes(end - begin) if unit == wrong else CONTENT[begin:end]
+            send_all(cluster.pairs[1][0], unit, content)
+        send_all(cluster.pairs[1][0], END, b"")
+        while not other.done():
+            with suppress(BlockingIOError):
+                cluster.pairs[0][1].recv(UNIT)
+    received, content = other.result()
+    assert content == CONTENT and received.sha256 == DIGEST
+
+
+def send_all(connection: socket.socket, unit: int, content: bytes) -> None:
+    head = head_of(unit, len(content))
+    connection.setblocking(True)
+    connection.sendall(head + content + tag_of(bytes(32), head, content))
+
+
+def test_rest_of_an_earlier_download_is_no_part_of_what_the_ring_brings(clusters: Callable[..., Cluster]) -> None:
+    """Node 1 has wrong bytes at the front of a unit that node 0 fetches: they would be hashed before that arrives."""
+    cluster = clusters(Node(0), Node(1), bytes_per_second=200_000)
+    begin, end = cluster.plan.span(cluster.plan.fetched_by(0)[0])
+    cluster.rest = (begin, bytes((end - begin) // 2))
+    for outcome in cluster.fetch_all():
+        assert not isinstance(outcome, Exception), outcome
+        received, content = outcome
+        assert content == CONTENT and received.sha256 == DIGEST
 
 
 def test_node_that_dies_ends_the_others(clusters: Callable[..., Cluster]) -> None:

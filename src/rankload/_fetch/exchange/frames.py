@@ -5,7 +5,7 @@ HMAC of the head and of the SHA-256 of the bytes; its key reaches the nodes thro
 has a unit makes the tag, and every node that gets the unit verifies it before it writes or forwards the bytes: a fault
 is noticed where it happens. The unit `END` says that no more will come.
 
-Upstream go the numbers of units that a node has got from elsewhere, and need not be sent.
+Upstream go the numbers of units that a node fetches from the origin although it was not to, and need not be sent.
 """
 
 from __future__ import annotations

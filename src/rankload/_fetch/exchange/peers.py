@@ -128,9 +128,9 @@ class Share:
             agreed = self._agree(key, offer)
         if (exchange := self._own(agreed)) is None:
             return None
-        if partial.content is not None and not exchange.held(offer):
-            partial.clear()
         try:
+            if partial.content is not None and not exchange.held(offer):
+                partial.clear()
             return self._receive(key, exchange, offer, url, partial, request)
         except BaseException:
             self.has_failed = True

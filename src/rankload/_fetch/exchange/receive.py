@@ -19,6 +19,7 @@ from rankload._fetch.transfer.hasher import OrderedHasher
 from rankload._fetch.transfer.retry import Retries
 from rankload._fetch.transfer.size_limit import SizeLimit
 from rankload._fetch.transfer.state import TransferState
+from rankload._platform.byte_ranges import ByteRanges
 from rankload._settings import Settings
 from rankload._text import printable
 from rankload._types import Progress, Report
@@ -44,11 +45,13 @@ def receive_in_ring(
     def named_report(progress: Progress) -> None:
         report(replace(progress, file=file_name))
 
-    hasher = OrderedHasher(partial.descriptor)
-    for begin, end in partial.spans:
+    hasher, adopted = OrderedHasher(partial.descriptor), ByteRanges(partial.spans)
+    for begin, end in ring.foreign_spans:
+        adopted.remove(begin, end)
+    for begin, end in adopted:
         hasher.adopt(begin, end)
     partial.url_key = url.key
-    initial_bytes = partial.spans.total_bytes
+    initial_bytes = adopted.total_bytes
     with (
         open_progress(
             file_name, url.display_name, initial_bytes, settings.report_seconds, is_wanted=request.progress

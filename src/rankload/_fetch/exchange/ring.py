@@ -1,7 +1,10 @@
 """A node's place in the ring: one thread that receives units from the node before, one that sends to the next.
 
-Which units a node sends is not planned: all that it has, from wherever, and the next node has not. Each node tells the
-node before which units it has got from elsewhere.
+Which units a node sends is not planned: all that it has, from wherever, and that the next node neither has nor fetches.
+A node that fetches more than its part tells the node before.
+
+No byte is written twice, neither by the ring and a stream nor by the ring over bytes of an earlier download: the second
+write could bring other bytes than those that were hashed.
 """
 
 from __future__ import annotations
@@ -77,19 +80,26 @@ class Ring:
     ) -> None:  # fmt: skip
         self.plan, self.version, self._member, self._key = plan, version, member, key
         self.own_units = [unit for unit in plan.fetched_by(member) if unit not in held]
-        self._foreign = [unit for unit in plan.units if unit not in held.union(self.own_units)]
+        self._foreign = set(plan.units).difference(held, self.own_units)  # what the ring is to bring, and has not
+        self._choosing = threading.Lock()  # a unit leaves that set once: for the ring, or for a stream
         self.received_bytes = self.extra_bytes = 0
         self._is_stopped = threading.Event()
         self._upstream, self._downstream = (Wire(link, self._is_stopped) for link in links)
-        self._wanted = set(plan.units) - held_after  # what the next node has not
+        self._wanted = set(plan.units).difference(held_after, plan.fetched_by(plan.next(member)))  # by the next node
         self._ready: deque[tuple[int, bytes | None]] = deque((unit, None) for unit in sorted(held))  # with their tags
         self._own = self.own_units  # those that the origin is to send, now or later
         self._awaited = deque(self.own_units)  # those of them that the sender has to look for
+        self._untold: deque[int] = deque()  # those of them of which the node before does not know
         self._may_catch_up = may_catch_up
         self._catch_up: CatchUp | None = None
         self._sent_bytes = 0
         self._threads: list[threading.Thread] = []
         self._failure: Exception | None = None
+
+    @property
+    def foreign_spans(self) -> list[tuple[int, int]]:
+        """Ranges of bytes that the ring is to bring."""
+        return [self.plan.span(unit) for unit in self._foreign]
 
     @property
     def is_fetched(self) -> bool:
@@ -102,7 +112,7 @@ class Ring:
 
     def start(self, state: TransferState, partial: Partial) -> None:
         """Leave to the other nodes what they bring, and begin to receive and to send."""
-        state.leave_to_others(self.version, map(self.plan.span, self._foreign))
+        state.leave_to_others(self.version, self.foreign_spans)
         if self._may_catch_up:
             self._catch_up = CatchUp(time.monotonic(), self.plan.size_bytes - state.done_bytes)
         writer = partial.writer()
@@ -126,13 +136,14 @@ class Ring:
             left_bytes=len(self._own) * self.plan.unit_bytes,
         )
         count = -(-wanted_bytes // self.plan.unit_bytes)
-        if more := self._next_foreign(state)[:count]:
-            chosen = frozenset(more)
-            self._foreign = [unit for unit in self._foreign if unit not in chosen]
-            self._own += more
-            self.extra_bytes += sum(end - begin for begin, end in map(self.plan.span, more))
-            self._awaited.extend(more)
-            state.fetch_too(map(self.plan.span, more))
+        with self._choosing:
+            more = self._next_foreign()[:count]
+            self._foreign.difference_update(more)
+        self._own += more
+        self.extra_bytes += sum(end - begin for begin, end in map(self.plan.span, more))
+        self._untold.extend(more)
+        self._awaited.extend(more)
+        state.fetch_too(map(self.plan.span, more))
 
     def finish(self, report: Report, progress_seconds: float) -> None:
         """Wait until the next node has all units, and the node before knows that this one has.
@@ -184,7 +195,10 @@ class Ring:
             while (received := self._receive_unit()) is not None:
                 unit, content, tag = received
                 begin, end = self.plan.span(unit)
-                if not state.has(begin, end):
+                with self._choosing:
+                    is_awaited = unit in self._foreign
+                    self._foreign.discard(unit)
+                if is_awaited:
                     writer.write(content, begin)
                     writer.finished(begin, end)
                     self.received_bytes += end - begin
@@ -225,7 +239,8 @@ class Ring:
                     looked_at.append(self._awaited.popleft())
                 come = [unit for unit in looked_at if state.has(*self.plan.span(unit))]
                 looked_at = [unit for unit in looked_at if unit not in come]
-                self._upstream.send_soon(b"".join(map(have, come)))  # before they come round the ring
+                while self._untold:
+                    self._upstream.send_soon(have(self._untold.popleft()))
                 self._ready.extend((unit, None) for unit in come)
                 if self._ready:
                     unit, tag = self._ready.popleft()
@@ -247,12 +262,12 @@ class Ring:
         self._sent_bytes += end - begin
         self._wanted.discard(unit)
 
-    def _next_foreign(self, state: TransferState) -> list[int]:
+    def _next_foreign(self) -> list[int]:
         """Return the units that only the ring was to bring, in the order in which this node would fetch them.
 
         The ring brings the first ones first. Each node begins in another place: what it fetches, it sends on.
         """
-        left = [unit for unit in reversed(self._foreign) if not state.has(*self.plan.span(unit))]
+        left = sorted(self._foreign, reverse=True)
         begin = len(left) * self._member // len(self.plan.ranks)
         return left[begin:] + left[:begin]
 

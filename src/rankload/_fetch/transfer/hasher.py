@@ -81,8 +81,7 @@ class OrderedHasher:
         """Add a piece that was written to the file, and does not change any more. Never waits for the hash."""
         with self._changed:
             self.covered.add(offset, offset + len(piece))
-            is_new = offset >= self._position and offset not in self._pieces
-            if is_new and self._memory_bytes + len(piece) <= _MEMORY_BYTES:
+            if self._memory_bytes + len(piece) <= _MEMORY_BYTES:
                 self._pieces[offset] = piece
                 self._memory_bytes += len(piece)
             self._changed.notify()

@@ -130,20 +130,17 @@ class TransferState:
                 self._taken.add(begin, end)
 
     def bring(self, offset: int, piece: bytes | bytearray) -> None:
-        """Record a piece that others brought, and that is written. A stream may fetch parts of it as well."""
+        """Record a piece of a range that was left to others: they have brought it, and it is written."""
         with self.changed:
-            was = self._hasher.done_bytes
-            self._taken.add(offset, offset + len(piece))
+            self._brought_bytes += len(piece)
             self.accept(offset, piece)
-            self._brought_bytes += self._hasher.done_bytes - was
             self.changed.notify_all()
 
     def fetch_too(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Request ranges that were left to others, and have not come yet."""
+        """Request ranges that were left to others, who will not bring them."""
         with self.changed:
             for begin, end in ranges:
-                if not self.has(begin, end):
-                    self._taken.remove(begin, end)
+                self._taken.remove(begin, end)
 
     def has(self, begin: int, end: int) -> bool:
         """Return whether a range is written."""
