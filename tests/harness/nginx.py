@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -99,6 +99,16 @@ class Nginx:
         """The first ``count`` or more. nginx writes a line just after the last byte, so tests wait here."""
         wait_until(lambda: len(self.accesses()) >= count, timeout_seconds, f"{count} lines in nginx's access log")
         return self.accesses()
+
+    def wait_for_bytes(self, count: int, timeout_seconds: float = 10) -> list[Access]:
+        """The accesses that sent ``count`` bytes of files or more; as above, for tests that cannot count requests."""
+        wait_until(lambda: bytes_of_files(self.accesses()) >= count, timeout_seconds, f"{count} bytes in nginx's log")
+        return self.accesses()
+
+
+def bytes_of_files(accesses: Iterable[Access]) -> int:
+    """Bytes of files that were sent: pages about errors do not count."""
+    return sum(access.bytes for access in accesses if access.status in (200, 206))
 
 
 @contextlib.contextmanager
