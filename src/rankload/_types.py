@@ -142,6 +142,7 @@ class FetchedFile:
         part_sizes: sizes in bytes of an index's parts, in the order of their names; the parts lie beside the index.
         parts_sha256: digest of the parts' digests, in the same order; None unless all of them are known.
         identity: identity of the verified file, as this rank sees it; None if the file has only just been opened.
+        reason: how the file got to this node, and why in that way; for logs and reports.
     """
 
     path: Path
@@ -152,3 +153,4 @@ class FetchedFile:
     part_sizes: tuple[int, ...] = ()
     parts_sha256: str | None = None
     identity: FileIdentity | None = None
+    reason: str = ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,10 @@ from harness.checkpoints import CheckpointFile, digest_of
 from harness.origin import Origin
 from harness.ranks import run_ranks, start_ranks
 from harness.waiting import wait_until
-from rankload._fetch.exchange import neighbours
+from rankload._fetch.exchange import neighbours, peers
 from rankload._fetch.exchange.plan import units_within
 from rankload._fetch.partials.journal import read_journal
-from rankload.errors import CoordinationError
+from rankload.errors import CacheError, CoordinationError
 
 CHUNK = 64 << 10
 
@@ -223,6 +225,36 @@ def test_node_that_dies_ends_the_others_and_the_next_job_fetches_what_is_missing
     assert len(published(tmp_path)) == 4 and not left_behind(tmp_path)
 
 
+def load_without_partial(rank: int, url: str, root: str, moment: str) -> Outcome:
+    """Rank 1's partial file is removed, as another program or an impatient job may do."""
+    receive = peers.receive_in_ring
+
+    def remove_and_receive(*arguments: Any) -> Any:
+        received = receive(*arguments) if moment == "after" else None
+        [partial] = Path(root, "node1").glob("*.partial")
+        partial.unlink()
+        if received is None:
+            raise CacheError(f"cannot write {partial}", path=str(partial), errno=errno.ENOENT)
+        return received
+
+    if rank == 1:
+        peers.receive_in_ring = remove_and_receive
+    return load_in_own(rank, url, root)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_partial_file_that_disappears(origin: Origin, big: CheckpointFile, tmp_path: Path, moment: str) -> None:
+    """While the others still count on that node, one error ends them; later the node fetches the file for itself."""
+    url, size = origin.add("big.pth", big.path), big.path.stat().st_size
+    ended = outcomes(run_ranks(load_without_partial, 3, args=(url, str(tmp_path), moment)))
+    if moment == "before":
+        assert {outcome.error for outcome in ended} == {"CacheError"} and "failed like this: 1)" in ended[0].text
+        assert not published(tmp_path)
+    else:
+        assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 3
+        assert len(published(tmp_path)) == 3 and origin.bytes_sent() <= 2 * size + 3
+
+
 # --- scope="auto" ----------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +279,52 @@ def test_nodes_with_a_cache_on_their_own_disk_exchange_by_default(
     assert origin.bytes_sent() <= size + 3 and len(published(tmp_path)) == 3
 
 
+def load_and_tell(rank: int, url: str, root: str, scope: str, trouble: str = "") -> str:
+    """Return what the report says about how the file got here."""
+    if trouble and rank == 2:
+        setattr(neighbours, trouble, no_way_here)
+    module = torch.nn.ParameterDict({"w": torch.zeros(700, 700), "b": torch.zeros(7)})
+    return rankload.dist_load_into(module, url, f"{root}/node{rank // 2}", scope=scope).fetch_reason
+
+
+@pytest.mark.parametrize(
+    ("scope", "trouble", "reasons"),
+    [
+        ("auto", "", ["exchanged by nodes, since each has a cache of its own: "] * 4),
+        ("exchange", "", ["exchanged by nodes, since it was asked for: "] * 4),
+        ("node", "", [f"downloaded by rank {leader} for its node" for leader in (0, 0, 2, 2)]),
+        ("auto", "connect", ["downloaded for this node alone: "] * 4),
+    ],
+)
+def test_report_says_how_the_file_got_to_each_node(
+    origin: Origin, big: CheckpointFile, tmp_path: Path, scope: str, trouble: str, reasons: list[str]
+) -> None:
+    url, root = origin.add("big.pth", big.path), str(tmp_path)
+    results = run_ranks(load_and_tell, 4, nodes=2, args=(url, root, scope, trouble))
+    told = [result.value for result in results]
+    assert all(text.startswith(reason) for text, reason in zip(told, reasons, strict=True)), told
+    if scope in ("auto", "exchange") and not trouble:
+        received = [int(text.split()[-8]) for text in told]  # "… 12 of 34 bytes came from other nodes"
+        assert received[0] + received[2] == big.path.stat().st_size
+    results = run_ranks(load_and_tell, 4, nodes=2, args=(url, root, scope, trouble))
+    assert {result.value for result in results} == {"in the cache"}
+
+
+def load_into_memory(rank: int, url: str, root: str) -> tuple[str, bool]:
+    """Return the digest of what was loaded, and whether it is mapped from the directory in memory."""
+    directory = f"{root}/node{rank // 2}"
+    content = rankload.dist_load_state_dict_from_url(url, directory)
+    return digest_of(content), directory in Path("/proc/self/maps").read_text()
+
+
+def test_memory_of_each_node_may_be_the_cache(origin: Origin, big: CheckpointFile) -> None:
+    url, size = origin.add("big.pth", big.path), big.path.stat().st_size
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="rankload-test-") as root:
+        results = run_ranks(load_into_memory, 4, nodes=2, args=(url, root))
+        assert [result.value for result in results] == [(digest_of(big.content), True)] * 4
+        assert size <= origin.bytes_sent() <= size + 2 and len(published(Path(root))) == 2
+
+
 @pytest.mark.parametrize("trouble", ["connect", "Listener"])
 def test_nodes_that_cannot_connect_fetch_for_themselves(
     origin: Origin, big: CheckpointFile, tmp_path: Path, trouble: str
@@ -263,12 +341,13 @@ def test_nodes_that_cannot_connect_fetch_for_themselves(
 
 
 def load_with_trouble(rank: int, url: str, root: str, name: str, scope: str = "auto") -> Outcome:
-    def fail(*arguments: Any) -> Any:
-        raise CoordinationError("no way here")
-
     if rank == 1:
-        setattr(neighbours, name, fail)
+        setattr(neighbours, name, no_way_here)
     return load_by_default(rank, url, root, scope=scope)
+
+
+def no_way_here(*arguments: Any) -> Any:
+    raise CoordinationError("no way here")
 
 
 def test_offline_nodes_of_which_none_has_the_file(big: CheckpointFile, tmp_path: Path) -> None:

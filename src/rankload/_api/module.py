@@ -116,10 +116,11 @@ def dist_load_into(
             of the mesh's process groups. They must have a backend for the module's device. What no other rank holds is
             read by its owner. A device holds two buckets beyond its own tensors, each of
             ``max(32 MiB, 4 MiB × ranks)``, at most 512 MiB.
-            With ``"broadcast"``, each rank takes its own bytes out of the stream. A rank holds 8 MiB beyond its own
-            tensors, and up to 64 MiB of tensors that are too small to be sent one by one. Each receiver gets the whole
-            file first if the source itself has to load the whole file: if the file has no index, if an ``adapt``
-            of your own or the module's own code sees tensors, or if the remainder holds large ones.
+            With ``"broadcast"``, each rank takes its own bytes out of the stream, which comes over TCP, or over the
+            process group with ``RANKLOAD_BROADCAST_OVER_GROUP=1`` (not yet tried on several GPUs). A rank holds 8 MiB
+            beyond its own tensors, and up to 64 MiB of tensors that are too small to be sent one by one. Each receiver
+            gets the whole file first if the source itself has to load the whole file: if the file has no index, if an
+            ``adapt`` of your own or the module's own code sees tensors, or if the remainder holds large ones.
         mmap: False makes private copies of tensors that would be views of the mapped file.
         adapt: as in `dist_load_state_dict_from_url`. The functions of `rankload.adapt` are applied to the index, before
             a byte is read. Your own functions get the mapped tensors. With an optimizer, the functions are applied
@@ -212,7 +213,7 @@ def dist_load_into(
                 part.finish()
         run_post_hooks(load)
         keys = (load.missing_keys, load.unexpected_keys)
-        return LoadReport.make(keys, strategy, bytes_read, phases, left_on_meta(load), content.remainder)
+        return LoadReport.make(keys, strategy, file, bytes_read, phases, left_on_meta(load), content.remainder)
 
 
 def _is_fsdp1(module: nn.Module) -> bool:

@@ -49,6 +49,9 @@ def fetch_once(request: FetchRequest, call: CallContext) -> FetchedFile:
         return _wait_for_leader(domain, request, call)
     peers = _peers(request, call) if is_exchanged else None
     file = _identified(fetch(request, call.report, call.settings, peers))
+    file = replace(file, reason=_reason(file, request, domain.leader, peers))
+    if file.source == "download":
+        _logger.info("%s: %s", request.url, file.reason)
     if file.source != "local" and request.sha256 is None:
         if call.channel.identity.rank == 0:
             offer_version(file, call.channel)
@@ -65,6 +68,7 @@ def fetch_once(request: FetchRequest, call: CallContext) -> FetchedFile:
             "parts_sha256": file.parts_sha256,
             "is_known": is_known(file),
             "source": file.source,
+            "reason": file.reason,
             "is_published": file.is_published,
             "part_sizes": file.part_sizes,
             "identity": asdict(file.identity),
@@ -89,6 +93,7 @@ def fetch_at(rank: int, request: FetchRequest, call: CallContext) -> FetchedFile
     if request.url.local_path is None:
         make_directory(request.directory)
     file = fetch(request, call.report, call.settings)
+    file = replace(file, reason=_reason(file, request, rank, None))
     call.channel.post("fetched at the source", {})
     return file
 
@@ -108,6 +113,24 @@ def _peers(request: FetchRequest, call: CallContext) -> Peers | None:
     from rankload._fetch.exchange.peers import Peers  # imports what only a miss needs
 
     return Peers(leaders, call, is_required=request.scope == "exchange")
+
+
+def _reason(file: FetchedFile, request: FetchRequest, leader: int, peers: Peers | None) -> str:
+    """Return how a leader got the file, and why in that way."""
+    if file.source == "local":
+        return "a local file, used in place"
+    if peers is not None and peers.received_bytes:
+        size_bytes = file.size_bytes + sum(file.part_sizes)
+        why = "it was asked for" if peers.is_required else "each has a cache of its own"
+        return f"exchanged by nodes, since {why}: {peers.received_bytes} of {size_bytes} bytes came from other nodes"
+    if file.source != "download":
+        return "in the cache"
+    if peers is not None and not peers.is_connected:
+        return "downloaded for this node alone: the nodes have caches of their own, and cannot connect to one another"
+    if peers is not None:
+        return f"downloaded by rank {leader}, since no other node could send the file"
+    whom = {"process": "itself", "node": "its node"}.get(request.scope, "all ranks that share its cache")
+    return f"downloaded by rank {leader} for {whom}"
 
 
 def _domain_for(request: FetchRequest, channel: Channel) -> Domain:
@@ -137,6 +160,7 @@ def _wait_for_leader(domain: Domain, request: FetchRequest, call: CallContext) -
         fetched["is_published"],
         tuple(fetched["part_sizes"]),
         fetched["parts_sha256"],
+        reason=fetched["reason"],
     )
     published = FileIdentity(**fetched["identity"])
     is_here = fetched["kernel"] == kernel_id()

@@ -112,7 +112,7 @@ def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -
         check_index(index.path, request, str(index.path))
     if not is_local and not request.is_index:
         return index
-    sizes, digests, are_published = [], [], index.is_published
+    sizes, digests, are_published, source = [], [], index.is_published, index.source
     for name in _part_names(index.path) or ():
         part = fetch_one(_request_for(name, index, request))
         if part.path != index.path.parent / name:
@@ -124,9 +124,10 @@ def with_parts(index: FetchedFile, request: FetchRequest, fetch_one: FetchOne) -
         sizes.append(part.size_bytes)
         digests.append(part.sha256)
         are_published = are_published and part.is_published
+        source = "download" if part.source == "download" else source
     known = [digest for digest in digests if digest is not None]
     parts_sha256 = digest_of_parts(known) if len(known) == len(digests) else None
-    return replace(index, part_sizes=tuple(sizes), parts_sha256=parts_sha256, is_published=are_published)
+    return replace(index, part_sizes=tuple(sizes), parts_sha256=parts_sha256, is_published=are_published, source=source)
 
 
 def digest_of_parts(digests: list[str]) -> str | None:

@@ -144,8 +144,8 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings, share: Sha
 
 def _disturbed(entry: Entry, times: int) -> CacheError:
     return CacheError(
-        f"{entry.path}: {times} downloads of this file failed: each time another process removed the partial file, or "
-        "put another file in its place; choose a directory that no other process cleans up (model_dir=)",
+        f"{entry.path}: another process removed the partial file, or put another file in its place (downloads that "
+        f"failed like this: {times}); choose a directory that no other process cleans up (model_dir=)",
         path=str(entry.path),
     )
 

@@ -60,11 +60,12 @@ def same_version(file: FetchedFile, first: dict[str, Any], request: FetchRequest
     _logger.warning("%s; fetching rank 0's", difference)
     wanted = replace(request, sha256=theirs["sha256"], sha256_source="rank 0's file", refresh=False)
     try:
-        return fetch(wanted, call.report, call.settings)
+        again = fetch(wanted, call.report, call.settings)
     except (FetchError, VerificationError) as error:
         raise ContentChangedError(
             f"{difference}, and rank 0's cannot be fetched any more: {_ADVICE} [{error.message}]", path=str(file.path)
         ) from error
+    return replace(again, reason="fetched for this node alone: it had another version than rank 0")
 
 
 def is_known(file: FetchedFile) -> bool:

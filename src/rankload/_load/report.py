@@ -10,6 +10,7 @@ from typing import Any
 from rankload._load.delivery.strategy import DeliveryStrategy
 from rankload._load.module.remainder import Remainder
 from rankload._text import MAX_SHOWN_NAME_LENGTH, cut
+from rankload._types import FetchedFile
 from rankload.errors import ArgumentError
 
 
@@ -26,6 +27,8 @@ class LoadReport:
         bytes_read: bytes of tensors that this rank read, mapped, or took out of a broadcast; with a gather, only the
             bytes of its own shares and of what no other rank holds.
         phases: seconds by phase: ``fetch``, ``check`` (until all ranks have checked), and ``fill``.
+        fetch_reason: how the file got to this rank's node, and why in that way; empty if the tensors came from another
+            node. For people: the words may change.
         delivery: delivery that was used: ``"read"``, ``"broadcast"`` or ``"gather"``.
         reason: why this delivery was used.
         left_on_meta: buffers that are still on the meta device, for no checkpoint contains them
@@ -37,6 +40,7 @@ class LoadReport:
     path: Path | None
     bytes_read: int
     phases: Mapping[str, float]
+    fetch_reason: str
     delivery: str
     reason: str
     left_on_meta: Sequence[str]
@@ -47,18 +51,20 @@ class LoadReport:
         cls,
         keys: tuple[Sequence[str], Sequence[str]],
         strategy: DeliveryStrategy,
+        file: FetchedFile | None,
         bytes_read: int,
         phases: Mapping[str, float],
         left_on_meta: Sequence[str],
         remainder: Remainder | None,
     ) -> LoadReport:
-        """Build a report. The arguments are the attributes; ``keys`` are the missing and the unexpected names."""
+        """Build a report: ``keys`` are the missing and the unexpected names, ``file`` is this node's."""
         return cls(
             list(keys[0]),
             list(keys[1]),
             strategy.path,
             bytes_read,
             dict(phases),
+            file.reason if file is not None else "",
             strategy.delivery,
             strategy.reason,
             tuple(left_on_meta),

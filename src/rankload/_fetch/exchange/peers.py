@@ -39,11 +39,16 @@ class Peers:
         leaders: these ranks, the same list on all of them.
         call: context of the call.
         is_required: whether nodes that cannot be connected are an error; else each then fetches for itself.
+
+    Attributes:
+        received_bytes: bytes of all files so far that came from other nodes.
+        is_connected: whether the nodes could be connected for all files so far.
     """
 
     def __init__(self, leaders: Sequence[int], call: CallContext, *, is_required: bool) -> None:
         self.leaders, self.call, self.is_required = list(leaders), call, is_required
-        self._number = 0
+        self._number = self.received_bytes = 0
+        self.is_connected = True
 
     def next_file(self) -> Share:
         """Return this node's part in the next file. Every leader calls this for the same files in the same order."""
@@ -209,6 +214,7 @@ class Share:
         elif (found := try_to_connect_ring(key, plan.ranks, channel, seconds)) is not None:
             links = found
         else:
+            self._peers.is_connected = False
             return None
         after = plan.ranks[plan.next(member)]
         held_after = exchange.held(self._offer_of(key, after))
@@ -230,6 +236,7 @@ class Share:
         received = receive_in_ring(ring, url, request, partial, self._watch(plan), self._call.settings)
         text = "%s: %d bytes came from other nodes, %d from the origin because the other nodes are slower"
         _logger.info(text, request.url, ring.received_bytes, ring.extra_bytes)
+        self._peers.received_bytes += ring.received_bytes
         if exchange.version.claim is None:
             self._compare(f"{key}/digest", received, plan.ranks[0])
         return received
