@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rankload._coordination.call_context import CallContext
 from rankload._coordination.membership import open_channel
-from rankload._settings import Settings, misspelt
+from rankload._settings import Settings, misspelt, variable
 from rankload._types import Delivery, Identity
 from rankload.errors import ArgumentError
 
@@ -71,7 +71,10 @@ def agree_on_delivery(
     if delivery not in (deliveries := get_args(Delivery)):
         raise ArgumentError(f"delivery={delivery!r}: expected one of {', '.join(map(repr, deliveries))}")
     source = 0 if src is None else _rank_in_channel(src, call.identity, call.group)
-    call.channel.agree({**arguments, "delivery": delivery, "src": src})
+    arguments = {**arguments, "delivery": delivery, "src": src}
+    if delivery == "broadcast":
+        arguments[variable("broadcast_over_group")] = call.settings.broadcast_over_group
+    call.channel.agree(arguments)
     return "read" if call.identity.world_size == 1 else delivery, source
 
 

@@ -47,7 +47,7 @@ def test_every_rank_gets_every_share_in_its_place(monkeypatch: pytest.MonkeyPatc
     for dimension in range(len(sizes)):
         called.clear()
         for group, content in zip(groups, contents, strict=True):
-            group._gather(content, dimension)
+            group._start(content, dimension)
         blocks = {(line.others, line.rank): own.clone() for line, _, own in called}
         for line, whole, _ in called:
             whole.copy_(torch.cat([blocks[line.others, rank] for rank in range(line.size)]))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from typing_extensions import override
@@ -29,6 +29,9 @@ from rankload._load.streams.run import ReportBytes, read_all
 from rankload._relay.relay import Relay
 from rankload.errors import LoadError
 
+if TYPE_CHECKING:
+    from rankload._load.delivery.group_stream import GroupStream
+
 
 class BroadcastReceiver(DeliveryStrategy):
     """A rank that does not have the file, and receives it.
@@ -38,10 +41,14 @@ class BroadcastReceiver(DeliveryStrategy):
         source: rank of the source.
         announced: result of `announce`.
         call: context of the call.
+        group: brings the tensors in place of the relay, if given.
     """
 
-    def __init__(self, relay: Relay, source: int, announced: Mapping[str, Any], call: CallContext) -> None:
-        self._relay, self._channel, self._limits = relay, call.channel, Limits.of(call.identity, call.settings)
+    def __init__(
+        self, relay: Relay, source: int, announced: Mapping[str, Any], call: CallContext, group: GroupStream | None
+    ) -> None:
+        self._group, self._relay, self._channel = group, relay, call.channel
+        self._limits = Limits.of(call.identity, call.settings)
         self._index: Index | None = None
         self.path, self.delivery = None, "broadcast"
         call.channel.wait_for(COMING_KEY, from_rank=source)
@@ -60,9 +67,16 @@ class BroadcastReceiver(DeliveryStrategy):
     @override
     def prepare(self, plan: LoadPlan) -> None:
         """Tell the source if this rank needs more tensors than the source is going to send."""
+        if self._group is not None:
+            self._group.prepare(plan)
         self._index = plan.index
         if not all(self.files.has(entry) or is_kept(entry, self._ranges) for entry in plan.entries):
             self._channel.post(ALL_KEY, {})
+
+    @override
+    def on_agreement(self) -> None:
+        if self._group is not None:
+            self._group.check_agreement()
 
     @override
     def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:
@@ -75,16 +89,23 @@ class BroadcastReceiver(DeliveryStrategy):
         tensors = self._index.tensors.values()
         if self._channel.has(ALL_KEY):
             self._ranges = tensor_ranges(tensors, self.files.kept)
-        buckets = cut(self._ranges, tensors)
         coming = [copy for copy in copies if not copy.saved.is_here]
-        assemblers = TensorAssemblers(coming, buckets)
+        if self._group is not None:
+            self._group.run(self._ranges, tensors, coming, self.files)
+        else:
+            self._take_out(coming, tensors)
+        return moved + sum(copy.region.element_count * copy.saved.dtype.itemsize for copy in coming)
+
+    def _take_out(self, copies: Sequence[TensorCopy], tensors: Collection[TensorEntry]) -> None:
+        """Take tensors out of the relay's stream, which is forwarded meanwhile."""
+        buckets = cut(self._ranges, tensors)
+        assemblers = TensorAssemblers(copies, buckets)
         content = torch.empty(BUCKET_BYTES, dtype=torch.uint8, device="cpu")
         memory = memoryview((ctypes.c_ubyte * BUCKET_BYTES).from_address(content.data_ptr())).cast("B")
         for bucket in buckets:
             self._relay.receive(memory[: len(bucket)])
             assemblers.take(bucket, content.narrow(0, 0, len(bucket)))
         assemblers.check_empty()
-        return moved + sum(copy.region.element_count * copy.saved.dtype.itemsize for copy in coming)
 
     def _receive_header(self, sizes: Mapping[str, int]) -> BroadcastHeader:
         length = int.from_bytes(self._receive_bytes(LENGTH_BYTES), "little")

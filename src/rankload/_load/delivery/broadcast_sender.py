@@ -7,6 +7,7 @@ Then the data follows in buckets, which are pieces of the file, and each rank ta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
@@ -23,6 +24,9 @@ from rankload._load.streams.buckets import Range, cut, header_ranges, is_kept, t
 from rankload._load.streams.run import ReportBytes, read_all
 from rankload._relay.blocks import BytesBlock, FileBlock
 from rankload._relay.relay import Relay
+
+if TYPE_CHECKING:
+    from rankload._load.delivery.group_stream import GroupStream
 
 #: Size of the header's length, which comes first.
 LENGTH_BYTES = 8
@@ -42,11 +46,13 @@ class BroadcastSender(DeliveryStrategy):
         files: files of the checkpoint.
         relay: relay to the other ranks.
         call: context of the call.
+        group: sends the tensors in place of the relay, if given.
     """
 
-    def __init__(self, files: CheckpointFiles, relay: Relay, call: CallContext) -> None:
+    def __init__(self, files: CheckpointFiles, relay: Relay, call: CallContext, group: GroupStream | None) -> None:
         self.path, self.files, self.may_share, self.delivery = files.path, files, True, "broadcast"
         self._relay, self._channel, self._limits = relay, call.channel, Limits.of(call.identity, call.settings)
+        self._group = group
         self._index: Index | None = None
         self._kept: dict[str, list[Range]] = {}
         self._ranges: dict[str, list[Range]] = {}
@@ -55,6 +61,8 @@ class BroadcastSender(DeliveryStrategy):
     @override
     def prepare(self, plan: LoadPlan) -> None:
         """Send the headers, for the checkpoint fits this rank's module. Without an index, send whole files."""
+        if self._group is not None:
+            self._group.prepare(plan)
         index, text = plan.index, b""
         if index is not None:
             sizes = {file: self.files.source(file).size_bytes for file in self._file_names(index)}
@@ -76,15 +84,30 @@ class BroadcastSender(DeliveryStrategy):
                 self._relay.send(FileBlock(self.files.source(file).descriptor, begin, end - begin))
 
     @override
+    def on_agreement(self) -> None:
+        if self._group is not None:
+            self._group.check_agreement()
+
+    @override
     def execute(self, copies: Sequence[TensorCopy], report: ReportBytes) -> int:
         """Send the data, then read this rank's own tensors."""
         if self._index is not None:
             tensors = self._index.tensors.values()
             if self._channel.has(ALL_KEY):
                 self._ranges = tensor_ranges(tensors, self._kept)
+            if self._group is not None:
+                coming = [copy for copy in copies if self._is_sent(copy)]
+                done = self._group.run(self._ranges, tensors, coming, self.files)
+                here = [copy for copy in copies if not self._is_sent(copy)]
+                return done + read_all(here, lambda more: report(done + more), self._limits)
             for bucket in cut(self._ranges, tensors):
                 self._relay.send(FileBlock(self.files.source(bucket.file).descriptor, bucket.begin, len(bucket)))
         return read_all(copies, report, self._limits)
+
+    def _is_sent(self, copy: TensorCopy) -> bool:
+        """Return whether the other ranks get this tensor after the headers."""
+        saved = copy.saved.in_file
+        return saved is not None and saved.entry.length > 0 and not is_kept(saved.entry, self._kept)
 
     def _file_names(self, index: Index) -> list[str]:
         return list(dict.fromkeys((self.files.name, *index.byte_orders)))

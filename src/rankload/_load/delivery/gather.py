@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -57,7 +57,7 @@ class GatherDelivery(ReadDelivery):
             ArgumentError: the process group has no backend for the module's device.
         """
         super().prepare(plan)
-        channel, self._device = self._call.channel, _device(plan)
+        channel, self._device = self._call.channel, plan.main_device
         everyone = group_for(self._call, self._device)
         self._proposals = [
             (parts, [Proposal.make(channel, sharers, self._device, sorted(parts)) for sharers in guesses])
@@ -116,7 +116,7 @@ def _parts(plan: LoadPlan, everyone: ProcessGroup, device: torch.device) -> dict
     found: dict[PartKey, tuple[Sharers, ...]] = {}
     for saved, target in plan.targets:
         sharers = guesses.of(target)
-        if saved.in_file is not None and sharers and _destination(target, plan) == device:
+        if saved.in_file is not None and sharers and plan.destination(target) == device:
             _, region = own_part(target)
             if is_packable(saved.in_file, region):
                 found.setdefault(part_key(saved.in_file, region), sharers)
@@ -124,15 +124,3 @@ def _parts(plan: LoadPlan, everyone: ProcessGroup, device: torch.device) -> dict
     for part, sharers in found.items():
         parts[sharers].append(part)
     return parts
-
-
-def _device(plan: LoadPlan) -> torch.device:
-    """Return the device that most bytes go to."""
-    bytes_of: Counter[torch.device] = Counter()
-    for saved, target in plan.targets:
-        bytes_of[_destination(target, plan)] += saved.shape.numel() * saved.dtype.itemsize
-    return max(bytes_of, key=bytes_of.__getitem__, default=torch.device("cpu"))
-
-
-def _destination(target: torch.Tensor, plan: LoadPlan) -> torch.device:
-    return plan.device() if target.is_meta else target.device

@@ -50,16 +50,20 @@ def _open_broadcast(path: Path | None, file: FetchedFile | None, source: int, ca
     from rankload._load.broadcast.whole_file import announce, find
     from rankload._load.delivery.broadcast_receiver import BroadcastReceiver
     from rankload._load.delivery.broadcast_sender import BroadcastSender
+    from rankload._load.delivery.group_stream import GroupStream
     from rankload._relay.opening import open_relay
 
     announced = announce(path, file, source, call.channel)
-    here = path if path is not None else find(announced, call.stack)
+    group = GroupStream(source, call) if call.settings.broadcast_over_group else None
+    here = path
+    if here is None and group is None:
+        here = find(announced, call.stack)
     relay = open_relay(call.channel, source, call.settings, takes_part=here is None)
     if here is None:
         assert relay is not None
-        return BroadcastReceiver(relay, source, announced, call)
+        return BroadcastReceiver(relay, source, announced, call, group)
     files = _files(here, call)
     files.may_map = files.may_map and (announced["may_map"] or files.is_in_memory)
     if relay is None:
         return ReadDelivery(files, call, "the source's file is within reach")
-    return BroadcastSender(files, relay, call)
+    return BroadcastSender(files, relay, call, group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,18 @@ class LoadPlan:
         """The wanted tensors of which this rank may want a part, each with a tensor on the same mesh and device."""
         of_module = [(step.saved, step.target) for step in self.steps]
         return [*of_module, *((saved, like) for saved, like in self.others if like is not None)]
+
+    @property
+    def main_device(self) -> torch.device:
+        """Device that most bytes go to."""
+        bytes_of: Counter[torch.device] = Counter()
+        for saved, target in self.targets:
+            bytes_of[self.destination(target)] += saved.shape.numel() * saved.dtype.itemsize
+        return max(bytes_of, key=bytes_of.__getitem__, default=torch.device("cpu"))
+
+    def destination(self, target: torch.Tensor) -> torch.device:
+        """Return the device that a tensor of the module will be on."""
+        return self.device() if target.is_meta else target.device
 
 
 class DeliveryStrategy(ABC):

@@ -73,8 +73,13 @@ class Proposal:
         return channel.count(self.name, 0) == len(self.sharers.ranks)
 
 
-def group_for(call: CallContext, device: torch.device) -> ProcessGroup:
+def group_for(call: CallContext, device: torch.device, why: str = "delivery='gather'") -> ProcessGroup:
     """Return the process group of a call, for tensors on a device.
+
+    Args:
+        call: context of the call.
+        device: the device.
+        why: what needs the group, for messages.
 
     Raises:
         ArgumentError: there is none, or it has no backend for the device.
@@ -84,9 +89,9 @@ def group_for(call: CallContext, device: torch.device) -> ProcessGroup:
         group = dist.group.WORLD
     if group is None or device.type not in _backends(group):
         raise ArgumentError(
-            f"delivery='gather': there is no process group with a backend for the device {device.type!r}: call "
-            "init_process_group with such a backend first ('nccl' or 'cpu:gloo,cuda:nccl' for cuda), or pass "
-            "delivery='auto'"
+            f"{why}: there is no process group with a backend for the device {device.type!r}: call "
+            "init_process_group with such a backend first ('nccl' or 'cpu:gloo,cuda:nccl' for cuda), or do "
+            "without"
         )
     return group
 

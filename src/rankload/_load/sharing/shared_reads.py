@@ -6,7 +6,7 @@ one bucket, the next one arrives on the device. So each byte is read once, and c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,13 +14,11 @@ import torch
 
 from rankload._load.device import pinned
 from rankload._load.device.readers import Limits
-from rankload._load.sharing.gather_group import GatherGroup
+from rankload._load.sharing.exchange_group import ExchangeGroup
+from rankload._load.sharing.gather_group import ALIGNMENT_BYTES
 
 if TYPE_CHECKING:
     import torch.distributed as dist
-
-#: Shares begin at multiples of this: a multiple of every element size.
-ALIGNMENT_BYTES = 64
 
 #: Smallest size of a bucket, and of a rank's share of one: small messages do not use the whole bandwidth of a network.
 #: (A share also has to fit into one of the buffers of `pinned.staged`.)
@@ -60,7 +58,7 @@ class SharedRead:
     """
 
     buckets: Sequence[SharedBucket]
-    sharers: GatherGroup
+    sharers: ExchangeGroup
 
 
 def bucket_bytes(sharer_count: int) -> int:
@@ -93,7 +91,7 @@ def read_shared(
     Raises:
         LoadError: a file ended early.
         CacheError: a file cannot be read.
-        RankLostError, ProgressTimeoutError: see `GatherGroup.end`.
+        RankLostError, ProgressTimeoutError: see `ExchangeGroup.end`.
     """
     shares = [_Share(bucket, read.sharers) for read in reads for bucket in read.buckets]
     largest_bytes = max((share.bytes_of_all for share in shares), default=0)
@@ -107,7 +105,7 @@ def read_shared(
     meet()
     for read in reads:
         read.sharers.warm_up(device, check_cancelled)
-    for share, content in pinned.staged(shares, device, limits, check_cancelled, display_name):
+    for share, content in _filled(shares, device, limits, check_cancelled, display_name):
         whole = memory[0].narrow(0, 0, share.bytes_of_all)
         whole.narrow(0, share.begin, len(share)).copy_(content, non_blocking=True)
         now = _UnderWay(share, whole, share.sharers.begin(whole, check_cancelled))
@@ -126,24 +124,32 @@ def read_shared(
     return done
 
 
+def _filled(
+    shares: Sequence[_Share], device: torch.device, limits: Limits, check_cancelled: Callable[[], None], name: str
+) -> Iterator[tuple[_Share, torch.Tensor]]:
+    """Yield each share with its bytes. A rank that only receives takes no memory for its empty shares."""
+    if any(map(len, shares)):
+        yield from pinned.staged(shares, device, limits, check_cancelled, name)
+    else:
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+        yield from ((share, nothing) for share in shares)
+
+
 class _Share:
     """This rank's share of a bucket.
 
     Attributes:
         bucket: the bucket.
         sharers: the ranks that share it.
-        bytes_of_all: bytes of all shares, which have one size. The end of the bucket may leave the last ones unfilled.
+        bytes_of_all: bytes of all shares.
         begin: offset of this rank's share in the bucket.
         bytes_read: bytes that have been read.
     """
 
-    def __init__(self, bucket: SharedBucket, sharers: GatherGroup) -> None:
+    def __init__(self, bucket: SharedBucket, sharers: ExchangeGroup) -> None:
         self.bucket, self.sharers = bucket, sharers
-        size = -(-len(bucket) // (sharers.count * ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
-        self.bytes_of_all = size * sharers.count
-        self.begin = min(sharers.number * size, len(bucket))
+        self.bytes_of_all, self.begin, self._end = sharers.share_of(len(bucket))
         self.bytes_read = 0
-        self._end = min(self.begin + size, len(bucket))
         self._error: Exception | None = None
 
     def __len__(self) -> int:

@@ -30,7 +30,7 @@ def gather_storages(parts: Sequence[DeferredStorages], call: CallContext, limits
 
     Raises:
         ArgumentError: there is no process group with a backend for the accelerator.
-        RankLostError, ProgressTimeoutError: see `GatherGroup.end`.
+        RankLostError, ProgressTimeoutError: see `ExchangeGroup.end`.
     """
     devices = {device for part in parts for device in part.wanted}
     proposal = None

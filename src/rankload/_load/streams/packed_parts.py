@@ -14,7 +14,7 @@ import torch
 from rankload._load.module.copies import TensorCopy
 from rankload._load.module.file_tensor import FileTensor
 from rankload._load.module.regions import Region, regions_of_range, whole
-from rankload._load.sharing.shared_reads import ALIGNMENT_BYTES
+from rankload._load.sharing.gather_group import ALIGNMENT_BYTES
 from rankload._load.streams.assemble import narrowed
 from rankload._load.streams.whole_tensors import is_good_as_it_is
 
