@@ -3,7 +3,7 @@
     torchrun --nproc-per-node=2 launch/train.py https://host/crepe_tiny-0a1b2c3d.pth --capacity tiny
     srun --ntasks=8 python launch/train.py https://host/crepe_tiny-0a1b2c3d.pth --capacity tiny
 
-The other files of launch/ and slurm/ start it by mpirun, submitit, Kubernetes and sbatch.
+The other files of launch/ and slurm/ start it by mpirun, submitit, Ray, Kubernetes and sbatch.
 
 Copy it, and put your model and data where CREPE and the tones are. The loading stays one line.
 
@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -106,7 +107,8 @@ class Stop:
 
     def __init__(self):
         self.requested = False
-        signal.signal(signal.SIGTERM, self._handle)
+        if threading.current_thread() is threading.main_thread():  # Ray's workers train on another one
+            signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, number, frame):
         self.requested = True
@@ -144,7 +146,8 @@ def train(words=None):
     arguments = parse_arguments(words)
     describe_rank()
     device = own_device()
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not dist.is_initialized():  # Ray has made a process group already
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     started = time.perf_counter()
