@@ -1,9 +1,11 @@
 """What a call costs one rank of a large job: CPU time, store operations and seconds, beside init_process_group.
 
-Simulated ranks: processes forked from one that has imported everything, all on this machine. They begin together, and
-make one first call and several warm ones of a small checkpoint; as many others make a gloo process group, and pass its
-barrier. Rank 0 hosts the store in both. gloo connects two ranks when they first talk (TORCH_GLOO_LAZY_INIT), or else
-the half million connections of 1,024 ranks would be what is measured.
+Simulated ranks: processes forked from one that has imported everything, all on this machine. Each first uses the code
+alone, so that it has memory pages of its own, as a process that was not forked: copying them takes 5 ms of CPU time,
+more than what is measured. Then they begin together, and make one first call and several warm ones of a small
+checkpoint; as many others make a gloo process group, and pass its barrier. Rank 0 hosts the store in both. gloo
+connects two ranks when they first talk (TORCH_GLOO_LAZY_INIT), or else the half million connections of 1,024 ranks
+would be what is measured.
 
 Needs root: the ranks are in a network namespace without a name server. torch's TCPStore server looks up the name of
 each client that connects, in its only thread; so a slow name server would be what is measured.
@@ -20,7 +22,6 @@ import pkgutil
 import resource
 import select
 import signal
-import socket
 import sys
 import time
 from collections import defaultdict
@@ -49,6 +50,9 @@ _DEADLINE_SECONDS = 120
 
 _FIRST, _WARM, _INIT, _BARRIER = "rankload, first call", "rankload, warm call", "init_process_group", "barrier"
 _STEPS = {"rankload": [_FIRST, *[_WARM] * _CALLS], "gloo": [_INIT, *[_BARRIER] * _CALLS]}
+
+#: Where rank 0 hosts the store: the network namespace is the ranks' own, and no socket gets this port by chance.
+_PORT = 29500
 
 _PR_SET_PDEATHSIG = 1  # prctl(2), linux/prctl.h
 
@@ -138,8 +142,6 @@ def _fork_ranks(way: str, world_size: int, url: str, model_dir: str) -> list[_St
     for module in pkgutil.walk_packages(rankload.__path__, "rankload."):
         if not module.name.endswith("__main__") and module.name.split(".")[1] not in ("_cli", "integrations"):
             importlib.import_module(module.name)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     gate, opener = os.pipe()
     reader, writer = os.pipe()
     ranks: list[int] = []
@@ -147,9 +149,10 @@ def _fork_ranks(way: str, world_size: int, url: str, model_dir: str) -> list[_St
         for rank in range(world_size):
             if (pid := os.fork()) == 0:
                 os.close(opener)
-                _be_rank(rank, world_size, port, gate, writer, _steps(way, url, model_dir))
+                _be_rank(rank, world_size, gate, writer, url, model_dir, _STEPS[way])
             ranks.append(pid)
         os.close(writer)
+        _read_lines(reader, world_size, time.monotonic() + _DEADLINE_SECONDS)  # all are ready
         began_at = time.monotonic()
         os.close(opener)
         results = _read_lines(reader, world_size, began_at + _DEADLINE_SECONDS)
@@ -184,21 +187,23 @@ def _read_lines(descriptor: int, count: int, deadline: float) -> list[Any]:
 
 
 def _be_rank(
-    rank: int, world_size: int, port: int, gate: int, writer: int, steps: Sequence[Callable[[], object]]
+    rank: int, world_size: int, gate: int, writer: int, url: str, model_dir: str, steps: Sequence[str]
 ) -> None:
     """Take all steps. Report the end, CPU seconds and operations of each, or the error, and wait to be killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # should the parent be killed
     local = {"LOCAL_RANK": rank % _RANKS_PER_NODE, "LOCAL_WORLD_SIZE": min(_RANKS_PER_NODE, world_size)}
     job = {"RANK": rank, "WORLD_SIZE": world_size, "GROUP_RANK": rank // _RANKS_PER_NODE}
-    variables = {**job, **local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCH_GLOO_LAZY_INIT": 1}
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    operations = _Operations()
+    variables = {**job, **local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _PORT, "TORCH_GLOO_LAZY_INIT": 1}
     report: Any = []
     try:
+        _use_the_code(url, model_dir)
+        os.environ.update({name: str(value) for name, value in variables.items()})
+        operations = _Operations()
+        os.write(writer, b"0\n")
         os.read(gate, 1)  # returns when the parent opens the gate, for all ranks at once
         for step in steps:
             cpu, before = time.process_time(), operations.count
-            step()
+            _take(step, url, model_dir)
             report.append((time.monotonic(), time.process_time() - cpu, operations.count - before))
     except BaseException as error:
         report = f"{type(error).__name__}: {error}"[:2000]
@@ -207,10 +212,21 @@ def _be_rank(
         signal.pause()
 
 
-def _steps(way: str, url: str, model_dir: str) -> list[Callable[[], object]]:
-    if way == "rankload":
-        return [lambda: dist_load_state_dict_from_url(url, model_dir, progress=False)] * (1 + _CALLS)
-    return [lambda: dist.init_process_group("gloo"), *[dist.barrier] * _CALLS]
+def _use_the_code(url: str, model_dir: str) -> None:
+    """Take all kinds of steps alone, in a job of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for step in (_WARM, _BARRIER):
+        _take(step, url, model_dir)
+    dist.destroy_process_group()
+
+
+def _take(step: str, url: str, model_dir: str) -> None:
+    if step in (_FIRST, _WARM):
+        dist_load_state_dict_from_url(url, model_dir, progress=False)
+    elif step == _INIT:
+        dist.init_process_group("gloo")
+    else:
+        dist.barrier()
 
 
 class _Operations:
