@@ -48,9 +48,9 @@ class Origin:
         """The address behind each request for `url`, sorted."""
         return sorted(line["client"] for line in self.requests(url))
 
-    def body_bytes(self, url: str) -> int:
-        """The body bytes of all ended responses for `url`."""
-        return sum(line["body_bytes"] for line in self.requests(url, "end"))
+    def body_bytes(self, url: str, begun_after: float = 0) -> int:
+        """The body bytes of all ended responses for `url`; on request those that began after a `time.monotonic()`."""
+        return sum(line["body_bytes"] for line in self.requests(url, "end") if line["begun_at"] > begun_after)
 
 
 def serve(bind_address: str, port: int, directory: Path, journal_path: Path) -> None:
@@ -72,7 +72,8 @@ def serve(bind_address: str, port: int, directory: Path, journal_path: Path) -> 
         def _answer(self, with_body: bool) -> None:
             url = urlsplit(self.path)
             name = url.path.lstrip("/")
-            request = {"name": name, "client": self.client_address[0], "method": self.command}
+            client, begun_at = self.client_address[0], time.monotonic()  # one clock for all processes here
+            request = {"name": name, "client": client, "method": self.command, "begun_at": begun_at}
             note(event="begin", **request)
             sent = 0
             try:

@@ -151,7 +151,7 @@ def test_plan_for_a_file_in_many_pieces_is_small_and_complete() -> None:
 
 def extra(ring: float, *, part: int = 100, seconds: float = 20) -> tuple[int, float]:
     """Return what a node fetches beyond its part of 1000 bytes, and when it has all; the origin sends 100 bytes/s."""
-    catch_up, wanted, come, now = CatchUp(0.0, 1000), float(part), 0.0, 0.0
+    catch_up, wanted, come, now = CatchUp(0.0, 1000, 10), float(part), 0.0, 0.0
     while come + ring * now < 1000 and now < seconds:
         now += 0.1
         come = min(come + 10, wanted)
@@ -169,3 +169,14 @@ def test_node_fetches_more_only_if_it_would_have_the_file_earlier_without_the_ot
     fetched, seconds = extra(0)
     assert fetched >= 900 and seconds < 10.5
     assert extra(0, part=0)[0] == 0  # a node that fetches nothing does not know how fast the origin is
+
+
+@pytest.mark.parametrize("first", [0.01, 1.3])
+def test_units_that_come_at_long_intervals_are_not_late(first: float) -> None:
+    """Four nodes fetch four units of 65 bytes each, one in 1.3 s; of some origins the first one comes at once."""
+    catch_up, now, origin = CatchUp(0.0, 16 * 65, 65), 0.0, 0
+    while origin < 4 * 65:
+        now += 0.1
+        origin = min(int((now - first) / 1.3) + 1, 4) * 65 if now >= first else 0
+        wanted = catch_up.bytes_to_fetch(now, origin_bytes=origin, ring_bytes=3 * origin, left_bytes=4 * 65 - origin)
+        assert wanted == 0, now

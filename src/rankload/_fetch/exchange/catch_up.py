@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 
-#: Length of one measurement of the ring's rate.
+#: Shortest measurement of the ring's rate.
 _WINDOW_SECONDS = 0.5
+
+#: Length of a measurement, in units that the origin sends in that time: the ring brings them as other nodes get them.
+_WINDOW_UNITS = 2
 
 #: Share of the time that the file would take without the ring, by which to have it: rates vary.
 _AIM = 0.8
@@ -24,10 +27,11 @@ class CatchUp:
     Args:
         now: time at which the exchange begins, of a monotonic clock, in seconds.
         missing_bytes: what the node does not have at that time.
+        unit_bytes: size of a unit.
     """
 
-    def __init__(self, now: float, missing_bytes: int) -> None:
-        self._began_at, self._missing_bytes = now, missing_bytes
+    def __init__(self, now: float, missing_bytes: int, unit_bytes: int) -> None:
+        self._began_at, self._missing_bytes, self._unit_bytes = now, missing_bytes, unit_bytes
         self._bytes_per_second: float | None = None  # of the origin
         self._samples = deque([(now, 0)])
 
@@ -41,16 +45,19 @@ class CatchUp:
             left_bytes: what the node is to fetch, and has not come yet.
         """
         self._samples.append((now, ring_bytes))
-        while now - self._samples[1][0] >= _WINDOW_SECONDS:
-            self._samples.popleft()
         seconds = now - self._began_at
         rate = self._bytes_per_second or origin_bytes / max(seconds, 1e-3)
-        if left_bytes > rate * _STEP_SECONDS / 2:
+        if not left_bytes:
+            self._bytes_per_second = rate  # not before: many an origin sends the first bytes faster
+        if not rate or left_bytes > rate * _STEP_SECONDS / 2:
+            return 0
+        window_seconds = max(_WINDOW_SECONDS, _WINDOW_UNITS * self._unit_bytes / rate)
+        while now - self._samples[1][0] >= window_seconds:
+            self._samples.popleft()
+        then, ring_bytes_then = self._samples[0]
+        if now - then < window_seconds:
             return 0
         self._bytes_per_second = rate  # later on, the origin sends at intervals
-        then, ring_bytes_then = self._samples[0]
-        if not rate or now - then < _WINDOW_SECONDS:
-            return 0
         seconds_left = max(0.0, _AIM * self._missing_bytes / rate - seconds)
         comes_in_time = (ring_bytes - ring_bytes_then) / (now - then) * seconds_left
         missing_bytes = self._missing_bytes - origin_bytes - ring_bytes - left_bytes

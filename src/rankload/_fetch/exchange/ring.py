@@ -114,7 +114,7 @@ class Ring:
         """Leave to the other nodes what they bring, and begin to receive and to send."""
         state.leave_to_others(self.version, self.foreign_spans)
         if self._may_catch_up:
-            self._catch_up = CatchUp(time.monotonic(), self.plan.size_bytes - state.done_bytes)
+            self._catch_up = CatchUp(time.monotonic(), self.plan.size_bytes - state.done_bytes, self.plan.unit_bytes)
         writer = partial.writer()
         self._run("receive", lambda: self._receive_units(state, writer), state)
         self._run("send", lambda: self._send_units(state, partial), state)
