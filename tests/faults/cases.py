@@ -759,8 +759,8 @@ ALL_CASES = (
         "node-dies-in-exchange",
         RANKS,
         "A node dies while nodes without a shared directory exchange the parts of a file.",
-        "All others raise the same error, and nothing is published on any node. The next job fetches only the parts "
-        "that no node has.",
+        "All others raise the same error. Only a node that has the whole, verified file by then publishes it. The next "
+        "job fetches only the parts that no node has.",
     ),
     Case(
         93,
