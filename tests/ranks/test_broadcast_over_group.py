@@ -173,10 +173,12 @@ def test_variable_is_not_set_on_all_ranks(tmp_path: Path) -> None:
 
 
 def _try_on_different_devices(rank: int, path: Path) -> tuple[str, str]:
+    from rankload._load.delivery import group_stream
     from rankload._load.delivery.strategy import LoadPlan
     from rankload._load.sharing import proposal
 
-    proposal._backends = lambda group: {"cpu": "gloo", "cuda": "nccl"}
+    for module in (proposal, group_stream):
+        module.device_types = lambda group: ["cpu", "cuda"]
     if rank == 1:
         LoadPlan.main_device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
     return _try_to_load(rank, path, True, True)
@@ -188,6 +190,32 @@ def test_modules_are_on_different_kinds_of_device(tmp_path: Path) -> None:
     for result in run_ranks(_try_on_different_devices, 3, args=(path,)):
         name, text = result.value
         assert name == "LoadError" and "different kinds of device" in text
+
+
+def _load_where_one_wants_nothing(rank: int, path: Path, who: int) -> tuple[dict[str, torch.Tensor], str]:
+    """That rank would be on another kind of device."""
+    from rankload import dist_load_into
+    from rankload._api import module as api_module
+
+    _cut_finely()
+    dist.init_process_group("gloo")
+    module: nn.Module = nn.Linear(100, 50)
+    if rank == who:
+        module, api_module.own_device = nn.Module(), lambda *_: torch.device("cuda")
+    report = dist_load_into(module, path, delivery="broadcast", strict=False)
+    tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    dist.destroy_process_group()
+    return tensors, report.delivery
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_rank_that_wants_nothing_goes_by_the_others(tmp_path: Path, who: int) -> None:
+    content = nn.Linear(100, 50).state_dict()
+    torch.save(content, path := tmp_path / "file.pth")
+    for rank, result in enumerate(run_ranks(_load_where_one_wants_nothing, 3, args=(path, who))):
+        tensors, delivery = result.value
+        assert delivery == "broadcast" and tensors.keys() == ({} if rank == who else content).keys()
+        assert all(torch.equal(tensor, content[name]) for name, tensor in tensors.items())
 
 
 def _load_where_one_leaves(rank: int, path: Path, leaver: int, how: str) -> tuple[str, str, float]:

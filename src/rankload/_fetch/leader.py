@@ -103,7 +103,7 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings, share: Sha
             if not _is_outdated(lookup, request, report, settings):
                 _tidy_up(entry, settings)
                 if share is not None:
-                    share.serve(lookup.file, lookup.record.etag if lookup.record else None)
+                    share.serve(lookup.file, lookup.record)
                 return lookup.file
             if not lookup.is_replaceable:
                 entry = reject(lookup, "its origin has another file now", request)

@@ -83,7 +83,6 @@ def test_file_that_a_node_has_is_not_fetched_and_its_digest_counts_for_all() -> 
         (FETCHES, ALONE),
         (RECEIVES, RECEIVES),
         (HAS_FILE, HAS_FILE),
-        (HAS_FILE, replace(FETCHES, version=Version(100, '"2"'))),
         (replace(RECEIVES, version=VERSION, spans=((0, 50),)), RECEIVES),
     ],
 )
@@ -96,6 +95,28 @@ def test_origin_that_cannot_be_split_is_asked_by_one_node() -> None:
     assert agree(RECEIVES, whole, whole) == Agreed(fetcher=1)
     assert agree(whole, replace(whole, version=Version(None))) == Agreed(fetcher=0)
     assert plan_of(HAS_FILE, RECEIVES).missing == ()  # the next round
+
+
+def test_all_nodes_receive_the_version_that_the_first_one_has() -> None:
+    newer = replace(FETCHES, version=Version(100, '"2"'), spans=((0, 50),))
+    agreed = agree(HAS_FILE, newer, RECEIVES)
+    assert agreed.exchange is not None and agreed.exchange.plan.missing == () and not agreed.exchange.held(newer)
+    assert agreed.exchange.version_for(newer) is None
+    assert agree(HAS_FILE, replace(HAS_FILE, version=Version(100, '"2"')), RECEIVES).exchange is not None
+
+
+def test_what_is_left_of_a_download_does_not_say_which_version_there_is() -> None:
+    older = Offer(version=replace(VERSION, etag='"0"'), spans=((0, 50),))
+    agreed = agree(older, FETCHES, FETCHES)
+    assert agreed.exchange is not None and agreed.exchange.version.etag == VERSION.etag
+
+
+def test_one_node_fetches_for_all_when_nobody_has_reached_the_origin_or_the_first_one_waits() -> None:
+    may_try = Offer(may_try=True)
+    assert agree(RECEIVES, may_try, may_try) == Agreed(fetcher=1)
+    waits = Offer(is_alone=True, comes_later=True)
+    assert agree(waits, FETCHES, RECEIVES) == Agreed(fetcher=0)
+    assert agree(waits, HAS_FILE) == Agreed()
 
 
 @pytest.mark.parametrize(
@@ -172,11 +193,15 @@ def test_node_fetches_more_only_if_it_would_have_the_file_earlier_without_the_ot
 
 
 @pytest.mark.parametrize("first", [0.01, 1.3])
-def test_units_that_come_at_long_intervals_are_not_late(first: float) -> None:
-    """Four nodes fetch four units of 65 bytes each, one in 1.3 s; of some origins the first one comes at once."""
-    catch_up, now, origin = CatchUp(0.0, 16 * 65, 65), 0.0, 0
-    while origin < 4 * 65:
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_units_that_come_at_long_intervals_are_not_late(first: float, count: int) -> None:
+    """A node fetches some units of 65 bytes, one in 1.3 s, the three others one more; some origins send one at once."""
+    catch_up, now, come = CatchUp(0.0, (4 * count + 3) * 65, 65), 0.0, 0
+    while come <= count:
         now += 0.1
-        origin = min(int((now - first) / 1.3) + 1, 4) * 65 if now >= first else 0
-        wanted = catch_up.bytes_to_fetch(now, origin_bytes=origin, ring_bytes=3 * origin, left_bytes=4 * 65 - origin)
+        come = int((now - first) / 1.3) + 1 if now >= first else 0
+        own = min(come, count)
+        wanted = catch_up.bytes_to_fetch(
+            now, origin_bytes=own * 65, ring_bytes=3 * come * 65, left_bytes=(count - own) * 65
+        )
         assert wanted == 0, now

@@ -1,7 +1,8 @@
 """Decide when a node fetches more than its part from the origin, because the ring is slower. Pure.
 
 While all nodes fetch their parts at the same time, each sees the rate at which the origin would serve it if all nodes
-fetched the whole file. So a node knows when it would have the whole file without the ring. It never wants to be later.
+fetched the whole file. So a node knows when it would have the whole file without the ring. It never wants to be later,
+but waits for the ring as long as the origin can still bring the rest in time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from collections import deque
 
 #: Shortest measurement of the ring's rate.
 _WINDOW_SECONDS = 0.5
+
+#: Shortest measurement of the origin's rate, unless more bytes than these have come: some origins let bursts through.
+_BURST_SECONDS, _BURST_BYTES = 1.0, 4 << 20
 
 #: Length of a measurement, in units that the origin sends in that time: the ring brings them as other nodes get them.
 _WINDOW_UNITS = 2
@@ -46,10 +50,11 @@ class CatchUp:
         """
         self._samples.append((now, ring_bytes))
         seconds = now - self._began_at
-        rate = self._bytes_per_second or origin_bytes / max(seconds, 1e-3)
+        shortest = _BURST_SECONDS if origin_bytes < _BURST_BYTES else 1e-3
+        rate = self._bytes_per_second or origin_bytes / max(seconds, shortest)
         if not left_bytes:
-            self._bytes_per_second = rate  # not before: many an origin sends the first bytes faster
-        if not rate or left_bytes > rate * _STEP_SECONDS / 2:
+            self._bytes_per_second = rate
+        if not rate or seconds < shortest or left_bytes > rate * _STEP_SECONDS / 2:
             return 0
         window_seconds = max(_WINDOW_SECONDS, _WINDOW_UNITS * self._unit_bytes / rate)
         while now - self._samples[1][0] >= window_seconds:
@@ -59,6 +64,6 @@ class CatchUp:
             return 0
         self._bytes_per_second = rate  # later on, the origin sends at intervals
         seconds_left = max(0.0, _AIM * self._missing_bytes / rate - seconds)
-        comes_in_time = (ring_bytes - ring_bytes_then) / (now - then) * seconds_left
+        ring_rate = (ring_bytes - ring_bytes_then) / (now - then)
         missing_bytes = self._missing_bytes - origin_bytes - ring_bytes - left_bytes
-        return 0 if comes_in_time >= missing_bytes else round(rate * _STEP_SECONDS)
+        return 0 if max(rate, ring_rate) * seconds_left >= missing_bytes else round(rate * _STEP_SECONDS)

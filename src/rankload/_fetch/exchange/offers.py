@@ -22,7 +22,9 @@ class Offer:
 
     Attributes:
         is_alone: whether the node fetches, or uses, the file for itself.
+        comes_later: whether it is alone now, but has the file for the others when it has fetched it.
         has_file: whether it has the whole file, verified.
+        may_try: whether it may ask the origin.
         may_fetch: whether it reaches the origin.
         may_split: whether the origin sends ranges, and other nodes can tell whether theirs are of the same version.
         version: the file's version; None if the node has nothing of it, and does not reach the origin.
@@ -30,7 +32,9 @@ class Offer:
     """
 
     is_alone: bool = False
+    comes_later: bool = False
     has_file: bool = False
+    may_try: bool = False
     may_fetch: bool = False
     may_split: bool = False
     version: Version | None = None
@@ -78,6 +82,15 @@ class Exchange:
             return frozenset()
         return units_within(offer.spans, self.plan.size_bytes, self.plan.unit_bytes)
 
+    def version_for(self, offer: Offer) -> Version | None:
+        """Return this version as the origin describes it that a node reaches; None if it reaches none with it.
+
+        Mirrors have other validators for the same file.
+        """
+        if not offer.may_fetch or offer.version is None or not is_same(offer.version, self.version):
+            return None
+        return replace(offer.version, claim=self.version.claim)
+
 
 @dataclass(frozen=True)
 class Agreed:
@@ -114,16 +127,23 @@ def agreement_on(offers: Mapping[int, Offer], secret: bytes, chunk_bytes: int) -
     """Return what the nodes do about a file.
 
     Args:
-        offers: offer of each leader, that of the first leader first. If that one is alone, so are all.
+        offers: offer of each leader, that of the first leader first. If that one stays alone, so do all.
         secret: key that authenticates units.
         chunk_bytes: about the size of a request to the origin.
     """
-    first, *_ = offers.values()
+    (first_rank, first), *_ = offers.items()
     others = {rank: offer for rank, offer in offers.items() if not offer.is_alone}
-    version = first.version or next((offer.version for offer in others.values() if offer.version), None)
-    if first.is_alone or version is None or len(others) < 2:
+    if first.is_alone:
+        is_awaited = first.comes_later and not all(offer.has_file for offer in others.values())
+        return Agreed(fetcher=first_rank) if is_awaited else Agreed()
+    if len(others) < 2:
         return Agreed()
-    members = {rank: offer for rank, offer in others.items() if _takes_part(offer, version)}
+    told = [offer for offer in others.values() if offer.version]
+    sure = [offer for offer in told if offer.may_fetch or offer.has_file]  # the rest of a download may be of an old one
+    version = first.version if first.has_file else next((offer.version for offer in sure or told), None)
+    if version is None:  # the origin is out of order at the moment: one node tries for longer
+        return Agreed(fetcher=next((rank for rank, offer in others.items() if offer.may_try), None))
+    members = {rank: offer for rank, offer in others.items() if _takes_part(offer, version, is_firsts=first.has_file)}
     claims = (offer.version.claim for offer in members.values() if offer.version is not None)
     version = replace(version, claim=next(filter(None, claims), None))
     if (plan := _plan(members, version, chunk_bytes)) is not None:
@@ -141,10 +161,14 @@ def is_same(one: Version, other: Version) -> bool:
     return one.etag is not None and one.etag == other.etag
 
 
-def _takes_part(offer: Offer, version: Version) -> bool:
-    """Return whether a node can use what others have of a version: it has none of another, nor is it offered one."""
+def _takes_part(offer: Offer, version: Version, *, is_firsts: bool) -> bool:
+    """Return whether a node can use what others have of a version.
+
+    All nodes need the version that the first leader has. If that one has none yet, a node cannot if it has another
+    version, or is offered one.
+    """
     is_other = offer.version is not None and not is_same(offer.version, version)
-    return not (is_other and (offer.may_fetch or offer.has_file))
+    return not (is_other and (offer.has_file or (offer.may_fetch and not is_firsts)))
 
 
 def _plan(members: Mapping[int, Offer], version: Version, chunk_bytes: int) -> ExchangePlan | None:
@@ -157,7 +181,11 @@ def _plan(members: Mapping[int, Offer], version: Version, chunk_bytes: int) -> E
         if offer.version is not None and is_same(offer.version, version):
             held |= units_within(offer.spans, size_bytes, unit_bytes)
     missing = [unit for unit in range(count_units(size_bytes, unit_bytes)) if unit not in held]
-    fetchers = [rank for rank, offer in members.items() if offer.may_fetch and offer.may_split]
+    fetchers = [
+        rank
+        for rank, offer in members.items()
+        if offer.may_split and offer.version is not None and is_same(offer.version, version)
+    ]
     return make_plan(size_bytes, unit_bytes, chunk_bytes, tuple(members), fetchers, missing)
 
 

@@ -8,9 +8,10 @@ from contextlib import closing
 from dataclasses import replace
 
 from rankload._cache.files import wrap_read_errors
+from rankload._cache.layout import Entry
+from rankload._cache.record import Record, find_record
 from rankload._coordination.call_context import CallContext
 from rankload._fetch.bounded_read import read_bounded
-from rankload._fetch.digests import check_digest
 from rankload._fetch.exchange.neighbours import connect_ring, try_to_connect_ring
 from rankload._fetch.exchange.offers import Agreed, Exchange, Offer, agreement_on, is_same
 from rankload._fetch.exchange.plan import ExchangePlan
@@ -27,7 +28,7 @@ from rankload._formats.source import open_regular
 from rankload._relay.seal import new_key
 from rankload._types import FetchedFile, Report
 from rankload._urls import Url
-from rankload.errors import ContentChangedError, FetchError, RankloadError
+from rankload.errors import ContentChangedError, DigestMismatchError, FetchError, RankloadError
 
 _logger = logging.getLogger("rankload")
 
@@ -93,19 +94,24 @@ class Share:
         self._rank = peers.call.identity.rank
         self._others = peers.leaders  # those that have not stayed out
 
-    def serve(self, file: FetchedFile, etag: str | None) -> None:
+    def serve(self, file: FetchedFile, record: Record | None) -> None:
         """Offer a file that this node has, and send it to the nodes that lack it.
+
+        Args:
+            file: the file.
+            record: its record.
 
         Raises:
             RankloadError: any error of the exchange, or another rank's.
         """
         if not self._has_begun:
-            self._serve(self._key, file, etag)
+            self._serve(self._key, file, record)
 
     def stay_out(self) -> None:
-        """Leave this file to the other nodes."""
+        """Leave this file to the other nodes. The first leader has it for them in `finish`."""
         if not self._has_begun:
-            self._agree(self._key, Offer(is_alone=True))
+            agreed = self._agree(self._key, Offer(is_alone=True, comes_later=True))
+            self._is_first_fetcher = agreed.fetcher == self._rank
 
     def receive(self, partial: Partial, request: FetchRequest) -> Received | None:
         """Fill a partial file together with the other nodes. It may have bytes of an earlier download.
@@ -145,14 +151,19 @@ class Share:
         """End this node's part: it has the file, from wherever."""
         self.stay_out()
         if self._is_first_fetcher:
-            self._serve(f"{self._key}/again", file, None)
+            found = find_record(Entry(file.path).record_path)
+            self._serve(f"{self._key}/again", file, found.record if found is not None else None)
 
-    def _serve(self, key: str, file: FetchedFile, etag: str | None) -> None:
+    def _serve(self, key: str, file: FetchedFile, record: Record | None) -> None:
         offer = Offer(is_alone=True)  # nobody could verify a file without a digest
         if file.sha256 is not None:
-            version = Version(file.size_bytes, etag, claim=Claim(file.sha256, "another node's file"))
+            etag, last_modified = (record.etag, record.last_modified) if record is not None else (None, None)
+            version = Version(file.size_bytes, etag, last_modified, Claim(file.sha256, "another node's file"))
             offer = Offer(has_file=True, version=version, spans=((0, file.size_bytes),))
-        exchange = self._own(self._agree(key, offer))
+        agreed = self._agree(key, offer)
+        if agreed.fetcher is not None:
+            self._agree(f"{key}/again", Offer(is_alone=True))
+        exchange = self._own(agreed)
         if exchange is None or (ring := self._ring(key, exchange, offer)) is None:
             return
         with wrap_read_errors(file.path), open_regular(file.path) as opened:
@@ -180,8 +191,9 @@ class Share:
             if content is None or content.url_key != url.key or not is_same(content.version, version):
                 spans = ()
             may_split = not answer.is_whole and bool(version.size_bytes) and is_same(version, version)
-            return url, Offer(may_fetch=True, may_split=may_split, version=version, spans=spans)
-        return request.url, Offer(version=content.version if content else None, spans=spans)
+            return url, Offer(may_try=True, may_fetch=True, may_split=may_split, version=version, spans=spans)
+        offer = Offer(may_try=not request.offline, version=content.version if content else None, spans=spans)
+        return request.url, offer
 
     def _agree(self, key: str, offer: Offer) -> Agreed:
         """Return what the first leader decides once all have made their offers."""
@@ -190,7 +202,7 @@ class Share:
         if self._rank != first:
             return Agreed() if offer.is_alone else Agreed.from_json(channel.wait_for(f"{key}/plan", from_rank=first))
         offers = {first: offer}
-        if not offer.is_alone:
+        if not offer.is_alone or offer.comes_later:
             offers |= {rank: self._offer_of(key, rank) for rank in self._others if rank != first}
             self._others = [rank for rank in offers if not offers[rank].is_alone]
         agreed = agreement_on(offers, new_key(), self._call.settings.chunk_bytes)
@@ -218,9 +230,10 @@ class Share:
             return None
         after = plan.ranks[plan.next(member)]
         held_after = exchange.held(self._offer_of(key, after))
-        may_catch_up = offer.may_fetch and offer.may_split and not self._peers.is_required
+        own_version = exchange.version_for(offer)
+        may_catch_up = own_version is not None and offer.may_split and not self._peers.is_required
         return Ring(
-            plan, member, exchange.version, exchange.held(offer), held_after, links, exchange.secret,
+            plan, member, own_version or exchange.version, exchange.held(offer), held_after, links, exchange.secret,
             may_catch_up=may_catch_up,
         )  # fmt: skip
 
@@ -238,21 +251,33 @@ class Share:
         _logger.info(text, request.url, ring.received_bytes, ring.extra_bytes)
         self._peers.received_bytes += ring.received_bytes
         if exchange.version.claim is None:
-            self._compare(f"{key}/digest", received, plan.ranks[0])
+            self._compare(f"{key}/digest", received, plan.ranks)
         return received
 
     def _watch(self, plan: ExchangePlan) -> Report:
         member = plan.ranks.index(self._rank)
         return self._channel.watch_over({plan.ranks[member - 1], plan.ranks[plan.next(member)]})
 
-    def _compare(self, key: str, received: Received, first: int) -> None:
-        """Compare the digest with the first node's: the origin has given none.
+    def _compare(self, key: str, received: Received, ranks: Sequence[int]) -> None:
+        """Compare the digests of all nodes before any of them publishes: the origin has given none.
 
         Raises:
-            DigestMismatchError: they differ.
+            DigestMismatchError: they differ. Which node's bytes are wrong is not known.
         """
+        first, channel = ranks[0], self._channel
+        channel.post(f"{key}/{self._rank}", {"sha256": received.sha256})
         if self._rank == first:
-            self._channel.post(key, {"sha256": received.sha256})
-        else:
-            digest = self._channel.wait_for(key, from_rank=first)["sha256"]
-            check_digest(received.sha256, (Claim(digest, f"rank {first}'s bytes"),), received.url.display_name)
+            found = {channel.wait_for(f"{key}/{rank}", from_rank=rank)["sha256"] for rank in ranks}
+            channel.post(key, {"sha256": sorted(found)})
+        digests = channel.wait_for(key, from_rank=first)["sha256"]
+        if len(digests) > 1:
+            others = next(digest for digest in digests if digest != received.sha256)
+            display_name = received.url.display_name
+            raise DigestMismatchError(
+                f"{display_name}: the nodes have put together different files (SHA-256 {', '.join(digests)}): one of "
+                "them had wrong bytes of an earlier download. Nothing was published; what each had is removed: make "
+                "the call again",
+                expected=others,
+                got=received.sha256,
+                url=display_name,
+            )

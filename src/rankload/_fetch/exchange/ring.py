@@ -138,11 +138,11 @@ class Ring:
         count = -(-wanted_bytes // self.plan.unit_bytes)
         with self._choosing:
             more = self._next_foreign()[:count]
+            self._untold.extend(more)  # before they leave the set: until it is empty, the sender goes on
+            self._awaited.extend(more)
             self._foreign.difference_update(more)
         self._own += more
         self.extra_bytes += sum(end - begin for begin, end in map(self.plan.span, more))
-        self._untold.extend(more)
-        self._awaited.extend(more)
         state.fetch_too(map(self.plan.span, more))
 
     def finish(self, report: Report, progress_seconds: float) -> None:
@@ -229,7 +229,7 @@ class Ring:
         looked_at: list[int] = []
         has_ended, heard = False, bytearray()
         with file.lent() as descriptor:
-            while not has_ended or looked_at or self._awaited:
+            while not has_ended or looked_at or self._awaited or self._untold or self._foreign:
                 if not has_ended:
                     heard += self._downstream.receive_some()
                     whole = len(heard) // HAVE_BYTES * HAVE_BYTES
@@ -241,6 +241,7 @@ class Ring:
                 looked_at = [unit for unit in looked_at if unit not in come]
                 while self._untold:
                     self._upstream.send_soon(have(self._untold.popleft()))
+                self._upstream.send_soon()  # what was too much for the connection
                 self._ready.extend((unit, None) for unit in come)
                 if self._ready:
                     unit, tag = self._ready.popleft()
@@ -311,8 +312,12 @@ class Served:
 
     @contextmanager
     def lent(self) -> Iterator[int]:
-        """Lend the descriptor, which stays open."""
-        yield self._descriptor
+        """Lend a descriptor that stays open until the thread that reads has ended."""
+        descriptor = os.dup(self._descriptor)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def fail(self, error: Exception) -> None:
         """Note the error that ends the exchange."""

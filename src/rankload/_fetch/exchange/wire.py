@@ -90,9 +90,11 @@ class Wire:
     def _await(self, event: int) -> None:
         poll = select.poll()
         poll.register(self.link.socket, event)
-        while not poll.poll(LOOK_SECONDS * 1000):
-            if self._is_stopped.is_set():
+        is_ready = False
+        while not is_ready:
+            if self._is_stopped.is_set():  # a neighbour that is never slow must not keep the thread
                 raise StoppedError
+            is_ready = bool(poll.poll(LOOK_SECONDS * 1000))
 
     def _lost(self, error: OSError | None) -> Exception:
         """Return the error for a broken connection, after a moment in which the other rank may tell its own."""

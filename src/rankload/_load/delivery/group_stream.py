@@ -13,7 +13,7 @@ from rankload._load.device.readers import Limits
 from rankload._load.module.checkpoint_files import CheckpointFiles
 from rankload._load.module.copies import TensorCopy
 from rankload._load.sharing.broadcast_group import BroadcastGroup
-from rankload._load.sharing.proposal import group_for
+from rankload._load.sharing.proposal import device_types, group_for
 from rankload._load.sharing.shared_reads import SharedRead, bucket_bytes, read_shared
 from rankload._load.streams.assemble import TensorAssemblers
 from rankload._load.streams.buckets import Range, cut
@@ -21,6 +21,8 @@ from rankload._load.streams.whole_tensors import WholeTensors
 from rankload._settings import variable
 from rankload._types import Progress
 from rankload.errors import LoadError
+
+_WHY = f"{variable('broadcast_over_group')}=1"
 
 
 class GroupStream:
@@ -36,14 +38,16 @@ class GroupStream:
         self._device = torch.device("cpu")
 
     def prepare(self, plan: LoadPlan) -> None:
-        """Say on which kind of device the tensors of this rank will be.
+        """Say on which kind of device the tensors of this rank will be. A rank that wants none goes by the others.
 
         Raises:
             ArgumentError: there is no process group with a backend for that device.
         """
-        self._device = plan.main_device
-        group_for(self._call, self._device, f"{variable('broadcast_over_group')}=1")
-        self._call.channel.count(self._key)
+        wants_any = bool(plan.targets)
+        self._device = plan.main_device if wants_any else plan.device()
+        group_for(self._call, self._device if wants_any else None, _WHY)
+        if wants_any:
+            self._call.channel.count(_key(self._device.type))
 
     def check_agreement(self) -> None:
         """Check that all ranks want the tensors on the same kind of device, after all have prepared.
@@ -51,11 +55,15 @@ class GroupStream:
         Raises:
             LoadError: they do not.
         """
-        if self._call.channel.count(self._key, 0) != self._call.identity.world_size:
+        channel, types = self._call.channel, device_types(group_for(self._call, None, _WHY))
+        wanted = [kind for kind in types if channel.count(_key(kind), 0)]
+        if len(wanted) > 1:
             raise LoadError(
-                f"{variable('broadcast_over_group')}=1: the ranks' modules are on different kinds of device; move all "
-                "of them to the same kind, or unset the variable"
+                f"{_WHY}: the ranks' modules are on different kinds of device; move all of them to the same kind, or "
+                "unset the variable"
             )
+        if self._device.type not in (wanted or types):
+            self._device = torch.device((wanted or types)[0])
 
     def run(
         self,
@@ -79,7 +87,7 @@ class GroupStream:
         channel, settings, rank = self._call.channel, self._call.settings, self._call.identity.rank
         buckets = cut(ranges, tensors, bucket_bytes(1))
         assemblers = TensorAssemblers(copies, buckets)
-        group = BroadcastGroup.of(group_for(self._call, self._device), self._source, settings)
+        group = BroadcastGroup.of(group_for(self._call, self._device, _WHY), self._source, settings)
         watch = channel.watch_over([self._source] if rank != self._source else self._others)
 
         def report(done: int) -> None:
@@ -97,9 +105,9 @@ class GroupStream:
         return done
 
     @property
-    def _key(self) -> str:
-        return f"broadcast/device/{self._device.type}"
-
-    @property
     def _others(self) -> list[int]:
         return [rank for rank in range(self._call.identity.world_size) if rank != self._source]
+
+
+def _key(device_type: str) -> str:
+    return f"broadcast/device/{device_type}"

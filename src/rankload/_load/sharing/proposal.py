@@ -73,12 +73,12 @@ class Proposal:
         return channel.count(self.name, 0) == len(self.sharers.ranks)
 
 
-def group_for(call: CallContext, device: torch.device, why: str = "delivery='gather'") -> ProcessGroup:
+def group_for(call: CallContext, device: torch.device | None, why: str = "delivery='gather'") -> ProcessGroup:
     """Return the process group of a call, for tensors on a device.
 
     Args:
         call: context of the call.
-        device: the device.
+        device: the device; None for any.
         why: what needs the group, for messages.
 
     Raises:
@@ -87,14 +87,16 @@ def group_for(call: CallContext, device: torch.device, why: str = "delivery='gat
     group = call.group
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
-    if group is None or device.type not in _backends(group):
+    if group is None or (device is not None and device.type not in device_types(group)):
+        for_device = f" with a backend for the device {device.type!r}" if device is not None else ""
         raise ArgumentError(
-            f"{why}: there is no process group with a backend for the device {device.type!r}: call "
+            f"{why}: there is no process group{for_device}: call "
             "init_process_group with such a backend first ('nccl' or 'cpu:gloo,cuda:nccl' for cuda), or do "
             "without"
         )
     return group
 
 
-def _backends(group: ProcessGroup) -> dict[str, str]:
-    return dict(item.split(":") for item in dist.get_backend_config(group).split(","))
+def device_types(group: ProcessGroup) -> list[str]:
+    """Return the types of devices for which a process group has a backend."""
+    return [item.split(":")[0] for item in dist.get_backend_config(group).split(",")]
