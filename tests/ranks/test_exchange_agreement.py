@@ -232,7 +232,7 @@ def load_slowly(rank: int, url: str, root: str, slow: int) -> Outcome:
             return piece
 
         http_body.HttpBody.read = read_slowly  # type: ignore[method-assign]
-    return load(rank, url, root, timeout=4)
+    return load(rank, url, root, timeout=8)
 
 
 def test_node_that_is_slow_is_not_taken_for_hung(
