@@ -30,7 +30,8 @@ def test_job_whose_first_node_dies_fails_everywhere_and_its_requeue_succeeds(
 ) -> None:
     url = origin.publish(weights, "node-death")
     slow_url = f"{url}?rate={weights.stat().st_size // 5}"
-    job = slurm.sbatch(project, "slurm/train_srun.sbatch", *TRAIN, **settings(slow_url, project / "cache"))
+    variables = {**settings(slow_url, project / "cache"), "RANKLOAD_LIVENESS_SECONDS": "15"}
+    job = slurm.sbatch(project, "slurm/train_srun.sbatch", *TRAIN, **variables)
     wait_until(lambda: origin.requests(url), 60, lambda: f"no rank asked for the weights:\n{job.output()}")
     assert origin.clients(url) == ["10.77.2.11"], "rank 0 leads, on node1"
 

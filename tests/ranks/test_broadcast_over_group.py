@@ -68,7 +68,7 @@ def _load(
     dist.init_process_group("gloo")
     with torch.device(device):
         net = Net()
-    module = net if kind == "plain" else _KINDS[kind](net)
+    module = _KINDS[kind](net)
     cache = directory / f"cache-{rank}"
     report = dist_load_into(module, url, cache, delivery="broadcast", src=src)
     assert report.missing_keys == report.unexpected_keys == []
@@ -83,13 +83,9 @@ def _load(
 @pytest.mark.parametrize(
     ("kind", "device", "src", "file_format"),
     [
-        ("plain", "cpu", 0, "zip"),
-        ("plain", "meta", 2, "safetensors"),
-        ("ddp", "cpu", 3, "zip"),
-        ("fsdp", "cpu", 0, "safetensors"),
+        ("ddp", "cpu", 0, "zip"),
         ("fsdp", "meta", 1, "zip"),
-        ("tensor-parallel", "cpu", 0, "zip"),
-        ("fsdp-and-tensor-parallel", "cpu", 2, "zip"),
+        ("fsdp-and-tensor-parallel", "cpu", 2, "safetensors"),
     ],
 )
 def test_tensors_come_over_the_process_group(

@@ -306,8 +306,9 @@ def test_report_says_how_the_file_got_to_each_node(
     if scope in ("auto", "exchange") and not trouble:
         received = [int(text.split()[-8]) for text in told]  # "… 12 of 34 bytes came from other nodes"
         assert received[0] + received[2] == big.path.stat().st_size
-    results = run_ranks(load_and_tell, 4, nodes=2, args=(url, root, scope, trouble))
-    assert {result.value for result in results} == {"in the cache"}
+    if scope == "node":
+        results = run_ranks(load_and_tell, 4, nodes=2, args=(url, root, scope))
+        assert {result.value for result in results} == {"in the cache"}
 
 
 def load_into_memory(rank: int, url: str, root: str) -> tuple[str, bool]:

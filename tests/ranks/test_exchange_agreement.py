@@ -166,8 +166,11 @@ def test_origin_that_is_busy_when_all_ask_is_tried_by_one_node(
     assert origin.bytes_sent() <= big.path.stat().st_size + 100  # the text of three refusals
 
 
-def test_other_job_downloads_on_the_first_node(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
+def test_other_job_downloads_on_the_first_node(
+    origin: Origin, big: CheckpointFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The others wait for that download, and get the file from the first node."""
+    monkeypatch.setenv("RANKLOAD_STREAMS", "1")  # of several, one is cut short after more was sent
     url = origin.add("big.pth", big.path, hold_at=CHUNK)
     with start_ranks(try_to_load, 1, env="none", args=(url, str(tmp_path / "node0"))) as other:
         wait_until(lambda: list(tmp_path.glob("node0/.rankload/*.lease")), 30, "the other job has no lease")
@@ -243,3 +246,31 @@ def test_node_that_is_slow_is_not_taken_for_hung(
     url = origin.add("big.pth", big.path)
     ended = outcomes(run_ranks(load_slowly, 2, nodes=2, args=(url, str(tmp_path), 1)))
     assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 2, ended
+
+
+def load_with_a_busy_origin(rank: int, url: str, root: str, scope: str) -> Outcome:
+    """The origin asks rank 1 to come back later than the deadline on no progress."""
+    if rank == 1:
+        from rankload._fetch.transfer import stream
+        from rankload.errors import HTTPStatusError
+
+        tried = stream.Stream._try
+        refusals = iter([HTTPStatusError("HTTP Error 503: busy", url="u", code=503, retry_after_seconds=9.0)])
+
+        def try_later(self: Any, span: Any, writer: Any) -> None:
+            for refusal in refusals:
+                raise refusal
+            tried(self, span, writer)
+
+        stream.Stream._try = try_later  # type: ignore[method-assign]
+    return load(rank, url, root, timeout=4, scope=scope)
+
+
+@pytest.mark.fault(9)
+@pytest.mark.parametrize("scope", ["exchange", "auto"])
+def test_node_that_an_origin_keeps_waiting_is_excused_by_the_others(
+    origin: Origin, big: CheckpointFile, tmp_path: Path, scope: str
+) -> None:
+    url = origin.add("big.pth", big.path, bytes_per_second=800_000)
+    ended = outcomes(run_ranks(load_with_a_busy_origin, 3, nodes=3, args=(url, str(tmp_path), scope)))
+    assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 3, ended

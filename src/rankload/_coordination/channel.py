@@ -113,6 +113,10 @@ class Channel(ABC):
         The function publishes this rank's progress. It raises if another rank failed, or if one of ``ranks`` is lost.
         """
 
+    @abstractmethod
+    def any_backs_off(self, ranks: Iterable[int]) -> bool:
+        """Return whether one of the ranks waits because its origin asked for that, or before a retry."""
+
     @property
     @abstractmethod
     def store_host(self) -> str | None:

@@ -21,7 +21,7 @@ from typing_extensions import Self, override
 from rankload._coordination.agreement import Agreement
 from rankload._coordination.awaited_key import GIVEN_UP, AwaitedKey
 from rankload._coordination.channel import Channel
-from rankload._coordination.heartbeat import Heartbeat, PeerMonitor, RollCall
+from rankload._coordination.heartbeat import Heartbeat, PeerMonitor, RollCall, Status
 from rankload._coordination.polling import backoff, look_interval_seconds, silence_limit_seconds
 from rankload._coordination.rendezvous import Session
 from rankload._coordination.signals import Terminated
@@ -142,6 +142,11 @@ class RankChannel(Channel):
                 watchdog.look()
 
         return watch
+
+    @override
+    def any_backs_off(self, ranks: Iterable[int]) -> bool:
+        texts = (self._store.peek(self._status_key(rank)) for rank in ranks)
+        return any(Status.from_json(text).progress.phase == "backoff" for text in texts if text is not None)
 
     @property
     @override

@@ -67,6 +67,10 @@ class SingleProcessChannel(Channel):
     def watch_over(self, ranks: Iterable[int]) -> Callable[[Progress], None]:
         return self.report
 
+    @override
+    def any_backs_off(self, ranks: Iterable[int]) -> bool:
+        return False
+
     @property
     @override
     def store_host(self) -> str | None:

@@ -246,7 +246,10 @@ class Share:
         text = "%s: %d nodes exchange it; this one has %d of %d bytes, and fetches %d units of %d bytes"
         counts = partial.spans.total_bytes, plan.size_bytes, len(ring.own_units), plan.unit_bytes
         _logger.info(text, request.url, len(plan.ranks), *counts)
-        received = receive_in_ring(ring, url, request, partial, self._watch(plan), self._call.settings)
+        received = receive_in_ring(
+            ring, url, request, partial, self._watch(plan), self._call.settings,
+            lambda: self._channel.any_backs_off(plan.ranks),
+        )  # fmt: skip
         text = "%s: %d bytes came from other nodes, %d from the origin because the other nodes are slower"
         _logger.info(text, request.url, ring.received_bytes, ring.extra_bytes)
         self._peers.received_bytes += ring.received_bytes

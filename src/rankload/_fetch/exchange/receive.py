@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +29,19 @@ from rankload.errors import ContentChangedError, FetchTimeoutError, ProgressTime
 
 
 def receive_in_ring(
-    ring: Ring, url: Url, request: FetchRequest, partial: Partial, report: Report, settings: Settings
-) -> Received:
+    ring: Ring, url: Url, request: FetchRequest, partial: Partial, report: Report, settings: Settings,
+    is_excused: Callable[[], bool] = lambda: False,
+) -> Received:  # fmt: skip
     """Fill a partial file from the origin and from the ring. Return once the next node has all that it needs.
+
+    Args:
+        ring: this node's place in the ring.
+        url: URL of the origin that this node asks.
+        request: request for the file.
+        partial: partial file, empty or with bytes of the ring's version.
+        report: called with the progress.
+        settings: deadlines and sizes.
+        is_excused: returns whether another node has a good reason not to bring anything at the moment.
 
     Raises:
         ContentChangedError: the origin replaced the file meanwhile: parts of two versions do not fit.
@@ -63,6 +74,8 @@ def receive_in_ring(
             is_whole=False, has_digest=bool(request.digest), retries=Retries(settings), settings=settings,
             size_limit=SizeLimit(request.max_bytes, request.downloaded_bytes),
         )  # fmt: skip
+
+        state.is_excused = is_excused
 
         def report_and_catch_up(progress: Progress) -> None:
             named_report(progress)

@@ -55,12 +55,16 @@ class TransferRunner:
         no_progress = NoProgressTimer(state.done_bytes, _MAX_TICK_SECONDS)
         try:
             while not state.is_complete() and state.failure is None:
-                is_waiting = self._is_waiting()
-                if is_waiting:  # a declared pause
+                phase: Phase = "connecting" if state.version is None else "downloading"
+                if self._is_waiting():  # a declared pause
+                    phase = "backoff"
                     no_progress.restart()
                 elif no_progress.seconds_without_progress(state.done_bytes) > state.settings.progress_seconds:
-                    raise self._timed_out()
-                self._report(self._progress(is_waiting))
+                    if not state.is_excused():
+                        raise self._timed_out()
+                    phase = "waiting"
+                    no_progress.restart()
+                self._report(self._progress(phase))
                 self._adjust()
                 self._show(state.done_bytes, state.version.size_bytes if state.version else None)
                 with state.changed:
@@ -103,9 +107,8 @@ class TransferRunner:
         waits = [stream.is_waiting for stream in self._streams if stream.is_alive()]
         return bool(waits) and all(waits)
 
-    def _progress(self, is_waiting: bool) -> Progress:
+    def _progress(self, phase: Phase) -> Progress:
         state = self._state
-        phase: Phase = "backoff" if is_waiting else "connecting" if state.version is None else "downloading"
         return Progress(phase, state.done_bytes, state.version.size_bytes if state.version else None, self._attempt)
 
     def _stop(self) -> None:

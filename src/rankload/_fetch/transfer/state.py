@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from rankload._fetch.origins.origin import Body, Origin, UnusableRange, Version
@@ -46,6 +46,7 @@ class TransferState:
         refusals: number of requests so far that the origin may have refused because of too many streams.
         failure: error that ended the transfer.
         is_stopped: whether streams must write nothing any more.
+        is_excused: returns whether there is a good reason that no byte comes from elsewhere (see `leave_to_others`).
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class TransferState:
         self.refusals = 0
         self.failure: Exception | None = None
         self.is_stopped = False
+        self.is_excused: Callable[[], bool] = lambda: False
         self._hasher, self._known, self._has_digest = hasher, known, has_digest
         self._failures = Failures(retries, settings, hasher.done_bytes)
         self._taken = ByteRanges(hasher.covered)
