@@ -6,7 +6,7 @@ import hashlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -19,7 +19,8 @@ from rankload._cache.layout import Entry
 from rankload._fetch.exchange.frames import END, HEAD_BYTES, head_of, tag_of
 from rankload._fetch.exchange.plan import make_plan
 from rankload._fetch.exchange.receive import receive_in_ring
-from rankload._fetch.exchange.ring import Ring
+from rankload._fetch.exchange.ring import Ring, Served
+from rankload._fetch.exchange.wire import StoppedError, Wire
 from rankload._fetch.mirrors import Received
 from rankload._fetch.models import FetchRequest
 from rankload._fetch.origins.origin import Version
@@ -113,12 +114,16 @@ class Cluster:
             )
             return received, partial.path.read_bytes()[: received.size_bytes]
 
-    def fetch_all(self) -> list[tuple[Received, bytes] | Exception]:
-        """Let all nodes fetch, and return what each got; a node that fails closes its connections."""
+    def fetch_all(self, keys: Mapping[int, bytes] | None = None) -> list[tuple[Received, bytes] | Exception]:
+        """Let all nodes fetch, and return what each got; a node that fails closes its connections.
+
+        Args:
+            keys: keys of nodes that do not have the common one.
+        """
 
         def outcome(node: int) -> tuple[Received, bytes] | Exception:
             try:
-                return self.fetch(node)
+                return self.fetch(node, self.ring(node, (keys or {}).get(node, bytes(32))))
             except Exception as error:
                 for end in (self.pairs[node][0], self.pairs[(node - 1) % len(self.nodes)][1]):
                     end.shutdown(socket.SHUT_RDWR)
@@ -319,13 +324,7 @@ def test_byte_that_changes_on_the_wire_is_noticed_on_arrival(clusters: Callable[
 
 @pytest.mark.fault(93)
 def test_another_key_is_refused(clusters: Callable[..., Cluster]) -> None:
-    cluster = clusters(Node(0), Node(1))
-    with ThreadPoolExecutor(2) as pool:
-        futures = [
-            pool.submit(cluster.fetch, 0, cluster.ring(0)),
-            pool.submit(cluster.fetch, 1, cluster.ring(1, b"x" * 32)),
-        ]
-        errors = [future.exception() for future in futures]
+    errors = clusters(Node(0), Node(1)).fetch_all({1: b"x" * 32})
     assert any(isinstance(error, CoordinationError) for error in errors)
 
 
@@ -350,3 +349,28 @@ def test_disk_that_cannot_be_written_is_told_as_such(
             cluster.fetch(1, ring)
         cluster.cut()
         assert isinstance(other.exception(), RankLostError)
+
+
+def test_thread_of_the_ring_ends_although_its_neighbour_is_never_slow() -> None:
+    own, other = socket.socketpair()
+    with own, other:
+        own.setblocking(False)
+        is_stopped = threading.Event()
+        wire = Wire(Link(1, "before", own), is_stopped)
+        wire.send(b"unit")
+        assert other.recv(4) == b"unit"
+        is_stopped.set()
+        with pytest.raises(StoppedError):
+            wire.send(b"unit")
+        other.sendall(b"unit")
+        with pytest.raises(StoppedError):
+            wire.receive(4)
+
+
+def test_descriptor_that_is_lent_outlasts_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(CONTENT)
+    with (tmp_path / "file").open("rb") as file:
+        lending = Served(file.fileno()).lent()
+        descriptor = lending.__enter__()
+    assert os.pread(descriptor, 4, 0) == CONTENT[:4]
+    lending.__exit__(None, None, None)
