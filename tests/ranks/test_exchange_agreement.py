@@ -133,8 +133,8 @@ def test_first_node_reaches_no_origin_and_has_a_part_of_an_older_file(
 
 def held_units(directory: Path, size_bytes: int) -> frozenset[int]:
     """Return the units that a dead process's partial file has."""
-    [path] = directory.glob("*.partial") or [directory]
-    journal = read_journal(path)
+    paths = list(directory.glob("*.partial"))
+    journal = read_journal(paths[0]) if paths else None
     return units_within(journal.spans, size_bytes, CHUNK) if journal is not None else frozenset()
 
 
@@ -208,6 +208,31 @@ def test_nodes_that_put_together_different_files_publish_none(
     assert published(tmp_path) == [] and not list(tmp_path.glob("node*/*.partial"))
     assert [outcome.digest for outcome in run(url, tmp_path)] == [digest_of(big.content)] * 3
     assert published(tmp_path) == [big.path.read_bytes()] * 3
+
+
+def load_and_learn_of_a_mismatch(rank: int, url: str, root: str) -> Outcome:
+    """Rank 1 learns from rank 0's failure that the digests differ, before it has seen them."""
+    from rankload._fetch.exchange import peers
+    from rankload.errors import DigestMismatchError
+
+    def fail(*_: Any) -> None:
+        error = DigestMismatchError("different files")
+        error.rank = 0
+        raise error
+
+    if rank == 1:
+        peers.Share._compare = fail  # type: ignore[method-assign]
+    return load(rank, url, root)
+
+
+@pytest.mark.fault(93)
+def test_node_that_learns_of_a_mismatch_from_another_keeps_nothing_either(
+    origin: Origin, big: CheckpointFile, tmp_path: Path
+) -> None:
+    url = origin.add("big.pth", big.path)
+    ended = outcomes(run_ranks(load_and_learn_of_a_mismatch, 2, nodes=2, args=(url, str(tmp_path))))
+    assert {outcome.error for outcome in ended} == {"DigestMismatchError"}, ended
+    assert not list(tmp_path.glob("node1/*.partial")) and not (tmp_path / "node1" / "big.pth").exists()
 
 
 @pytest.mark.fault(74)

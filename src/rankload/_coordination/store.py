@@ -42,10 +42,10 @@ _LONGEST_REQUEST = timedelta(days=20)
 #: How long a store operation may take to end after its connection was shut down.
 _SEVERED_SECONDS = 2.0
 
-#: Error numbers in a process, or on a host, that has run out of file descriptors.
 #: Descriptors that are tried where they cannot be listed.
 _MAX_DESCRIPTORS = 1 << 16
 
+#: Error numbers in a process, or on a host, that has run out of file descriptors.
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 

@@ -151,7 +151,8 @@ class Share:
         """End this node's part: it has the file, from wherever."""
         self.stay_out()
         if self._is_first_fetcher:
-            found = find_record(Entry(file.path).record_path)
+            with wrap_read_errors(file.path):
+                found = find_record(Entry(file.path).record_path)
             self._serve(f"{self._key}/again", file, found.record if found is not None else None)
 
     def _serve(self, key: str, file: FetchedFile, record: Record | None) -> None:
@@ -254,7 +255,11 @@ class Share:
         _logger.info(text, request.url, ring.received_bytes, ring.extra_bytes)
         self._peers.received_bytes += ring.received_bytes
         if exchange.version.claim is None:
-            self._compare(f"{key}/digest", received, plan.ranks)
+            try:
+                self._compare(f"{key}/digest", received, plan.ranks)
+            except DigestMismatchError:  # also another rank's: the next download must not begin with these bytes
+                partial.clear()
+                raise
         return received
 
     def _watch(self, plan: ExchangePlan) -> Report:
@@ -274,13 +279,13 @@ class Share:
             channel.post(key, {"sha256": sorted(found)})
         digests = channel.wait_for(key, from_rank=first)["sha256"]
         if len(digests) > 1:
-            others = next(digest for digest in digests if digest != received.sha256)
+            other = next(digest for digest in digests if digest != received.sha256)
             display_name = received.url.display_name
             raise DigestMismatchError(
                 f"{display_name}: the nodes have put together different files (SHA-256 {', '.join(digests)}): one of "
                 "them had wrong bytes of an earlier download. Nothing was published; what each had is removed: make "
                 "the call again",
-                expected=others,
+                expected=other,
                 got=received.sha256,
                 url=display_name,
             )

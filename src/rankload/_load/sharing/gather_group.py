@@ -48,7 +48,7 @@ class GatherGroup(ExchangeGroup):
 
     @override
     def share_of(self, bucket_bytes: int) -> tuple[int, int, int]:
-        """See `ExchangeGroup.share_of`. Shares have one size; the end of a bucket may leave the last ones unfilled."""
+        """Cut a bucket into shares of one size. Its end may leave the last ones unfilled."""
         size = -(-bucket_bytes // (self.count * ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
         begin = min(self.number * size, bucket_bytes)
         return size * self.count, begin, min(begin + size, bucket_bytes)

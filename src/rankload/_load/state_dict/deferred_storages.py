@@ -115,11 +115,11 @@ class StoragePieces:
         return sum(piece.length for piece in self.pieces)
 
     def fill(self, address: int) -> None:
-        """See `Job.fill`."""
+        """Copy all bytes to an address in memory."""
         self.read(address, 0, len(self))
 
     def read(self, address: int, begin: int, end: int) -> int:
-        """See `SharedBucket.read`."""
+        """Copy bytes ``begin`` to ``end`` to an address in memory; return their number."""
         for piece in self.pieces:
             first, last = max(begin, piece.begin), min(end, piece.begin + piece.length)
             if first < last:

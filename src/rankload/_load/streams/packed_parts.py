@@ -67,7 +67,7 @@ class PackedParts:
         return self._pieces[-1].end
 
     def read(self, address: int, begin: int, end: int) -> int:
-        """See `SharedBucket.read`."""
+        """Read bytes ``begin`` to ``end`` of the bucket to an address in memory; return how many bytes that took."""
         bytes_read = 0
         for piece in self._pieces:
             first, last = max(begin, piece.begin), min(end, piece.end)
@@ -76,7 +76,7 @@ class PackedParts:
         return bytes_read
 
     def finish(self, content: torch.Tensor) -> None:
-        """See `SharedBucket.finish`."""
+        """Copy the bytes of the bucket, ``uint8[n]``, to where they belong."""
         for piece in self._pieces:
             piece.finish(content.narrow(0, piece.begin, piece.end - piece.begin))
 

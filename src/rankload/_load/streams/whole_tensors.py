@@ -66,12 +66,12 @@ class WholeTensors:
         return len(self._bucket)
 
     def read(self, address: int, begin: int, end: int) -> int:
-        """See `SharedBucket.read`."""
+        """Read bytes ``begin`` to ``end`` of the piece to an address in memory; return their number."""
         self._files.read(self._bucket.file, address, self._bucket.begin + begin, end - begin, what="its tensors")
         return end - begin
 
     def finish(self, content: torch.Tensor) -> None:
-        """See `SharedBucket.finish`."""
+        """Pass the bytes of the piece, ``uint8[n]``, to the assemblers."""
         self._assemblers.take(self._bucket, content)
 
 
