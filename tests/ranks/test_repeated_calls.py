@@ -75,12 +75,12 @@ def test_twenty_warm_calls_cost_each_rank_at_most_six_store_operations(
 ) -> None:
     url = origin.add(checkpoint.name, checkpoint.path)
     results = run_ranks(_count_operations, 4, env=launcher, nodes=nodes, args=(url, cache_dir, 20))
-    operations = [result.value[0] for result in results]
-    # who is slowed down by other work for half a second tells the others that it lives
-    assert max(sorted(counts)[-3] for counts in operations) <= 6, operations
+    operations = [max(call) for call in zip(*(result.value[0] for result in results), strict=True)]
     slowest = [max(call) for call in zip(*(result.value[1] for result in results), strict=True)]
     print("slowest rank of a warm call: median", sorted(slowest)[10], "worst", max(slowest))
     assert sorted(slowest)[10] < 0.25
+    # a rank that other work slows down to its first heartbeat tells the others that it lives
+    assert max(count for count, seconds in zip(operations, slowest, strict=True) if seconds < 0.25) <= 6, operations
     assert origin.request_count() == 1
 
 

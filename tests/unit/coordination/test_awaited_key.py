@@ -77,7 +77,7 @@ def test_giving_up_leaves_a_value_and_a_verdict_alone(store: RankStore) -> None:
     waiting = another(store)
     with pytest.raises(KeyboardInterrupt), AwaitedKey(store, waiting, "verdict", 0.05, is_write_once=True):
         raise KeyboardInterrupt
-    assert store.peek("verdict") is None
+    assert store.peek_requested("verdict") is None
     with (
         pytest.raises(KeyboardInterrupt),
         AwaitedKey(store, waiting, "key", 0.05) as polling,
