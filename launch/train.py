@@ -105,19 +105,22 @@ def save_atomically(state, path):
 class Stop:
     """Whether SIGTERM has come to any rank."""
 
-    def __init__(self):
+    def __init__(self, device):
         self.requested = False
+        # One tensor, which lives as long as the handler. gloo's thread lets go of a collective's tensors a little later
+        # than the collective ends: were they Python's no more, it could need the GIL after the end of the interpreter,
+        # and abort the process (pytorch#190489).
+        self._flag = torch.zeros((), dtype=torch.int32, device=device)
         if threading.current_thread() is threading.main_thread():  # Ray's workers train on another one
             signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, number, frame):
         self.requested = True
 
-    def is_agreed(self, device):
+    def is_agreed(self):
         """All ranks stop after the same step: one that stopped alone would leave the others waiting for it."""
-        requested = torch.tensor(int(self.requested), device=device)
-        dist.all_reduce(requested, dist.ReduceOp.MAX)
-        return bool(requested.item())
+        dist.all_reduce(self._flag.fill_(self.requested), dist.ReduceOp.MAX)
+        return bool(self._flag.item())
 
 
 def is_there(path):
@@ -154,7 +157,7 @@ def train(words=None):
     state = load(arguments)
     seconds = time.perf_counter() - started
 
-    stop = Stop()  # not before: until then rankload ends the call on all ranks when SIGTERM comes
+    stop = Stop(device)  # not before: until then rankload ends the call on all ranks when SIGTERM comes
     model = Crepe(arguments.capacity)
     model.load_state_dict(state["model"])
     model = DistributedDataParallel(model.to(device))
@@ -178,7 +181,7 @@ def train(words=None):
         optimizer.step()
         if arguments.checkpoint is None:
             continue
-        is_over = stop.is_agreed(device)
+        is_over = stop.is_agreed()
         if is_over or (step + 1) % arguments.save_every == 0:
             save(step + 1)
         if is_over:
