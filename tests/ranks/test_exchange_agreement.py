@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import shutil
 import time
@@ -299,3 +300,57 @@ def test_node_that_an_origin_keeps_waiting_is_excused_by_the_others(
     url = origin.add("big.pth", big.path, bytes_per_second=800_000)
     ended = outcomes(run_ranks(load_with_a_busy_origin, 3, nodes=3, args=(url, str(tmp_path), scope)))
     assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 3, ended
+
+
+def add_with_sidecar(origin: Origin, big: CheckpointFile, *replies: Reply) -> str:
+    content = big.path.read_bytes()
+    origin.add("big.pth.sha256", f"{hashlib.sha256(content).hexdigest()}  big.pth\n".encode(), *replies)
+    return origin.add("big.pth", content)
+
+
+def test_sidecar_of_a_node_that_reaches_no_origin(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
+    """It gets the digest with the file, and the next call needs no origin either."""
+    url = add_with_sidecar(origin, big)
+    for _ in range(2):
+        ended = run(url, tmp_path, rank_env={0: NO_ORIGIN}, kwargs={"sidecar": True})
+        assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 3, ended
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("node*/.rankload/big.pth.json")]
+    assert [record["vouched_by"] for record in records] == ["sidecar"] * 3
+    assert origin.request_count("big.pth.sha256") == 2
+
+
+@pytest.mark.parametrize("has_it", [0, 2])
+def test_node_that_has_the_file_has_its_sidecars_word(
+    origin: Origin, big: CheckpointFile, tmp_path: Path, has_it: int
+) -> None:
+    url = add_with_sidecar(origin, big)
+    assert try_to_load(0, url, str(tmp_path / f"node{has_it}"), sidecar=True).digest == digest_of(big.content)
+    ended = run(url, tmp_path, kwargs={"sidecar": True, "offline": True})
+    assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 3, ended
+
+
+@pytest.mark.parametrize("has_it", [0, 2])
+def test_file_that_nobody_has_compared_with_its_sidecar(
+    origin: Origin, big: CheckpointFile, tmp_path: Path, has_it: int
+) -> None:
+    url = origin.add("big.pth", big.path)
+    assert try_to_load(0, url, str(tmp_path / f"node{has_it}")).digest == digest_of(big.content)
+    ended = run(url, tmp_path, kwargs={"sidecar": True, "offline": True})
+    assert {outcome.error for outcome in ended} == {"OfflineError"}, ended
+
+
+def test_sidecar_that_is_unavailable_to_all_nodes_once(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
+    """One node goes on asking, and downloads for all."""
+    url = add_with_sidecar(origin, big, *[Reply(status=503)] * 3, Reply())
+    ended = run(url, tmp_path, kwargs={"sidecar": True})
+    assert [outcome.digest for outcome in ended] == [digest_of(big.content)] * 3, ended
+    assert origin.bytes_sent("big.pth") <= big.path.stat().st_size + 3
+    assert origin.request_count("big.pth.sha256") == 4
+
+
+def test_nodes_without_a_sidecar(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
+    url = origin.add("big.pth", big.path)
+    ended = run(url, tmp_path, kwargs={"sidecar": True})
+    assert {outcome.error for outcome in ended} == {"HTTPStatusError"}, ended
+    assert all("big.pth.sha256" in outcome.text for outcome in ended)
+    assert published(tmp_path) == []

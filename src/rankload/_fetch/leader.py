@@ -129,17 +129,18 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings, share: Sha
         report(Progress("connecting"))
         from rankload._fetch import miss
 
-        if request.sidecar and request.sha256 is None and not request.offline:
-            request = miss.with_sidecar(request, report, settings)
-        else:
-            try:
-                if (file := miss.download_under_lease(lookup, request, report, settings, share)) is not None:
-                    return file
-            except miss.SupersededError:
-                superseded += 1
-                is_over = share is not None and share.has_failed  # the other nodes cannot go on
-                if is_over or superseded > _MAX_SUPERSEDED:
-                    raise _disturbed(entry, superseded) from None
+        if request.needs_sidecar and not request.offline:
+            request = miss.with_sidecar(request, report, settings, share)
+            if not request.needs_sidecar:
+                continue  # a cached file may be the right one
+        try:
+            if (file := miss.download_under_lease(lookup, request, report, settings, share)) is not None:
+                return file
+        except miss.SupersededError:
+            superseded += 1
+            is_over = share is not None and share.has_failed  # the other nodes cannot go on
+            if is_over or superseded > _MAX_SUPERSEDED:
+                raise _disturbed(entry, superseded) from None
 
 
 def _disturbed(entry: Entry, times: int) -> CacheError:
@@ -186,7 +187,7 @@ def _tidy_up(entry: Entry, settings: Settings) -> None:
 
 
 def _with_sidecar_of(path: Path, request: FetchRequest) -> FetchRequest:
-    if not request.sidecar or request.sha256 is not None:
+    if not request.needs_sidecar:
         return request
     from rankload._fetch.sidecar import read_sidecar
 

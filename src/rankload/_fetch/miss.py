@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -34,14 +34,17 @@ __all__ = ["SupersededError", "download_under_lease", "with_sidecar"]
 def download_under_lease(
     lookup: CacheLookup, request: FetchRequest, report: Report, settings: Settings, share: Share | None = None
 ) -> FetchedFile | None:
-    """Download under the lease; return None if another job has published since the lookup.
+    """Download under the lease.
 
     Args:
         lookup: result of the lookup.
-        request: request for the file.
+        request: request for the file. If its sidecar is still unknown, only other nodes may send the file.
         report: called with the progress.
         settings: deadlines and sizes.
         share: this node's part in a download of several nodes. While another job has the lease, it stays out.
+
+    Returns:
+        The file; None if another job has published since the lookup, or if the sidecar must be asked for again.
 
     Raises:
         SupersededError: another process took this one for dead, or took the file's name (see `download`).
@@ -61,9 +64,17 @@ def download_under_lease(
         received = share.receive(into, request) if share is not None else None
         if received is None:
             check_is_online()
+            if request.needs_sidecar:
+                raise _NeedsSidecarError
+        elif request.needs_sidecar and (received.version.claim is None or received.version.claim.source != "sidecar"):
+            raise FetchError(
+                f"{request.url}: sidecar=True, but this node cannot ask for the sidecar, and the nodes that have the "
+                "file have not compared it with the sidecar either",
+                url=request.url.display_name,
+            )
         return received
 
-    with ExitStack() as stack:
+    with ExitStack() as stack, suppress(_NeedsSidecarError):
 
         def hold(on_wait: Callable[[], bool]) -> bool:
             mark = partial(progress_of_partials, entry)
@@ -80,19 +91,30 @@ def download_under_lease(
     return None
 
 
-def with_sidecar(request: FetchRequest, report: Report, settings: Settings) -> FetchRequest:
+def with_sidecar(request: FetchRequest, report: Report, settings: Settings, share: Share | None = None) -> FetchRequest:
     """Return the request with the digest from the first URL that has a sidecar.
+
+    Before its part in a download of several nodes, a node asks only once: another node may have the digest. Without an
+    answer, the request is returned as it is.
 
     Raises:
         FetchError: no URL has a usable sidecar; the last URL's error.
     """
+    may_do_without = share is not None and not share.has_begun
+    if may_do_without:
+        settings = replace(settings, retries=0)
     for url in request.urls:
         try:
             claim = fetch_sidecar(url, headers_of(request, url), report, settings)
         except FetchError as error:
-            if url == request.urls[-1]:
+            if error.is_from_another_rank or (url == request.urls[-1] and not may_do_without):
                 raise
-            _logger.warning("%s; trying the next mirror's sidecar", error)
+            what = "another node may have the digest" if url == request.urls[-1] else "trying the next mirror's sidecar"
+            _logger.warning("%s; %s", error, what)
         else:
             return replace(request, sha256=claim.sha256, sha256_source=claim.source)
-    raise AssertionError("there is at least one URL")
+    return request
+
+
+class _NeedsSidecarError(Exception):
+    """No other node sends the file, and this one has not got the sidecar yet."""

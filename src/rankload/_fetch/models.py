@@ -74,3 +74,8 @@ class FetchRequest:
     def digest(self) -> str | None:
         """Leading hex digits that the SHA-256 must have; None if the caller expects none."""
         return self.sha256 or self.hash_prefix
+
+    @property
+    def needs_sidecar(self) -> bool:
+        """Whether the sidecar must give the digest, and has not been read yet."""
+        return self.sidecar and self.sha256 is None

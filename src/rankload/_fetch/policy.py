@@ -71,13 +71,13 @@ def decide(request: FetchRequest, cached: Cached) -> Decision:
     if cached.problem:  # the file's URL is unknown, but a digest can show that its bytes are right
         is_known = request.sha256 is not None
         return Decision(Action.CHECK if is_known else Action.SEPARATE, cached.problem)
-    if record is None and request.sidecar and request.sha256 is None:
+    if record is None and request.needs_sidecar:
         return Decision(Action.ASK, "a file without a record, for which the sidecar at the origin must vouch")
     if record is None:
         return Decision(Action.CHECK, "a file without a record, as torch.hub leaves it")
     if record.size_bytes != status.st_size:
         return _instead(cached, Action.REPLACE, f"the cached file has {status.st_size} bytes, not {record.size_bytes}")
-    if request.sidecar and request.sha256 is None and record.vouched_by != "sidecar":
+    if request.needs_sidecar and record.vouched_by != "sidecar":
         return Decision(Action.ASK, "the cached file has not been compared with its sidecar at the origin yet")
     if not cached.is_trusted and claims_of(request):
         return Decision(Action.CHECK, "a digest is expected, and another user has written the file or its record")

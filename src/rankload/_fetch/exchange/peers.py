@@ -78,19 +78,21 @@ class Peers:
 class Share:
     """A node's part in one file: it has the file, receives the file, or stays out.
 
-    The first of these methods that is called counts: it is collective over the leaders. `finish` ends the part.
+    The first call of `serve`, `stay_out` or `receive` counts: it is collective over the leaders. `finish` ends the
+    part.
 
     Args:
         key: key of the file in the call.
         peers: the nodes.
 
     Attributes:
+        has_begun: whether one of these methods has been called.
         has_failed: whether an exchange has begun and failed: the other nodes cannot go on.
     """
 
     def __init__(self, key: str, peers: Peers) -> None:
         self._key, self._peers, self._call, self._channel = key, peers, peers.call, peers.call.channel
-        self._has_begun = self._is_first_fetcher = self.has_failed = False
+        self.has_begun = self._is_first_fetcher = self.has_failed = False
         self._rank = peers.call.identity.rank
         self._others = peers.leaders  # those that have not stayed out
 
@@ -104,12 +106,12 @@ class Share:
         Raises:
             RankloadError: any error of the exchange, or another rank's.
         """
-        if not self._has_begun:
+        if not self.has_begun:
             self._serve(self._key, file, record)
 
     def stay_out(self) -> None:
         """Leave this file to the other nodes. The first leader has it for them in `finish`."""
-        if not self._has_begun:
+        if not self.has_begun:
             agreed = self._agree(self._key, Offer(is_alone=True, comes_later=True))
             self._is_first_fetcher = agreed.fetcher == self._rank
 
@@ -122,7 +124,7 @@ class Share:
         Raises:
             RankloadError: any error of the exchange, or another rank's.
         """
-        if self._has_begun:
+        if self.has_begun:
             return None
         key, first = self._key, self._peers.leaders[0]
         url, offer = request.url, Offer()
@@ -159,7 +161,9 @@ class Share:
         offer = Offer(is_alone=True)  # nobody could verify a file without a digest
         if file.sha256 is not None:
             etag, last_modified = (record.etag, record.last_modified) if record is not None else (None, None)
-            version = Version(file.size_bytes, etag, last_modified, Claim(file.sha256, "another node's file"))
+            is_as_sidecar_says = record is not None and record.vouched_by == "sidecar"
+            claim = Claim(file.sha256, "sidecar" if is_as_sidecar_says else "another node's file")
+            version = Version(file.size_bytes, etag, last_modified, claim)
             offer = Offer(has_file=True, version=version, spans=((0, file.size_bytes),))
         agreed = self._agree(key, offer)
         if agreed.fetcher is not None:
@@ -177,7 +181,7 @@ class Share:
     def _ask_origin(self, partial: Partial, request: FetchRequest) -> tuple[Url, Offer]:
         """Return what this node has and gets, and from where."""
         content, spans = partial.content, tuple(partial.spans)
-        for url in () if request.offline else request.urls:
+        for url in () if request.offline or request.needs_sidecar else request.urls:
             with closing(origin_for(url, headers_of(request, url), self._call.settings)) as origin:
                 try:
                     once = replace(self._call.settings, retries=0)
@@ -189,6 +193,8 @@ class Share:
                     _logger.info("%s; receiving the file from other nodes, if they reach it", error)
                     continue
             version = answer.version
+            if request.sha256 is not None and request.sha256_source == "sidecar":  # other nodes may not reach it
+                version = replace(version, claim=Claim(request.sha256, "sidecar"))
             if content is None or content.url_key != url.key or not is_same(content.version, version):
                 spans = ()
             may_split = not answer.is_whole and bool(version.size_bytes) and is_same(version, version)
@@ -198,7 +204,7 @@ class Share:
 
     def _agree(self, key: str, offer: Offer) -> Agreed:
         """Return what the first leader decides once all have made their offers."""
-        self._has_begun, channel, first = True, self._channel, self._peers.leaders[0]
+        self.has_begun, channel, first = True, self._channel, self._peers.leaders[0]
         channel.post(f"{key}/{self._rank}", offer.as_json())
         if self._rank != first:
             return Agreed() if offer.is_alone else Agreed.from_json(channel.wait_for(f"{key}/plan", from_rank=first))
