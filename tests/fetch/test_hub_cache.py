@@ -110,6 +110,76 @@ def test_nodes_with_caches_of_their_own_get_each_file_once(hub: Hub, tmp_path: P
         assert {hashlib.sha256(part).hexdigest() for part in parts} <= {path.name for path in blobs.iterdir()}
 
 
+#: Of a rank that reaches no Hub.
+NO_HUB = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "RANKLOAD_RETRIES": "0"}
+
+
+def run_on_nodes(function, hub: Hub, homes: list[Path], *args: object, offline: int | None = None) -> list[object]:
+    """Call a function on nodes with caches of their own, of which one may reach no Hub."""
+    variables = {rank: {**hub.environment, "HF_HOME": str(home)} for rank, home in enumerate(homes)}
+    if offline is not None:
+        variables[offline] |= NO_HUB
+    return [result.value for result in run_ranks(function, len(homes), nodes=len(homes), args=args, rank_env=variables)]
+
+
+def fetch(rank: int, url: str, **arguments: object) -> str:
+    try:
+        return rankload.dist_fetch(url, **arguments).read_text()
+    except rankload.RankloadError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def commits_asked_for(hub: Hub) -> list[str]:
+    return [request.path for request in hub.origin.requests() if "/api/models/" in request.path]
+
+
+def test_one_node_asks_the_hub_for_all(hub: Hub, tmp_path: Path) -> None:
+    homes = [tmp_path / f"node{rank}" for rank in range(3)]
+    for url in ("hf://org/two", "hf://org/one/model.safetensors"):
+        assert run_on_nodes(load, hub, homes, url) == [WEIGHT] * 3
+    assert len(commits_asked_for(hub)) == 2
+    assert {(home / "hub/models--org--two/refs/main").read_text() for home in homes} == {hf.COMMIT}
+    assert run_on_nodes(load, hub, homes, "hf://org/one/model.safetensors") == [WEIGHT] * 3
+    assert len(commits_asked_for(hub)) == 2
+
+
+@pytest.mark.parametrize("offline", [0, 1])
+def test_node_that_reaches_no_hub(hub: Hub, tmp_path: Path, offline: int) -> None:
+    """It learns commit and digest from another node, and gets the content from there: of small files, too."""
+    homes = [tmp_path / f"node{rank}" for rank in range(2)]
+    for _ in range(2):
+        assert run_on_nodes(fetch, hub, homes, "hf://org/one/config.json", offline=offline) == ["{}"] * 2
+        found = run_on_nodes(load, hub, homes, "hf://org/one/model.safetensors", offline=offline)
+        assert found == [WEIGHT] * 2
+    assert len(commits_asked_for(hub)) == 2
+    linked = homes[offline] / f"hub/models--org--one/snapshots/{hf.COMMIT}/config.json"
+    assert linked.is_symlink() and linked.resolve().name == hashlib.sha1(b"blob 2\0{}").hexdigest()
+
+
+@pytest.mark.parametrize("has_it", [0, 1])
+def test_node_that_has_the_file_tells_the_commit_in_offline_mode(hub: Hub, tmp_path: Path, has_it: int) -> None:
+    homes = [tmp_path / f"node{rank}" for rank in range(2)]
+    for function, url in ((load, "hf://org/one/model.safetensors"), (fetch, "hf://org/one/config.json")):
+        [expected] = run_on_nodes(function, hub, homes[has_it : has_it + 1], url)
+        before = len(hub.origin.requests())
+        assert run_on_nodes(offline_call, hub, homes, function, url) == [expected] * 2
+        assert len(hub.origin.requests()) == before
+
+
+def offline_call(rank: int, function, url: str) -> object:
+    return function(rank, url, offline=True)
+
+
+def test_no_node_reaches_the_hub(hub: Hub, tmp_path: Path) -> None:
+    homes = [tmp_path / f"node{rank}" for rank in range(2)]
+    hub.environment |= NO_HUB
+    for function, url in ((load, "hf://org/one/model.safetensors"), (load, "hf://org/two")):
+        for text in run_on_nodes(function, hub, homes, url):
+            assert str(text).startswith(f"NetworkError: {url.removesuffix('/model.safetensors')}: "), text
+    for text in run_on_nodes(offline_call, hub, homes, load, "hf://org/one/model.safetensors"):
+        assert str(text).startswith("OfflineError: "), text
+
+
 def test_the_client_finds_what_rankload_has_fetched(hub: Hub) -> None:
     for url in ("hf://org/two", "hf://org/one/model.safetensors"):
         assert [result.value for result in hub.run(load, url, ranks=3)] == [WEIGHT] * 3

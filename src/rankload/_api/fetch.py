@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,7 @@ from rankload._coordination.membership import open_single_process_channel
 from rankload._fetch.checkpoint_table import NamedCheckpoint, find_checkpoint
 from rankload._fetch.fetch_once import fetch_at, fetch_once
 from rankload._fetch.hub_names import HubRepository
-from rankload._fetch.models import FetchRequest
-from rankload._fetch.offline import is_switched_off
+from rankload._fetch.models import FetchRequest, HubWeights, WeightsMemory
 from rankload._fetch.request import (
     RequestOptions,
     UrlArgument,
@@ -31,7 +30,8 @@ from rankload._fetch.request import (
 )
 from rankload._settings import Settings
 from rankload._types import Delivery, FetchedFile, Progress, Scope, Verify
-from rankload._urls import Url, expanded
+from rankload._urls import expanded
+from rankload.errors import CacheError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,7 +80,7 @@ def dist_fetch(
             refresh=refresh,
         )
         call.channel.agree(agreed_arguments(request, "fetch"))
-        return fetch_once(request, call).path
+        return fetch_once(with_weights(request, call), call).path
 
 
 def prepare_request(
@@ -93,19 +93,60 @@ def prepare_request(
 ) -> FetchRequest:
     """Make a request from a public call's arguments. Not collective.
 
-    A name in a table stands for its URL and digest, a repository of the Hugging Face Hub for the weights in it.
+    A name in a table stands for its URL and digest, a repository of the Hugging Face Hub for the weights in it
+    (see `with_weights`).
 
     Raises:
         ArgumentError: an argument is invalid, or a table is malformed.
-        FetchError: the Hub does not say what the repository has.
     """
     named = url if isinstance(url, NamedCheckpoint) else find_checkpoint(url)
     if named is not None:
         url, options = named.urls, with_named(options, named)
-    assert not isinstance(url, NamedCheckpoint)
-    url = weights_url(url, model_dir, settings, offline=options.get("offline"), file_name=options.get("file_name"))
-    request = make_request(url, model_dir, settings, scope=scope, **options)
-    return replace(request, named=named)
+    plain_url: UrlArgument = url  # type: ignore[assignment]
+
+    def request_for(file_url: UrlArgument) -> FetchRequest:
+        return replace(make_request(file_url, model_dir, settings, scope=scope, **options), named=named)
+
+    repository = _repository_in(plain_url)
+    if repository is None:
+        return request_for(plain_url)
+    # the name of the file, with its hash prefix, is not known yet
+    options_now: RequestOptions = {**options, "check_hash": False, "file_name": "weights"}
+    request = make_request(plain_url, model_dir, settings, scope=scope, **options_now)
+    weights = HubWeights(repository, _memory_for(model_dir, options.get("file_name")), request_for)
+    return replace(request, named=named, weights=weights)
+
+
+def with_weights(request: FetchRequest, call: CallContext, *, is_cached: bool = True) -> FetchRequest:
+    """Return the request for the file that a repository's weights are; any other request unchanged. Collective.
+
+    Rank 0 asks the Hub: nodes that asked one by one might get different commits.
+
+    Args:
+        request: request of a public call.
+        call: context of the call.
+        is_cached: whether every node will have the file in its cache.
+
+    Raises:
+        FetchError: the Hub does not answer, or the repository has no weights.
+        RankloadError: any other failure of rank 0.
+    """
+    weights, identity = request.weights, call.identity
+    if weights is None:
+        return request
+    if identity.rank == 0:
+        from rankload._fetch.hub_weights import resolve_weights
+
+        url = resolve_weights(
+            weights.repository, weights.memory, call.settings, offline=request.offline, report=call.report
+        )
+        call.channel.post("weights", {"url": url})
+    else:
+        url = call.channel.wait_for("weights", from_rank=0)["url"]
+        if is_cached and not identity.local_rank:  # for a later call in offline mode
+            with suppress(CacheError):
+                weights.memory.keep(weights.repository, url)
+    return weights.request_for(url)
 
 
 def fetch_in_this_process(
@@ -116,7 +157,8 @@ def fetch_in_this_process(
 ) -> FetchedFile:
     """Fetch in this process only, with the arguments of the public calls. Not collective; does not import torch."""
     settings = settings or Settings.from_environment()
-    return _fetch_alone(prepare_request(url, model_dir, settings, scope="process", **options), settings)
+    request = prepare_request(url, model_dir, settings, scope="process", **options)
+    return _fetch_alone(_weights_of_job(request, settings), settings)
 
 
 def _fetch_alone(request: FetchRequest, settings: Settings) -> FetchedFile:
@@ -124,50 +166,39 @@ def _fetch_alone(request: FetchRequest, settings: Settings) -> FetchedFile:
         return fetch_once(request, CallContext(channel, settings, stack))
 
 
-def weights_url(
-    url: UrlArgument,
-    model_dir: str | os.PathLike[str] | None,
-    settings: Settings,
-    *,
-    offline: bool | None = None,
-    file_name: str | None = None,
-) -> UrlArgument:
-    """Return the URL of the weights in a repository of the Hugging Face Hub; any other argument unchanged.
+def _weights_of_job(request: FetchRequest, settings: Settings) -> FetchRequest:
+    """Like `with_weights`, but not collective: the processes of the job that share the directory ask the Hub once."""
+    if (weights := request.weights) is None:
+        return request
 
-    Not collective: the ranks of a job that share the cache directory ask the Hub once.
+    def resolve() -> str:
+        return resolve_weights(weights.repository, weights.memory, settings, offline=request.offline)
 
-    Args:
-        url: argument of a public call; ``hf://org/name[@revision][?variant=…]`` is a repository.
-        model_dir, offline, file_name: arguments of the public call.
-        settings: settings of the call.
-    """
-    if isinstance(url, (list, tuple)) and len(url) == 1:
-        url = url[0]
-    if not isinstance(url, str) or not url.startswith("hf://"):
-        return url
-    repository = HubRepository.parse(url)
-    if repository is None:
-        return url
-    from rankload._fetch.hub_cache import HubMemory, cache_directory  # imports huggingface_hub
-    from rankload._fetch.hub_weights import Memory, OwnMemory, resolve_weights
+    from rankload._fetch.hub_weights import resolve_weights
 
-    memory: Memory
-    if uses_hub_cache(model_dir, file_name):
-        memory, directory = HubMemory(), cache_directory() / ".locks"  # huggingface_hub's scan leaves it out
-    else:
-        directory = default_directory() if model_dir is None else expanded(model_dir).absolute()
-        memory = OwnMemory(directory)
-    if (settings.offline if offline is None else offline) or is_switched_off(Url.parse(url)):
-        return resolve_weights(repository, memory, settings, offline=True)
+    if request.offline:
+        return weights.request_for(resolve())
     from rankload._api.once_per_job import once_per_job
 
-    found: str = once_per_job(
-        lambda: resolve_weights(repository, memory, settings, offline=False),
-        key=f"weights of {url}",
-        directory=directory,
-        has_lease=False,
-    )
-    return found
+    key = f"weights of {weights.repository}"
+    found: str = once_per_job(resolve, key=key, directory=weights.memory.directory, has_lease=False)
+    return weights.request_for(found)
+
+
+def _repository_in(url: UrlArgument) -> HubRepository | None:
+    if isinstance(url, (list, tuple)) and len(url) == 1:
+        url = url[0]
+    return HubRepository.parse(url)
+
+
+def _memory_for(model_dir: str | os.PathLike[str] | None, file_name: str | None) -> WeightsMemory:
+    if uses_hub_cache(model_dir, file_name):
+        from rankload._fetch.hub_layout import HubMemory  # imports huggingface_hub
+
+        return HubMemory()
+    from rankload._fetch.hub_weights import OwnMemory
+
+    return OwnMemory(default_directory() if model_dir is None else expanded(model_dir).absolute())
 
 
 def fetch_for_job(
@@ -180,7 +211,7 @@ def fetch_for_job(
 
     A process that waits for the lease of one whose download fails raises that error.
     """
-    request = prepare_request(url, model_dir, settings, scope="process", **options)
+    request = _weights_of_job(prepare_request(url, model_dir, settings, scope="process", **options), settings)
     if request.url.local_path is None and not (request.directory / request.file_name).exists():
         from rankload._api.once_per_job import once_per_job
 
@@ -197,6 +228,7 @@ def fetch_for(delivery: Delivery, request: FetchRequest, call: CallContext, sour
     Returns:
         The file; None with ``delivery="broadcast"`` on every rank but the source.
     """
+    request = with_weights(request, call, is_cached=delivery != "broadcast")
     file = fetch_at(source, request, call) if delivery == "broadcast" else fetch_once(request, call)
     call.report(Progress("loading", 0, None if file is None else file.size_bytes))
     return file

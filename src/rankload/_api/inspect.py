@@ -84,7 +84,7 @@ def _on_the_hub(url: str) -> str:
     """
     if not url.startswith("hf://"):
         return url
-    from rankload._fetch.hub_cache import HubMemory, find_cached  # imports huggingface_hub
+    from rankload._fetch.hub_layout import HubMemory, find_cached  # imports huggingface_hub
     from rankload._fetch.hub_weights import resolve_weights
 
     if (repository := HubRepository.parse(url)) is not None:

@@ -66,7 +66,7 @@ def dist_snapshot(
         patterns = {"allow": _listed(allow_patterns), "ignore": _listed(ignore_patterns)}
         arguments = {"call": "snapshot", "repo_id": repo_id, "revision": revision, "repo_type": repo_type, **patterns}
         call.channel.agree(arguments)
-        from rankload._fetch.hub_cache import cache_directory  # imports huggingface_hub
+        from rankload._fetch.hub_layout import cache_directory  # imports huggingface_hub
         from rankload._fetch.hub_snapshot import download_snapshot
 
         directory = Path(cache_dir).expanduser().absolute() if cache_dir else cache_directory()

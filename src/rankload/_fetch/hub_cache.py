@@ -1,37 +1,36 @@
 """Files of the Hugging Face Hub in huggingface_hub's own cache, so that nothing is stored twice.
 
-Its layout (huggingface_hub, "Understand caching")::
-
-    <cache>/models--org--name/blobs/<digest>             the content: SHA-256 of a large file, git's SHA-1 of others
-    <cache>/models--org--name/snapshots/<commit>/<path>  a link to the blob
-    <cache>/models--org--name/refs/<revision>            the commit that a branch or tag was, when last asked for
-
 A blob is looked up, downloaded, verified and recorded like any other file; its name is its digest. huggingface_hub
 finds what is fetched here, and this module finds what huggingface_hub has fetched. Both replace blobs by rename alone.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import secrets
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rankload._cache.access import is_trusted, open_new
 from rankload._cache.directory import make_directory
 from rankload._cache.files import wrap_read_errors, wrap_write_errors
 from rankload._fetch.bounded_read import read_bounded
 from rankload._fetch.digests import check_digest, claims_of
+from rankload._fetch.hub_layout import (
+    commit_of,
+    directory_of,
+    find_cached,
+    link_snapshot,
+    remember_commit,
+    snapshot_path_of,
+)
 from rankload._fetch.hub_listing import HubBlob, described_blob, is_commit, list_repository
-from rankload._fetch.hub_names import HubFile, HubRepository
-from rankload._fetch.hub_weights import choose_weights
 from rankload._fetch.models import FetchRequest
 from rankload._fetch.origins.credentials import headers_of
-from rankload._fetch.origins.filesystem import wrap_any_errors
 from rankload._fetch.origins.registry import origin_for
 from rankload._fetch.transfer.size_limit import SizeLimit
 from rankload._settings import Settings
@@ -39,66 +38,36 @@ from rankload._types import FetchedFile, Report
 from rankload._urls import Url
 from rankload.errors import FetchError, OfflineError, VerificationError
 
+if TYPE_CHECKING:
+    from rankload._fetch.exchange.peers import Share
+
 #: Largest content that is read into memory to compare it with git's SHA-1. The Hub keeps files of more than 10 MB in
 #: Git LFS (huggingface.co/docs/hub/repositories-getting-started).
 _MAX_GIT_BYTES = 64 << 20
 
 
-def cache_directory() -> Path:
-    """Return the directory of huggingface_hub's cache.
+@dataclass(frozen=True)
+class _Location:
+    """Where a file of the Hub is.
 
-    Raises:
-        FetchError: huggingface_hub is not installed.
-    """
-    with wrap_any_errors("hf://", "the Hugging Face Hub"):
-        from huggingface_hub import constants
-
-        return Path(constants.HF_HUB_CACHE).expanduser().absolute()
-
-
-def directory_of(repository: str) -> Path:
-    """Return the directory of a repository of models in huggingface_hub's cache."""
-    return cache_directory() / f"models--{repository.replace('/', '--')}"
-
-
-def find_cached(file: HubFile) -> Path | None:
-    """Return the path of a file in huggingface_hub's cache; None if it is not there."""
-    commit = _commit_of(directory_of(file.repository), file.revision)
-    path = _snapshot_path(file, commit) if commit else None
-    return path if path is not None and path.is_file() else None
-
-
-class HubMemory:
-    """Which file a repository's weights are, according to huggingface_hub's cache.
-
-    Args:
-        is_kept: whether to note what was found; False for a caller that puts no file into the cache.
+    Attributes:
+        commit: commit that the revision is at present, or was when it was last asked for.
+        blob: name of the blob with the file's content; None if a cached file has no blob, or one that is not named by
+            its digest.
+        sha256: SHA-256 of the content; None where only the blob itself can tell.
     """
 
-    def __init__(self, *, is_kept: bool = True) -> None:
-        self._is_kept = is_kept
-
-    def recall(self, repository: HubRepository) -> str | None:
-        """Return the URL of the weights that are in the cache; None if there are none."""
-        directory = directory_of(repository.name)
-        if (commit := _commit_of(directory, repository.revision)) is None:
-            return None
-        try:
-            names = [path.name for path in (directory / "snapshots" / commit).iterdir()]
-            name = choose_weights(names, repository.variant, repository.display_name)
-        except (OSError, FetchError):
-            return None
-        return HubFile(repository.name, commit, name).url
-
-    def keep(self, repository: HubRepository, url: str) -> None:
-        """Note which commit the revision is, as huggingface_hub does before it downloads."""
-        file = HubFile.parse(url) if self._is_kept else None
-        if file is not None and file.revision is not None:
-            _remember_commit(repository.name, repository.revision, file.revision)
+    commit: str
+    blob: str | None
+    sha256: str | None = None
 
 
 def fetch_into_hub_cache(
-    request: FetchRequest, report: Report, settings: Settings, fetch_one: Callable[[FetchRequest], FetchedFile]
+    request: FetchRequest,
+    report: Report,
+    settings: Settings,
+    fetch_one: Callable[[FetchRequest], FetchedFile],
+    share: Share | None = None,
 ) -> FetchedFile:
     """Return a verified file of the Hub in huggingface_hub's cache.
 
@@ -107,6 +76,7 @@ def fetch_into_hub_cache(
         report: receives the progress.
         settings: deadlines and retries.
         fetch_one: fetches a file into a cache directory.
+        share: this node's part in a download of several nodes. Then one of them asks the Hub for the commit.
 
     Raises:
         OfflineError: offline mode is on, and the file is not in the cache.
@@ -116,9 +86,49 @@ def fetch_into_hub_cache(
     """
     file = request.hub_file
     assert file is not None
+    if share is None:
+        location = _locate(request, report, settings)
+    else:
+
+        def locate(is_patient: bool) -> dict[str, Any]:
+            found = _locate(request, report, settings if is_patient else replace(settings, retries=0))
+            return asdict(_with_digest(found, file.repository))
+
+        location = _Location(**share.first_answer(locate))
+    path = snapshot_path_of(file, location.commit)
+    if not path.is_file():
+        at_commit = replace(request, hub_file=replace(file, revision=location.commit))
+        if location.blob is None:  # another node has a file that it cannot share
+            location = _locate(at_commit, report, settings)
+        assert location.blob is not None
+        blob = directory_of(file.repository) / "blobs" / location.blob
+        make_directory(blob.parent)
+        fetched = fetch_one(_request_for(blob, at_commit, location.sha256))
+        if fetched.path != blob:  # another file is in its place, and stays
+            return fetched
+        link_snapshot(path, fetched.path)
+        fetched = _as_snapshot(fetched, path)
+    else:
+        fetched = _cached(path, request, fetch_one)
+    remember_commit(file.repository, file.revision, location.commit)
+    return fetched
+
+
+def _locate(request: FetchRequest, report: Report, settings: Settings) -> _Location:
+    """Return where a file is: in the cache, or else at the Hub. A small one is then downloaded.
+
+    Raises:
+        OfflineError: it is not in the cache, and offline mode is on.
+        FetchError: the Hub does not serve the file.
+    """
+    file = request.hub_file
+    assert file is not None
     path = None if request.refresh and not is_commit(file.revision) else find_cached(file)
     if path is not None:
-        return _cached(path, request, fetch_one)
+        name = path.readlink().name if path.is_symlink() else None
+        commit = commit_of(directory_of(file.repository), file.revision)
+        assert commit is not None
+        return _Location(commit, name if described_blob(name, 0) else None)
     display_name = request.url.display_name
     if request.offline:
         raise OfflineError(
@@ -133,17 +143,22 @@ def fetch_into_hub_cache(
         )
     at_commit = replace(request, hub_file=replace(file, revision=listing.commit))
     blob = listing.blobs[file.path] or _ask_for_blob(at_commit, report, settings)
-    path = _snapshot_path(file, listing.commit)
-    blobs = directory_of(file.repository) / "blobs"
-    make_directory(blobs)
-    if blob.sha256 is None and not (blobs / blob.name).exists():
-        _download_small(blob, blobs / blob.name, at_commit, report, settings)
-    fetched = fetch_one(_request_for(blobs / blob.name, at_commit))
-    if fetched.path != blobs / blob.name:  # another file is in its place, and stays
-        return fetched
-    _link(path, fetched.path)
-    _remember_commit(file.repository, file.revision, listing.commit)
-    return _as_snapshot(fetched, path)
+    path = directory_of(file.repository) / "blobs" / blob.name
+    if blob.sha256 is None and not path.exists():
+        make_directory(path.parent)
+        _download_small(blob, path, at_commit, report, settings)
+    return _Location(listing.commit, blob.name)
+
+
+def _with_digest(location: _Location, repository: str) -> _Location:
+    """Return a location with the content's SHA-256, for nodes that do not have the content.
+
+    Raises:
+        VerificationError: the blob is damaged.
+    """
+    if location.blob is None or len(location.blob) == 64:
+        return replace(location, sha256=location.blob)
+    return replace(location, sha256=_sha256_of_git_blob(directory_of(repository) / "blobs" / location.blob))
 
 
 def _cached(path: Path, request: FetchRequest, fetch_one: Callable[[FetchRequest], FetchedFile]) -> FetchedFile:
@@ -156,8 +171,13 @@ def _cached(path: Path, request: FetchRequest, fetch_one: Callable[[FetchRequest
     return _as_snapshot(found, path) if found.path == blob else found  # a damaged blob stays where it is
 
 
-def _request_for(blob: Path, request: FetchRequest) -> FetchRequest:
+def _request_for(blob: Path, request: FetchRequest, sha256: str | None = None) -> FetchRequest:
     """Return the request for a blob, whose name vouches for its content.
+
+    Args:
+        blob: path of the blob.
+        request: request for the file.
+        sha256: SHA-256 that another node has found a blob to have whose name is git's SHA-1.
 
     Raises:
         DigestMismatchError: the caller expects another digest.
@@ -173,7 +193,10 @@ def _request_for(blob: Path, request: FetchRequest) -> FetchRequest:
     )
     if described_blob(blob.name, 0) is None:  # a proxy of the Hub gave another ETag, by which huggingface_hub named it
         return request
-    sha256, source = (blob.name, "x-linked-etag") if len(blob.name) == 64 else (_sha256_of_git_blob(blob), "git")
+    if len(blob.name) == 64:
+        sha256, source = blob.name, "x-linked-etag"
+    else:
+        sha256, source = sha256 if sha256 and not blob.exists() else _sha256_of_git_blob(blob), "git"
     check_digest(sha256, claims_of(request), request.url.display_name)
     return request if request.sha256 else replace(request, sha256=sha256, sha256_source=source)
 
@@ -236,46 +259,3 @@ def _git_sha1(content: bytes) -> str:
 def _url_at_commit(request: FetchRequest) -> Url:
     assert request.hub_file is not None
     return Url.parse(request.hub_file.url)
-
-
-def _snapshot_path(file: HubFile, commit: str) -> Path:
-    return directory_of(file.repository) / replace(file, revision=commit).snapshot_path
-
-
-def _commit_of(directory: Path, revision: str | None) -> str | None:
-    """Return the commit that a revision was when it was last asked for; None if it never was."""
-    if is_commit(revision):
-        return revision
-    try:
-        commit = (directory / "refs" / (revision or "main")).read_text(encoding="ascii")
-    except (OSError, ValueError):
-        return None
-    return commit if is_commit(commit) else None
-
-
-def _link(path: Path, blob: Path) -> None:
-    """Make the snapshot's link to a blob; where the filesystem has no symbolic links, a hard link."""
-    with wrap_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{secrets.token_hex(8)}")
-        try:
-            temporary.symlink_to(os.path.relpath(blob, path.parent))
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            os.link(blob, temporary)
-        temporary.replace(path)
-
-
-def _remember_commit(repository: str, revision: str | None, commit: str) -> None:
-    """Note which commit a branch is. A cache that cannot be written forgets it: the next call asks again."""
-    if is_commit(revision) or _commit_of(directory_of(repository), revision) == commit:
-        return
-    path = directory_of(repository) / "refs" / (revision or "main")
-    temporary = path.with_name(f".{secrets.token_hex(8)}")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(commit, encoding="ascii")
-        temporary.replace(path)
-    with suppress(OSError):
-        temporary.unlink()  # exists only after an error

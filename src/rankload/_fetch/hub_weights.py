@@ -8,15 +8,16 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from rankload._cache.access import make_own_directory, open_plain, write_own_json
 from rankload._cache.directory import make_directory
 from rankload._cache.files import wrap_write_errors
 from rankload._fetch.hub_listing import list_repository
 from rankload._fetch.hub_names import HubFile, HubRepository
+from rankload._fetch.models import WeightsMemory
 from rankload._settings import Settings
 from rankload._text import printable
+from rankload._types import Report
 from rankload._urls import OWN_DIRECTORY, url_key
 from rankload.errors import FetchError, NetworkError, OfflineError
 
@@ -63,7 +64,9 @@ def choose_weights(names: Iterable[str], variant: str | None, display_name: str)
     raise FetchError(f"{display_name}: it has no {what} at its top: name a file in the URL", url=display_name)
 
 
-def resolve_weights(repository: HubRepository, memory: Memory, settings: Settings, *, offline: bool) -> str:
+def resolve_weights(
+    repository: HubRepository, memory: WeightsMemory, settings: Settings, *, offline: bool, report: Report | None = None
+) -> str:
     """Return the URL of a repository's weights, at the commit that the revision is now.
 
     Args:
@@ -71,6 +74,7 @@ def resolve_weights(repository: HubRepository, memory: Memory, settings: Setting
         memory: remembers the answer for offline mode, and for a Hub that cannot be reached.
         settings: deadline and retries.
         offline: ask nobody; use what an earlier call has found.
+        report: called during pauses.
 
     Raises:
         OfflineError: offline mode is on, and no earlier call has asked.
@@ -89,7 +93,7 @@ def resolve_weights(repository: HubRepository, memory: Memory, settings: Setting
     if known is not None:  # there is an answer: a Hub that cannot be reached is no reason to wait
         settings = replace(settings, retries=0)
     try:
-        listing = list_repository(repository.name, repository.revision, settings)
+        listing = list_repository(repository.name, repository.revision, settings, report)
     except NetworkError as error:
         if known is None:
             raise
@@ -102,21 +106,15 @@ def resolve_weights(repository: HubRepository, memory: Memory, settings: Setting
     return url
 
 
-class Memory(Protocol):
-    """Remembers which file a repository's weights were."""
-
-    def recall(self, repository: HubRepository) -> str | None:
-        """Return the URL of the weights that an earlier call found; None if there was no such call."""
-
-    def keep(self, repository: HubRepository, url: str) -> None:
-        """Remember the URL of the weights."""
-
-
 class OwnMemory:
-    """A memory in a cache directory of rankload's."""
+    """A memory in a cache directory of rankload's.
+
+    Attributes:
+        directory: the cache directory.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
 
     def recall(self, repository: HubRepository) -> str | None:
         """Return the URL that was kept; None without one."""
@@ -134,11 +132,11 @@ class OwnMemory:
             CacheError: the file cannot be written.
         """
         path = self._path_for(repository)
-        make_directory(self._directory)
+        make_directory(self.directory)
         with wrap_write_errors(path):
             make_own_directory(path.parent.parent)
             write_own_json(path, {"url": url})
 
     def _path_for(self, repository: HubRepository) -> Path:
         key = url_key(f"{repository.display_name}?{repository.variant}")[:32]
-        return self._directory / OWN_DIRECTORY / "hub" / f"{key}.json"
+        return self.directory / OWN_DIRECTORY / "hub" / f"{key}.json"

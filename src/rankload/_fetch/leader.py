@@ -89,7 +89,9 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings, share: Sha
     if request.hub_file is not None:
         from rankload._fetch.hub_cache import fetch_into_hub_cache  # imports fsspec
 
-        return fetch_into_hub_cache(request, report, settings, lambda blob: _fetch(blob, report, settings, share))
+        return fetch_into_hub_cache(
+            request, report, settings, lambda blob: _fetch(blob, report, settings, share), share
+        )
     if (local_path := request.url.local_path) is not None:
         return use_in_place(local_path, _with_sidecar_of(local_path, request), report)
     make_directory(request.directory)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from rankload._fetch.checkpoint_table import NamedCheckpoint
-from rankload._fetch.hub_names import HubFile
+from rankload._fetch.hub_names import HubFile, HubRepository
 from rankload._types import Scope, Verify
 from rankload._urls import Url
 
@@ -31,6 +33,8 @@ class FetchRequest:
         must_be_checkpoint: reject files that are no checkpoint (a web page, a tar of JPEGs).
         hub_file: the file on the Hugging Face Hub, if the cache is huggingface_hub's own; ``directory`` is then that of
             the repository in it.
+        weights: the repository on the Hugging Face Hub that the URL names, while it is not known which file its weights
+            are; ``file_name`` is then meaningless.
         headers: extra request headers for the first URL's host; never logged, never recorded.
         verify: when to hash a cached file again.
         named: the checkpoint in a table whose name the caller passed; None for a URL.
@@ -54,6 +58,7 @@ class FetchRequest:
     is_part: bool = False
     is_renewal: bool = False
     hub_file: HubFile | None = None
+    weights: HubWeights | None = field(default=None, repr=False)
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     verify: Verify = "once"
     named: NamedCheckpoint | None = None
@@ -79,3 +84,34 @@ class FetchRequest:
     def needs_sidecar(self) -> bool:
         """Whether the sidecar must give the digest, and has not been read yet."""
         return self.sidecar and self.sha256 is None
+
+
+class WeightsMemory(Protocol):
+    """Remembers which file a repository's weights were.
+
+    Attributes:
+        directory: directory that the processes share which share the memory.
+    """
+
+    directory: Path
+
+    def recall(self, repository: HubRepository) -> str | None:
+        """Return the URL of the weights that an earlier call found; None if there was no such call."""
+
+    def keep(self, repository: HubRepository, url: str) -> None:
+        """Remember the URL of the weights."""
+
+
+@dataclass(frozen=True)
+class HubWeights:
+    """The weights of a repository on the Hugging Face Hub, of which it is not known yet which file they are.
+
+    Attributes:
+        repository: the repository.
+        memory: remembers which file they were.
+        request_for: returns the request for a file, from its URL.
+    """
+
+    repository: HubRepository
+    memory: WeightsMemory
+    request_for: Callable[[str], FetchRequest]

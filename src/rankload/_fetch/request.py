@@ -97,7 +97,7 @@ def make_request(
     name = checked_file_name(file_name) if file_name else local_path.name if local_path else file_name_of(urls[0].raw)
     is_index = local_path is None and (is_index_name(PurePosixPath(name).name) or _names_index(urls[0]))
     if hub_file is not None:
-        from rankload._fetch.hub_cache import directory_of  # imports huggingface_hub
+        from rankload._fetch.hub_layout import directory_of  # imports huggingface_hub
 
         directory, name = directory_of(hub_file.repository), hub_file.snapshot_path
     elif model_dir is not None:

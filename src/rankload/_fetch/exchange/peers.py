@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 from rankload._cache.files import wrap_read_errors
 from rankload._cache.layout import Entry
 from rankload._cache.record import Record, find_record
 from rankload._coordination.call_context import CallContext
 from rankload._fetch.bounded_read import read_bounded
+from rankload._fetch.exchange.first_answer import first_answer
 from rankload._fetch.exchange.neighbours import connect_ring, try_to_connect_ring
 from rankload._fetch.exchange.offers import Agreed, Exchange, Offer, agreement_on, is_same
 from rankload._fetch.exchange.plan import ExchangePlan
@@ -95,6 +97,10 @@ class Share:
         self.has_begun = self._is_first_fetcher = self.has_failed = False
         self._rank = peers.call.identity.rank
         self._others = peers.leaders  # those that have not stayed out
+
+    def first_answer(self, ask: Callable[[bool], dict[str, Any]]) -> dict[str, Any]:
+        """Return one node's answer to a question about this file (see `first_answer`). This does not begin the part."""
+        return first_answer(f"{self._key}/answer", self._peers.leaders, self._channel, ask)
 
     def serve(self, file: FetchedFile, record: Record | None) -> None:
         """Offer a file that this node has, and send it to the nodes that lack it.

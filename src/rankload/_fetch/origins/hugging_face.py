@@ -1,4 +1,4 @@
-"""Files on the Hugging Face Hub: huggingface_hub resolves the URL, and the bytes come over HTTP.
+"""Files on the Hugging Face Hub: huggingface_hub says where a file is, and the bytes come over HTTP.
 
 huggingface_hub's own filesystem reads ranges, too, but resolves the URL for every range. This origin remembers
 redirects, checks validators, and uses the digest that the Hub gives.
@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 
 from typing_extensions import override
 
+from rankload._fetch.hub_names import HubFile
 from rankload._fetch.origins.credentials import Headers
 from rankload._fetch.origins.filesystem import filesystem_of, wrap_any_errors
 from rankload._fetch.origins.http import HttpOrigin
@@ -46,5 +47,14 @@ class HuggingFaceOrigin(Origin):
             # with such a value huggingface_hub fails at import, and would seem not to be installed
             raise ArgumentError("HF_ENDPOINT is not an http or https URL with a host: correct it, or unset it")
         with wrap_any_errors(self.url.raw, self.display_name):
-            filesystem, path = filesystem_of(self.url.raw)
-            return HttpOrigin(Url.parse(filesystem.url(path)), self._headers, self._settings)
+            return HttpOrigin(Url.parse(_address_of(self.url.raw)), self._headers, self._settings)
+
+
+def _address_of(url: str) -> str:
+    """Return the HTTP address of an ``hf://`` URL. Asks the Hub only about datasets and spaces."""
+    if (file := HubFile.parse(url)) is not None:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(file.repository, file.path, revision=file.revision)
+    filesystem, path = filesystem_of(url)
+    return str(filesystem.url(path))
