@@ -105,22 +105,19 @@ def save_atomically(state, path):
 class Stop:
     """Whether SIGTERM has come to any rank."""
 
-    def __init__(self, device):
+    def __init__(self):
         self.requested = False
-        # One tensor, which lives as long as the handler. gloo's thread lets go of a collective's tensors a little later
-        # than the collective ends: were they Python's no more, it could need the GIL after the end of the interpreter,
-        # and abort the process (pytorch#190489).
-        self._flag = torch.zeros((), dtype=torch.int32, device=device)
         if threading.current_thread() is threading.main_thread():  # Ray's workers train on another one
             signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, number, frame):
         self.requested = True
 
-    def is_agreed(self):
+    def is_agreed(self, device):
         """All ranks stop after the same step: one that stopped alone would leave the others waiting for it."""
-        dist.all_reduce(self._flag.fill_(self.requested), dist.ReduceOp.MAX)
-        return bool(self._flag.item())
+        requested = torch.tensor(int(self.requested), device=device)
+        dist.all_reduce(requested, dist.ReduceOp.MAX)
+        return bool(requested.item())
 
 
 def is_there(path):
@@ -128,6 +125,16 @@ def is_there(path):
     answer = [path is not None and path.exists()]
     dist.broadcast_object_list(answer)
     return answer[0]
+
+
+def leave(device):
+    """End the process group once all ranks have saved what they save."""
+    dist.barrier()
+    dist.destroy_process_group()
+    if device.type == "cpu":
+        # gloo's threads let go of a collective's tensors a little after its end, and need the GIL for that. A process
+        # that ends before, on a busy machine, hangs or aborts (pytorch#190489).
+        time.sleep(1)
 
 
 def load(arguments):
@@ -157,7 +164,7 @@ def train(words=None):
     state = load(arguments)
     seconds = time.perf_counter() - started
 
-    stop = Stop(device)  # not before: until then rankload ends the call on all ranks when SIGTERM comes
+    stop = Stop()  # not before: until then rankload ends the call on all ranks when SIGTERM comes
     model = Crepe(arguments.capacity)
     model.load_state_dict(state["model"])
     model = DistributedDataParallel(model.to(device))
@@ -181,11 +188,12 @@ def train(words=None):
         optimizer.step()
         if arguments.checkpoint is None:
             continue
-        is_over = stop.is_agreed()
+        is_over = stop.is_agreed(device)
         if is_over or (step + 1) % arguments.save_every == 0:
             save(step + 1)
         if is_over:
             print(f"rank {rank}: saved after step {step + 1} of {arguments.steps}, and stopped\n", end="", flush=True)
+            leave(device)
             sys.exit(128 + signal.SIGTERM)
 
     where = f"rank {rank} of {world_size} on {socket.gethostname()} ({device})"
@@ -197,10 +205,7 @@ def train(words=None):
         save_atomically(model.module.state_dict(), arguments.output)
         if arguments.checkpoint is not None:
             arguments.checkpoint.unlink(missing_ok=True)
-    # Nobody leaves before all is saved. A rank that leaves right after its last step can also hang in its exit: torch's
-    # gloo threads may not have let go of the last gradients, and for that they need the GIL (torch 2.13).
-    dist.barrier()
-    dist.destroy_process_group()
+    leave(device)
 
 
 if __name__ == "__main__":
