@@ -271,10 +271,12 @@ def test_rank_that_cannot_join_tells_the_others_and_the_next_call_succeeds(
     url = origin.add(checkpoint.name, checkpoint.path)
     with start_ranks(_fail_to_join_and_try_again, 3, env=launcher, args=(url, cache_dir, failing, how)) as group:
         ended = [result.value for result in group.wait(90)]
+        left_at = time.monotonic()
     expected = "StoreLostError" if how == "descriptors" else "RankFailedError"
     for first, second in ended:
         assert first.error == expected and f"[rank {failing} on " in first.text, first
         assert second.digest == digest_of(checkpoint.content), second
+        assert left_at - second.ended_at < 20, "a process waited for readers of the failure that the next call overtook"
     assert leftovers(cache_dir) == []
 
 

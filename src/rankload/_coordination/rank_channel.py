@@ -8,7 +8,6 @@ ranks that are through.
 
 from __future__ import annotations
 
-import atexit
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -217,6 +216,7 @@ class RankChannel(Channel):
             with self._verdict.await_key(self._session.waiting, self._look_seconds) as awaited:
                 self._wait_until(lambda: self._verdict.read(awaited), self._watched, Progress("done"), awaited.sleep)
         self._raise_failure()
+        self._session.calls.note_success()
         if not self._verdict.outlast_readers(silence_limit_seconds(self._settings)) and not self._verdict.has_readers():
             raise RankLostError(
                 "every rank finished its part, but no other rank has read that the call succeeded: the others were "
@@ -257,7 +257,7 @@ class RankChannel(Channel):
             if not has_lost_store:
                 self._verdict.fail(mine)
             if not self._verdict.outlast_readers(patience_seconds) and not isinstance(mine, _GIVING_UP):
-                atexit.register(self._verdict.outlast_readers, self._settings.liveness_seconds)
+                self._session.calls.wait_at_exit(self._verdict.outlast_readers, self._settings.liveness_seconds)
         first = self._verdict.failure
         if first is not None:
             self._session.calls.note_failure(first)

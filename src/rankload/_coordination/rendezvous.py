@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 from collections.abc import Callable
@@ -45,6 +46,7 @@ class Calls:
 
     made: int = 0
     failures: dict[int, RankloadError] = field(default_factory=dict)
+    _waits: list[Callable[[float], object]] = field(default_factory=list)
 
     def restart(self) -> None:
         """Count from zero again: the ranks' session has ended, and a new process may replace one of the ranks."""
@@ -56,6 +58,17 @@ class Calls:
         self.failures[self.made] = error
         for number in sorted(self.failures)[:-_FAILURES_KEPT]:
             del self.failures[number]
+
+    def wait_at_exit(self, wait: Callable[[float], object], seconds: float) -> None:
+        """Let the exit of this process wait until all ranks have read why the present call fails, up to a limit."""
+        atexit.register(wait, seconds)
+        self._waits.append(wait)
+
+    def note_success(self) -> None:
+        """Wait at exit no longer: all ranks have left the earlier calls, since all have made the present one."""
+        for wait in self._waits:
+            atexit.unregister(wait)
+        self._waits.clear()
 
 
 @dataclass
