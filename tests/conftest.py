@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
-from harness import checkpoints, environments, mounts, spawner
-from harness.checkpoints import CheckpointFile
+from harness import environments, mounts, spawner
 from harness.origin import Origin
+
+if TYPE_CHECKING:
+    from harness.checkpoints import CheckpointFile
 
 pytest_plugins = ["harness.fault_report"]
 
@@ -61,12 +64,16 @@ def origin() -> Iterator[Origin]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFile:
     """A small checkpoint of torch's zip format, its hash prefix in its name."""
+    from harness import checkpoints  # imports torch, which pytest itself does not need
+
     return checkpoints.write_zip(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="session")
 def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFile:
     """A checkpoint with other weights."""
+    from harness import checkpoints
+
     return checkpoints.write_zip(tmp_path_factory.mktemp("other"), checkpoints.training_checkpoint())
 
 

@@ -90,15 +90,6 @@ def test_shows_what_both_ways_cost(run_demo, tmp_path, weights):
     assert list(tmp_path.iterdir()) == [], "the demo left caches behind"
 
 
-def test_origin_serves_exactly_the_files_bytes(tmp_path, weights):
-    path = weights("tiny")
-    with Origin(path, SLOW_BYTES_PER_SECOND) as origin:
-        reports = run_job(Job("rankload", origin.url, 2, "tiny", check_hash=True), tmp_path)
-    assert origin.served == Served(1, path.stat().st_size)
-    assert sum(report.downloads for report in reports) == 1
-    assert len({report.fingerprint for report in reports}) == 1
-
-
 @pytest.mark.slow
 def test_a_url_of_the_users_own(run_demo, weights):
     path = weights("tiny")

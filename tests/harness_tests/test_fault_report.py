@@ -13,7 +13,7 @@ from harness.scripts import run_program
 TESTS_DIR = Path(__file__).parent.parent
 
 CODE = """
-import os, pytest
+import os, pytest, time
 
 @pytest.mark.fault(1)
 def test_passes():
@@ -49,6 +49,11 @@ def test_one_parameter(value):
 def test_skipped_in_part(is_here):
     if not is_here:
         pytest.skip("for the reason Y")
+
+@pytest.mark.fault(7)
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_takes_long(number):
+    time.sleep(0.2)
 """
 
 
@@ -63,10 +68,17 @@ def run_pytest(tmp_path: Path, code: str, *words: str) -> tuple[int, str]:
     return result.exitcode, result.stdout
 
 
+_ROW = re.compile(r"^ +(\d+)  (\S+) +(\d+) +(\d+\.\d)  (.+)$", re.MULTILINE)
+
+
 def rows(output: str) -> dict[int, tuple[str, int, str]]:
     """Slug, number of tests and outcome, of each case in the table."""
-    found = re.findall(r"^ +(\d+)  (\S+) +(\d+) +\d+\.\d  (.+)$", output, re.MULTILINE)
-    return {int(number): (slug, int(tests), outcome) for number, slug, tests, outcome in found}
+    return {int(number): (slug, int(tests), outcome) for number, slug, tests, _, outcome in _ROW.findall(output)}
+
+
+def seconds_of(case: int, output: str) -> float:
+    [seconds] = [float(seconds) for number, _, _, seconds, _ in _ROW.findall(output) if int(number) == case]
+    return seconds
 
 
 @pytest.mark.parametrize("words", [[], ["-n", "2", "--dist", "loadgroup"]], ids=["alone", "xdist"])
@@ -80,14 +92,9 @@ def test_every_case_that_ran_has_a_row(tmp_path: Path, words: list[str]) -> None
         4: ("range-ignored", 1, "FAILED"),
         5: ("wrong-range", 1, "passed"),
         6: ("file-changed-at-origin", 2, "passed (1 of 2 skipped: for the reason Y)"),
+        7: ("nothing-left-to-send", 3, "passed"),
     }, output
-
-
-def test_seconds_are_those_of_all_tests_of_a_case(tmp_path: Path) -> None:
-    code = "import pytest, time\n@pytest.mark.fault(7)\n@pytest.mark.parametrize('i', [0, 1, 2])\n"
-    _, output = run_pytest(tmp_path, code + "def test_it(i): time.sleep(0.2)\n")
-    [seconds] = re.findall(r"^  7 .* (\d+\.\d)  passed$", output, re.MULTILINE)
-    assert 0.6 <= float(seconds) < 3
+    assert 0.6 <= seconds_of(7, output) < 3  # of all its tests
 
 
 def test_a_test_that_takes_its_worker_along_has_failed(tmp_path: Path) -> None:
@@ -101,7 +108,7 @@ def test_no_table_without_a_case(tmp_path: Path) -> None:
     assert "fault cases" not in output
 
 
-@pytest.mark.parametrize("words", [[], ["-n", "2"]], ids=["alone", "xdist"])
+@pytest.mark.parametrize("words", [[], ["-n", "1"]], ids=["alone", "xdist"])
 def test_tests_of_chosen_cases_run_and_no_others(tmp_path: Path, words: list[str]) -> None:
     exitcode, output = run_pytest(tmp_path, CODE, "--fault", "3", "--fault", "5", *words)
     assert exitcode == 0, output

@@ -72,7 +72,8 @@ def test_an_address_that_no_host_has_is_told_at_once(
     origin: Origin, checkpoint: CheckpointFile, cache_dir: str
 ) -> None:
     url = origin.add(checkpoint.name, checkpoint.path)
-    nowhere = {0: {"MASTER_ADDR": "no.such.host.invalid"}}
+    # it exits when all others have read the reason, or after the liveness limit
+    nowhere = {0: {"MASTER_ADDR": "no.such.host.invalid", "RANKLOAD_LIVENESS_SECONDS": "3"}}
     with start_ranks(try_to_load, 2, env="env", args=(url, cache_dir), rank_env=nowhere, held=[1]) as group:
         [ended] = outcomes([group.wait_for_end(0, 80)])
     assert ended.error == "CoordinationError"

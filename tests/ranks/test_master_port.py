@@ -101,7 +101,8 @@ def test_nobody_can_resolve_the_address(origin: Origin, checkpoint: CheckpointFi
             3,
             env="env",
             args=(url, cache_dir),
-            rank_env=lambda rank: {"MASTER_ADDR": "no.such.host.invalid"},
+            # rank 0 exits when all others have read the reason, or after the liveness limit
+            rank_env=lambda rank: {"MASTER_ADDR": "no.such.host.invalid", "RANKLOAD_LIVENESS_SECONDS": "3"},
         )
     )
     assert first.error == "CoordinationError" and "Set MASTER_ADDR" in first.text
