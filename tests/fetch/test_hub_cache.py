@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,10 @@ from harness import hf
 from harness.origin import Origin
 from harness.ranks import RankResult, run_ranks
 from harness.scripts import run_script
+from rankload._fetch.hub_cache import fetch_into_hub_cache
 from rankload._fetch.hub_names import HubFile
+from rankload._fetch.request import make_request
+from rankload._settings import Settings
 
 STATE_DICT = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 WEIGHTS = save(STATE_DICT)
@@ -178,6 +182,30 @@ def test_no_node_reaches_the_hub(hub: Hub, tmp_path: Path) -> None:
             assert str(text).startswith(f"NetworkError: {url.removesuffix('/model.safetensors')}: "), text
     for text in run_on_nodes(offline_call, hub, homes, load, "hf://org/one/model.safetensors"):
         assert str(text).startswith("OfflineError: "), text
+
+
+class ShareThatSays:
+    """Another node's answer."""
+
+    def __init__(self, **answer: str | None) -> None:
+        self.answer = answer
+
+    def first_answer(self, ask: object) -> dict[str, str | None]:
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("commit", "blob"), [("../../..", None), (hf.COMMIT, "../../../refs/main"), (hf.COMMIT, "a" * 40 + "/x"), ("", "")]
+)
+def test_answer_of_another_node_that_would_lead_out_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: str, blob: str | None
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    request = make_request("hf://org/one/config.json", None, Settings())
+    share: Any = ShareThatSays(commit=commit, blob=blob, sha256=None)
+    with pytest.raises(rankload.errors.CoordinationError, match=r"hf://org/one/config.json: a rank says"):
+        fetch_into_hub_cache(request, lambda progress: None, Settings(), pytest.fail, share)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_client_finds_what_rankload_has_fetched(hub: Hub) -> None:

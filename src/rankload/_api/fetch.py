@@ -170,11 +170,10 @@ def _weights_of_job(request: FetchRequest, settings: Settings) -> FetchRequest:
     """Like `with_weights`, but not collective: the processes of the job that share the directory ask the Hub once."""
     if (weights := request.weights) is None:
         return request
+    from rankload._fetch.hub_weights import resolve_weights
 
     def resolve() -> str:
         return resolve_weights(weights.repository, weights.memory, settings, offline=request.offline)
-
-    from rankload._fetch.hub_weights import resolve_weights
 
     if request.offline:
         return weights.request_for(resolve())

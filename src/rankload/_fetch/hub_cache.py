@@ -34,9 +34,10 @@ from rankload._fetch.origins.credentials import headers_of
 from rankload._fetch.origins.registry import origin_for
 from rankload._fetch.transfer.size_limit import SizeLimit
 from rankload._settings import Settings
+from rankload._text import printable
 from rankload._types import FetchedFile, Report
 from rankload._urls import Url
-from rankload.errors import FetchError, OfflineError, VerificationError
+from rankload.errors import CoordinationError, FetchError, OfflineError, VerificationError
 
 if TYPE_CHECKING:
     from rankload._fetch.exchange.peers import Share
@@ -94,7 +95,7 @@ def fetch_into_hub_cache(
             found = _locate(request, report, settings if is_patient else replace(settings, retries=0))
             return asdict(_with_digest(found, file.repository))
 
-        location = _Location(**share.first_answer(locate))
+        location = _checked(_Location(**share.first_answer(locate)), request.url.display_name)
     path = snapshot_path_of(file, location.commit)
     if not path.is_file():
         at_commit = replace(request, hub_file=replace(file, revision=location.commit))
@@ -159,6 +160,17 @@ def _with_digest(location: _Location, repository: str) -> _Location:
     if location.blob is None or len(location.blob) == 64:
         return replace(location, sha256=location.blob)
     return replace(location, sha256=_sha256_of_git_blob(directory_of(repository) / "blobs" / location.blob))
+
+
+def _checked(location: _Location, display_name: str) -> _Location:
+    """Return a location that another node has sent, whose parts become parts of paths.
+
+    Raises:
+        CoordinationError: it names no commit, or no blob.
+    """
+    if not is_commit(location.commit) or not (location.blob is None or described_blob(location.blob, 0)):
+        raise CoordinationError(f"{display_name}: a rank says that it is at {printable(repr(location))[:200]}")
+    return location
 
 
 def _cached(path: Path, request: FetchRequest, fetch_one: Callable[[FetchRequest], FetchedFile]) -> FetchedFile:
