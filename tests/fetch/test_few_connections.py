@@ -13,6 +13,8 @@ import pytest
 
 import rankload
 from harness.fetch_calls import whole_log
+from rankload._fetch.transfer import stream_limits
+from rankload._urls import Url
 
 _CONTENT = bytes(range(256)) * 4096
 _CHUNK_BYTES = 64 << 10
@@ -34,7 +36,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         for at in range(begin, end, 16 << 10):
             self.wfile.write(_CONTENT[at : min(at + (16 << 10), end)])
-            time.sleep(0.005)  # so slow that more streams are tried
+            time.sleep(0.04)  # so slow that more streams are tried, and wait for longer than a stall may last
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -71,6 +73,7 @@ def test_one_connection_at_a_time(server, cache, monkeypatch, caplog):
     url = f"http://127.0.0.1:{server.server_port}"
     with whole_log(caplog):
         assert rankload.dist_fetch(f"{url}/a.bin", cache).read_bytes() == _CONTENT
+        assert stream_limits.limit_for(Url.parse(url).server, 8) == 1
         failures = caplog.text.count("retrying")
         assert rankload.dist_fetch(f"{url}/b.bin", cache).read_bytes() == _CONTENT
     assert failures <= 1 and caplog.text.count("retrying") == failures

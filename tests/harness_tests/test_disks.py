@@ -125,8 +125,14 @@ def test_nobody_else_sees_it_and_a_killed_test_process_leaves_nothing(tmp_path):
         backing = Path(f"/sys/block/{device}/loop/backing_file")
         assert str(tmp_path) in backing.read_text(), script.stderr
         assert not (tmp_path / "disk").is_mount()
-    # Another test may have taken the device by now.
-    wait_until(lambda: not backing.exists() or str(tmp_path) not in backing.read_text(), 10, f"{device} is free")
+
+    def is_free() -> bool:
+        try:
+            return str(tmp_path) not in backing.read_text()  # another test may have taken the device by now
+        except OSError:
+            return True
+
+    wait_until(is_free, 10, f"{device} is free")
 
 
 def test_where_mounting_is_not_allowed_it_says_so(tmp_path):
