@@ -55,6 +55,12 @@ def _no_process_left() -> Iterator[None]:
 
 
 @pytest.fixture
+def whole_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks tear their interpreter down at exit: for tests after which threads of theirs may still be inside torch."""
+    monkeypatch.setattr(spawner, "tears_down", True)
+
+
+@pytest.fixture
 def origin() -> Iterator[Origin]:
     """An HTTP server of the test's own; see ``harness.origin``."""
     with Origin() as server:

@@ -12,8 +12,9 @@
 At the deadline the stacks of the ranks that hang go into the error, and all are killed.
 
 Ranks are forked from one interpreter that has imported torch (see ``zygote``). What differs from a
-process of their own: variables that torch reads when it is imported come too late, and all ranks
-share one hash seed. Where that matters, use ``scripts.run_script`` or ``scripts.run_torchrun``.
+process of their own: variables that torch reads when it is imported come too late, all ranks share one
+hash seed, and they run atexit handlers, but do not tear the interpreter down unless a test uses the
+fixture ``whole_exit``. Where that matters, use ``scripts.run_script`` or ``scripts.run_torchrun``.
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ from harness import zygote
 _TESTS_DIR = Path(__file__).resolve().parent.parent
 _START_SECONDS = 60  # importing torch on a loaded machine
 
+#: Whether processes that run a function tear the interpreter down at their exit (the fixture ``whole_exit``).
+tears_down = False
+
 
 @dataclass(eq=False)
 class Process:
@@ -131,6 +134,7 @@ class Spawner:
             "sys_path": list(sys.path),
             "environment": dict(environment),
             "working_dir": os.getcwd(),
+            "tears_down": tears_down,
         }
         return self._start(job, directory, preload=True)
 

@@ -13,6 +13,8 @@ from harness.checkpoints import CheckpointFile, digest_of
 from harness.origin import Origin
 from harness.ranks import run_ranks, start_ranks
 
+pytestmark = pytest.mark.usefixtures("whole_exit")
+
 
 @pytest.mark.fault(11)
 @pytest.mark.fault(36)

@@ -16,6 +16,8 @@ from harness.origin import Origin, Reply
 from harness.rank import mark_and_wait
 from harness.ranks import RankGroup, agent_store, run_ranks, start_ranks, wait_until
 
+pytestmark = pytest.mark.usefixtures("whole_exit")
+
 
 def _hold_download(origin: Origin, file: CheckpointFile) -> str:
     return origin.add(file.name, file.path, Reply(hold_at=1000))

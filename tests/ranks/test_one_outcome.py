@@ -20,6 +20,8 @@ from harness.origin import Origin
 from harness.rank import mark, wait_for_gate
 from harness.ranks import RankGroup, start_ranks, wait_until
 
+pytestmark = pytest.mark.usefixtures("whole_exit")
+
 
 def _once(action: Callable[[], None]) -> Callable[[], None]:
     left = [action]

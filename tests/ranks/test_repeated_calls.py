@@ -14,6 +14,8 @@ from harness.origin import Origin
 from harness.rank import mark, mark_and_wait
 from harness.ranks import run_ranks, start_ranks
 
+pytestmark = pytest.mark.usefixtures("whole_exit")
+
 
 def _alternate(rank: int, urls: list[str], model_dir: str) -> list[str]:
     return [load(rank, urls[turn % 2], model_dir) for turn in range(8)]

@@ -15,6 +15,8 @@ from harness.origin import Origin, Reply
 from harness.rank import mark, wait_for_gate
 from harness.ranks import agent_store, run_ranks, start_ranks, wait_until
 
+pytestmark = pytest.mark.usefixtures("whole_exit")
+
 
 def _unequal_restart_counts(rank: int) -> dict[str, str]:
     return {"TORCHELASTIC_RESTART_COUNT": str(rank // 2), "TORCHELASTIC_MAX_RESTARTS": "3"}

@@ -15,6 +15,8 @@ from harness.origin import Origin, Reply
 from harness.rank import mark_and_wait
 from harness.ranks import run_ranks, start_ranks, wait_until
 
+pytestmark = pytest.mark.usefixtures("whole_exit")
+
 
 @pytest.mark.parametrize("launcher", ["torchrun", "env"])
 def test_a_job_suspended_for_longer_than_the_liveness_limit_succeeds(
