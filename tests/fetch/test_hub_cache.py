@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import rankload
 from harness import hf
 from harness.origin import Origin
 from harness.ranks import RankResult, run_ranks
+from harness.replies import Reply
 from harness.scripts import run_script
 from rankload._fetch.hub_cache import fetch_into_hub_cache
 from rankload._fetch.hub_names import HubFile
@@ -172,6 +174,22 @@ def test_node_that_has_the_file_tells_the_commit_in_offline_mode(hub: Hub, tmp_p
 
 def offline_call(rank: int, function, url: str) -> object:
     return function(rank, url, offline=True)
+
+
+@pytest.mark.parametrize(("status", "requests"), [(429, 2), (404, 2)])
+def test_hub_that_is_busy_or_says_no_is_not_asked_by_all_nodes(
+    hub: Hub, tmp_path: Path, status: int, requests: int
+) -> None:
+    homes, name = [tmp_path / f"node{rank}" for rank in range(3)], "api/models/org/one"
+    with urllib.request.urlopen(hub.origin.url(name)) as response:
+        listing = response.read()
+    hub.origin.add(name, listing, Reply(status=status), Reply(status=status if status == 404 else 200))
+    found = run_on_nodes(load, hub, homes, "hf://org/one/model.safetensors")
+    if status == 429:
+        assert found == [WEIGHT] * 3
+    else:
+        assert all(str(text).startswith("HTTPStatusError: HTTP Error 404: hf://org/one") for text in found), found
+    assert len(commits_asked_for(hub)) == 1 + requests
 
 
 def test_no_node_reaches_the_hub(hub: Hub, tmp_path: Path) -> None:

@@ -6,25 +6,28 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rankload._coordination.channel import Channel
-from rankload.errors import FetchError, OfflineError
+from rankload.errors import FetchError, FetchTimeoutError, NetworkError, OfflineError
+
+#: After these errors another node may have more success.
+_UNREACHABLE = (NetworkError, FetchTimeoutError, OfflineError)
 
 
 def first_answer(
     key: str, leaders: Sequence[int], channel: Channel, ask: Callable[[bool], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the first leader's answer; if it has none, that of the next leader that has one.
+    """Return the first leader's answer; if it does not reach the service, that of the next leader that has one.
 
-    So a service is asked once per job. Collective over the leaders.
+    So a service is asked once per job, also if it is busy, or says no. Collective over the leaders.
 
     Args:
         key: key of the question in the call.
         leaders: ranks that have the question, the same list on all of them.
         channel: channel of the call.
-        ask: returns this node's answer, as JSON. Its argument is whether to retry after temporary failures. That is
-            done, on one node, only if no node has had an answer at once.
+        ask: returns this node's answer, as JSON. Its argument is whether to retry after temporary failures. A node that
+            does not reach the service does so only if no other node reaches it either.
 
     Raises:
-        FetchError: nobody has an answer; this node's own error, if it has asked.
+        FetchError: nobody has an answer; this node's own error, if it has asked. Or the service says no.
         RankloadError: any error of another rank.
     """
     rank, first = channel.identity.rank, leaders[0]
@@ -38,6 +41,8 @@ def first_answer(
         except FetchError as failure:
             if failure.is_from_another_rank:
                 raise
+            if not isinstance(failure, _UNREACHABLE):
+                return {"answer": ask(True)}
             error = failure
             return {"answer": None, "may_ask_again": not isinstance(failure, OfflineError)}
 
