@@ -149,6 +149,7 @@ def test_one_node_asks_the_hub_for_all(hub: Hub, tmp_path: Path) -> None:
     assert len(commits_asked_for(hub)) == 2
 
 
+@pytest.mark.fault(94)
 @pytest.mark.parametrize("offline", [0, 1])
 def test_node_that_reaches_no_hub(hub: Hub, tmp_path: Path, offline: int) -> None:
     """It learns commit and digest from another node, and gets the content from there: of small files, too."""
@@ -176,10 +177,8 @@ def offline_call(rank: int, function, url: str) -> object:
     return function(rank, url, offline=True)
 
 
-@pytest.mark.parametrize(("status", "requests"), [(429, 2), (404, 2)])
-def test_hub_that_is_busy_or_says_no_is_not_asked_by_all_nodes(
-    hub: Hub, tmp_path: Path, status: int, requests: int
-) -> None:
+@pytest.mark.parametrize("status", [429, 404])
+def test_hub_that_is_busy_or_says_no_is_not_asked_by_all_nodes(hub: Hub, tmp_path: Path, status: int) -> None:
     homes, name = [tmp_path / f"node{rank}" for rank in range(3)], "api/models/org/one"
     with urllib.request.urlopen(hub.origin.url(name)) as response:
         listing = response.read()
@@ -189,7 +188,7 @@ def test_hub_that_is_busy_or_says_no_is_not_asked_by_all_nodes(
         assert found == [WEIGHT] * 3
     else:
         assert all(str(text).startswith("HTTPStatusError: HTTP Error 404: hf://org/one") for text in found), found
-    assert len(commits_asked_for(hub)) == 1 + requests
+    assert len(commits_asked_for(hub)) == 3  # one is the test's own
 
 
 def test_no_node_reaches_the_hub(hub: Hub, tmp_path: Path) -> None:

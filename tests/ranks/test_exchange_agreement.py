@@ -308,6 +308,7 @@ def add_with_sidecar(origin: Origin, big: CheckpointFile, *replies: Reply) -> st
     return origin.add("big.pth", content)
 
 
+@pytest.mark.fault(94)
 def test_sidecar_of_a_node_that_reaches_no_origin(origin: Origin, big: CheckpointFile, tmp_path: Path) -> None:
     """It gets the digest with the file, and the next call needs no origin either."""
     url = add_with_sidecar(origin, big)

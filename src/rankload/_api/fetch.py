@@ -102,17 +102,16 @@ def prepare_request(
     named = url if isinstance(url, NamedCheckpoint) else find_checkpoint(url)
     if named is not None:
         url, options = named.urls, with_named(options, named)
-    plain_url: UrlArgument = url  # type: ignore[assignment]
+    assert not isinstance(url, NamedCheckpoint)
 
     def request_for(file_url: UrlArgument) -> FetchRequest:
         return replace(make_request(file_url, model_dir, settings, scope=scope, **options), named=named)
 
-    repository = _repository_in(plain_url)
-    if repository is None:
-        return request_for(plain_url)
+    if (repository := _repository_in(url)) is None:
+        return request_for(url)
     # the name of the file, with its hash prefix, is not known yet
-    options_now: RequestOptions = {**options, "check_hash": False, "file_name": "weights"}
-    request = make_request(plain_url, model_dir, settings, scope=scope, **options_now)
+    nameless: RequestOptions = {**options, "check_hash": False, "file_name": "weights"}
+    request = make_request(url, model_dir, settings, scope=scope, **nameless)
     weights = HubWeights(repository, _memory_for(model_dir, options.get("file_name")), request_for)
     return replace(request, named=named, weights=weights)
 

@@ -55,7 +55,7 @@ class HubMemory:
         is_kept: whether to note what was found; False for a caller that puts no file into the cache.
 
     Attributes:
-        directory: directory in the cache for files of others.
+        directory: directory in the cache in which other programs than huggingface_hub may keep files.
     """
 
     def __init__(self, *, is_kept: bool = True) -> None:

@@ -90,7 +90,7 @@ class WeightsMemory(Protocol):
     """Remembers which file a repository's weights were.
 
     Attributes:
-        directory: directory that the processes share which share the memory.
+        directory: directory of the memory; processes with the same directory have the same memory.
     """
 
     directory: Path
