@@ -116,6 +116,16 @@ def test_nodes_with_caches_of_their_own_get_each_file_once(hub: Hub, tmp_path: P
         assert {hashlib.sha256(part).hexdigest() for part in parts} <= {path.name for path in blobs.iterdir()}
 
 
+def load_unlike_the_others(rank: int, argument: str, value: object) -> object:
+    return load(rank, "hf://org/one", **({argument: value} if rank == 1 else {}))
+
+
+@pytest.mark.parametrize(("argument", "value"), [("check_hash", True), ("file_name", "mine.safetensors")])
+def test_ranks_that_want_the_weights_in_different_ways(hub: Hub, argument: str, value: object) -> None:
+    texts = [result.value for result in hub.run(load_unlike_the_others, argument, value, ranks=2)]
+    assert all(text.startswith("ArgumentMismatchError: ") and argument in text for text in texts), texts
+
+
 #: Of a rank that reaches no Hub.
 NO_HUB = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "RANKLOAD_RETRIES": "0"}
 

@@ -110,9 +110,10 @@ def prepare_request(
     if (repository := _repository_in(url)) is None:
         return request_for(url)
     # the name of the file, with its hash prefix, is not known yet
-    nameless: RequestOptions = {**options, "check_hash": False, "file_name": "weights"}
+    nameless: RequestOptions = {**options, "check_hash": False, "file_name": options.get("file_name") or "weights"}
     request = make_request(url, model_dir, settings, scope=scope, **nameless)
-    weights = HubWeights(repository, _memory_for(model_dir, options.get("file_name")), request_for)
+    memory = _memory_for(model_dir, options.get("file_name"))
+    weights = HubWeights(repository, memory, request_for, check_hash=options.get("check_hash", False))
     return replace(request, named=named, weights=weights)
 
 

@@ -110,8 +110,10 @@ class HubWeights:
         repository: the repository.
         memory: remembers which file they were.
         request_for: returns the request for a file, from its URL.
+        check_hash: whether the file's name must have a prefix of its digest.
     """
 
     repository: HubRepository
     memory: WeightsMemory
     request_for: Callable[[str], FetchRequest]
+    check_hash: bool = False

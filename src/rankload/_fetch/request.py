@@ -151,7 +151,7 @@ def agreed_arguments(request: FetchRequest, call: str) -> dict[str, Any]:
         "query": [query_digests(url.raw) for url in request.urls],
         "file_name": request.file_name,
         "sha256": request.sha256,
-        "check_hash": request.hash_prefix is not None,
+        "check_hash": request.weights.check_hash if request.weights else request.hash_prefix is not None,
         "scope": request.scope,
         "refresh": request.refresh,
         "adapt": request.named.adapt if request.named else None,
