@@ -21,6 +21,7 @@ from harness import mounts
 from harness.nodes import become_node
 from harness.origin import Origin
 from harness.ranks import run_ranks
+from rankload._coordination.channel import Channel
 from rankload._load.broadcast.header import BadHeaderError, BroadcastHeader, check_names, read_header
 from rankload._relay.blocks import BytesBlock
 from rankload._relay.links import Link
@@ -347,7 +348,8 @@ def test_file_below_another_is_refused() -> None:
 
 def _load_what_is_described_falsely(rank: int, path: Path, directory: Path, lie: dict[str, Any]) -> tuple[str, str]:
     from rankload import RankloadError, dist_load_into
-    from rankload._load.delivery import broadcast_sender as sending
+    from rankload._load.broadcast import headers_first
+    from rankload._load.delivery import broadcast_sender
 
     become_node(rank, directory)
     if rank == 0:
@@ -355,14 +357,14 @@ def _load_what_is_described_falsely(rank: int, path: Path, directory: Path, lie:
         def as_json(self: BroadcastHeader) -> bytes:
             return json.dumps({**vars(self), **lie}).encode()
 
-        def send_false_length(self: sending.BroadcastSender, text: bytes) -> None:
-            self._channel.post(sending.COMING_KEY, {})
-            self._relay.send(BytesBlock(memoryview((1 << 60).to_bytes(sending.LENGTH_BYTES, "little"))))
+        def send_false_length(relay: Relay, channel: Channel, text: bytes) -> None:
+            channel.post(headers_first._COMING_KEY, {})
+            relay.send(BytesBlock(memoryview((1 << 60).to_bytes(headers_first._LENGTH_BYTES, "little"))))
 
         if lie:
             BroadcastHeader.as_json = as_json  # type: ignore[method-assign]
         else:
-            sending.BroadcastSender._send_header = send_false_length  # type: ignore[method-assign]
+            broadcast_sender.send_header = send_false_length
     with pytest.raises(RankloadError) as caught:
         dist_load_into(nn.Linear(100, 1000), path, delivery="broadcast")
     return type(caught.value).__name__, str(caught.value)

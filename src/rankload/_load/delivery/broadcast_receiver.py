@@ -15,14 +15,15 @@ from rankload._coordination.call_context import CallContext
 from rankload._formats.entry import TensorEntry
 from rankload._formats.index import Index
 from rankload._formats.source import LocalSource
-from rankload._load.broadcast.header import MAX_HEADER_BYTES, BadHeaderError, BroadcastHeader, read_header
+from rankload._load.broadcast.header import BroadcastHeader
+from rankload._load.broadcast.headers_first import receive_header, receive_kept
 from rankload._load.broadcast.whole_file import receive_files
-from rankload._load.delivery.broadcast_sender import ALL_KEY, COMING_KEY, LENGTH_BYTES
+from rankload._load.delivery.broadcast_sender import ALL_KEY
 from rankload._load.delivery.strategy import DeliveryStrategy, LoadPlan
 from rankload._load.device.readers import Limits
 from rankload._load.module.checkpoint_files import CheckpointFiles
 from rankload._load.module.copies import TensorCopy
-from rankload._load.node.memory_file import folder_of, make_memory_file, writable
+from rankload._load.node.memory_file import folder_of, make_memory_file
 from rankload._load.streams.assemble import TensorAssemblers
 from rankload._load.streams.buckets import BUCKET_BYTES, cut, is_kept, tensor_ranges
 from rankload._load.streams.run import ReportBytes, read_all
@@ -51,15 +52,7 @@ class BroadcastReceiver(DeliveryStrategy):
         self._limits = Limits.of(call.identity, call.settings)
         self._index: Index | None = None
         self.path, self.delivery = None, "broadcast"
-        call.channel.wait_for(COMING_KEY, from_rank=source)
-        try:
-            header = self._receive_header(announced["sizes"])
-        except BadHeaderError as error:
-            raise LoadError(
-                f"{announced['path']}: rank {source} sent an invalid broadcast header: {error}; check that all ranks "
-                "run the same version of rankload",
-                source_rank=source,
-            ) from error
+        header = receive_header(relay, call.channel, source, announced["sizes"], announced["shown"])
         self._ranges = header.ranges
         self.files = self._receive(header, announced["sha256"], call.stack)
         self.may_share = not isinstance(self.files, ReceivedFiles)
@@ -107,30 +100,15 @@ class BroadcastReceiver(DeliveryStrategy):
             assemblers.take(bucket, content.narrow(0, 0, len(bucket)))
         assemblers.check_empty()
 
-    def _receive_header(self, sizes: Mapping[str, int]) -> BroadcastHeader:
-        length = int.from_bytes(self._receive_bytes(LENGTH_BYTES), "little")
-        if length > MAX_HEADER_BYTES:
-            raise BadHeaderError(f"it has {length} bytes")
-        return read_header(self._receive_bytes(length), sizes)
-
     def _receive(self, header: BroadcastHeader, digests: Mapping[str, str], stack: ExitStack) -> CheckpointFiles:
         """Receive the headers, or whole files."""
-        descriptors = {name: make_memory_file(size_bytes, stack) for name, size_bytes in header.sizes.items()}
         if header.is_whole:
+            descriptors = {name: make_memory_file(size_bytes, stack) for name, size_bytes in header.sizes.items()}
             receive_files(self._relay, descriptors, header.sizes, digests)
             files = CheckpointFiles(folder_of(descriptors, stack) / header.name, stack)
             files.display_name = header.display_name
             return files
-        for name, ranges in header.kept.items():
-            for begin, end in ranges:
-                with writable(descriptors[name], begin, end) as part:
-                    self._relay.receive(part)
-        return ReceivedFiles(header, descriptors, stack)
-
-    def _receive_bytes(self, length: int) -> bytes:
-        received = bytearray(length)
-        self._relay.receive(memoryview(received))
-        return bytes(received)
+        return ReceivedFiles(header, receive_kept(self._relay, header, stack), stack)
 
 
 class ReceivedFiles(CheckpointFiles):

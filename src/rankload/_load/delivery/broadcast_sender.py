@@ -14,6 +14,7 @@ from typing_extensions import override
 from rankload._coordination.call_context import CallContext
 from rankload._formats.index import Index
 from rankload._load.broadcast.header import MAX_HEADER_BYTES, BroadcastHeader
+from rankload._load.broadcast.headers_first import send_header, send_kept
 from rankload._load.broadcast.whole_file import send_files
 from rankload._load.delivery.strategy import DeliveryStrategy, LoadPlan
 from rankload._load.device.readers import Limits
@@ -22,18 +23,11 @@ from rankload._load.module.copies import TensorCopy
 from rankload._load.node.parts import parts_of
 from rankload._load.streams.buckets import Range, cut, header_ranges, is_kept, tensor_ranges
 from rankload._load.streams.run import ReportBytes, read_all
-from rankload._relay.blocks import BytesBlock, FileBlock
+from rankload._relay.blocks import FileBlock
 from rankload._relay.relay import Relay
 
 if TYPE_CHECKING:
     from rankload._load.delivery.group_stream import GroupStream
-
-#: Size of the header's length, which comes first.
-LENGTH_BYTES = 8
-
-#: Posted by the source when the header is on its way. Before, the source plans its load, which may take longer than the
-#: longest time without a byte.
-COMING_KEY = "broadcast/coming"
 
 #: Posted by a rank that needs tensors which the source does not need.
 ALL_KEY = "broadcast/all"
@@ -63,7 +57,7 @@ class BroadcastSender(DeliveryStrategy):
         """Send the headers, for the checkpoint fits this rank's module. Without an index, send whole files."""
         if self._group is not None:
             self._group.prepare(plan)
-        index, text = plan.index, b""
+        index, header, text = plan.index, None, b""
         if index is not None:
             sizes = {file: self.files.source(file).size_bytes for file in self._file_names(index)}
             self._kept = header_ranges(sizes, index.storages)
@@ -71,17 +65,16 @@ class BroadcastSender(DeliveryStrategy):
                 index = None  # a hook, or extra state, reads tensors early, on every rank
             else:
                 self._ranges = tensor_ranges(plan.entries, self._kept)
-                text = BroadcastHeader(
+                header = BroadcastHeader(
                     self.files.name, self.files.display_name, sizes, False, self._kept, self._ranges
-                ).as_json()
-        if index is None or len(text) > MAX_HEADER_BYTES:
+                )
+                text = header.as_json()
+        if header is None or len(text) > MAX_HEADER_BYTES:
             self._send_whole()
             return
         self._index = index
-        self._send_header(text)
-        for file, ranges in self._kept.items():
-            for begin, end in ranges:
-                self._relay.send(FileBlock(self.files.source(file).descriptor, begin, end - begin))
+        send_header(self._relay, self._channel, text)
+        send_kept(self._relay, header, lambda file: self.files.source(file).descriptor)
 
     @override
     def on_agreement(self) -> None:
@@ -115,10 +108,6 @@ class BroadcastSender(DeliveryStrategy):
     def _send_whole(self) -> None:
         path = self.files.path
         sizes = {name: (path.parent / name).stat().st_size for name in (path.name, *parts_of(path))}
-        self._send_header(BroadcastHeader(path.name, self.files.display_name, sizes, True, {}, {}).as_json())
+        header = BroadcastHeader(path.name, self.files.display_name, sizes, True, {}, {})
+        send_header(self._relay, self._channel, header.as_json())
         send_files(self._relay, path.parent, sizes)
-
-    def _send_header(self, text: bytes) -> None:
-        self._channel.post(COMING_KEY, {})
-        for block in (len(text).to_bytes(LENGTH_BYTES, "little"), text):  # the receiver expects these two blocks
-            self._relay.send(BytesBlock(memoryview(block)))
