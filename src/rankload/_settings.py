@@ -46,9 +46,9 @@ class Settings:
         hash_prefix_digits: fewest hex digits in a file name that ``check_hash=True`` takes for a hash prefix. Finding a
             file with a given prefix of 8 digits takes some 4 billion tries; torch.hub's own names have 8.
         max_bytes: the most that one call may download (the ``max_bytes=`` argument wins); 0 for no limit.
-        broadcast_over_group: with ``delivery="broadcast"``, send tensors for modules over the process group (NCCL), not
-            over TCP. Every rank but the source then receives, also those that could read the source's file. Nobody has
-            tried it on several GPUs yet.
+        broadcast_over_group: with ``delivery="broadcast"``, send tensors for modules, and state dicts that all ranks
+            put on accelerators, over the process group (NCCL), not over TCP. Every rank but the source then receives,
+            also those that could read the source's file. Nobody has tried it on several GPUs yet.
     """
 
     arrival_seconds: float = 600.0

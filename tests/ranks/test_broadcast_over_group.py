@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness import checkpoints
+from harness import checkpoints, mounts
+from harness.nodes import become_node
 from harness.origin import Origin
 from harness.ranks import run_ranks, start_ranks
 from ranks.test_into_modules import _KINDS, Net, _full
@@ -21,6 +26,8 @@ from ranks.test_into_modules import _KINDS, Net, _full
 #: Rows of a linear layer that takes many buckets of `_BUCKET_BYTES`.
 _ROWS = 3000
 _BUCKET_BYTES = 4096
+
+needs_nodes = pytest.mark.skipif(mounts.why_not() is not None, reason=str(mounts.why_not()))
 
 
 @pytest.fixture(autouse=True)
@@ -281,3 +288,180 @@ def _load_truncated(rank: int, path: Path) -> tuple[str, str, float]:
     dist.all_reduce(total := torch.ones(()))
     dist.destroy_process_group()
     return type(caught.value).__name__, str(caught.value), total.item()
+
+
+# --- state dicts ------------------------------------------------------------------------------------------------------
+
+
+def _load_state_dict(
+    rank: int, url: str, expected: Path, directory: Path, on_device: int, src: int, mmap: bool | None = None
+) -> tuple[bool, dict[str, int]]:
+    """The first ``on_device`` ranks take the CPU for an accelerator."""
+    from rankload import dist_load_state_dict_from_url
+    from rankload._load.state_dict import deferred_storages
+
+    _cut_finely()
+    moved = _count_bytes()
+    deferred_storages.is_staged = lambda device: rank < on_device
+    deferred_storages.BUFFER_BYTES = _BUCKET_BYTES
+    become_node(rank, directory)
+    dist.init_process_group("gloo")
+    cache = directory / f"cache-{rank}"
+    content = dist_load_state_dict_from_url(url, cache, "cpu", delivery="broadcast", src=src, mmap=mmap)
+    checkpoints.assert_same(content, torch.load(expected))
+    dist.barrier()
+    dist.destroy_process_group()
+    return cache.exists(), moved
+
+
+def _parts(directory: Path, content: dict[str, torch.Tensor]) -> Path:
+    for number, name in enumerate(content):
+        save_file({name: content[name]}, directory / f"part{number}.safetensors")
+    weight_map = {name: f"part{number}.safetensors" for number, name in enumerate(content)}
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+@needs_nodes
+@pytest.mark.parametrize(("kind", "src"), [("zip", 0), ("training", 2), ("safetensors", 1), ("parts", 0)])
+def test_a_state_dict_on_accelerators_comes_over_the_process_group(
+    origin: Origin, tmp_path: Path, kind: str, src: int
+) -> None:
+    torch.manual_seed(5)
+    base = torch.randn(60, 50)
+    content = {"base": base, "turned": torch.randn(30, 40).t(), "view": base[3:20], "half": torch.randn(999).half()}
+    if kind == "training":
+        file = checkpoints.write_zip(tmp_path, checkpoints.training_checkpoint())
+    elif kind == "zip":
+        file = checkpoints.write_zip(tmp_path, content)
+    else:
+        content = {name: tensor.clone().contiguous() for name, tensor in content.items()}
+        file = checkpoints.write_safetensors(tmp_path, content)
+    url = origin.add(file.name, file.path)
+    if kind == "parts":
+        url = str(_parts(tmp_path, content))  # used in place
+    torch.save(file.content, expected := tmp_path / "expected")
+
+    results = run_ranks(_load_state_dict, 3, args=(url, expected, tmp_path, 3, src))
+
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in _tensors(file.content)}
+    for rank, result in enumerate(results):
+        has_cache, moved = result.value
+        assert has_cache == (rank == src and kind != "parts")
+        assert moved["group"] == sum(storages.values()) + 3  # connecting moves a byte for each rank
+        small_bytes = sum(size for size in storages.values() if size <= 100)
+        if rank == src:
+            assert moved["tcp"] == 0
+        elif kind != "parts":
+            assert 0 < moved["tcp"] <= file.path.stat().st_size - sum(storages.values()) + small_bytes + 2000
+
+
+def _tensors(content: Any) -> list[torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        return [content]
+    values = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
+    return [tensor for value in values for tensor in _tensors(value)]
+
+
+@needs_nodes
+@pytest.mark.parametrize(
+    ("kind", "on_device", "mmap"), [("zip", 2, None), ("zip", 0, None), ("legacy", 3, None), ("zip", 3, False)]
+)
+def test_a_state_dict_that_one_rank_wants_elsewhere_comes_over_tcp(
+    origin: Origin, tmp_path: Path, kind: str, on_device: int, mmap: bool | None
+) -> None:
+    file = (checkpoints.write_zip if kind == "zip" else checkpoints.write_legacy)(tmp_path)
+    url = origin.add(file.name, file.path)
+    torch.save(file.content, expected := tmp_path / "expected")
+    for rank, result in enumerate(run_ranks(_load_state_dict, 3, args=(url, expected, tmp_path, on_device, 0, mmap))):
+        _, moved = result.value
+        assert moved["group"] == 0 and moved["tcp"] == (file.path.stat().st_size if rank else 0)
+
+
+class _Mode(TorchDispatchMode):
+    """Does nothing, but a checkpoint must not be built from its index then."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _fail_to_load_state_dict(rank: int, path: Path, directory: Path, how: str) -> tuple[str, str, float]:
+    from rankload import RankloadError, dist_load_state_dict_from_url
+    from rankload._load.sharing.broadcast_group import BroadcastGroup
+    from rankload._load.state_dict import deferred_storages
+
+    _cut_finely()
+    deferred_storages.is_staged = lambda device: True
+    become_node(rank, directory)
+    if how != "no group":
+        dist.init_process_group("gloo")
+    start, buckets = BroadcastGroup._start, 0
+
+    def start_or_leave(self: BroadcastGroup, content: torch.Tensor, number: int) -> Any:
+        nonlocal buckets
+        buckets += 1
+        if rank == 1 and how == "killed" and buckets == 100:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return start(self, content, number)
+
+    BroadcastGroup._start = start_or_leave  # type: ignore[method-assign]
+    began_at = time.monotonic()
+    with pytest.raises(RankloadError) as caught, _Mode() if (how, rank) == ("a mode", 2) else nullcontext():
+        dist_load_state_dict_from_url(path, map_location="cpu", delivery="broadcast")
+    return type(caught.value).__name__, str(caught.value), time.monotonic() - began_at
+
+
+@needs_nodes
+@pytest.mark.parametrize(
+    ("how", "kind", "text"),
+    [
+        ("killed", "RankLostError", "rank 1"),
+        ("a mode", "LoadError", "the ranks make different tensors"),
+        ("no group", "ArgumentError", "RANKLOAD_BROADCAST_OVER_GROUP=1: there is no process group"),
+    ],
+)
+def test_a_state_dict_that_cannot_come_is_an_error_on_all_ranks(
+    tmp_path: Path, short_deadlines: float, how: str, kind: str, text: str
+) -> None:
+    torch.save(nn.Linear(100, _ROWS).state_dict(), path := tmp_path / "linear.pth")
+    with start_ranks(_fail_to_load_state_dict, 3, args=(path, tmp_path, how)) as group:
+        results = [group.wait_for_end(rank) for rank in range(3) if (how, rank) != ("killed", 1)]
+    for result in results:
+        name, words, waited = result.value
+        assert name == kind and text in words, words
+        assert waited < 10
+
+
+# --- a real accelerator -----------------------------------------------------------------------------------------------
+
+
+def _load_on_accelerator(rank: int, path: Path, directory: Path) -> tuple[bool, dict[str, int]]:
+    from rankload import dist_load_state_dict_from_url
+
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    os.environ["NCCL_HOSTID"] = f"host{rank}"  # or NCCL refuses two ranks on one device, which we use for want of two
+    backend = {"cuda": "nccl", "xpu": "xccl"}[device.type]
+    device = torch.device(device.type, 0)
+    torch.accelerator.set_device_index(device.index)
+    moved = _count_bytes()
+    become_node(rank, directory)
+    dist.init_process_group(f"cpu:gloo,{device.type}:{backend}")
+    content = dist_load_state_dict_from_url(path, map_location=str(device), delivery="broadcast")
+    expected = torch.load(path, map_location=device)
+    is_same = all(torch.equal(content[name], tensor) for name, tensor in expected.items())
+    dist.barrier(device_ids=[device.index])
+    dist.destroy_process_group()
+    return is_same and {tensor.device for tensor in content.values()} == {device}, moved
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
+@needs_nodes
+def test_a_state_dict_on_a_real_accelerator(tmp_path: Path) -> None:
+    source = nn.Sequential(nn.Linear(1000, 3000), nn.BatchNorm1d(3000))
+    torch.save(source.state_dict(), path := tmp_path / "file")
+    for rank, result in enumerate(run_ranks(_load_on_accelerator, 2, 120, args=(path, tmp_path))):
+        is_same, moved = result.value
+        assert is_same and moved["group"] > 12_000_000 and (moved["tcp"] > 0) == (rank != 0)

@@ -283,6 +283,7 @@ def _load_state_dict(rank: int, path: Path, on_device: int) -> tuple[dict[str, t
 
     deferred_storages.ctypes.memmove = counted  # type: ignore[assignment]
     deferred_storages.is_staged = lambda device: rank < on_device
+    deferred_storages.BUFFER_BYTES = _BUFFER_BYTES
     state_dict = dist_load_state_dict_from_url(path, map_location="cpu", delivery="gather")
     dist.barrier()
     dist.destroy_process_group()

@@ -7,7 +7,8 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
+    from rankload._load.device.readers import Limits
     from rankload._load.state_dict.deferred_storages import DeferredStorages
 
     MapLocation = (
@@ -109,7 +111,8 @@ def dist_load_state_dict_from_url(
             the origin serves the file once, or the call fails.
         delivery: ``"read"``: every rank maps the file. ``"broadcast"``: one rank fetches the file and sends it from
             node to node, in a chain of TCP connections, into memory that the ranks of a node share. The other nodes
-            cache nothing, and no directory need be shared. ``"auto"`` is ``"read"``.
+            cache nothing, and no directory need be shared. With ``RANKLOAD_BROADCAST_OVER_GROUP=1`` (not yet tried on
+            several GPUs), what all ranks put on accelerators comes over the process group. ``"auto"`` is ``"read"``.
             ``"gather"``: as ``"read"``, but for what all ranks put on accelerators: each rank reads and uploads its
             share, and gets the other shares by all-gathers of the process group, which must have a backend for them.
             ``"auto"`` never chooses it, because it has not been tested on several accelerators yet.
@@ -163,8 +166,8 @@ def dist_load_state_dict_from_url(
         chosen, source = agree_on_delivery(call, agreed_arguments(request, "load"), delivery, src)
         location = _resolved(map_location, call)
         file = fetch_for(chosen, request, call, source)
-        path, display_name = _delivered(chosen, file, source, location, mmap, call)
-        state_dict = _read(chosen, path, display_name, location, call, weights_only, mmap)
+        delivered = _delivered(chosen, file, source, location, mmap, call)
+        state_dict = _read(delivered, location, call, weights_only, mmap)
         return adapter(state_dict)  # type: ignore[no-any-return]
 
 
@@ -192,10 +195,25 @@ def load_in_this_process(
     with SingleProcessChannel(own_identity()) as channel, ExitStack() as stack:
         call = CallContext(channel, settings, stack)
         location = None if keeps_devices and map_location is None else _resolved(map_location, call)
-        path, display_name = _delivered("read", file, 0, location, None, call)
+        delivered = _delivered("read", file, 0, location, None, call)
         if sniff(file.path) == "single_member_zip":
             warnings.warn(_LEGACY_ZIP_WARNING, FutureWarning, stacklevel=4)
-        return _read("read", path, display_name, location, call, weights_only, None)
+        return _read(delivered, location, call, weights_only, None)
+
+
+@dataclass(frozen=True)
+class _Delivered:
+    """A checkpoint that has arrived at this rank.
+
+    Attributes:
+        path: path to load from.
+        display_name: the checkpoint's name in messages.
+        fill: fills storages on accelerators together with the other ranks; None if each rank fills its own.
+    """
+
+    path: Path
+    display_name: str
+    fill: Callable[[Sequence[DeferredStorages], Limits, str], None] | None = None
 
 
 def _delivered(
@@ -205,12 +223,8 @@ def _delivered(
     location: Any,
     mmap: bool | None,
     call: CallContext,
-) -> tuple[Path, str]:
-    """Deliver the checkpoint to this rank. Collective.
-
-    Returns:
-        The path to load from, and the checkpoint's name in messages.
-    """
+) -> _Delivered:
+    """Deliver the checkpoint to this rank. Collective."""
     from rankload._load.node.node_copy import settled  # imports torch
     from rankload._load.node.parts import all_files
     from rankload._load.node.read_ahead import read_ahead
@@ -220,15 +234,35 @@ def _delivered(
     if file is not None:
         path = settled(file.path, file, location, call, mmap=mmap)
     if delivery == "broadcast":
-        from rankload._load.broadcast.whole_file import broadcast_files
-
-        path, display_name = broadcast_files(path, file, source, call)
-        return with_unpacked(path, call), display_name
+        return _broadcast(path, file, source, location, mmap, call)
     assert file is not None and path is not None
-    if delivery != "gather":
-        _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", call.identity.rank)
-        read_ahead(all_files(path), call.channel, call.settings.progress_seconds)
-    return with_unpacked(path, call), str(file.path)
+    if delivery == "gather":
+        from rankload._load.state_dict.gathered_storages import gather_storages
+
+        return _Delivered(with_unpacked(path, call), str(file.path), partial(gather_storages, call))
+    _logger.debug("rank %d: delivery='read': the ranks of a node share the file's pages", call.identity.rank)
+    read_ahead(all_files(path), call.channel, call.settings.progress_seconds)
+    return _Delivered(with_unpacked(path, call), str(file.path))
+
+
+def _broadcast(
+    path: Path | None,
+    file: FetchedFile | None,
+    source: int,
+    location: Any,
+    mmap: bool | None,
+    call: CallContext,
+) -> _Delivered:
+    from rankload._load.broadcast.whole_file import broadcast_files
+    from rankload._load.node.unpacked_once import with_unpacked
+
+    if call.settings.broadcast_over_group:
+        from rankload._load.broadcast.storages import StorageBroadcast
+
+        if over_group := StorageBroadcast.agree(path, file, source, location, call, mmap=mmap):
+            return _Delivered(*over_group.bring_headers(path, file), over_group.fill)
+    path, display_name = broadcast_files(path, file, source, call)
+    return _Delivered(with_unpacked(path, call), display_name)
 
 
 def _resolved(map_location: MapLocation, call: CallContext) -> Any:
@@ -237,32 +271,22 @@ def _resolved(map_location: MapLocation, call: CallContext) -> Any:
     return resolve_map_location(map_location, call.identity, call.group)
 
 
-def _read(
-    delivery: Delivery,
-    path: Path,
-    display_name: str,
-    location: Any,
-    call: CallContext,
-    weights_only: bool,
-    mmap: bool | None,
-) -> Any:
+def _read(delivered: _Delivered, location: Any, call: CallContext, weights_only: bool, mmap: bool | None) -> Any:
     from rankload._load.device.readers import Limits
     from rankload._load.state_dict.read_checkpoint import read_checkpoint  # imports torch
 
     limits = Limits.of(call.identity, call.settings)
     empty: list[DeferredStorages] = []
     result = read_checkpoint(
-        path,
+        delivered.path,
         location,
         weights_only=weights_only,
         mmap=mmap,
         limits=limits,
         check_cancelled=call.report_loading,
-        display_name=display_name,
-        fill=empty.append if delivery == "gather" else None,
+        display_name=delivered.display_name,
+        fill=empty.append if delivered.fill is not None else None,
     )
-    if delivery == "gather":
-        from rankload._load.state_dict.gathered_storages import gather_storages
-
-        gather_storages(empty, call, limits, display_name)
+    if delivered.fill is not None:
+        delivered.fill(empty, limits, delivered.display_name)
     return result

@@ -8,13 +8,13 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rankload._load.device.map_location import location_of, restore_of
+from rankload._load.device.map_location import goes_by_tags, location_of, restore_of
 from rankload._load.device.pinned import BUFFER_BYTES, is_staged, staged
 from rankload._load.device.readers import Limits
 
@@ -66,6 +66,19 @@ class DeferredStorages:
             for job, content in staged(jobs, device, limits, check_cancelled, display_name):
                 job.finish(content)
         self._pairs.clear()
+
+
+def accelerator_for(map_location: Any, tags: Iterable[str]) -> torch.device | None:
+    """Return the accelerator on which all storages are filled later; None if some are not, or on another one.
+
+    Args:
+        map_location: any form that torch.load takes, already resolved for this rank.
+        tags: location tags of all storages.
+    """
+    if not goes_by_tags(map_location):
+        return None
+    devices = {_late_device(location_of(map_location, tag)) for tag in tags}
+    return devices.pop() if len(devices) == 1 else None
 
 
 def _late_device(location: str) -> torch.device | None:
