@@ -188,7 +188,8 @@ def test_a_rank_killed_in_a_warm_call_before_its_first_sign_of_life(
         ended = outcomes([group.wait_for_end(rank) for rank in range(3) if rank != victim])
     for outcome in ended:
         assert outcome.error == "RankLostError", outcome
-        assert f"rank {victim} made the call and has given no sign of life" in outcome.text
+        who = f"rank {victim} (pid {group.pids[victim]} on {socket.gethostname()})"
+        assert f"{who} made the call and has given no sign of life" in outcome.text
         assert outcome.ended_at - killed_at < short_deadlines + 1
 
 

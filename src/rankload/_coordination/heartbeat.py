@@ -155,6 +155,7 @@ class PeerMonitor:
         rank: rank to judge.
         settings: deadlines: how long the rank may be silent, or make no progress.
         has_come: returns whether a rank is known to have made the call, even if it has published nothing.
+        process_of: returns a rank's process id and host, if the rank has joined the session.
 
     Attributes:
         rank: the judged rank.
@@ -163,10 +164,16 @@ class PeerMonitor:
     """
 
     def __init__(
-        self, store: RankStore, key: str, rank: int, settings: Settings, has_come: Callable[[int], bool]
+        self,
+        store: RankStore,
+        key: str,
+        rank: int,
+        settings: Settings,
+        has_come: Callable[[int], bool],
+        process_of: Callable[[int], tuple[int, str] | None],
     ) -> None:
         self.rank, self._store, self._key, self._settings = rank, store, key, settings
-        self._has_come = has_come
+        self._has_come, self._process_of = has_come, process_of
         self.is_absent = True
         self.status: Status | None = None
         self._silent_seconds = self._still_seconds = 0.0
@@ -208,10 +215,13 @@ class PeerMonitor:
             return
         self._silent_seconds += elapsed_seconds
         if self._silent_seconds >= silence_limit_seconds(self._settings):
+            process = self._process_of(self.rank)
+            who = f"rank {self.rank}" + ("" if process is None else " (pid {} on {})".format(*process))
             raise RankLostError(
-                f"rank {self.rank} made the call and has given no sign of life for {self._silent_seconds:.0f} s: it "
-                "was killed or is frozen; see its node's log (out of memory, preemption)",
+                f"{who} made the call and has given no sign of life for {self._silent_seconds:.0f} s: it was killed or "
+                "is frozen; see its node's log (out of memory, preemption)",
                 lost_rank=self.rank,
+                lost_host=None if process is None else process[1],
             )
 
     def _judge(self, status: Status) -> CoordinationError | None:

@@ -322,7 +322,10 @@ class RankChannel(Channel):
 
     def _watchdog_over(self, ranks: Iterable[int], *, while_working: bool = False) -> Watchdog:
         watches = [
-            PeerMonitor(self._store, self._status_key(rank), rank, self._settings, self._has_come) for rank in ranks
+            PeerMonitor(
+                self._store, self._status_key(rank), rank, self._settings, self._has_come, self._session.process_of
+            )
+            for rank in ranks
         ]
         return Watchdog(watches, self._settings, self.identity, while_working=while_working)
 

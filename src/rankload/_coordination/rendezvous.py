@@ -139,6 +139,13 @@ class Session:
             self._joined[rank] = int(text.partition(" ")[0])
         return self._joined[rank] == self.calls.made
 
+    def process_of(self, rank: int) -> tuple[int, str] | None:
+        """Return the process id and host of a rank; None if it has not joined."""
+        if (text := self.store.peek(self._joined_key(rank))) is None:
+            return None
+        _, _, pid, _, host = text.split(" ", 4)
+        return int(pid), host
+
     def raise_joining_failure(self) -> None:
         """Raise the error that kept a rank from joining for the present call, if any. Has an effect only on rank 0."""
         if self.rendezvous_host is not None and (failure := self.rendezvous_host.failure_of(self.calls.made)):

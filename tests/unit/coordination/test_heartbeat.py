@@ -27,7 +27,7 @@ def store() -> RankStore:
 
 
 def watch_over(store: RankStore, settings: Settings = SETTINGS, *, have_all_come: bool = False) -> PeerMonitor:
-    return PeerMonitor(store, "status", 3, settings, lambda rank: have_all_come)
+    return PeerMonitor(store, "status", 3, settings, lambda rank: have_all_come, lambda rank: (71, "node3"))
 
 
 def beat(store: RankStore, watch: PeerMonitor, status: Status, seconds: float) -> None:
@@ -109,7 +109,7 @@ def test_a_rank_that_has_published_nothing_is_absent_or_lost(store: RankStore, h
         watch.look(1.0)
     assert watch.is_absent is not have_all_come
     if have_all_come:
-        with pytest.raises(RankLostError, match=r"rank 3 made the call.*24 s"):
+        with pytest.raises(RankLostError, match=r"rank 3 \(pid 71 on node3\) made the call.*24 s"):
             watch.look(1.0)
     else:
         watch.look(1.0)
