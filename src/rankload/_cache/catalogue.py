@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -29,6 +29,7 @@ class CachedItem:
     Attributes:
         name: path below the cache directory.
         path: path of the file; of a checkpoint in several files, of its folder.
+        root: the cache directory.
         entries: cache entries of all files.
         record: record of the file, or of the index.
         size_bytes: bytes of all files.
@@ -38,6 +39,7 @@ class CachedItem:
 
     name: str
     path: Path
+    root: Path
     entries: tuple[Entry, ...]
     record: Record
     size_bytes: int
@@ -61,18 +63,19 @@ def list_items(directory: Path) -> Iterator[CachedItem]:
         OSError: the directory cannot be read.
     """
     yield from _items_in(directory, directory)
-    for name in sorted(_names_in(directory / OWN_DIRECTORY)):
+    for name in sorted(_names_in(directory / OWN_DIRECTORY, directory)):
         if _SEPARATE.fullmatch(name):
             yield from _items_in(directory / OWN_DIRECTORY / name, directory)
 
 
 def leftovers(directory: Path) -> Iterator[Path]:
     """Yield quarantined files, their notes, and all partial files, of a cache directory and the folders in it."""
-    for folder in (directory, *(directory / name for name in _names_in(directory) if not is_own_name(name))):
+    names = _names_in(directory, directory)
+    for folder in (directory, *(directory / name for name in names if not is_own_name(name))):
         quarantine = folder / OWN_DIRECTORY / "quarantine"
-        for name in sorted(_names_in(quarantine)):
+        for name in sorted(_names_in(quarantine, directory)):
             yield quarantine / name
-        for name in sorted(_names_in(folder)):
+        for name in sorted(_names_in(folder, directory)):
             if OF_A_PARTIAL_FILE.search(name):
                 yield folder / name
 
@@ -87,13 +90,31 @@ def remove_item(item: CachedItem) -> int:
     """
     for entry in item.entries:
         for path in (entry.path, entry.record_path):
-            path.unlink(missing_ok=True)
+            remove_file(path, item.root)
     if item.path not in (entry.path for entry in item.entries):  # a folder, with nothing but leases in it by now
         with suppress(OSError):
-            (item.path / OWN_DIRECTORY / "partly-renewed").unlink(missing_ok=True)
+            remove_file(item.path / OWN_DIRECTORY / "partly-renewed", item.root)
             (item.path / OWN_DIRECTORY).rmdir()
             item.path.rmdir()
     return item.size_bytes
+
+
+def remove_file(path: Path, root: Path) -> None:
+    """Remove a file of a cache directory, if it is there.
+
+    Another user may have put a link in the place of a folder since the directory was listed. It is not followed.
+
+    Raises:
+        OSError: the file cannot be removed, or there is a link in its path.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    with ExitStack() as closing, suppress(FileNotFoundError):
+        folder = os.open(root, flags)
+        closing.callback(os.close, folder)
+        for name in path.parent.relative_to(root).parts:
+            folder = os.open(name, flags | os.O_NOFOLLOW, dir_fd=folder)
+            closing.callback(os.close, folder)
+        os.unlink(path.name, dir_fd=folder)
 
 
 def mapped_files() -> frozenset[tuple[int, int]]:
@@ -110,7 +131,7 @@ def mapped_files() -> frozenset[tuple[int, int]]:
 
 
 def _items_in(directory: Path, root: Path) -> Iterator[CachedItem]:
-    for name in sorted(_names_in(directory)):
+    for name in sorted(_names_in(directory, root)):
         path = directory / name
         if is_own_name(name):
             continue
@@ -121,7 +142,7 @@ def _items_in(directory: Path, root: Path) -> Iterator[CachedItem]:
 
 
 def _index_in(folder: Path, root: Path) -> Iterator[CachedItem]:
-    paths = [folder / name for name in sorted(_names_in(folder)) if not is_own_name(name)]
+    paths = [folder / name for name in sorted(_names_in(folder, root)) if not is_own_name(name)]
     indexes = [path for path in paths if ".index." in path.name]
     if len(indexes) == 1:
         item = _item(indexes[0], paths, folder, root)
@@ -152,11 +173,18 @@ def _item(path: Path, paths: list[Path], place: Path, root: Path) -> CachedItem 
     first = find_record(Entry(path).record_path) if Entry(path) in entries else None
     if first is None or first.record is None:
         return None
-    return CachedItem(str(place.relative_to(root)), place, tuple(entries), first.record, size_bytes, used_at)
+    return CachedItem(str(place.relative_to(root)), place, root, tuple(entries), first.record, size_bytes, used_at)
 
 
-def _names_in(directory: Path) -> list[str]:
+def _names_in(folder: Path, root: Path) -> list[str]:
+    """Return the names in a folder of a cache directory; none where there is no folder, or a link leads to it.
+
+    A link may be another user's, and lead to files that are not rankload's.
+    """
+    names = folder.relative_to(root).parts
+    if any(root.joinpath(*names[: count + 1]).is_symlink() for count in range(len(names))):
+        return []
     try:
-        return [path.name for path in directory.iterdir()]
+        return [path.name for path in folder.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return []

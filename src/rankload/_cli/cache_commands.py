@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankload._cache.catalogue import CachedItem, leftovers, list_items, mapped_files, remove_item
+from rankload._cache.catalogue import CachedItem, leftovers, list_items, mapped_files, remove_file, remove_item
 from rankload._cache.files import wrap_read_errors, wrap_write_errors
 from rankload._cache.record import find_record
 from rankload._cli.app import AsJson, app, print_json, print_table, shown_size
@@ -144,7 +144,7 @@ def prune(
             _remove(item, is_quiet=as_json)
         for path in rests:
             with wrap_write_errors(path):
-                path.unlink(missing_ok=True)
+                remove_file(path, directory)
     elif not as_json:
         for item in chosen:
             typer.echo(f"would remove {item.path} ({shown_size(item.size_bytes)})")
@@ -191,7 +191,7 @@ def _size_of(paths: Iterable[Path]) -> int:
     total = 0
     for path in paths:
         with suppress(OSError):
-            total += path.stat().st_size
+            total += path.lstat().st_size
     return total
 
 
