@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import rankload
@@ -70,3 +72,30 @@ def test_link_that_comes_after_the_look_is_not_followed_either(cache, mine, monk
     monkeypatch.setattr(cache_commands, "_size_of", look_then_swap)
     prune(cache, exit_code=1)
     assert os.listdir(mine.parent) == [mine.name]
+
+
+@pytest.mark.fault(60)
+def test_users_file_that_was_adopted_is_not_removed(origin, tmp_path):
+    """``model_dir`` may be anybody's project, and the origin's file another one: only a piece of it was compared."""
+    content = io.BytesIO()
+    torch.save({"w": torch.zeros(100_000)}, content)
+    url = origin.add("weights.pth", content.getvalue())
+    mine = bytearray(content.getvalue())
+    at = mine.index(bytes(4000))
+    mine[at + 400 : at + 404] = torch.ones(1).numpy().tobytes()
+    path = tmp_path / "weights.pth"
+    path.write_bytes(mine)
+    assert rankload.dist_load_state_dict_from_url(url, tmp_path)["w"].sum() == 1
+    assert "0 items" in prune(tmp_path)
+    assert path.read_bytes() == mine
+    assert rankload.dist_load_state_dict_from_url(url, tmp_path)["w"].sum() == 1
+
+
+@pytest.mark.fault(60)
+def test_copy_of_a_partial_file_is_the_users(cache):
+    cache.mkdir()
+    partial = cache / "never_there.bin.c9be96d8-0-0-0badc0de.partial"
+    for ending in ("", ".journal", ".journal.new", ".bak", ".journal.bak"):
+        partial.with_name(partial.name + ending).write_bytes(b"half")
+    prune(cache)
+    assert sorted(os.listdir(cache)) == [f"{partial.name}.bak", f"{partial.name}.journal.bak"]

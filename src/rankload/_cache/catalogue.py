@@ -12,11 +12,14 @@ from stat import S_ISREG
 
 from rankload._cache.access import is_trusted
 from rankload._cache.layout import Entry
-from rankload._cache.record import Record, find_record
+from rankload._cache.record import FoundRecord, Record, find_record
 from rankload._urls import OF_A_PARTIAL_FILE, OWN_DIRECTORY, is_own_name
 
 #: Folders below rankload's own directory that hold files of other URLs with the same name (`Entry.separate`).
 _SEPARATE = re.compile("[0-9a-f]{16}")
+
+#: Name of a partial file, or of its journal.
+_PARTIAL = re.compile(rf".*{OF_A_PARTIAL_FILE.pattern}(?:\.journal(?:\.new)?)?", re.DOTALL)
 
 #: End of the name of an index's folder (`name_in_own_folder`).
 _INDEX_FOLDER = re.compile(r".+-[0-9a-f]{16}", re.DOTALL)
@@ -57,7 +60,9 @@ class CachedItem:
 
 
 def list_items(directory: Path) -> Iterator[CachedItem]:
-    """Yield what rankload has published in a cache directory. Files without a record are not rankload's.
+    """Yield what rankload has published in a cache directory.
+
+    Files without a record are not rankload's, nor are those of torch.hub or the user that it has adopted.
 
     Raises:
         OSError: the directory cannot be read.
@@ -76,7 +81,7 @@ def leftovers(directory: Path) -> Iterator[Path]:
         for name in sorted(_names_in(quarantine, directory)):
             yield quarantine / name
         for name in sorted(_names_in(folder, directory)):
-            if OF_A_PARTIAL_FILE.search(name):
+            if _PARTIAL.fullmatch(name):
                 yield folder / name
 
 
@@ -164,9 +169,7 @@ def _item(path: Path, paths: list[Path], place: Path, root: Path) -> CachedItem 
         entry = Entry(one)
         with suppress(OSError):
             status, found = one.lstat(), find_record(entry.record_path)
-            # another user's record could name a file that is not rankload's
-            is_own = found is not None and found.owner_uid is not None and is_trusted(found.owner_uid)
-            if is_own and S_ISREG(status.st_mode) and found and found.record and found.record.vouches_for(status):
+            if S_ISREG(status.st_mode) and found is not None and _is_of_a_download(found, status):
                 entries.append(entry)
                 size_bytes += status.st_size
                 used_at = max(used_at, status.st_mtime, status.st_atime)
@@ -174,6 +177,13 @@ def _item(path: Path, paths: list[Path], place: Path, root: Path) -> CachedItem 
     if first is None or first.record is None:
         return None
     return CachedItem(str(place.relative_to(root)), place, root, tuple(entries), first.record, size_bytes, used_at)
+
+
+def _is_of_a_download(found: FoundRecord, status: os.stat_result) -> bool:
+    """Return whether a record shows that rankload has published a file. Another user's could name any file."""
+    is_own = found.owner_uid is not None and is_trusted(found.owner_uid)
+    record = found.record
+    return is_own and record is not None and record.source == "download" and record.vouches_for(status)
 
 
 def _names_in(folder: Path, root: Path) -> list[str]:
