@@ -609,6 +609,24 @@ def test_digest_holds_whatever_another_user_has_left(origin, good_url, mode, has
     assert origin.request_count() == 1
 
 
+@needs_root
+@pytest.mark.fault(62)
+@pytest.mark.parametrize("verify", ["once", "always", "never"])
+def test_record_of_another_user_is_no_sidecar(origin, good_url, verify):
+    """Bob's record says that a sidecar has vouched for Bob's file."""
+    good, bad = checkpoint_of({"w": GOOD}), checkpoint_of({"w": EVIL})
+    origin.add("models/victim.pth.sha256", hashlib.sha256(good).hexdigest().encode())
+    record = {
+        "url": good_url, "url_key": url_key(good_url), "etag": None, "sha256": hashlib.sha256(bad).hexdigest(),
+        "vouched_by": "sidecar", "source": "download",
+    }  # fmt: skip
+    with public_directory(0o1777) as cache:
+        run_ranks(plant, 1, env="none", args=(str(cache), bad, record))
+        arguments = {"sidecar": True, "verify": verify}
+        results = run_ranks(load_as_alice, 2, args=(good_url, str(cache), arguments))
+        assert {tuple(result.value) for result in results} == {(1.0, 1.0)}
+
+
 def load_while_bob_writes(rank: int, url: str, cache: str, arguments: dict, how: str) -> list[list[float]]:
     """Loads what Bob has published; then Bob writes into his file."""
     with acting_as(ALICE, [GROUP]):

@@ -77,7 +77,7 @@ def decide(request: FetchRequest, cached: Cached) -> Decision:
         return Decision(Action.CHECK, "a file without a record, as torch.hub leaves it")
     if record.size_bytes != status.st_size:
         return _instead(cached, Action.REPLACE, f"the cached file has {status.st_size} bytes, not {record.size_bytes}")
-    if request.needs_sidecar and record.vouched_by != "sidecar":
+    if request.needs_sidecar and not (record.vouched_by == "sidecar" and cached.is_trusted):
         return Decision(Action.ASK, "the cached file has not been compared with its sidecar at the origin yet")
     if not cached.is_trusted and claims_of(request):
         return Decision(Action.CHECK, "a digest is expected, and another user has written the file or its record")
