@@ -530,14 +530,15 @@ def test_file_that_a_mirror_has_sent_is_replaced_without_that_mirror(origin, evi
 
 
 @pytest.mark.fault(70)
-def test_record_cannot_forge_a_log_line(origin, cache, good_url, caplog):
+@pytest.mark.parametrize("field", ["url", "sha256"])
+def test_record_cannot_forge_a_log_line(origin, cache, good_url, caplog, field):
     rankload.dist_fetch(good_url, cache)
     record = cache / ".rankload" / "victim.pth.json"
-    facts = {**json.loads(record.read_text()), "url_key": "0", "url": "http://x/\x1b[2J\nCRITICAL forged"}
-    record.write_text(json.dumps(facts))
+    forged = {field: "http://x/\x1b[2J\nCRITICAL forged"} | ({"url_key": "0"} if field == "url" else {})
+    record.write_text(json.dumps({**json.loads(record.read_text()), **forged}))
     with caplog.at_level("WARNING", "rankload"):
-        rankload.dist_load_state_dict_from_url(good_url, cache)
-    assert "forged" in caplog.text and "\nCRITICAL" not in caplog.text and "\x1b" not in caplog.text
+        rankload.dist_load_state_dict_from_url(good_url, cache, verify="always")
+    assert "keeping" in caplog.text and "\nCRITICAL" not in caplog.text and "\x1b" not in caplog.text
 
 
 def test_download_to_a_path_replaces_only_files(origin, good_url, tmp_path):

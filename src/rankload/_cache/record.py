@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,6 +27,8 @@ _OPTIONAL_NUMBERS = ("birth_ns", "replaces_inode", "replaces_birth_ns")
 _NO_RECORDS = frozenset(
     {errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EACCES, errno.EPERM, errno.EFBIG}
 )
+
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 #: Fields that older records lack.
 _LATER_FIELDS = (*_OPTIONAL_NUMBERS, "last_modified")
@@ -155,6 +158,7 @@ def _checked(record: Record) -> Record:
 
     Raises:
         TypeError: a field has another type.
+        ValueError: the digest is none: a message would show it, whoever wrote it.
     """
     for name in ("size_bytes", "mtime_ns", "inode"):
         if type(getattr(record, name)) is not int:
@@ -166,4 +170,6 @@ def _checked(record: Record) -> Record:
         is_optional = name in ("etag", "last_modified", "sha256", "vouched_by")
         if not isinstance(value := getattr(record, name), str) and not (is_optional and value is None):
             raise TypeError(f"{name} is not a string")
+    if record.sha256 is not None and not _SHA256.fullmatch(record.sha256):
+        raise ValueError("sha256 is no digest")
     return record
