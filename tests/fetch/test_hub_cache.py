@@ -430,3 +430,24 @@ def test_gated_repository_needs_the_token(hub: Hub) -> None:
     [result] = hub.run(load, "hf://org/gated", HF_TOKEN="hf_SECRET")
     assert result.value == WEIGHT and "hf_SECRET" not in result.stderr
     assert all("authorization" not in request.headers for request in hub.cdn.requests())
+
+
+@pytest.mark.fault(62)
+@pytest.mark.parametrize("is_endless", [False, True], ids=["pipe", "endless"])
+@pytest.mark.parametrize("place", ["refs/main", "blobs"])
+def test_what_another_user_has_put_into_the_cache_holds_no_call(hub: Hub, place: str, is_endless: bool) -> None:
+    path = hub.directory("one") / place
+    if place == "blobs":
+        path /= hashlib.sha1(b"blob 2\0{}").hexdigest()
+    path.parent.mkdir(parents=True)
+    if is_endless:
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(path)
+    [result] = run_ranks(
+        fetch, 1, args=("hf://org/one/config.json",), rank_env={0: hub.environment}, timeout_seconds=20
+    )
+    if place == "refs/main":
+        assert result.value == "{}" and path.read_text() == hf.COMMIT
+    else:
+        assert result.value.startswith(f"CacheError: cannot read {path}: it is no regular file")

@@ -33,6 +33,7 @@ from rankload._fetch.models import FetchRequest
 from rankload._fetch.origins.credentials import headers_of
 from rankload._fetch.origins.registry import origin_for
 from rankload._fetch.transfer.size_limit import SizeLimit
+from rankload._formats.source import open_regular
 from rankload._settings import Settings
 from rankload._text import printable
 from rankload._types import FetchedFile, Report
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 #: Largest content that is read into memory to compare it with git's SHA-1. The Hub keeps files of more than 10 MB in
 #: Git LFS (huggingface.co/docs/hub/repositories-getting-started).
 _MAX_GIT_BYTES = 64 << 20
+
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -256,16 +259,28 @@ def _download_small(blob: HubBlob, path: Path, request: FetchRequest, report: Re
 
 
 def _sha256_of_git_blob(path: Path) -> str:
-    with wrap_read_errors(path):
-        content = path.read_bytes()
-    if _git_sha1(content) != path.name:
+    with wrap_read_errors(path), open_regular(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        sha1, sha256, done = _begun_sha1(size_bytes), hashlib.sha256(), 0
+        while done < size_bytes and (piece := file.read(_READ_BYTES)):
+            sha1.update(piece)
+            sha256.update(piece)
+            done += len(piece)
+    if sha1.hexdigest() != path.name:
         raise VerificationError(f"{path} is damaged: its name is git's SHA-1 of its content; remove it", path=str(path))
-    return hashlib.sha256(content).hexdigest()
+    return sha256.hexdigest()
 
 
 def _git_sha1(content: bytes) -> str:
-    """Return the name that git gives a file's content (gitformat-pack: "blob", a space, the length, NUL)."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    """Return the name that git gives a file's content."""
+    sha1 = _begun_sha1(len(content))
+    sha1.update(content)
+    return sha1.hexdigest()
+
+
+def _begun_sha1(size_bytes: int) -> hashlib._Hash:
+    """Return the digest of what git puts before a content (gitformat-pack: "blob", a space, the length, NUL)."""
+    return hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
 
 
 def _url_at_commit(request: FetchRequest) -> Url:

@@ -21,7 +21,11 @@ from rankload._fetch.hub_listing import is_commit
 from rankload._fetch.hub_names import HubFile, HubRepository
 from rankload._fetch.hub_weights import choose_weights
 from rankload._fetch.origins.filesystem import wrap_any_errors
+from rankload._formats.source import open_regular
 from rankload.errors import FetchError
+
+#: A commit has 40 digits; what is longer is none.
+_MAX_COMMIT_BYTES = 64
 
 
 def cache_directory() -> Path:
@@ -91,7 +95,8 @@ def commit_of(directory: Path, revision: str | None) -> str | None:
     if is_commit(revision):
         return revision
     try:
-        commit = (directory / "refs" / (revision or "main")).read_text(encoding="ascii")
+        with open_regular(directory / "refs" / (revision or "main")) as file:
+            commit = file.read(_MAX_COMMIT_BYTES).decode("ascii")
     except (OSError, ValueError):
         return None
     return commit if is_commit(commit) else None
