@@ -22,8 +22,10 @@ import torch
 
 import rankload
 import rankload.hub
+from harness import mounts
 from harness.checkpoints import digest_of
-from harness.fetch_calls import files_in, load
+from harness.fetch_calls import files_in, left_in, load
+from harness.nodes import become_node
 from harness.origin import Origin, Reply
 from harness.ranks import run_ranks
 from harness.users import ALICE, BOB, GROUP, acting_as, public_directory
@@ -880,6 +882,30 @@ def test_pipe_in_the_place_of_a_fetched_file_is_an_error(origin, good_url, monke
         os.chown(cache / "planted", BOB, GROUP)
         results = run_ranks(error_with_pipe, 2, args=(good_url, str(cache)), timeout_seconds=40)
     assert all("victim.pth" in result.value for result in results), [result.value for result in results]
+
+
+def fetch_with_pipe_for_probe(rank: int, url: str, cache: Path) -> bytes:
+    """Bob sees the probe file's name, and puts a pipe there before another node has looked for it."""
+    from rankload._fetch import cache_domain
+
+    become_node(rank, cache.parent)
+
+    def leave_then_swap(*args):
+        name = left(*args)
+        (cache / name).unlink()
+        os.mkfifo(cache / name)
+        return name
+
+    left, cache_domain._leave_probe_file = cache_domain._leave_probe_file, leave_then_swap
+    return rankload.dist_fetch(url, cache, progress=False).read_bytes()
+
+
+@pytest.mark.skipif(mounts.why_not() is not None, reason=str(mounts.why_not()))
+@pytest.mark.fault(62)
+def test_pipe_in_the_place_of_a_probe_file_holds_no_node(good_url, cache):
+    results = run_ranks(fetch_with_pipe_for_probe, 2, nodes=2, args=(good_url, cache), timeout_seconds=30)
+    assert {result.value for result in results} == {checkpoint_of({"w": GOOD})}
+    assert left_in(cache) == []
 
 
 @needs_root

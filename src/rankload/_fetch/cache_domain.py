@@ -130,7 +130,8 @@ def _sees(path: Path) -> bool:
     while time.monotonic() < deadline:
         with suppress(OSError):
             list(path.parent.iterdir())  # makes an NFS client revalidate the directory
-            path.open("rb").close()
+            # O_NONBLOCK: another user may have put a pipe there, and open(2) would wait for its writer
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
             return True
         time.sleep(0.05)
     return False
