@@ -32,6 +32,8 @@ from harness.users import ALICE, BOB, GROUP, acting_as, public_directory
 from rankload._cache.layout import Entry
 from rankload._fetch import download
 from rankload._fetch import lookup as cached
+from rankload._fetch.hub_names import HubRepository
+from rankload._fetch.hub_weights import OwnMemory
 from rankload._platform import linux
 from rankload._platform.linux import birth_ns
 from rankload._urls import Url, url_key
@@ -541,6 +543,22 @@ def test_record_cannot_forge_a_log_line(origin, cache, good_url, caplog, field):
     with caplog.at_level("WARNING", "rankload"):
         rankload.dist_load_state_dict_from_url(good_url, cache, verify="always")
     assert "keeping" in caplog.text and "\nCRITICAL" not in caplog.text and "\x1b" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 60_000, json.dumps({"url": f"hf://org/other@{'0' * 40}/model.safetensors"})],
+    ids=["deep", "other"],
+)
+def test_what_another_user_says_of_a_repository(cache, content):
+    """Where its weights are: not in another repository. What cannot be read says nothing."""
+    repository = HubRepository("org/one", None, None)
+    memory = OwnMemory(cache)
+    memory.keep(repository, f"hf://org/one@{'0' * 40}/model.safetensors")
+    assert memory.recall(repository)
+    memory._path_for(repository).write_text(content)
+    with pytest.raises(rankload.errors.OfflineError, match="no earlier call has asked"):
+        rankload.dist_load_state_dict_from_url("hf://org/one", cache, offline=True)
 
 
 def test_download_to_a_path_replaces_only_files(origin, good_url, tmp_path):

@@ -121,9 +121,10 @@ class OwnMemory:
         try:
             with os.fdopen(open_plain(self._path_for(repository)), encoding="utf-8") as file:
                 url = json.loads(file.read(1 << 16))["url"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        return url if HubFile.parse(url) is not None else None
+        kept = HubFile.parse(url)  # perhaps another user's answer
+        return url if kept is not None and kept.repository == repository.name else None
 
     def keep(self, repository: HubRepository, url: str) -> None:
         """Keep the URL in a file of rankload's own.
