@@ -227,7 +227,16 @@ def test_a_stamp_of_another_user_does_not_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "[", '{"key": "task", "run_id": "1", "value": {"kind": "path"}}', "null"]
+    "content",
+    [
+        "",
+        "{}",
+        "[",
+        '{"key": "task", "run_id": "1", "value": {"kind": "path"}}',
+        "null",
+        '{"key": "task", "value": []}',
+        '{"key": "task", "run_id": "1", "value": {"kind": "json", "value": 3}, "job": null, "number": Infinity}',
+    ],
 )
 def test_a_stamp_that_makes_no_sense_does_not_count(tmp_path: Path, content: str) -> None:
     assert rankload.local_once(lambda: 1, key="task", directory=tmp_path) == 1

@@ -157,7 +157,7 @@ class _Stamp:
 
     def read(self) -> _Run | None:
         """Return the last run, if this user or root has stamped the task and the value's path still exists."""
-        with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
             with os.fdopen(open_plain(self._path), encoding="utf-8") as file:
                 owner_uid = os.fstat(file.fileno()).st_uid
                 if not is_trusted(owner_uid):
