@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import stat
+import struct
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from rankload._fetch import download
 from rankload._fetch import lookup as cached
 from rankload._fetch.hub_names import HubRepository
 from rankload._fetch.hub_weights import OwnMemory
+from rankload._load.node import node_copy
 from rankload._platform import linux
 from rankload._platform.linux import birth_ns
 from rankload._urls import Url, url_key
@@ -940,3 +942,34 @@ def test_file_that_others_may_write_to_is_copied(origin, good_url, mode):
         arguments = {"sha256": hashlib.sha256(content).hexdigest()}
         [result] = run_ranks(load_while_bob_writes, 1, args=(good_url, str(cache), arguments, "state dict"))
         assert result.value == [[1.0, 1.0], [1.0, 1.0]]
+
+
+#: The owner and Bob may write, others may read: tag, permissions and id of each entry (acl(5), <linux/posix_acl.h>).
+LETS_BOB_IN = struct.pack("<I", 2) + b"".join(
+    struct.pack("<HHi", *entry) for entry in [(1, 6, -1), (2, 6, BOB), (4, 4, -1), (16, 6, -1), (32, 4, -1)]
+)
+
+
+@needs_root
+@pytest.mark.fault(62)
+def test_file_that_an_access_list_lets_another_user_write_to_is_hashed_as_it_is_loaded(origin, good_url, monkeypatch):
+    """Its mode shows only that somebody beside the owner may write, and the owner's group is the owner's alone."""
+    content = checkpoint_of({"w": GOOD})
+    with public_directory() as cache:
+        path = cache / "victim.pth"
+        path.write_bytes(content)
+        try:
+            os.setxattr(path, "system.posix_acl_access", LETS_BOB_IN)
+        except OSError:
+            pytest.skip("this filesystem has no access control lists")
+
+        def hold_then_write(*args):
+            found = hold(*args)
+            with acting_as(BOB), path.open("r+b") as file:
+                file.write(content.replace(GOOD.numpy().tobytes(), EVIL.numpy().tobytes()))
+            return found
+
+        hold = node_copy.hold
+        monkeypatch.setattr(node_copy, "hold", hold_then_write)
+        with pytest.raises(rankload.errors.DigestMismatchError, match="was changed after it was verified"):
+            rankload.dist_load_state_dict_from_url(good_url, cache, sha256=hashlib.sha256(content).hexdigest())

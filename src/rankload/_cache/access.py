@@ -50,6 +50,13 @@ def is_private_group(gid: int) -> bool:
     return group.gr_gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
+def has_access_list(descriptor: int) -> bool:
+    """Return whether an access control list names users or groups beside a file's own (acl(5))."""
+    with suppress(OSError, AttributeError):  # the filesystem, or the system, has no such attributes
+        return "system.posix_acl_access" in os.listxattr(descriptor)
+    return False
+
+
 def others_may_replace(path: Path) -> bool:
     """Return whether another user could replace a file that belongs to this user or root.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from rankload._cache.access import is_private_group, is_trusted, others_may_replace
+from rankload._cache.access import has_access_list, is_private_group, is_trusted, others_may_replace
 from rankload._cache.files import retry_if_stale, wrap_read_errors
 from rankload._formats.hints import hint_on_directory
 from rankload._formats.sharded import has_weight_map, part_names
@@ -76,11 +76,10 @@ def hold(path: Path, sha256: str | None, stack: ExitStack, identity: FileIdentit
         LoadError: the index is damaged, or the file is not the verified one.
     """
     descriptors = _open_all(path, stack)
-    statuses = {name: os.fstat(descriptor) for name, descriptor in descriptors.items()}
-    identities = {name: FileIdentity.of(status) for name, status in statuses.items()}
+    identities = {name: FileIdentity.of(os.fstat(descriptor)) for name, descriptor in descriptors.items()}
     if identity is not None:
         _check_identity(path, identities[path.name], identity, descriptors[path.name])
-    is_changeable = any(_may_be_changed(status, is_verified=sha256 is not None) for status in statuses.values())
+    is_changeable = any(_may_be_changed(one, is_verified=sha256 is not None) for one in descriptors.values())
     if is_changeable or any(others_may_replace(path.parent / name) for name in descriptors):
         path = folder_of(descriptors, stack) / path.name
     return Held(path, descriptors, identities, is_changeable)
@@ -115,12 +114,15 @@ def _open(path: Path, stack: ExitStack) -> int:
     return descriptor
 
 
-def _may_be_changed(status: os.stat_result, *, is_verified: bool) -> bool:
-    """Return whether another user may write to a file.
+def _may_be_changed(descriptor: int, *, is_verified: bool) -> bool:
+    """Return whether another user may write to an open file.
 
     A group-writable file is accepted if no digest was verified: users may let colleagues write to checkpoints. With a
-    verified digest, the group must be private, or the digest would prove nothing.
+    verified digest, the group must be private, or the digest would prove nothing. Where a file has an access control
+    list, the group's bits are the most that any user or group in the list may do.
     """
+    status = os.fstat(descriptor)
     if not is_trusted(status.st_uid) or status.st_mode & stat.S_IWOTH:
         return True
-    return is_verified and bool(status.st_mode & stat.S_IWGRP) and not is_private_group(status.st_gid)
+    is_for_others = has_access_list(descriptor) or not is_private_group(status.st_gid)
+    return is_verified and bool(status.st_mode & stat.S_IWGRP) and is_for_others
