@@ -35,6 +35,7 @@ from rankload._fetch import download
 from rankload._fetch import lookup as cached
 from rankload._fetch.hub_names import HubRepository
 from rankload._fetch.hub_weights import OwnMemory
+from rankload._fetch.partials.owner import own_path
 from rankload._load.node import node_copy
 from rankload._platform import linux
 from rankload._platform.linux import birth_ns
@@ -780,6 +781,18 @@ def test_journal_of_another_user_is_not_read(good_url):
         os.truncate(journal, 4 << 30)
         [result] = run_ranks(fetch_in_bounded_memory, 1, env="none", args=(good_url, str(cache)), timeout_seconds=40)
         assert result.value == len(checkpoint_of({"w": GOOD}))
+
+
+@pytest.mark.fault(62)
+@pytest.mark.parametrize("pid", [2**31, 2**63, 10**30])
+@pytest.mark.parametrize("ending", ["", ".journal"])
+def test_partial_file_of_a_process_that_cannot_be(good_url, cache, pid, ending):
+    """Whoever may write to the directory sees in others' names how this machine is called there."""
+    machine = own_path(Entry(cache / "victim.pth")).name.split(".")[2].partition("-")[0]
+    cache.mkdir()
+    (cache / f"victim.pth.{machine}-{pid}-1-deadbeef.partial{ending}").touch()
+    assert rankload.dist_fetch(good_url, cache).read_bytes() == checkpoint_of({"w": GOOD})
+    assert files_in(cache) == [".rankload/victim.pth.json", "victim.pth"]
 
 
 # --- hash prefixes ---------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def _started_at(pid: int) -> str | None:
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has so large a number; anybody may choose a file's name
         return False
     except OSError:
         return True
