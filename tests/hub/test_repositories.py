@@ -197,6 +197,20 @@ def test_archive_that_is_refused_leaves_nothing(hub, run, home, kind):
     assert files_in(home / "hub") == ["trusted_list"]
 
 
+@pytest.mark.parametrize("mode", [0o755, 0o775, 0o777])
+def test_umask_lets_nobody_write_to_a_repository_who_may_not_write_beside_it(run, home, mode):
+    """Its code runs. Containers often have an umask of 0."""
+    directory = home / "hub"
+    directory.mkdir(parents=True)
+    directory.chmod(mode)
+    run("os.umask(0)\nsys.dont_write_bytecode = True\nreport(hub.load('owner/name', 'model', trust_repo=True))")
+    repository = directory / "owner_name_main"
+    for path in (repository, *repository.rglob("*")):
+        may_write = mode & 0o022 if path.is_dir() else 0
+        assert path.stat().st_mode & 0o022 == may_write, path
+    assert (directory / "trusted_list").stat().st_mode & 0o022 == mode & 0o022
+
+
 def test_offline(run):
     [message] = run("report(error_of(hub.load, 'owner/name', 'model', trust_repo=True))", env={"RANKLOAD_OFFLINE": "1"})
     assert message.startswith("OfflineError: owner/name")

@@ -149,8 +149,7 @@ def make_own_directory(directory: Path) -> None:
     """
     is_new = False
     with suppress(FileExistsError):
-        # an umask of 0, as in many containers, must not let more users in than the parent does
-        directory.mkdir(0o777 & ~(0o022 & ~_mode_of(directory.parent)))
+        directory.mkdir(mode_of_new_in(directory.parent))
         is_new = True
     # a network filesystem may report that a directory exists and then, from its cache of absent names, that it does not
     with suppress(FileNotFoundError):
@@ -158,6 +157,14 @@ def make_own_directory(directory: Path) -> None:
     if is_new:
         with suppress(OSError):
             _share_directory(directory)
+
+
+def mode_of_new_in(directory: Path) -> int:
+    """Return the mode of a new directory in another one, before the umask.
+
+    An umask of 0, as in many containers, must not let more users in than the parent does.
+    """
+    return 0o777 & ~(0o022 & ~_mode_of(directory))
 
 
 def _mode_of(directory: Path) -> int:

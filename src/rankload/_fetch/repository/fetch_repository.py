@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankload._cache.access import make_own_directory
+from rankload._cache.access import make_own_directory, mode_of_new_in
 from rankload._cache.directory import make_directory
 from rankload._cache.files import wrap_write_errors
 from rankload._cache.layout import Entry
@@ -76,7 +76,7 @@ def fetch_repository(request: RepositoryRequest, report: Report, settings: Setti
         check_reference(name, ref, report, settings)
     with _work_directory(path) as work:
         origin = _download(name, ref, work / "archive.zip")
-        unpack_repository(work / "archive.zip", work / "tree", origin)
+        unpack_repository(work / "archive.zip", work / "tree", origin, mode_of_new_in(request.hub_dir))
         with wrap_write_errors(path):
             _replace(path, work / "tree", work / "replaced")
     _logger.info("fetched %s:%s to %s", name, ref, path)
@@ -110,7 +110,7 @@ def _work_directory(path: Path) -> Iterator[Path]:
         make_own_directory(own)
         make_own_directory(entry.path.parent)
         work = own_path(entry)
-        work.mkdir()
+        work.mkdir(mode_of_new_in(path.parent))
     try:
         for other in partials_of(entry):
             owner = owner_of(other)

@@ -6,6 +6,7 @@ import logging
 from contextlib import suppress
 from pathlib import Path
 
+from rankload._cache.access import mode_of_new_in
 from rankload._cache.files import wrap_read_errors, wrap_write_errors
 from rankload._coordination.launchers import identity_from_environment
 from rankload._fetch.repository.repository_name import RepositoryName
@@ -33,7 +34,7 @@ def check_trust(name: RepositoryName, existing: Path | None, hub_dir: Path, trus
     """
     path = hub_dir / _LIST
     with suppress(OSError):
-        path.touch()
+        path.touch(0o666 & mode_of_new_in(hub_dir))
     is_trusted = name.owner in _TRUSTED_OWNERS or existing is not None or name.owner_name in _listed(path)
     if trust_repo is False or (trust_repo == "check" and not is_trusted):
         _ask(name, is_trusted)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import zipfile
 from pathlib import Path, PurePosixPath
 
+from rankload._cache.access import NEW_FILE_MODE
 from rankload._cache.files import wrap_write_errors
 from rankload._formats.unpack_limit import unpacked_limit
 from rankload._text import printable
 from rankload.errors import NotACheckpointError, VerificationError
 
 
-def unpack_repository(archive: Path, target: Path, origin: str) -> None:
+def unpack_repository(archive: Path, target: Path, origin: str, mode: int) -> None:
     """Unpack what lies in the one top folder of a zip archive.
 
     Links and modes are not restored: a link becomes a file, as with torch.hub.
@@ -21,6 +23,7 @@ def unpack_repository(archive: Path, target: Path, origin: str) -> None:
         archive: path of the archive.
         target: directory to make.
         origin: printable name of the archive's origin.
+        mode: mode of new directories, before the umask. Nobody else may write to the files, whatever the umask.
 
     Raises:
         VerificationError: the file is no zip archive with one top folder, a member would leave the folder, or the
@@ -36,21 +39,31 @@ def unpack_repository(archive: Path, target: Path, origin: str) -> None:
             if sum(member.file_size for member, _ in members) > unpacked_limit(archive.stat().st_size):
                 raise _refused(origin, "it unpacks to far more than its size")
             for member, path in members:
-                _unpack(opened, member, target.joinpath(*path.parts[1:]))
+                _unpack(opened, member, target.joinpath(*path.parts[1:]), mode)
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise NotACheckpointError(
             f"{origin}: it answers with something that is no zip archive ({error})", origin=origin, got="no zip archive"
         ) from error
 
 
-def _unpack(opened: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
+def _unpack(opened: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, mode: int) -> None:
     with wrap_write_errors(path):
         if member.is_dir():
-            path.mkdir(parents=True, exist_ok=True)
+            _make_directories(path, mode)
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with opened.open(member) as source, path.open("xb") as file:  # the archive promises the size: read no more
-            shutil.copyfileobj(source, file)
+        _make_directories(path.parent, mode)
+        with opened.open(member) as source, open(path, "xb", opener=_opened) as file:
+            shutil.copyfileobj(source, file)  # the archive promises the size: read no more
+
+
+def _make_directories(path: Path, mode: int) -> None:
+    for directory in reversed((path, *path.parents)):
+        if not directory.exists():
+            directory.mkdir(mode)
+
+
+def _opened(path: str, flags: int) -> int:
+    return os.open(path, flags, NEW_FILE_MODE)
 
 
 def _path_of(member: zipfile.ZipInfo, origin: str) -> PurePosixPath:
