@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import rankload
 from harness import fuse, other_host
 from harness.fetch_calls import fetch, files_in, left_in
 from harness.rank import mark
@@ -287,6 +288,27 @@ def test_nodes_whose_clocks_differ(origin, tmp_path, big_content, skews):
     assert origin.bytes_sent() == len(big_content)
     assert [name for name in left_in(tmp_path / "server") if name != probe.name] == []
     assert probe.exists()
+
+
+@pytest.mark.fault(34)
+def test_warm_call_on_a_host_with_another_clock_removes_no_living_holders_files(
+    origin, cache, big_content, monkeypatch
+):
+    """Another host is renewing the file; by this one's clock, it was last heard of an hour ago."""
+    url = origin.add(NAME, big_content)
+    rankload.dist_fetch(url, cache)
+    partial = f"{NAME}.ffffffff-7-7-deadbeef.partial"
+    others = [cache / name for name in (f".rankload/{NAME}.lease", partial, f"{partial}.journal")]
+    for path in others:
+        path.write_bytes(b"{}\n")
+    before = files_in(cache)
+    real_time = time.time
+    monkeypatch.setattr(time, "time", lambda: real_time() + HOUR)
+    rankload.dist_fetch(url, cache)
+    assert files_in(cache) == before
+    move_times(-HOUR, *others)
+    rankload.dist_fetch(url, cache)
+    assert files_in(cache) == [f".rankload/{NAME}.json", NAME]
 
 
 def read_with_clock_on_node(rank, url, paths, skews):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -175,13 +176,17 @@ def _tidy_up(entry: Entry, settings: Settings) -> None:
     """Remove the lease and partial files of a leader that was killed just after it published.
 
     No other leader would request that lease, since the file is cached. A living holder renews its lease three times per
-    lease duration. Waiting for ten durations leaves room for clocks that differ. Removing a living holder's lease costs
-    at most a second download.
+    lease duration. The times are those of the file server: the holder's host may have another clock than this one.
     """
     with suppress(OSError):
-        status, now = entry.lease_path.lstat(), time.time()
+        status = entry.lease_path.lstat()
         is_own = S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
-        if is_own and now - status.st_mtime > _LEASES_UNTIL_ABANDONED * settings.lease_seconds:
+        abandoned_at = status.st_mtime + _LEASES_UNTIL_ABANDONED * settings.lease_seconds
+        if not is_own or time.time() < abandoned_at:
+            return
+        with tempfile.TemporaryFile(dir=entry.lease_path.parent) as file:
+            now = os.fstat(file.fileno()).st_mtime
+        if now > abandoned_at:
             from rankload._fetch.partials.resume import remove_dead_partials
 
             entry.lease_path.unlink()
