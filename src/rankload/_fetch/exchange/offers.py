@@ -28,6 +28,7 @@ class Offer:
         may_fetch: whether it reaches the origin.
         may_split: whether the origin sends ranges, and other nodes can tell whether theirs are of the same version.
         version: the file's version; None if the node has nothing of it, and does not reach the origin.
+        url_key: key of the URL that the version is of; None if unknown.
         spans: ranges of bytes that it has.
     """
 
@@ -38,12 +39,17 @@ class Offer:
     may_fetch: bool = False
     may_split: bool = False
     version: Version | None = None
+    url_key: str | None = None
     spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def is_whole(self) -> bool:
         """Whether the origin is reached, but serves only the whole file."""
         return self.may_fetch and not self.may_split
+
+    def is_of(self, version: Version, url_key: str | None) -> bool:
+        """Return whether the offer is certainly of a URL's version."""
+        return self.version is not None and is_same(self.version, version, is_same_url=self.url_key == url_key)
 
     @property
     def may_others_ask(self) -> bool:
@@ -70,15 +76,17 @@ class Exchange:
         plan: which node fetches what.
         version: version of the file.
         secret: key that authenticates units.
+        url_key: key of the URL that the version is of; None if unknown.
     """
 
     plan: ExchangePlan
     version: Version
     secret: bytes
+    url_key: str | None = None
 
     def held(self, offer: Offer) -> frozenset[int]:
         """Return the units of this version that a node has."""
-        if offer.version is None or not is_same(offer.version, self.version):
+        if not offer.is_of(self.version, self.url_key):
             return frozenset()
         return units_within(offer.spans, self.plan.size_bytes, self.plan.unit_bytes)
 
@@ -87,7 +95,7 @@ class Exchange:
 
         Mirrors have other validators for the same file.
         """
-        if not offer.may_fetch or offer.version is None or not is_same(offer.version, self.version):
+        if not offer.may_fetch or offer.version is None or not offer.is_of(self.version, self.url_key):
             return None
         return replace(offer.version, claim=self.version.claim)
 
@@ -109,7 +117,8 @@ class Agreed:
         if (found := self.exchange) is None:
             return {"fetcher": self.fetcher, "plan": None}
         version, secret = _version_as_json(found.version), found.secret.hex()
-        return {"fetcher": None, "plan": vars(found.plan), "version": version, "secret": secret}
+        exchange = {"plan": vars(found.plan), "version": version, "secret": secret, "url_key": found.url_key}
+        return {"fetcher": None, **exchange}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Agreed:
@@ -120,7 +129,8 @@ class Agreed:
         tuples = {"ranks": tuple(plan["ranks"]), "fetchers": tuple(plan["fetchers"]), "missing": missing}
         version = _version_from_json(value["version"])
         assert version is not None
-        return cls(Exchange(ExchangePlan(**{**plan, **tuples}), version, bytes.fromhex(value["secret"])))
+        secret = bytes.fromhex(value["secret"])
+        return cls(Exchange(ExchangePlan(**{**plan, **tuples}), version, secret, value["url_key"]))
 
 
 def agreement_on(offers: Mapping[int, Offer], secret: bytes, chunk_bytes: int) -> Agreed:
@@ -140,52 +150,52 @@ def agreement_on(offers: Mapping[int, Offer], secret: bytes, chunk_bytes: int) -
         return Agreed()
     told = [offer for offer in others.values() if offer.version]
     sure = [offer for offer in told if offer.may_fetch or offer.has_file]  # the rest of a download may be of an old one
-    version = first.version if first.has_file else next((offer.version for offer in sure or told), None)
-    if version is None:  # the origin is out of order at the moment: one node tries for longer
+    chosen = first if first.has_file else next(iter(sure or told), None)
+    if chosen is None or chosen.version is None:  # the origin is out of order at the moment: one node tries for longer
         return Agreed(fetcher=next((rank for rank, offer in others.items() if offer.may_try), None))
-    members = {rank: offer for rank, offer in others.items() if _takes_part(offer, version, is_firsts=first.has_file)}
+    members = {rank: offer for rank, offer in others.items() if _takes_part(offer, chosen, is_firsts=first.has_file)}
     claims = (offer.version.claim for offer in members.values() if offer.version is not None)
-    version = replace(version, claim=next(filter(None, claims), None))
-    if (plan := _plan(members, version, chunk_bytes)) is not None:
-        return Agreed(Exchange(plan, version, secret))
+    version = replace(chosen.version, claim=next(filter(None, claims), None))
+    if (plan := _plan(members, version, chosen.url_key, chunk_bytes)) is not None:
+        return Agreed(Exchange(plan, version, secret, chosen.url_key))
     whole = [rank for rank, offer in others.items() if offer.is_whole]
     return Agreed(fetcher=whole[0]) if whole and not any(offer.may_split for offer in others.values()) else Agreed()
 
 
-def is_same(one: Version, other: Version) -> bool:
-    """Return whether two descriptions are certainly of one version. A date is not enough: parts of two would mix."""
+def is_same(one: Version, other: Version, *, is_same_url: bool) -> bool:
+    """Return whether two descriptions are certainly of one version. A date is not enough: parts of two would mix.
+
+    An ETag says that only of the versions at one URL: a mirror may give its own file the ETag of another URL's.
+    """
     if one.size_bytes != other.size_bytes:
         return False
     if one.claim and other.claim:
         return one.claim.sha256 == other.claim.sha256
-    return one.etag is not None and one.etag == other.etag
+    return is_same_url and one.etag is not None and one.etag == other.etag
 
 
-def _takes_part(offer: Offer, version: Version, *, is_firsts: bool) -> bool:
-    """Return whether a node can use what others have of a version.
+def _takes_part(offer: Offer, chosen: Offer, *, is_firsts: bool) -> bool:
+    """Return whether a node can use what others have of the version of the chosen offer.
 
     All nodes need the version that the first leader has. If that one has none yet, a node cannot if it has another
     version, or is offered one.
     """
-    is_other = offer.version is not None and not is_same(offer.version, version)
+    assert chosen.version is not None
+    is_other = offer.version is not None and not offer.is_of(chosen.version, chosen.url_key)
     return not (is_other and (offer.has_file or (offer.may_fetch and not is_firsts)))
 
 
-def _plan(members: Mapping[int, Offer], version: Version, chunk_bytes: int) -> ExchangePlan | None:
+def _plan(members: Mapping[int, Offer], version: Version, url_key: str | None, chunk_bytes: int) -> ExchangePlan | None:
     """Return the plan for an exchange; None if it is not possible, or nobody needs one."""
     size_bytes = version.size_bytes
     if not size_bytes or len(members) < 2 or all(offer.has_file for offer in members.values()):
         return None
     unit_bytes, held = unit_bytes_for(size_bytes, chunk_bytes), set[int]()
     for offer in members.values():
-        if offer.version is not None and is_same(offer.version, version):
+        if offer.is_of(version, url_key):
             held |= units_within(offer.spans, size_bytes, unit_bytes)
     missing = [unit for unit in range(count_units(size_bytes, unit_bytes)) if unit not in held]
-    fetchers = [
-        rank
-        for rank, offer in members.items()
-        if offer.may_split and offer.version is not None and is_same(offer.version, version)
-    ]
+    fetchers = [rank for rank, offer in members.items() if offer.may_split and offer.is_of(version, url_key)]
     return make_plan(size_bytes, unit_bytes, chunk_bytes, tuple(members), fetchers, missing)
 
 

@@ -147,6 +147,8 @@ class Share:
             agreed = self._agree(key, offer)
         if (exchange := self._own(agreed)) is None:
             return None
+        if exchange.version_for(offer) is None:  # this node fetches nothing: the file is that of the others' URL
+            url = next((one for one in request.urls if one.key == exchange.url_key), url)
         try:
             if partial.content is not None and not exchange.held(offer):
                 partial.clear()
@@ -170,7 +172,8 @@ class Share:
             is_as_sidecar_says = record is not None and record.vouched_by == "sidecar"
             claim = Claim(file.sha256, "sidecar" if is_as_sidecar_says else "another node's file")
             version = Version(file.size_bytes, etag, last_modified, claim)
-            offer = Offer(has_file=True, version=version, spans=((0, file.size_bytes),))
+            url_key = record.url_key if record is not None else None
+            offer = Offer(has_file=True, version=version, url_key=url_key, spans=((0, file.size_bytes),))
         agreed = self._agree(key, offer)
         if agreed.fetcher is not None:
             self._agree(f"{key}/again", Offer(is_alone=True))
@@ -201,11 +204,15 @@ class Share:
             version = answer.version
             if request.sha256 is not None and request.sha256_source == "sidecar":  # other nodes may not reach it
                 version = replace(version, claim=Claim(request.sha256, "sidecar"))
-            if content is None or content.url_key != url.key or not is_same(content.version, version):
+            if content is None or not is_same(content.version, version, is_same_url=content.url_key == url.key):
                 spans = ()
-            may_split = not answer.is_whole and bool(version.size_bytes) and is_same(version, version)
-            return url, Offer(may_try=True, may_fetch=True, may_split=may_split, version=version, spans=spans)
-        offer = Offer(may_try=not request.offline, version=content.version if content else None, spans=spans)
+            may_split = not answer.is_whole and bool(version.size_bytes) and is_same(version, version, is_same_url=True)
+            return url, Offer(
+                may_try=True, may_fetch=True, may_split=may_split, version=version, url_key=url.key, spans=spans
+            )
+        offer = Offer(may_try=not request.offline)
+        if content is not None:
+            offer = replace(offer, version=content.version, url_key=content.url_key, spans=spans)
         return request.url, offer
 
     def _agree(self, key: str, offer: Offer) -> Agreed:
