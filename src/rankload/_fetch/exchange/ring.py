@@ -204,21 +204,32 @@ class Ring:
                     self.received_bytes += end - begin
                     state.bring(begin, content)
                     self._ready.append((unit, tag))
+            with self._choosing:
+                lost_count = len(self._foreign)
+            if lost_count:  # what this node fetches instead left the set before it told the node before
+                raise CoordinationError(
+                    f"{lost_count} units did not come from {self._sender}, which has sent all that this node lacks: "
+                    "something between the nodes takes them away; nothing was published; check the network, choose "
+                    "another one by GLOO_SOCKET_IFNAME, or pass scope='node'"
+                )
         finally:
             writer.close()
 
     def _receive_unit(self) -> tuple[int, bytearray, bytes] | None:
         """Return the next unit, its bytes and its tag; None after the last."""
-        sender = f"rank {self._upstream.link.rank} on {self._upstream.link.host}"
         head = bytes(self._upstream.receive(HEAD_BYTES))
         unit, length = read_head(head)
         begin, end = self.plan.span(unit) if unit in self.plan.units else (0, 0 if unit == END else -1)
         if length != end - begin:
-            raise CoordinationError(f"{sender} sent unit {unit} with {length} bytes, which nobody expects")
+            raise CoordinationError(f"{self._sender} sent unit {unit} with {length} bytes, which nobody expects")
         content = self._upstream.receive(length)
         tag = bytes(self._upstream.receive(TAG_BYTES))
-        check_tag(self._key, head, content, tag, sender)
+        check_tag(self._key, head, content, tag, self._sender)
         return None if unit == END else (unit, content, tag)
+
+    @property
+    def _sender(self) -> str:
+        return f"rank {self._upstream.link.rank} on {self._upstream.link.host}"
 
     def _ignore_units(self) -> None:
         """Wait until the node before knows that this one has all units."""
