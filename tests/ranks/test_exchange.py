@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_functions import Outcome, outcomes, try_to_load
+from rank_functions import Outcome, at_store_operation, outcomes, try_to_load
 from safetensors.torch import save
 
 import rankload
@@ -349,6 +351,29 @@ def load_with_trouble(rank: int, url: str, root: str, name: str, scope: str = "a
 
 def no_way_here(*arguments: Any) -> Any:
     raise CoordinationError("no way here")
+
+
+def load_until_connecting(rank: int, url: str, root: str, killed: int) -> Outcome:
+    """Rank ``killed`` dies before it says how to reach it."""
+    if rank != killed:
+        return load_by_default(rank, url, root)
+    with at_store_operation("set", "/way/", lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        return load_by_default(rank, url, root)
+
+
+@pytest.mark.fault(92)
+@pytest.mark.parametrize("killed", [0, 1])
+def test_node_that_dies_while_nodes_connect_is_no_node_that_cannot_be_reached(
+    origin: Origin, big: CheckpointFile, tmp_path: Path, short_deadlines: float, killed: int
+) -> None:
+    url = origin.add("big.pth", big.path)
+    with start_ranks(load_until_connecting, 3, nodes=3, args=(url, str(tmp_path), killed)) as group:
+        dead = group.wait_for_end(killed)
+        results = [group.wait_for_end(rank) for rank in range(3) if rank != killed]
+    assert dead.exitcode == -signal.SIGKILL
+    for result, ended in zip(results, outcomes(results), strict=True):
+        assert ended.error == "RankLostError" and ended.ended_at - ended.started_at < short_deadlines + 2, ended
+        assert "each node fetches the file for itself" not in result.stderr
 
 
 def test_offline_nodes_of_which_none_has_the_file(big: CheckpointFile, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def try_to_connect_ring(key: str, ranks: tuple[int, ...], channel: Channel, seco
     except UnconnectedError:
         pass
     except CoordinationError as error:
-        if error.rank is not None:  # another rank's error, which ends the call
+        if error.rank is not None or type(error) is not CoordinationError:  # another rank's error, or a lost rank
             raise
         _logger.warning("%s; each node fetches the file for itself", error)
         channel.post(alarm, {})
