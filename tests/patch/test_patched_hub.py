@@ -124,15 +124,19 @@ def test_unknown_version_is_left_alone(monkeypatch, caplog):
     assert "left alone" in caplog.text and huggingface_hub.KNOWN_VERSIONS in caplog.text
 
 
-def test_stamp_of_an_error_has_no_signed_query() -> None:
+@pytest.mark.parametrize(
+    "url", ["https://cdn.example/blob?Expires=1&Signature=secret", "https://user:secret@hub.example/org/one"]
+)
+def test_stamp_of_an_error_has_no_secret_of_the_url(url: str) -> None:
     pytest.importorskip("huggingface_hub.errors")
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
     from rankload._patch import huggingface_hub
 
-    url = "https://cdn.example/blob?Expires=1&Signature=secret"
     response = httpx2.Response(403, request=httpx2.Request("GET", url))
     wire = huggingface_hub._encode(HfHubHTTPError(f"403 for url {url}", response=response))
     assert wire is not None and wire["status"] == 403 and "secret" not in json.dumps(wire)
+    rebuilt = huggingface_hub._decode(wire)
+    assert isinstance(rebuilt, HfHubHTTPError) and rebuilt.response.url.host in url
     assert "secret" not in huggingface_hub._endpoint_key("https://user:secret@hub.example")

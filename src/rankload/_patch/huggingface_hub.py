@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from rankload._api.once_per_job import ErrorCodec, once_per_job
-from rankload._urls import redact_text, url_key
+from rankload._urls import redact, redact_text, url_key
 
 _logger = logging.getLogger("rankload")
 
@@ -141,7 +141,7 @@ def _encode(error: Exception) -> dict[str, Any] | None:
         "type": type(error).__name__,
         "message": "\n".join(map(redact_text, str(error.args[0] if error.args else error).split("\n"))),
         "status": int(response.status_code),
-        "url": str(response.url).partition("?")[0],  # a signed query would let readers of the stamp in
+        "url": redact(str(response.url)).partition("?")[0],  # a query or a password would let readers of the stamp in
     }
 
 
