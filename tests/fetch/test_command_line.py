@@ -84,6 +84,21 @@ def test_header_is_not_for_several_servers(origin, cache, checkpoint):
         assert origin.request_count() == other.request_count() == 0
 
 
+@pytest.mark.fault(63)
+def test_header_is_not_for_the_servers_of_several_names(origin, cache, tmp_path, monkeypatch):
+    """Names in a table stand for URLs."""
+    monkeypatch.chdir(tmp_path)
+    with Origin() as elsewhere:
+        urls = {"one": origin.add("a.bin", b"a"), "two": elsewhere.add("b.bin", b"b"), "three": origin.add("c.bin", b"c")}
+        (tmp_path / "rankload.toml").write_text("".join(f"[{name}]\nurl = '{urls[name]}'\n" for name in urls))
+        options = ("--model-dir", cache, "--any-file", "--header", f"Authorization: {TOKEN}")
+        done = prefetch("one", "two", *options)
+        assert done.returncode == 2 and "headers are for one server" in done.stderr and "SECRET" not in done.stderr
+        assert origin.request_count() == elsewhere.request_count() == 0
+        assert prefetch("one", "three", urls["one"], *options).returncode == 0
+        assert {request.headers["authorization"] for request in origin.requests()} == {TOKEN}
+
+
 def test_header_for_several_files_of_one_server(origin, cache, checkpoint):
     urls = [origin.add(name, checkpoint.path, required_headers={"Authorization": TOKEN}) for name in ("a.pth", "b.pth")]
     done = prefetch(*urls, "--model-dir", cache, "--header", f"Authorization: {TOKEN}")

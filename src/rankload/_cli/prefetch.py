@@ -83,7 +83,7 @@ def prefetch(
         if value and len(urls) > 1:
             raise typer.BadParameter("this option is for one file; pass one URL", param_hint=option)
     headers = dict(map(_split, _lines(header or [])))
-    if headers and len({server_of(url) or scheme_of(url) for url in urls}) > 1:
+    if headers and len({_server_of(url) for url in urls}) > 1:
         raise typer.BadParameter("headers are for one server, but the URLs are on several", param_hint="--header")
 
     def fetch(url: str) -> Path:
@@ -119,6 +119,15 @@ def prefetch(
         raise
     if has_failed:
         raise typer.Exit(1)
+
+
+def _server_of(url: str) -> object:
+    """Return what two URLs, or names in a table, of one server have in common."""
+    from rankload._fetch.checkpoint_table import find_checkpoint
+
+    if (named := find_checkpoint(url)) is not None:
+        url = named.urls[0]
+    return server_of(url) or scheme_of(url)
 
 
 def in_order(function: Callable[[str], T], arguments: Sequence[str], count: int) -> Iterator[T | Exception]:
