@@ -89,7 +89,8 @@ def test_header_is_not_for_the_servers_of_several_names(origin, cache, tmp_path,
     """Names in a table stand for URLs."""
     monkeypatch.chdir(tmp_path)
     with Origin() as elsewhere:
-        urls = {"one": origin.add("a.bin", b"a"), "two": elsewhere.add("b.bin", b"b"), "three": origin.add("c.bin", b"c")}
+        urls = {name: origin.add(f"{name}.bin", b"file") for name in ("one", "three")}
+        urls["two"] = elsewhere.add("two.bin", b"file")
         (tmp_path / "rankload.toml").write_text("".join(f"[{name}]\nurl = '{urls[name]}'\n" for name in urls))
         options = ("--model-dir", cache, "--any-file", "--header", f"Authorization: {TOKEN}")
         done = prefetch("one", "two", *options)

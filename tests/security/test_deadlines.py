@@ -132,6 +132,35 @@ def test_sidecar_is_the_same_error_on_all_ranks(reply, cache):
     assert files_in(cache) == []
 
 
+def error_of_the_hub(rank, call, url):
+    """The error of a call that the Hub does not answer; asserts how long the call takes."""
+    import huggingface_hub.hf_api  # noqa: F401 - takes longer than the deadline
+
+    began_at = time.monotonic()
+    with pytest.raises(rankload.FetchError) as caught:
+        rankload.open_checkpoint(url) if call == "open" else rankload.dist_fetch(url, progress=False)
+    assert time.monotonic() - began_at < 2 * IN_ALL_SECONDS
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.mark.fault(64)
+@pytest.mark.parametrize(
+    ("call", "path", "ranks"), [("fetch", "", 2), ("fetch", "/model.safetensors", 2), ("open", "", 1)]
+)
+@pytest.mark.parametrize("reply", [endless_header, trickling_body_of_any_length])
+def test_list_of_a_repository(reply, call, path, ranks, tmp_path):
+    """The client waits for each byte by itself."""
+    with RawOrigin(reply) as origin:
+        environment = {
+            "HF_ENDPOINT": origin.url("").rstrip("/"),
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        args, rank_env = (call, f"hf://org/tiny{path}"), dict.fromkeys(range(ranks), environment)
+        for result in run_ranks(error_of_the_hub, ranks, args=args, rank_env=rank_env, timeout_seconds=60):
+            assert result.value.startswith("FetchTimeoutError: hf://org/tiny: not a byte came"), result.describe()
+
+
 def test_reader_of_a_sidecar_hears_of_other_ranks(cache, monkeypatch):
     """The deadline is far away: it is another rank's failure that ends the read."""
     monkeypatch.setenv("RANKLOAD_REPORT_SECONDS", "0.2")

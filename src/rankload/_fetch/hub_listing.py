@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from rankload._fetch.bounded_read import ReadDeadline
 from rankload._fetch.origins.filesystem import wrap_any_errors
 from rankload._fetch.transfer.retry import Retries, pause
+from rankload._platform.daemon_threads import DeadlineThread
 from rankload._settings import Settings
-from rankload._types import Report
+from rankload._types import Progress, Report
 from rankload.errors import FetchError, HTTPStatusError
 
 #: Name of a commit of git.
@@ -73,34 +78,70 @@ def list_repository(name: str, revision: str | None, settings: Settings, report:
         name: ``org/name``.
         revision: branch, tag or commit; None for the main branch.
         settings: deadline and retries.
-        report: called during pauses.
+        report: called during the wait, and during pauses.
 
     Raises:
+        FetchTimeoutError: the Hub's answer did not come within ``progress_seconds``.
         FetchError: the Hub does not answer, or has no such repository or revision, or none for this token.
     """
     key = (os.environ.get("HF_ENDPOINT"), name, revision)
     if is_commit(revision) and (known := _at_commit.get(key)) is not None:
         return known
     display_name = f"hf://{name}" + (f"@{revision}" if revision else "")
-    retries, attempt = Retries(settings), 0
+    report = report or (lambda progress: None)
+    with wrap_any_errors(display_name, display_name):
+        from huggingface_hub import HfApi  # slow to import: this does not count towards the deadline
+
+        api = HfApi()
+    deadline, retries, attempt = ReadDeadline(display_name, settings.progress_seconds), Retries(settings), 0
     while True:
         attempt += 1
-        try:
-            found = _ask(name, revision, display_name, settings.progress_seconds)
+        ask = functools.partial(_ask, api, name, revision, display_name, settings.progress_seconds)
+        outcome = _await(ask, deadline, report, attempt)
+        if isinstance(outcome, HubListing):
             break
-        except FetchError as error:
-            pause(retries.pause_after(error), report or (lambda progress: None), attempt)
-    _at_commit[key[0], name, found.commit] = found
-    return found
+        pause(retries.pause_after(outcome), report, attempt)
+    _at_commit[key[0], name, outcome.commit] = outcome
+    return outcome
 
 
-def _ask(name: str, revision: str | None, display_name: str, timeout: float) -> HubListing:
+def _await(
+    ask: Callable[[], HubListing | FetchError], deadline: ReadDeadline, report: Report, attempt: int
+) -> HubListing | FetchError:
+    """Ask on another thread: the client's own timeout bounds only the wait for the next byte.
+
+    Raises:
+        FetchTimeoutError: the deadline passed.
+        RankloadError: any error of ``report``.
+    """
+
+    def check_cancelled() -> None:
+        report(Progress("connecting", 0, None, attempt))
+        deadline.check(0)
+
+    report(Progress("connecting", 0, None, attempt))
+    deadline.start_try()
+    with closing(DeadlineThread("rankload-hub")) as calls:
+        outcome = calls.call(ask, on_wait=check_cancelled)
+    if not isinstance(outcome, HubListing):
+        deadline.check(0)  # the client's timeout is as long as the deadline: then do not retry
+    return outcome
+
+
+def _ask(api: Any, name: str, revision: str | None, display_name: str, timeout: float) -> HubListing | FetchError:
+    """Return the Hub's answer, or its error. So an error that the wait raises is always the caller's."""
+    try:
+        return _answer(api, name, revision, display_name, timeout)
+    except FetchError as error:
+        return error
+
+
+def _answer(api: Any, name: str, revision: str | None, display_name: str, timeout: float) -> HubListing:
     with wrap_any_errors(display_name, display_name):
-        from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
-            found = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=timeout)
+            found = api.model_info(name, revision=revision, files_metadata=True, timeout=timeout)
         except HfHubHTTPError as error:
             raise _status_error(error, display_name) from None
         blobs = {sibling.rfilename: _blob_of(sibling) for sibling in found.siblings or []}

@@ -19,7 +19,7 @@ from rankload._settings import Settings
 from rankload._text import printable
 from rankload._types import Report
 from rankload._urls import OWN_DIRECTORY, url_key
-from rankload.errors import FetchError, NetworkError, OfflineError
+from rankload.errors import FetchError, FetchTimeoutError, NetworkError, OfflineError
 
 _logger = logging.getLogger("rankload")
 
@@ -94,8 +94,8 @@ def resolve_weights(
         settings = replace(settings, retries=0)
     try:
         listing = list_repository(repository.name, repository.revision, settings, report)
-    except NetworkError as error:
-        if known is None:
+    except (NetworkError, FetchTimeoutError) as error:
+        if known is None or error.is_from_another_rank:
             raise
         _logger.warning("%s; using what an earlier call has found: %s", error.message, known)
         return known
