@@ -14,6 +14,7 @@ from harness.namespace import namespace
 from harness.nginx import nginx
 from harness.nginx_behaviours import Behaviour
 from harness.origin import Origin
+from harness.ranks import run_ranks
 from harness.raw_origin import RawOrigin
 from rankload._fetch.origins.filesystem import wrap_any_errors
 
@@ -224,6 +225,28 @@ def test_no_error_of_a_filesystem_shows_a_secret_or_leads_to_one(cache, url, mon
             call()
         assert "SECRET" not in everything_in(caught.value, set())
         assert caught.value.__context__ is None
+
+
+def context_of_the_hubs_error(rank, call, url):
+    with pytest.raises(rankload.FetchError) as caught:
+        getattr(rankload, call)(url)
+    return repr(caught.value.__context__) + everything_in(caught.value, set())
+
+
+@pytest.mark.parametrize(
+    ("call", "url"),
+    [
+        ("dist_fetch", "hf://a/b"),
+        ("open_checkpoint", "hf://a/b"),
+        ("dist_fetch", "hf://a/b/c"),
+        ("dist_snapshot", "a/b"),
+    ],
+)
+def test_no_error_of_the_hub_leads_to_a_request_with_the_token(origin, tmp_path, call, url):
+    endpoint = origin.base_url.replace("//", "//user:SECRET@")
+    variables = {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_SECRET", "HF_HOME": str(tmp_path), "RANKLOAD_RETRIES": "0"}
+    [result] = run_ranks(context_of_the_hubs_error, 1, args=(call, url), rank_env={0: variables})
+    assert result.value.startswith("None") and "SECRET" not in result.value
 
 
 @pytest.mark.parametrize(

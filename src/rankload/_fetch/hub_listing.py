@@ -12,6 +12,7 @@ from typing import Any
 
 from rankload._fetch.bounded_read import ReadDeadline
 from rankload._fetch.origins.filesystem import wrap_any_errors
+from rankload._fetch.origins.http_errors import raise_alone
 from rankload._fetch.transfer.retry import Retries, pause
 from rankload._platform.daemon_threads import DeadlineThread
 from rankload._settings import Settings
@@ -143,7 +144,7 @@ def _answer(api: Any, name: str, revision: str | None, display_name: str, timeou
         try:
             found = api.model_info(name, revision=revision, files_metadata=True, timeout=timeout)
         except HfHubHTTPError as error:
-            raise _status_error(error, display_name) from None
+            raise_alone(_status_error(error, display_name))
         blobs = {sibling.rfilename: _blob_of(sibling) for sibling in found.siblings or []}
         if not is_commit(found.sha):
             raise FetchError(f"{display_name}: the Hub names no commit", url=display_name)

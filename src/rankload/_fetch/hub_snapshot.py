@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rankload._fetch.origins.filesystem import wrap_any_errors
+from rankload._fetch.origins.http_errors import raise_alone
 from rankload._settings import Settings
 from rankload._urls import redact_text
 from rankload.errors import NetworkError, OfflineError
@@ -30,7 +31,7 @@ def download_snapshot(repo_id: str, revision: str | None, directory: Path, setti
             )
         except LocalEntryNotFoundError as error:
             if not is_offline:  # huggingface_hub's word for a Hub that does not answer
-                raise NetworkError(f"{display_name}: {redact_text(str(error))}", url=display_name) from None
+                raise_alone(NetworkError(f"{display_name}: {redact_text(str(error))}", url=display_name))
             text = f"{display_name}: offline mode is on, and the cache lacks it: {error}"
-            raise OfflineError(text, url=display_name) from None
+            raise_alone(OfflineError(text, url=display_name))
     return Path(found)
