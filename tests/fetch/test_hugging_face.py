@@ -71,10 +71,26 @@ def fetch_error(rank, url, cache):
     return caught.value.source
 
 
-@pytest.mark.parametrize("endpoint", ["http://[mirror", "http://mirror:port", "mirror.example"])
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://[mirror",
+        "http://mirror:port",
+        "mirror.example",
+        "http://user:SECRET/x@mirror",
+        "http://user:x@SECRET@mirror",
+    ],
+)
 def test_endpoint_that_is_no_url(origin, cache, monkeypatch, endpoint):
     """It is named where it counts, and disturbs nobody else."""
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    with pytest.raises(rankload.ArgumentError, match="HF_ENDPOINT"):
-        rankload.dist_fetch("hf://org/tiny/weights.bin", cache)
+    for call in (
+        lambda: rankload.dist_fetch("hf://org/tiny/weights.bin", cache),
+        lambda: rankload.dist_fetch("hf://org/tiny", cache),
+        lambda: rankload.open_checkpoint("hf://org/tiny"),
+        lambda: rankload.dist_snapshot("org/tiny", cache_dir=cache),
+    ):
+        with pytest.raises(rankload.ArgumentError, match="HF_ENDPOINT") as caught:
+            call()
+        assert "SECRET" not in str(caught.value)
     assert rankload.dist_fetch(origin.add("file.bin", b"content"), cache).read_bytes() == b"content"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rankload._cache.files import wrap_write_errors
 from rankload._fetch.hub_listing import is_commit
-from rankload._fetch.hub_names import HubFile, HubRepository
+from rankload._fetch.hub_names import HubFile, HubRepository, check_endpoint
 from rankload._fetch.hub_weights import choose_weights
 from rankload._fetch.origins.filesystem import wrap_any_errors
 from rankload._formats.source import open_regular
@@ -32,8 +32,10 @@ def cache_directory() -> Path:
     """Return the directory of huggingface_hub's cache.
 
     Raises:
+        ArgumentError: ``HF_ENDPOINT`` is no URL.
         FetchError: huggingface_hub is not installed.
     """
+    check_endpoint()
     with wrap_any_errors("hf://", "the Hugging Face Hub"):
         from huggingface_hub import constants
 

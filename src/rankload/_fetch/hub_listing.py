@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankload._fetch.bounded_read import ReadDeadline
+from rankload._fetch.hub_names import check_endpoint
 from rankload._fetch.origins.filesystem import wrap_any_errors
 from rankload._fetch.origins.http_errors import raise_alone
 from rankload._fetch.transfer.retry import Retries, pause
@@ -82,9 +83,11 @@ def list_repository(name: str, revision: str | None, settings: Settings, report:
         report: called during the wait, and during pauses.
 
     Raises:
+        ArgumentError: ``HF_ENDPOINT`` is no URL.
         FetchTimeoutError: the Hub's answer did not come within ``progress_seconds``.
         FetchError: the Hub does not answer, or has no such repository or revision, or none for this token.
     """
+    check_endpoint()
     key = (os.environ.get("HF_ENDPOINT"), name, revision)
     if is_commit(revision) and (known := _at_commit.get(key)) is not None:
         return known

@@ -1,11 +1,15 @@
-"""Names on the Hugging Face Hub: repositories and files in ``hf://`` URLs."""
+"""Names on the Hugging Face Hub: repositories and files in ``hf://`` URLs, and the Hub's own address."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import parse_qsl, quote, unquote
+
+from rankload._urls import server_of
+from rankload.errors import ArgumentError
 
 #: A repository of models, and an optional revision. Slashes in a revision are %2F, but for those of refs that the Hub
 #: itself makes (huggingface_hub, HfFileSystem: SPECIAL_REFS_REVISION_REGEX).
@@ -16,6 +20,18 @@ _FILE_URL = re.compile(_REPOSITORY + r"/(?P<path>[^?#]+)")
 
 #: First parts of a URL that name another kind of repository.
 _OTHER_KINDS = frozenset({"datasets", "spaces", "buckets", "kernels"})
+
+
+def check_endpoint() -> None:
+    """Check the address of the Hub in the environment, before huggingface_hub is imported.
+
+    With an invalid one it fails at import, and would seem not to be installed. Its error may show a part of a password.
+
+    Raises:
+        ArgumentError: ``HF_ENDPOINT`` is no URL.
+    """
+    if (endpoint := os.environ.get("HF_ENDPOINT")) and server_of(endpoint) is None:
+        raise ArgumentError("HF_ENDPOINT is not an http or https URL with a host: correct it, or unset it")
 
 
 @dataclass(frozen=True)

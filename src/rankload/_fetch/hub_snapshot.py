@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rankload._fetch.hub_names import check_endpoint
 from rankload._fetch.origins.filesystem import wrap_any_errors
 from rankload._fetch.origins.http_errors import raise_alone
 from rankload._settings import Settings
@@ -16,10 +17,12 @@ def download_snapshot(repo_id: str, revision: str | None, directory: Path, setti
     """Download a snapshot, or find it in the cache, and return its directory, whose name is the commit.
 
     Raises:
+        ArgumentError: ``HF_ENDPOINT`` is no URL.
         OfflineError: offline mode is on, and the snapshot is not in the cache.
         FetchError: the Hub does not serve it.
     """
     display_name = f"hf://{repo_id}" + (f"@{revision}" if revision else "")
+    check_endpoint()
     with wrap_any_errors(display_name, display_name):
         from huggingface_hub import constants, snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError

@@ -7,20 +7,18 @@ redirects, checks validators, and uses the digest that the Hub gives.
 from __future__ import annotations
 
 import functools
-import os
 from contextlib import AbstractContextManager
 
 from typing_extensions import override
 
-from rankload._fetch.hub_names import HubFile
+from rankload._fetch.hub_names import HubFile, check_endpoint
 from rankload._fetch.origins.credentials import Headers
 from rankload._fetch.origins.filesystem import filesystem_of, wrap_any_errors
 from rankload._fetch.origins.http import HttpOrigin
 from rankload._fetch.origins.http_body import HttpBody
 from rankload._fetch.origins.origin import Origin, Version
 from rankload._settings import Settings
-from rankload._urls import Url, server_of
-from rankload.errors import ArgumentError
+from rankload._urls import Url
 
 
 class HuggingFaceOrigin(Origin):
@@ -43,9 +41,7 @@ class HuggingFaceOrigin(Origin):
 
     @functools.cached_property
     def _http(self) -> HttpOrigin:
-        if (endpoint := os.environ.get("HF_ENDPOINT")) and server_of(endpoint) is None:
-            # with such a value huggingface_hub fails at import, and would seem not to be installed
-            raise ArgumentError("HF_ENDPOINT is not an http or https URL with a host: correct it, or unset it")
+        check_endpoint()
         with wrap_any_errors(self.url.raw, self.display_name):
             return HttpOrigin(Url.parse(_address_of(self.url.raw)), self._headers, self._settings)
 
