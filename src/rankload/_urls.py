@@ -32,6 +32,8 @@ _SCHEME = re.compile(r"(?:(https?):/*|([a-z][a-z0-9+.:-]*):/+)", re.IGNORECASE)
 #: Host names may use any alphabet (IDNA). An ``@`` in a password must be percent-encoded.
 _AUTHORITY = re.compile(r"(?:[^@/\\?#\[\]]*@)?(?:\[[0-9A-Fa-f:.]+\]|[^@:/\\?#\[\]%]+)(?::[0-9]{0,5})?")
 
+#: A URL after something else: a blank or a line break, as in a file that was read; a quotation mark; ``url=``.
+_LATER_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 #: Separator between the URLs of an fsspec chain: ``zip://inner.pth::https://host/outer.zip``.
 _NEXT_OF_CHAIN = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.-]*:/)")
@@ -174,7 +176,8 @@ def redact(url: str) -> str:
     """
     match, scheme = _SCHEME.match(url), scheme_of(url)
     if match is None:  # a path
-        return printable(url)
+        later = _LATER_URL.search(url)
+        return printable(url) if later is None else printable(url[: later.start()]) + redact(url[later.start() :])
     if scheme not in WEB_SCHEMES and len(chain := _NEXT_OF_CHAIN.split(url)) > 1:
         return "::".join(map(redact, chain))
     rest = url[match.end() :]
@@ -253,15 +256,23 @@ def local_path_of(url: str) -> Path | None:
     return expanded(url).absolute() if scheme is None else None
 
 
-def hint_on_scheme(location: str) -> str:
-    """Return advice to append to a message on a missing file that looks like a URL without a scheme."""
-    found = _HOST_AND_FOLDER.match(location)
-    return f"; if a URL is meant, write https://{found['host']}…" if found else ""
+def mistyped_url(location: str) -> tuple[str, str] | None:
+    """Return what a path is called that is probably a mistyped URL, without secrets, and advice for a message.
+
+    None for a path that does not look like one.
+    """
+    if _LATER_URL.search(location):
+        return redact(location), "; if a URL is meant, remove what stands before it"
+    if found := _HOST_AND_FOLDER.match(location):
+        shown = redact(f"https://{location.lstrip('/')}").partition("://")[2]
+        return shown, f"; if a URL is meant, write https://{found['host']}…"
+    return None
 
 
-#: ``example.com/`` or ``localhost:8000/``, optionally with a user.
+#: ``example.com/``, ``localhost:8000/`` or ``user:password@host/``, optionally with a user, and after two slashes.
 _HOST_AND_FOLDER = re.compile(
-    r"(?:[^/@]+@)?(?P<host>(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}(?::[0-9]+)?/|[A-Za-z0-9.-]+:[0-9]+/)"
+    r"(?://)?(?:[^/@]+@)?(?P<host>(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}(?::[0-9]+)?/|[A-Za-z0-9.-]+:[0-9]+/|"
+    r"(?<=@)[A-Za-z0-9.-]+/)"
 )
 
 

@@ -7,6 +7,7 @@ import traceback
 import pytest
 
 import rankload
+import rankload.hub
 from harness.fetch_calls import files_in
 from rankload._urls import redact, server_of, url_key, why_refused
 
@@ -152,6 +153,7 @@ def test_signed_url_is_the_same_file_the_next_day(signed):
         "zip://folder/m.pth::https://user:SECRET@host/m.zip?SECRET",
         "simplecache::s3://key:SEC/RET@bucket/m.pth",
         "http://host/m.pth\x1b[2J\n\u202e",
+        " https://user:SECRET@host/m.pth?SECRET",
     ],
 )
 def test_redacted_url_is_printable_and_has_no_secret(url):
@@ -159,12 +161,61 @@ def test_redacted_url_is_printable_and_has_no_secret(url):
     assert shown.isprintable() and "SECRET" not in shown and "RET@" not in shown
 
 
-@pytest.mark.parametrize("call", [rankload.dist_fetch, rankload.load, rankload.open_checkpoint])
-@pytest.mark.parametrize("url", ["host.example/m.pth?SECRET", "user:SECRET@host.example/m.pth", "u:SECRET@host:8000/m"])
-def test_url_without_a_scheme_is_shown_without_its_secrets(url, call):
+CALLS = [
+    rankload.dist_fetch,
+    rankload.load,
+    rankload.open_checkpoint,
+    lambda url: rankload.dist_fetch(url, sidecar=True),
+    lambda url: rankload.hub.download_url_to_file(url, "copy", progress=False),
+]
+
+
+def expect_no_secret(error):
+    assert "SECRET" not in "".join(traceback.format_exception_only(error)) + repr(vars(error))
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "host.example/m.pth?SECRET",
+        "user:SECRET@host.example/m.pth",
+        "u:SECRET@host:8000/m",
+        "u:SECRET@host/m",
+        "//u:SECRET@host/m",
+        "//host.example/m.pth?SECRET",
+    ],
+)
+def test_url_without_a_scheme_is_shown_without_its_secrets(url, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(rankload.CacheError, match="if a URL is meant, write https://host") as caught:
         call(url)
-    assert "SECRET" not in "".join(traceback.format_exception_only(caught.value)) + repr(vars(caught.value))
+    expect_no_secret(caught.value)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("before", [" ", "\n", "\ufeff", "'", "<", "url=", "-"])
+def test_url_after_something_else_is_shown_without_its_secrets(before, call, tmp_path, monkeypatch):
+    """Such as a blank, or what an editor has put at the beginning of a file."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(rankload.CacheError, match="if a URL is meant, remove what stands before it") as caught:
+        call(f"{before}https://user:SECRET@host/m.pth?sig=SECRET/{'SECRET' * 100}")
+    expect_no_secret(caught.value)
+
+
+def test_complaint_about_a_hash_prefix_shows_no_query(cache):
+    with pytest.raises(rankload.ArgumentError, match="has no hash prefix") as caught:
+        rankload.dist_fetch("host.example/m.pth?SECRET", cache, check_hash=True)
+    expect_no_secret(caught.value)
+
+
+def test_path_that_looks_like_a_url_is_one_if_it_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("host.example/m.pth", "mirror/https:/host/m.pth"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"file")
+    for path in ("host.example/m.pth", "mirror/https://host/m.pth"):
+        assert rankload.dist_fetch(path).read_bytes() == b"file"
 
 
 @pytest.mark.parametrize("name", ["/.rankload", "/.RANKLOAD", "/a/.rankload?x", "/.."])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rankload._cache.access import is_trusted, name_of
-from rankload._urls import hint_on_scheme, redact
+from rankload._urls import mistyped_url
 from rankload.errors import CacheError, MissingFileError, RankloadError
 
 T = TypeVar("T")
@@ -46,12 +46,12 @@ def wrap_read_errors(path: Path | str) -> Iterator[None]:
 
 
 def check_has_scheme(location: str, path: Path) -> None:
-    """Raise MissingFileError if a path does not exist and looks like a URL without a scheme.
+    """Raise MissingFileError if a path does not exist and looks like a mistyped URL, such as one without a scheme.
 
     Such a URL may be signed: the message shows neither its query nor a user and password.
     """
-    if (hint := hint_on_scheme(location)) and not path.parent.exists():
-        display_name = redact(f"https://{location}").partition("://")[2]
+    if (found := mistyped_url(location)) and not os.path.exists(path.parent):  # noqa: PTH110 - may be too long for one
+        display_name, hint = found
         raise MissingFileError(
             f"cannot read {display_name}: No such file or directory{hint}", path=display_name, errno=errno.ENOENT
         )

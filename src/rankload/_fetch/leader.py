@@ -16,6 +16,7 @@ from stat import S_ISREG
 from typing import TYPE_CHECKING
 
 from rankload._cache.directory import make_directory
+from rankload._cache.files import check_has_scheme
 from rankload._cache.layout import Entry
 from rankload._cache.renewal import end_renewal, is_partly_renewed
 from rankload._fetch.index_files import with_parts
@@ -94,6 +95,7 @@ def _fetch(request: FetchRequest, report: Report, settings: Settings, share: Sha
             request, report, settings, lambda blob: _fetch(blob, report, settings, share), share
         )
     if (local_path := request.url.local_path) is not None:
+        check_has_scheme(request.url.raw, local_path)
         return use_in_place(local_path, _with_sidecar_of(local_path, request), report)
     make_directory(request.directory)
     entry = Entry(request.directory / request.file_name, request.directory)

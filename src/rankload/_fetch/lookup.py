@@ -11,7 +11,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from rankload._cache.access import make_own_directory
-from rankload._cache.files import check_has_scheme, retry_if_stale, wrap_read_errors, wrap_write_errors
+from rankload._cache.files import retry_if_stale, wrap_read_errors, wrap_write_errors
 from rankload._cache.layout import Entry
 from rankload._cache.quarantine import quarantine
 from rankload._cache.record import Record, is_on_record, write_record
@@ -155,7 +155,6 @@ def use_in_place(path: Path, request: FetchRequest, report: Report) -> FetchedFi
         VerificationError: the file failed verification.
         CacheError: the file cannot be read.
     """
-    check_has_scheme(request.url.raw, path)
     try:
         with wrap_read_errors(path):
             return retry_if_stale(lambda: _in_place(path, request, report))

@@ -253,15 +253,16 @@ def _checked_max_bytes(max_bytes: int) -> int:
 
 
 def _promised_prefix(name: str, settings: Settings) -> str:
+    shown_name = name.partition("?")[0]  # the rest may be the query of a mistyped URL
     if (prefix := hash_prefix_of(name)) is None:
         raise ArgumentError(
-            f"check_hash=True, but the file name {name!r} has no hash prefix (as in resnet50-0676ba61.pth): pass "
+            f"check_hash=True, but the file name {shown_name!r} has no hash prefix (as in resnet50-0676ba61.pth): pass "
             "sha256=, or file_name= with the prefix, or leave check_hash out"
         )
     if len(prefix) < settings.hash_prefix_digits:
         raise ArgumentError(
-            f"check_hash=True, but the hash prefix {prefix!r} in the file name {name!r} has only {len(prefix)} digits: "
-            "it can be forged, or is no hash at all; expected "
+            f"check_hash=True, but the hash prefix {prefix!r} in the file name {shown_name!r} has only {len(prefix)} "
+            "digits: it can be forged, or is no hash at all; expected "
             f"{settings.hash_prefix_digits} or more. Pass sha256=, or, if it is a hash, set "
             f"RANKLOAD_HASH_PREFIX_DIGITS={len(prefix)}"
         )

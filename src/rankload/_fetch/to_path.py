@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from rankload._cache.files import wrap_read_errors
+from rankload._cache.files import check_has_scheme, wrap_read_errors
 from rankload._cache.layout import Entry
 from rankload._coordination.signals import TerminationAsException
 from rankload._fetch.digests import check_digest, claims_of
@@ -87,6 +87,7 @@ def _cleaning_up_on_sigterm() -> Iterator[None]:
 
 
 def _copy(source: Path, request: FetchRequest, partial: Partial) -> None:
+    check_has_scheme(request.url.raw, source)
     digest = hashlib.sha256()
     with wrap_read_errors(source), open_regular(source) as file, closing(partial.writer()) as writer:
         while piece := file.read(_READ_BYTES):
