@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 import rankload
+from harness import hf
 from harness.certificates import Authority
 from harness.chaos import Fault, chaos
 from harness.fetch_calls import errors_of, expect, fetch, files_in, ranges_asked, whole_log
@@ -154,6 +155,23 @@ def test_redirect_from_https_to_http(origin, root, cache, authority, big_content
     assert "SECRET" not in str(errors)
     assert origin.request_count() == 0
     assert files_in(cache) == []
+
+
+def list_on_the_hub(rank):
+    with pytest.raises(rankload.FetchError) as caught:
+        rankload.open_checkpoint("hf://org/tiny")
+    return str(caught.value)
+
+
+@pytest.mark.fault(16)
+def test_redirect_of_the_hub_from_https_to_http(origin, root, tmp_path, authority):
+    """Not only of a file: what the Hub lists decides which commit and which digests are meant."""
+    hf.publish(origin, "org/tiny", {"model.safetensors": b"x"})
+    with nginx(root, redirect_to(origin.base_url), tls=authority.certificate("127.0.0.1")) as server:
+        environment = {**authority.environment, "HF_ENDPOINT": server.url("").rstrip("/"), "HF_HOME": str(tmp_path)}
+        [result] = run_ranks(list_on_the_hub, 1, rank_env={0: environment})
+    assert result.value.startswith(f"hf://org/tiny: it redirects from https to {origin.base_url}/api/models/org/tiny")
+    assert origin.request_count() == 0
 
 
 def test_redirect_from_http_to_https(root, tmp_path, cache, authority, big_content):

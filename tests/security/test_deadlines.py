@@ -21,6 +21,7 @@ from harness.origin import Origin
 from harness.ranks import run_ranks, start_ranks, wait_until
 from harness.raw_origin import Connection, RawOrigin
 from harness.replies import Reply
+from rankload._fetch import hub_listing
 
 MIB = 1 << 20
 
@@ -149,7 +150,6 @@ def error_of_the_hub(rank, call, url):
 )
 @pytest.mark.parametrize("reply", [endless_header, trickling_body_of_any_length])
 def test_list_of_a_repository(reply, call, path, ranks, tmp_path):
-    """The client waits for each byte by itself."""
     with RawOrigin(reply) as origin:
         environment = {
             "HF_ENDPOINT": origin.url("").rstrip("/"),
@@ -158,7 +158,7 @@ def test_list_of_a_repository(reply, call, path, ranks, tmp_path):
         }
         args, rank_env = (call, f"hf://org/tiny{path}"), dict.fromkeys(range(ranks), environment)
         for result in run_ranks(error_of_the_hub, ranks, args=args, rank_env=rank_env, timeout_seconds=60):
-            assert result.value.startswith("FetchTimeoutError: hf://org/tiny: not a byte came"), result.describe()
+            assert result.value.startswith("FetchTimeoutError: hf://org/tiny: "), result.describe()
 
 
 def test_reader_of_a_sidecar_hears_of_other_ranks(cache, monkeypatch):
@@ -213,6 +213,26 @@ def test_endless_sidecar_is_read_no_further_than_its_limit(length, cache):
         origin.wait_until_idle()
         assert len(origin.connections) == 1
         assert origin.sent_bytes < 32 * MIB  # what fits into the buffers of the connection
+
+
+@pytest.mark.fault(64)
+def test_endless_list_of_a_repository_is_read_no_further_than_its_limit(monkeypatch):
+    from huggingface_hub import constants
+
+    def endless(connection):
+        connection.read_request()
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n[")
+        while True:
+            connection.sendall(b" " * 65536)
+
+    monkeypatch.setattr(hub_listing, "_MAX_BYTES", MIB)
+    with RawOrigin(endless) as origin:
+        monkeypatch.setattr(constants, "ENDPOINT", origin.url("").rstrip("/"))
+        with pytest.raises(rankload.FetchError, match=f"the Hub's list of files has {MIB} bytes or more"):
+            rankload.open_checkpoint("hf://org/tiny")
+        origin.wait_until_idle()
+        assert len(origin.connections) == 1
+        assert origin.sent_bytes < 32 * MIB
 
 
 @pytest.mark.parametrize("call", ["fetch", "open"])
