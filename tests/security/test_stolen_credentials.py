@@ -203,6 +203,22 @@ def test_no_error_leads_to_the_full_url(origin, cache, how, monkeypatch):
         assert "SECRET" not in "".join(traceback.format_exception(caught.value))
 
 
+@pytest.mark.parametrize("answer", ["404 No such file: {}", "206 Partial\r\nContent-Range: {}"])
+def test_server_that_repeats_the_url_gets_no_query_into_an_error(cache, answer):
+    def reply(connection):
+        asked = connection.read_request().split()[1]
+        if "redirect" in asked:
+            connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: /file.bin?sig=SECRET\r\nContent-Length: 0\r\n\r\n")
+            asked = connection.read_request().split()[1]
+        connection.sendall(f"HTTP/1.1 {answer.format(asked)}\r\nContent-Length: 0\r\n\r\n".encode())
+
+    with RawOrigin(reply) as origin:
+        for url in ("file.bin?sig=SECRET", "redirect.bin"):
+            with pytest.raises(rankload.FetchError, match=r"file\.bin\?…") as caught:
+                rankload.dist_fetch(origin.url(url), cache, progress=False)
+            assert "SECRET" not in everything_in(caught.value, set())
+
+
 @pytest.mark.parametrize(
     "url",
     [

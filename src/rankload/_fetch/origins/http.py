@@ -32,12 +32,12 @@ from rankload._fetch.origins.logs import without_queries
 from rankload._fetch.origins.origin import Claim, NotModified, Origin, UnusableRange, Version
 from rankload._fetch.origins.trust import Trust
 from rankload._settings import Settings
-from rankload._text import printable
 from rankload._urls import (
     Server,
     Url,
     has_ambiguous_characters,
     redact,
+    redact_text,
     server_of,
     user_of,
     why_refused,
@@ -310,7 +310,8 @@ class HttpOrigin(Origin):
 
     def _checked_range(self, response: requests.Response, begin: int, end: int | None) -> tuple[int, int, int | None]:
         found = content_range_of(response.headers)
-        got = f"got status 206 and Content-Range {response.headers.get('Content-Range', '(none)')[:80]!r}"
+        content_range = self._safe_text(response.headers.get("Content-Range", "(none)"), response)
+        got = f"got status 206 and Content-Range {content_range[:80]!r}"
         if end is None and found is not None and found[:1] + found[2:] == (0, found[1]):
             return found
         if end is None:  # no other kind of request is left
@@ -318,6 +319,10 @@ class HttpOrigin(Origin):
         if found is None or found[0] != begin or found[1] > end:
             raise UnusableRange(f"{self.display_name}: requested bytes {begin}-{end - 1}, {got}")
         return found
+
+    def _safe_text(self, text: str, response: requests.Response) -> str:
+        """Return a server's text for a message: some servers repeat the requested URL in their answers."""
+        return redact_text(redact_text(text, response.request.url or ""), self.url.raw)
 
     def _status_error(self, response: requests.Response) -> HTTPStatusError:
         code = response.status_code
@@ -327,7 +332,7 @@ class HttpOrigin(Origin):
         asked = redact(response.request.url or self.url.raw)
         where = self.display_name if asked == self.display_name else f"{self.display_name} (redirected to {asked})"
         return HTTPStatusError(
-            f"HTTP Error {code}: {printable(str(response.reason)[:200])}: {where}{advice}",
+            f"HTTP Error {code}: {self._safe_text(str(response.reason), response)[:200]}: {where}{advice}",
             url=self.display_name,
             code=code,
             retry_after_seconds=retry_after_of(response.headers),
