@@ -100,7 +100,9 @@ def test_cookies_do_not_pile_up(cache, monkeypatch, cookie):
 
 
 @pytest.mark.parametrize(
-    "etag", ['"\u4e2d"', f'"{"x" * 100_000}"', '"\ud800"', '"\n"'], ids=["chinese", "long", "surrogate", "control"]
+    "etag",
+    ['"\u4e2d"', f'"{"x" * 100_000}"', '"\ud800"', '"\n"', ' "a"'],
+    ids=["chinese", "long", "surrogate", "control", "blank"],
 )
 def test_validator_that_cannot_be_sent_does_not_keep_a_file_from_being_refreshed(origin, cache, etag):
     """A record may be another user's, with anything in it."""

@@ -383,9 +383,10 @@ def _can_be_sent(validator: str) -> bool:
     """Return whether a validator from an origin or a record may be sent in a request, perhaps to another server.
 
     The validator may hold control characters, or be longer than servers accept. In another user's record it may be any
-    text.
+    text; the HTTP library refuses a blank at its beginning.
     """
-    return validator.isascii() and validator.isprintable() and len(validator) <= _MAX_VALIDATOR_CHARACTERS
+    is_plain = validator.isascii() and validator.isprintable() and validator == validator.strip()
+    return is_plain and len(validator) <= _MAX_VALIDATOR_CHARACTERS
 
 
 def _as_given(request: requests.PreparedRequest) -> requests.PreparedRequest:
