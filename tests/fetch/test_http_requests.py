@@ -187,7 +187,14 @@ def test_cached_file_of_one_mirror_serves_the_other(origin, cache):
     assert origin.request_count() == 1
 
 
-@pytest.mark.parametrize(("proxy", "text"), [("http://:8080", "has an invalid URL"), ("socks5://127.0.0.1:1", "SOCKS")])
+@pytest.mark.parametrize(
+    ("proxy", "text"),
+    [
+        ("http://:8080", "has an invalid URL"),
+        ("http://user:SECRET@", "has an invalid URL"),
+        ("socks5://127.0.0.1:1", "SOCKS"),
+    ],
+)
 def test_proxy_that_cannot_be_used(origin, cache, monkeypatch, proxy, text):
     monkeypatch.setenv("ALL_PROXY", proxy)
     monkeypatch.delenv("no_proxy", raising=False)

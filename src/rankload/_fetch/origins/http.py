@@ -11,6 +11,7 @@ from urllib.parse import urljoin
 
 import requests
 from requests.adapters import HTTPAdapter
+from requests.utils import select_proxy
 from typing_extensions import override
 from urllib3.util import parse_url
 
@@ -241,6 +242,7 @@ class HttpOrigin(Origin):
                 self._trust.check(self.display_name)
             request.headers.update(self._credentials.headers_for(server))
             environment = session.merge_environment_settings(request.url, {}, True, None, None)
+            _check_proxy(select_proxy(request.url or "", environment["proxies"]))
             response = session.send(request, timeout=deadlines, allow_redirects=False, **environment)
         return stack.enter_context(response)
 
@@ -345,6 +347,16 @@ def _server_as_asked(url: str) -> Server | None:
         return server_of(requests.Request("GET", url).prepare().url or "")
     except ValueError:  # requests' own subclasses: no request can be sent to this URL
         return None
+
+
+def _check_proxy(proxy: str | None) -> None:
+    """Check that a proxy has a host. For one with a user but no host requests raises a TypeError.
+
+    Raises:
+        InvalidProxyURL: it has none.
+    """
+    if proxy and not parse_url(proxy).host:
+        raise requests.exceptions.InvalidProxyURL
 
 
 def _close_connections(session: requests.Session) -> None:
