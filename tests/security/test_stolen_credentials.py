@@ -286,3 +286,10 @@ def test_complaint_about_headers_shows_no_secret(cache, headers):
         with pytest.raises(rankload.ArgumentError) as caught:
             call()
         assert "SECRET" not in everything_in(caught.value, set())
+
+
+@pytest.mark.parametrize("token", ["hf_SECRET\n", " hf_SECRET", "hf_SECRET\N{SNOWMAN}"])
+def test_complaint_about_a_token_shows_nothing_of_it(tmp_path, token):
+    with pytest.raises(rankload.ArgumentError, match="token: expected printable ASCII text") as caught:
+        rankload.dist_snapshot("org/tiny", token=token, cache_dir=tmp_path)
+    assert "SECRET" not in everything_in(caught.value, set())

@@ -10,6 +10,7 @@ from rankload._api.call import collective_call
 from rankload._api.tracebacks import short_tracebacks
 from rankload._cache.directory import make_directory
 from rankload._fetch.cache_domain import find_domain
+from rankload._fetch.request import A_HEADER_VALUE, is_header_value
 from rankload._types import Progress
 from rankload.errors import ArgumentError
 
@@ -56,6 +57,7 @@ def dist_snapshot(
         The directory of the snapshot on this node.
 
     Raises:
+        ArgumentError: an argument is invalid.
         FetchError: the Hub does not answer, or has no such repository or revision; the same on every rank.
         OfflineError: offline mode is on, and the snapshot is not in the cache.
         RankloadError: any other failure; the same on every rank.
@@ -63,6 +65,8 @@ def dist_snapshot(
     with collective_call(group, timeout) as call:
         if not isinstance(repo_id, str) or not repo_id:
             raise ArgumentError(f"repo_id={repo_id!r}: expected org/name")
+        if isinstance(token, str) and not is_header_value(token):  # the HTTP library's error would show it
+            raise ArgumentError(f"token: expected {A_HEADER_VALUE}")
         patterns = {"allow": _listed(allow_patterns), "ignore": _listed(ignore_patterns)}
         arguments = {"call": "snapshot", "repo_id": repo_id, "revision": revision, "repo_type": repo_type, **patterns}
         call.channel.agree(arguments)

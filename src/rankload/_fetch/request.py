@@ -208,6 +208,15 @@ def _filesystem_schemes() -> frozenset[str]:
     return frozenset(fsspec.available_protocols()) - others
 
 
+#: What a header's value has to be, for messages.
+A_HEADER_VALUE = "printable ASCII text; a token that was read from a file may end in a line break: strip() it"
+
+
+def is_header_value(text: str) -> bool:
+    """Return whether a header can have a value."""
+    return text.isascii() and text.isprintable() and text == text.strip()
+
+
 def checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """Check that headers can be sent, and return them.
 
@@ -222,10 +231,7 @@ def checked_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
         is_name = match is not None and match[0] == name
         shown_name = name if is_name else f"{match[0]}…" if match else str(name)[:1]
         if not all(isinstance(text, str) and text.isascii() and text.isprintable() for text in (name, value)):
-            raise ArgumentError(
-                f"headers[{shown_name!r}]: expected printable ASCII text; a token that was read from a file may end in "
-                "a line break: strip() it"
-            )
+            raise ArgumentError(f"headers[{shown_name!r}]: expected {A_HEADER_VALUE}")
         if not is_name:
             raise ArgumentError(
                 f"headers[{shown_name!r}]: expected the name of a header, without blanks, colons or a value"
