@@ -477,6 +477,16 @@ def _with_pickle(path: Path, value: bytes) -> Path:
     return write_records(path, records)
 
 
+def _again(function: bytes, argument: bytes, count: int) -> bytes:
+    """A list of the results of the same call, many times over: four bytes for each."""
+    return b"](" + function + b"q\x01" + argument + b"q\x02R" + b"h\x01h\x02R" * count + b"e"
+
+
+_TEXT = b"X\x60\xea\x00\x00" + b"m" * 60_000
+_LONG_LIST = b"](" + b"K\x01" * 60_000 + b"e"
+_LONG_PAIRS = b"](K\x01K\x01\x86q\x03" + b"h\x03" * 20_000 + b"e"
+_ATTRIBUTES = b"}q\x01(" + b"".join(b"X\x04\0\0\0%04dK\x01" % number for number in range(2000)) + b"u"
+
 #: torch would take hours to say no, or gigabytes, or give memory that was never written to.
 ENDLESS = {
     "name of a class": (b"c" + b"m" * (1 << 20) + b"\nx\n)R", "names a class or function by more than"),
@@ -486,6 +496,24 @@ ENDLESS = {
     "new tensor of a size": (b"ctorch\nTensor\nK\x40\x85\x81", r"a torch\.Tensor with a size"),
     "storage of a size": (b"ctorch.storage\nUntypedStorage\nK\x40\x85R", "UntypedStorage with a size"),
     "bytearray of a size": (b"c__builtin__\nbytearray\nJ\x00\x00\x00\x7f\x85R", "a bytearray with a size"),
+    "text encoded again and again": (
+        _again(b"c_codecs\nencode\n", _TEXT + b"X\x06\x00\x00\x00latin1\x86", 100),
+        "copies the same values",
+    ),
+    "list copied again and again": (_again(b"c__builtin__\nbytearray\n", _LONG_LIST + b"\x85", 100), "copies the same"),
+    "pairs copied again and again": (
+        _again(b"ccollections\nOrderedDict\n", _LONG_PAIRS + b"\x85", 200),
+        "copies the same",
+    ),
+    "tensor of numbers again and again": (
+        _again(b"ctorch\nFloatTensor\n", _LONG_LIST + b"\x85", 100),
+        "copies the same",
+    ),
+    "attributes set again and again": (
+        b"ccollections\nOrderedDict\n)R" + _ATTRIBUTES + b"b" + b"h\x01b" * 2000,
+        "copies the same values",
+    ),
+    "arguments in a list": (b"c__builtin__\nset\n]" + _LONG_LIST + b"aR", "whose arguments are no tuple"),
 }
 
 
@@ -503,6 +531,13 @@ def test_halves_of_surrogate_pairs_keep_names_apart(tmp_path):
     found = rankload.open_checkpoint(tmp_path / "halves.pth")
     assert {name: found[name].item() for name in found} == {name: tensor.item() for name, tensor in saved.items()}
     assert list(rankload.load(tmp_path / "halves.pth")) == list(saved)
+
+
+def test_the_same_pairs_make_two_dicts(tmp_path):
+    """As Python 2 saved dicts that keep their order."""
+    path = _with_pickle(tmp_path / "pairs.pth", _again(b"ccollections\nOrderedDict\n", b"]K\x01K\x02\x86a\x85", 1))
+    assert torch.load(path)["a"] == [{1: 2}, {1: 2}]
+    assert dict(rankload.open_checkpoint(path).remainder) == {"a.0.1": 2, "a.1.1": 2}
 
 
 # More ways to memory that nobody has written

@@ -47,6 +47,7 @@ class PickleStack:
         self, content: bytes, builders: Mapping[GlobalName, Builder], load_persistent: Callable[[Any], Any]
     ) -> None:
         self._content, self._builders, self._load = content, builders, load_persistent
+        self._copies_left = _COPIES_PER_BYTE * len(content) + _FREE_COPIES
         self.is_exact = True
         self.clear()
 
@@ -331,9 +332,27 @@ class PickleStack:
         if builder is not None and (type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS):
             # torch would accept any iterable, of any length, as arguments, and the result would be unchecked
             raise BrokenFileError(f"damaged checkpoint (its pickle calls {function} with invalid arguments)")
-        if not isinstance(function, GlobalName) or type(arguments) is not tuple:
-            return Unbuilt(None, ())
-        return Unbuilt(function, arguments) if builder is None else self._made(builder, arguments)
+        if type(arguments) is not tuple:  # no pickler does so, and nobody knows how much such a call copies
+            raise BrokenFileError("damaged checkpoint (its pickle makes a call whose arguments are no tuple)")
+        copied = self._copy(*arguments[:_MAX_ARGUMENTS])
+        if not isinstance(function, GlobalName):
+            return Unbuilt(None, (), length=copied)
+        made = Unbuilt(function, arguments) if builder is None else self._made(builder, arguments)
+        if isinstance(made, Unbuilt):
+            made.length = copied
+        return made
+
+    def _copy(self, *values: Any) -> int:
+        """Count the items and characters that torch.load and the builders copy, and return their number.
+
+        Raises:
+            BrokenFileError: the pickle has far fewer: it passes the same values again and again.
+        """
+        copied = sum(map(_length, values))
+        self._copies_left -= copied
+        if self._copies_left < 0:
+            raise BrokenFileError("damaged checkpoint (its pickle copies the same values again and again)")
+        return copied
 
     def _made(self, make: Callable[[Any], Any], argument: Any) -> Any:
         try:
@@ -354,6 +373,7 @@ class PickleStack:
         """
         state = self._stack.pop()
         target = self._stack[-1]
+        self._copy(*state) if type(state) is tuple and len(state) <= _MAX_ARGUMENTS else self._copy(state)
         if isinstance(target, (TensorEntry, StorageEntry)):
             self._note(NotUnderstoodError("a tensor whose state is set"))
         if isinstance(target, Unbuilt):
@@ -383,7 +403,15 @@ def _is_plain_attribute(name: Any, value: Any) -> bool:
     return type(name) is str and name not in _METHODS and type(value) in SCALARS
 
 
-_TOO_LONG = Unbuilt(None, ())
+def _length(value: Any) -> int:
+    if isinstance(value, Unbuilt):
+        return value.length + len(value.items)
+    return len(value) if type(value) in _COPIED else 0
+
+
+_COPIED = frozenset({*_DICTS, str, bytes, list, tuple})
+
+_TOO_LONG = Unbuilt(None, (), length=_MAX_TEXT_BYTES)
 
 #: Longest name of a class or function. The time that torch takes to refuse a name grows with the square of its length:
 #: hours for a megabyte (torch/serialization.py, _get_wo_message).
@@ -392,6 +420,11 @@ _NAME_TOO_LONG = f"damaged checkpoint (its pickle names a class or function by m
 
 #: Most arguments of a call. No writer uses more, and a short pickle can pass the same arguments a million times.
 _MAX_ARGUMENTS = 16
+
+#: Items and characters that calls may copy, for each byte of the pickle, and besides. Without a limit, a megabyte could
+#: become terabytes: four bytes copy any value once more. An honest pickle passes the text of bytes through a few calls.
+_COPIES_PER_BYTE = 8
+_FREE_COPIES = 1 << 20
 
 #: Faster than int.from_bytes of a slice.
 _UNSIGNED = {length: struct.Struct(f"<{code}").unpack_from for length, code in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))}

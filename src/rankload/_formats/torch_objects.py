@@ -121,9 +121,7 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> Any:
         return Unbuilt(GlobalName("collections", "OrderedDict"), arguments)
     pairs = arguments[0] if arguments else []
     found: OrderedDict[Any, Any] = OrderedDict()
-    copied = pairs[:]
-    pairs.clear()  # or a short pickle could request a million copies of one list
-    for key, value in copied:
+    for key, value in pairs:
         found[checked_key(key, found)] = value
     return found
 
@@ -133,7 +131,6 @@ def _counter(arguments: tuple[Any, ...]) -> Any:
         return Unbuilt(GlobalName("collections", "Counter"), arguments)
     found: Counter[Any] = Counter()
     dict.update(found, arguments[0])
-    arguments[0].clear()  # or a short pickle could request a million copies of one dict
     return found
 
 
