@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -633,3 +634,55 @@ def test_no_storage_of_a_legacy_file_grows_for_a_tensor(tmp_path, load):
     path.write_bytes(changed(path.read_bytes(), b"K\x08\x85", b"M\xe8\x03\x85"))
     with pytest.raises(rankload.RankloadError):
         load(path)
+
+
+# Numbers and archives on which a reader itself fails: an error of ours all the same
+
+
+def _with_header_at(path: Path, offset: int) -> Path:
+    """An archive whose directory says in 64 bits where the header of its first tensor is (APPNOTE.TXT 4.5.3)."""
+    raw = _zip(path, {**records_of(content()), "version": b"3\n"}).read_bytes()
+    name = raw.rindex(b"archive/data/0")
+    entry = bytearray(raw[name - 46 : name])
+    extra = struct.pack("<2HQ", 1, 8, offset)
+    struct.pack_into("<H", entry, 30, len(extra))
+    struct.pack_into("<I", entry, 42, 0xFFFFFFFF)
+    end = bytearray(raw[-22:])
+    struct.pack_into("<I", end, 12, struct.unpack_from("<I", end, 12)[0] + len(extra))
+    behind = name + len(b"archive/data/0")
+    path.write_bytes(raw[: name - 46] + entry + raw[name:behind] + extra + raw[behind:-22] + end)
+    return path
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("offset", [1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize("load", [*OPENED.values(), *INDEXED.values()], ids=[*OPENED, *INDEXED])
+def test_a_header_beyond_any_file_is_an_error(tmp_path, offset, load):
+    path = _with_header_at(tmp_path / "archive.pth", offset)
+    with pytest.raises(rankload.RankloadError, match=r"no header of 'archive/data/0'"):
+        load(path)
+
+
+def _tar_header(kind: bytes, size: bytes, *, is_extended: bool = False) -> bytes:
+    """A header of a GNU archive (tar(5)), with its checksum."""
+    header = bytearray(tarfile.TarInfo("storages").tobuf(tarfile.GNU_FORMAT))
+    header[124:136], header[156:157], header[482] = size, kind, is_extended
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * ord(" "))
+    return bytes(header)
+
+
+_NEGATIVE = b"\xff" + ((1 << 88) - 5000).to_bytes(11, "big")
+TARS = {
+    "map of a sparse file, cut off": _tar_header(b"S", b"00000000012\0", is_extended=True),
+    "negative size": _tar_header(b"0", _NEGATIVE) + bytes(10_240),
+}
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("content", TARS.values(), ids=TARS)
+@pytest.mark.parametrize("load", [*OPENED.values(), *INDEXED.values()], ids=[*OPENED, *INDEXED])
+def test_a_tar_archive_on_which_tarfile_fails_is_an_error(tmp_path, content, load):
+    (tmp_path / "archive.tar").write_bytes(content)
+    with pytest.raises(rankload.RankloadError) as caught:
+        load(tmp_path / "archive.tar")
+    assert isinstance(caught.value, (rankload.LoadError, rankload.VerificationError))

@@ -20,11 +20,16 @@ def claims_to_be_tar(head: bytes) -> bool:
 
 
 class _Bounded:
-    """A file that limits each read to the bytes that exist: a header may claim any length."""
+    """A file that limits each read to the bytes that exist: a header may claim any length, even a negative one."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._size_bytes = file, os.fstat(file.fileno()).st_size
-        self.seek, self.tell = file.seek, file.tell
+        self.tell = file.tell
+
+    def seek(self, offset: int) -> int:
+        if offset < 0:
+            raise tarfile.ReadError("a member that begins before the archive")
+        return self._file.seek(offset)
 
     def read(self, length: int) -> bytes:
         return self._file.read(max(0, min(length, self._size_bytes - self._file.tell())))
@@ -40,7 +45,7 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=cast(BinaryIO, _Bounded(file)), mode="r:") as archive:
             yield from iter(archive.next, None)
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+    except (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError) as error:
         raise BrokenFileError(f"damaged tar archive ({error})") from None
 
 

@@ -203,7 +203,9 @@ def payload_offset(source: Source, directory: Directory, member: Member) -> int:
     Raises:
         BrokenFileError: the header is missing, or the bytes reach into the directory.
     """
-    header = source.read(_LOCAL.size + len(member.raw_name), member.header_offset)
+    length = _LOCAL.size + len(member.raw_name)
+    # an offset of 64 bits may be more than any file can have
+    header = source.read(length, member.header_offset) if member.header_offset + length <= directory.offset else b""
     if header[:4] != LOCAL_SIGNATURE or header[_LOCAL.size :] != member.raw_name:
         raise BrokenFileError(f"damaged zip archive (no header of {member.name!r} at byte {member.header_offset})")
     *_, name_length, extra_length = _LOCAL.unpack_from(header)
