@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import io
 import json
 import os
 import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,11 @@ from torch import nn
 import rankload
 from harness.checkpoints import write_legacy_zip
 from harness.ranks import run_ranks
+from rankload._fetch.repository.unpack_repository import unpack_repository
 from rankload._formats.sniff import check_structure
+from rankload._formats.unpack import unpack
 from rankload._formats.unpack_limit import ALWAYS_ALLOWED_BYTES, MAX_RATIO
+from rankload.errors import RankLostError
 
 MIB = 1 << 20
 
@@ -142,6 +147,61 @@ def test_the_name_of_a_member_is_shown_escaped(tmp_path, content):
     with pytest.raises(rankload.RankloadError) as caught:
         rankload.dist_load_state_dict_from_url(path.as_uri(), progress=False)
     assert str(caught.value).isprintable() and r"\x1b[2J" in str(caught.value)
+
+
+# What the standard library's zipfile says of archives that are crafted: an error of ours, whatever it is
+
+
+def crafted(path: Path, member: bytes, name: bytes = b"top/a", **fields: int) -> Path:
+    """An archive of one member; fields of both headers may be anything (APPNOTE.TXT 4.3.7, 4.3.12)."""
+    flags, method = fields.get("flags", 0), fields.get("method", zipfile.ZIP_STORED)
+    packed, size = fields.get("packed", len(member)), fields.get("size", len(member))
+    common = (20, flags, method, 0, 0x21, fields.get("crc", zlib.crc32(member)), packed, size, len(name))
+    local = struct.pack("<4s5H3I2H", b"PK\3\4", *common, 0) + name + member
+    listed = struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, *common, 0, 0, 0, 0, 0, 0) + name
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, len(listed), len(local), 0)
+    path.write_bytes(local + listed + end)
+    return path
+
+
+CRAFTED = {
+    "encrypted": lambda path: crafted(path, b"x", flags=0x01),
+    "name that is no UTF-8": lambda path: crafted(path, b"x", b"top/\xff", flags=0x800),
+    "garbled": lambda path: crafted(path, b"\x07\xff\xff", method=zipfile.ZIP_DEFLATED, size=10),
+    "cut off": lambda path: crafted(path, b"x", packed=300, size=300),
+    "another checksum": lambda path: crafted(path, b"x", crc=1),
+    "bzip2": lambda path: crafted(
+        path, bz2.compress(bytes(9)), method=zipfile.ZIP_BZIP2, size=9, crc=zlib.crc32(bytes(9))
+    ),
+    "garbled bzip2": lambda path: crafted(path, b"garbled", method=zipfile.ZIP_BZIP2),
+    "garbled lzma": lambda path: crafted(path, b"\x09\x04\x05\0]\0\0\0\1garbled", method=zipfile.ZIP_LZMA),
+}
+
+
+@pytest.mark.fault(90)
+@pytest.mark.parametrize("craft", CRAFTED.values(), ids=CRAFTED)
+def test_a_crafted_archive_of_a_repository_is_refused(tmp_path, craft):
+    with pytest.raises(rankload.VerificationError, match=r"^https://github\.com/owner/name: "):
+        unpack_repository(craft(tmp_path / "archive.zip"), tmp_path / "tree", "https://github.com/owner/name")
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_a_name_that_is_not_what_it_says_is_an_error(tmp_path, load):
+    path = crafted(tmp_path / "named.zip", saved({"weight": torch.zeros(6)}), b"\xff.pth", flags=0x800)
+    with pytest.raises(rankload.LoadError, match=r"named\.zip: archive of one file that cannot be unpacked"):
+        load(path)
+
+
+def test_what_another_rank_says_is_no_damage(tmp_path):
+    """Some errors of ours are RuntimeErrors, as zipfile's are."""
+
+    def look(done: int) -> None:
+        raise RankLostError("rank 1 is gone")
+
+    path = pack(tmp_path / "weights.zip", saved({"weight": torch.zeros(6)}))
+    with (tmp_path / "unpacked").open("wb") as target, pytest.raises(RankLostError, match="rank 1 is gone"):
+        unpack(path, target, look)
 
 
 # Once a node

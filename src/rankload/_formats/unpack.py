@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,12 +12,11 @@ from rankload._formats.broken import BrokenFileError
 from rankload._formats.sniff import sniff
 from rankload._formats.source import LocalSource, open_regular
 from rankload._formats.unpack_limit import ALWAYS_ALLOWED_BYTES, MAX_RATIO, unpacked_limit
+from rankload._formats.zipfile_limits import METHODS, ZIPFILE_ERRORS
 from rankload._platform.scratch import descriptor_path, scratch_file
+from rankload.errors import RankloadError
 
 _CHUNK_BYTES = 1 << 20
-
-#: Compression methods that zipfile unpacks in chunks of limited size. Others can turn a few bytes into gigabytes.
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def open_unpacked(path: Path, closing: ExitStack) -> LocalSource:
@@ -102,10 +100,12 @@ def _only_member(path: Path) -> Iterator[tuple[zipfile.ZipFile, zipfile.ZipInfo]
             member = members[0]
             if member.file_size > _limit(path):
                 raise _too_large(path, member.file_size)
-            if member.compress_type not in _METHODS:
+            if member.compress_type not in METHODS:
                 raise BrokenFileError("archive of one file that is not compressed by deflate")
             yield archive, member
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (BrokenFileError, RankloadError):  # ours: some of them are RuntimeErrors or ValueErrors, too
+        raise
+    except ZIPFILE_ERRORS as error:
         raise BrokenFileError(f"archive of one file that cannot be unpacked ({error})") from error
 
 

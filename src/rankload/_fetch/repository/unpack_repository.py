@@ -10,8 +10,9 @@ from pathlib import Path, PurePosixPath
 from rankload._cache.access import NEW_FILE_MODE
 from rankload._cache.files import wrap_write_errors
 from rankload._formats.unpack_limit import unpacked_limit
+from rankload._formats.zipfile_limits import METHODS, ZIPFILE_ERRORS
 from rankload._text import printable
-from rankload.errors import NotACheckpointError, VerificationError
+from rankload.errors import NotACheckpointError, RankloadError, VerificationError
 
 
 def unpack_repository(archive: Path, target: Path, origin: str, mode: int) -> None:
@@ -38,9 +39,13 @@ def unpack_repository(archive: Path, target: Path, origin: str, mode: int) -> No
                 raise _refused(origin, f"it has {len(tops)} top folders instead of one")
             if sum(member.file_size for member, _ in members) > unpacked_limit(archive.stat().st_size):
                 raise _refused(origin, "it unpacks to far more than its size")
+            if any(member.compress_type not in METHODS for member, _ in members):
+                raise _refused(origin, "it has members that are not compressed by deflate")
             for member, path in members:
                 _unpack(opened, member, target.joinpath(*path.parts[1:]), mode)
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+    except RankloadError:
+        raise
+    except ZIPFILE_ERRORS as error:
         raise NotACheckpointError(
             f"{origin}: it answers with something that is no zip archive ({error})", origin=origin, got="no zip archive"
         ) from error
