@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import tarfile
 import zipfile
@@ -539,6 +540,55 @@ def test_the_same_pairs_make_two_dicts(tmp_path):
     path = _with_pickle(tmp_path / "pairs.pth", _again(b"ccollections\nOrderedDict\n", b"]K\x01K\x02\x86a\x85", 1))
     assert torch.load(path)["a"] == [{1: 2}, {1: 2}]
     assert dict(rankload.open_checkpoint(path).remainder) == {"a.0.1": 2, "a.1.1": 2}
+
+
+@pytest.mark.parametrize("is_legacy", [False, True], ids=["zip", "legacy"])
+def test_views_of_nothing_keep_their_dtypes(tmp_path, is_legacy):
+    """torch.save gives them one storage."""
+    empty = torch.zeros(0)
+    saved = {"a": empty, "b": empty.view(torch.int32), "c": empty.view(torch.bfloat16)}
+    torch.save(saved, tmp_path / "empty.pth", _use_new_zipfile_serialization=not is_legacy)
+    for load in (torch.load, rankload.load, rankload.open_checkpoint):
+        found = load(tmp_path / "empty.pth")
+        assert {name: found[name].dtype for name in saved} == {name: tensor.dtype for name, tensor in saved.items()}
+
+
+def test_a_size_is_what_it_was_when_it_was_made(tmp_path):
+    """Its list grows afterwards."""
+    items = b"X\x01\0\0\0sctorch\nSize\n]q\x01K\x01a\x85RX\x01\0\0\0lh\x01K\x02a"
+    path = _with_pickle(tmp_path / "size.pth", b"}(" + items + b"u")
+    assert torch.load(path)["a"] == rankload.load(path)["a"] == {"s": torch.Size([1]), "l": [1, 2]}
+    assert rankload.open_checkpoint(path).remainder["a.s"] != torch.Size([1, 2])
+
+
+def _place(key: bytes, offset: int) -> bytes:
+    """The place of four elements in a storage, as torch 0.3 pickled it."""
+    return b"(X" + struct.pack("<I", len(key)) + key + bytes([ord("K"), offset]) + b"K\x04t"
+
+
+#: What two tensors of a legacy file say of their places in one storage, and the second's class. torch knows views by
+#: their keys alone, and takes the second for something else.
+VIEWS = {
+    "one key for two": (_place(b"v", 4), _place(b"v", 0), b""),
+    "key of the storage": (b"N", _place(b"KEY", 4), b""),
+    "another class": (b"N", _place(b"v", 4), b"ctorch\nIntStorage\n"),
+}
+
+
+@pytest.mark.parametrize("first, second, kind", VIEWS.values(), ids=VIEWS)
+def test_a_view_that_is_another_for_torch_is_left_to_torch(tmp_path, first, second, kind):
+    path, whole = tmp_path / "views.pth", torch.arange(8.0)
+    torch.save({"a": whole[:4], "b": whole[:4]}, path, _use_new_zipfile_serialization=False)
+    raw = path.read_bytes()
+    key = re.findall(rb"[0-9]{6,}", raw)[-1]
+    second = second.replace(b"\x03\0\0\0KEY", bytes([len(key)]) + b"\0\0\0" + key)
+    head, middle, tail = raw.split(b"K\x08N")
+    if kind:
+        middle = re.sub(rb"(\(\(h.)h.", lambda found: found[1] + kind, middle, flags=re.DOTALL)
+    path.write_bytes(head + b"K\x08" + first + middle + b"K\x08" + second + tail)
+    assert str(rankload.load(path)) == str(torch.load(path))
+    with pytest.raises(rankload.LoadError, match="no index"):
+        rankload.open_checkpoint(path)
 
 
 # More ways to memory that nobody has written

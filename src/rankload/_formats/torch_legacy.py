@@ -106,6 +106,7 @@ class _Pickles:
     def __init__(self, head: bytes, size_bytes: int, file: str) -> None:
         self._head, self._size_bytes, self._file = head, size_bytes, file
         self._storages: dict[str, StorageEntry] = {}
+        self._views: dict[str, tuple[str, int, int]] = {}
 
     def index(self) -> FileIndex:
         """Read the pickles, and return the index."""
@@ -146,6 +147,12 @@ class _Pickles:
                 length = count * ITEM_BYTES[dtype]
                 # as in torch, the first mention of a storage counts
                 storage = self._storages.setdefault(key, StorageEntry(key, self._file, 0, length, dtype, location))
+                if not storage.length:  # torch.save gives all views of an empty storage one key, whatever their dtypes
+                    storage = replace(storage, dtype=dtype)
+                if view is None:
+                    return storage
+                if dtype != storage.dtype:
+                    raise NotUnderstoodError("a view of a storage of another type")
                 return self._view(storage, view)
             case _:
                 raise NotUnderstoodError("a persistent id of another kind")
@@ -159,9 +166,11 @@ class _Pickles:
     def _view(self, storage: StorageEntry, view: Any) -> StorageEntry:
         """Return the part of a storage that a view describes (torch 0.3 and before)."""
         match view:
-            case None:
-                return storage
-            case (_, int(offset), int(count)) if offset >= 0 and count >= 0:
+            case (str(key), int(offset), int(count)) if offset >= 0 and count >= 0:
+                place = (storage.key, offset, count)
+                # torch knows storages and views by their keys alone
+                if self._views.setdefault(key, place) != place or key in self._storages:
+                    raise NotUnderstoodError("views of storages with the same key")
                 item_bytes = ITEM_BYTES[storage.dtype]
                 if (offset + count) * item_bytes > storage.length:
                     raise BrokenFileError(f"damaged checkpoint (a view reaches beyond storage {storage.key!r})")

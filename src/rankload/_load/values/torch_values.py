@@ -15,7 +15,8 @@ def built(value: Any) -> Any:
     """Return torch's own value (Size, device, dtype) for its note in an index; return other values unchanged."""
     with suppress(TypeError, ValueError, RuntimeError):
         match value:
-            case Unbuilt(GlobalName("torch", "Size"), (sizes,), None, []) if len(sizes) <= MAX_DIMENSIONS:
+            # a list may have got more items since
+            case Unbuilt(GlobalName("torch", "Size"), (tuple(sizes),), None, []) if len(sizes) <= MAX_DIMENSIONS:
                 return torch.Size(sizes)
             case Unbuilt(GlobalName("torch", "device"), arguments, None, []):
                 return torch.device(*arguments)
