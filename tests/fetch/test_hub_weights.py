@@ -144,6 +144,44 @@ def test_prefetch_and_open(hub, tmp_path: Path) -> None:
     assert Path(path).name == "model.safetensors.index.json" and len(list(Path(path).parent.glob("*.safetensors"))) == 2
 
 
+FORGED = "2026-11-29 INFO all ranks are well"
+
+#: Names in a Hub's answer that no file of weights has, or that nobody could write or show.
+ODD_NAMES = (
+    f"x\n{FORGED}\x1b[2J.safetensors",
+    "\ud800.safetensors",
+    "\0.safetensors",
+    f"{'x' * 300}.safetensors",
+    7,
+    None,
+)
+
+
+@pytest.mark.fault(70)
+def test_odd_names_in_the_answer_of_a_hub(origin: Origin, tmp_path: Path) -> None:
+    variables = {}
+    for number, name in enumerate(ODD_NAMES):
+        repository = hf.publish(origin, f"org/odd{number}", {"model.safetensors": save(STATE_DICT)})
+        variables = {**repository.environment, "HF_HOME": str(tmp_path / "hf"), "TORCH_HOME": str(tmp_path / "torch")}
+        info = {"id": f"org/odd{number}", "sha": hf.COMMIT, "siblings": [{"rfilename": name}], "tags": []}
+        origin.add(f"api/models/org/odd{number}", json.dumps(info).encode())
+    code = (
+        "import logging, rankload\n"
+        "logging.getLogger('rankload').setLevel(logging.INFO)\n"
+        "logging.basicConfig(format='%(message)s')\n"
+        "for number in range(6):\n"
+        "    for call in (rankload.open_checkpoint, rankload.dist_load_state_dict_from_url):\n"
+        "        try:\n"
+        "            call(f'hf://org/odd{number}')\n"
+        "        except rankload.RankloadError as error:\n"
+        "            print(error)\n"
+    )
+    result = run_script(code, env={**variables, "RANKLOAD_RETRIES": "0"}).check()
+    errors = result.stdout.splitlines()
+    assert len(errors) == 2 * len(ODD_NAMES) and all(error.isprintable() for error in errors)
+    assert not any(line.startswith(FORGED) for line in result.stderr.splitlines())
+
+
 def snapshot(rank: int) -> object:
     try:
         return str(rankload.dist_snapshot("org/one", ignore_patterns="*.fp16.*"))

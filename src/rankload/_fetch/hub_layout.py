@@ -51,7 +51,10 @@ def find_cached(file: HubFile) -> Path | None:
     """Return the path of a file in huggingface_hub's cache; None if it is not there."""
     commit = commit_of(directory_of(file.repository), file.revision)
     path = snapshot_path_of(file, commit) if commit else None
-    return path if path is not None and path.is_file() else None
+    try:
+        return path if path is not None and path.is_file() else None
+    except OSError:  # the name is longer than any file's here
+        return None
 
 
 class HubMemory:

@@ -129,7 +129,8 @@ def _parsed(content: bytes, display_name: str) -> HubListing:
     """Return what the Hub says (huggingface_hub, "ModelInfo"); a portal that wants a login says something else."""
     try:
         found = json.loads(content)
-        blobs = {str(one["rfilename"]): _blob_of(one) for one in found.get("siblings") or []}
+        files = [one for one in found.get("siblings") or [] if isinstance(one["rfilename"], str)]
+        blobs = {one["rfilename"]: _blob_of(one) for one in files}
         commit = found.get("sha")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         text = f"{display_name}: the Hub does not answer with a list of files; is HF_ENDPOINT the address of a Hub?"
@@ -140,12 +141,9 @@ def _parsed(content: bytes, display_name: str) -> HubListing:
 
 
 def _blob_of(file: dict[str, Any]) -> HubBlob | None:
-    lfs = file.get("lfs")
-    return (
-        described_blob(lfs.get("sha256"), lfs.get("size"))
-        if lfs
-        else described_blob(file.get("blobId"), file.get("size"))
-    )
+    if lfs := file.get("lfs"):
+        return described_blob(lfs.get("sha256"), lfs.get("size"))
+    return described_blob(file.get("blobId"), file.get("size"))
 
 
 def described_blob(name: Any, size_bytes: Any) -> HubBlob | None:

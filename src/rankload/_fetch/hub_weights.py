@@ -43,7 +43,8 @@ def choose_weights(names: Iterable[str], variant: str | None, display_name: str)
     Raises:
         FetchError: there are none, or several, so that the caller must name one.
     """
-    at_top = [name for name in names if "/" not in name]
+    # the Hub chooses the names, which become part of paths and logs
+    at_top = [name for name in names if "/" not in name and name.isprintable()]
     dot_variant = f".{variant}" if variant else ""
     for choice in _CHOICES:
         wanted = choice.format(dot_variant=dot_variant)
