@@ -182,7 +182,7 @@ CRAFTED = {
 @pytest.mark.parametrize("craft", CRAFTED.values(), ids=CRAFTED)
 def test_a_crafted_archive_of_a_repository_is_refused(tmp_path, craft):
     with pytest.raises(rankload.VerificationError, match=r"^https://github\.com/owner/name: "):
-        unpack_repository(craft(tmp_path / "archive.zip"), tmp_path / "tree", "https://github.com/owner/name")
+        unpack_repository(craft(tmp_path / "archive.zip"), tmp_path / "tree", "https://github.com/owner/name", 0o755)
 
 
 @pytest.mark.fault(65)

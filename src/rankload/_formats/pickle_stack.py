@@ -47,7 +47,7 @@ class PickleStack:
         self, content: bytes, builders: Mapping[GlobalName, Builder], load_persistent: Callable[[Any], Any]
     ) -> None:
         self._content, self._builders, self._load = content, builders, load_persistent
-        self._copies_left = _COPIES_PER_BYTE * len(content) + _FREE_COPIES
+        self._cost_left = _COST_PER_BYTE * len(content) + _FREE_COST
         self.is_exact = True
         self.clear()
 
@@ -334,25 +334,25 @@ class PickleStack:
             raise BrokenFileError(f"damaged checkpoint (its pickle calls {function} with invalid arguments)")
         if type(arguments) is not tuple:  # no pickler does so, and nobody knows how much such a call copies
             raise BrokenFileError("damaged checkpoint (its pickle makes a call whose arguments are no tuple)")
-        copied = self._copy(*arguments[:_MAX_ARGUMENTS])
+        cost = self._copy(*arguments[:_MAX_ARGUMENTS])
         if not isinstance(function, GlobalName):
-            return Unbuilt(None, (), length=copied)
+            return Unbuilt(None, (), cost=cost)
         made = Unbuilt(function, arguments) if builder is None else self._made(builder, arguments)
         if isinstance(made, Unbuilt):
-            made.length = copied
+            made.cost = cost
         return made
 
     def _copy(self, *values: Any) -> int:
-        """Count the items and characters that torch.load and the builders copy, and return their number.
+        """Count what torch.load and the builders copy, and return the cost of that (see `_COST_PER_BYTE`).
 
         Raises:
-            BrokenFileError: the pickle has far fewer: it passes the same values again and again.
+            BrokenFileError: the pickle is far shorter: it passes the same values again and again.
         """
-        copied = sum(map(_length, values))
-        self._copies_left -= copied
-        if self._copies_left < 0:
+        cost = sum(map(_cost, values))
+        self._cost_left -= cost
+        if self._cost_left < 0:
             raise BrokenFileError("damaged checkpoint (its pickle copies the same values again and again)")
-        return copied
+        return cost
 
     def _made(self, make: Callable[[Any], Any], argument: Any) -> Any:
         try:
@@ -403,15 +403,17 @@ def _is_plain_attribute(name: Any, value: Any) -> bool:
     return type(name) is str and name not in _METHODS and type(value) in SCALARS
 
 
-def _length(value: Any) -> int:
+def _cost(value: Any) -> int:
     if isinstance(value, Unbuilt):
-        return value.length + len(value.items)
-    return len(value) if type(value) in _COPIED else 0
+        return value.cost + _ITEM_COST * len(value.items)
+    if type(value) in _CONTAINERS:
+        return _ITEM_COST * len(value)
+    return len(value) if type(value) in (str, bytes) else 0
 
 
-_COPIED = frozenset({*_DICTS, str, bytes, list, tuple})
+_CONTAINERS = frozenset({*_DICTS, list, tuple})
 
-_TOO_LONG = Unbuilt(None, (), length=_MAX_TEXT_BYTES)
+_TOO_LONG = Unbuilt(None, (), cost=_MAX_TEXT_BYTES)
 
 #: Longest name of a class or function. The time that torch takes to refuse a name grows with the square of its length:
 #: hours for a megabyte (torch/serialization.py, _get_wo_message).
@@ -421,10 +423,13 @@ _NAME_TOO_LONG = f"damaged checkpoint (its pickle names a class or function by m
 #: Most arguments of a call. No writer uses more, and a short pickle can pass the same arguments a million times.
 _MAX_ARGUMENTS = 16
 
-#: Items and characters that calls may copy, for each byte of the pickle, and besides. Without a limit, a megabyte could
+#: What calls may copy, for each byte of the pickle, and besides: a character costs 1. Without a limit, a megabyte could
 #: become terabytes: four bytes copy any value once more. An honest pickle passes the text of bytes through a few calls.
-_COPIES_PER_BYTE = 8
-_FREE_COPIES = 1 << 20
+_COST_PER_BYTE = 8
+_FREE_COST = 1 << 20
+
+#: An item of a list or a dict takes about a microsecond, and at least a byte of an honest pickle.
+_ITEM_COST = 8
 
 #: Faster than int.from_bytes of a slice.
 _UNSIGNED = {length: struct.Struct(f"<{code}").unpack_from for length, code in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))}

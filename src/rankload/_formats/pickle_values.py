@@ -53,14 +53,14 @@ class Unbuilt:
         arguments: arguments of that call.
         state: state that torch.load would set after the call; None if there is none.
         items: items that torch.load would add after the call.
-        length: number of items and characters that it has after the call, at most.
+        cost: what it costs to copy it after the call, at most (see `pickle_stack`).
     """
 
     function: GlobalName | None
     arguments: tuple[Any, ...] = field(repr=False)
     state: Any = field(default=None, repr=False)
     items: list[Any] = field(default_factory=list, repr=False)
-    length: int = field(default=0, repr=False)
+    cost: int = field(default=0, repr=False)
 
 
 def display_name(value: Any) -> str:
