@@ -80,20 +80,24 @@ def test_another_job_of_rankload_is_meeting_at_the_port(
 
 
 @pytest.mark.fault(87)
+@pytest.mark.parametrize("nowhere", ["no.such.host.invalid", "no..such.host"])
 def test_rank_0_cannot_resolve_its_address_and_the_others_can(
-    origin: Origin, checkpoint: CheckpointFile, cache_dir: str
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str, nowhere: str
 ) -> None:
     url = origin.add(checkpoint.name, checkpoint.path)
-    nowhere = {0: {"MASTER_ADDR": "no.such.host.invalid"}}
-    ended = outcomes(run_ranks(try_to_load, 3, env="env", args=(url, cache_dir), rank_env=nowhere))
+    rank_env = {0: {"MASTER_ADDR": nowhere}}
+    ended = outcomes(run_ranks(try_to_load, 3, env="env", args=(url, cache_dir), rank_env=rank_env))
     for outcome in ended:
         assert outcome.error == "CoordinationError"
-        assert "rank 0 cannot open a store at no.such.host.invalid" in outcome.text
+        assert f"rank 0 cannot open a store at {nowhere}" in outcome.text
         assert outcome.ended_at - outcome.started_at < 15  # a name server may be slow to say so
 
 
 @pytest.mark.fault(87)
-def test_nobody_can_resolve_the_address(origin: Origin, checkpoint: CheckpointFile, cache_dir: str) -> None:
+@pytest.mark.parametrize("nowhere", ["no.such.host.invalid", f"{'n' * 64}.host"])  # the second is no name in DNS
+def test_nobody_can_resolve_the_address(
+    origin: Origin, checkpoint: CheckpointFile, cache_dir: str, nowhere: str
+) -> None:
     url = origin.add(checkpoint.name, checkpoint.path)
     first, *others = outcomes(
         run_ranks(
@@ -102,12 +106,12 @@ def test_nobody_can_resolve_the_address(origin: Origin, checkpoint: CheckpointFi
             env="env",
             args=(url, cache_dir),
             # rank 0 exits when all others have read the reason, or after the liveness limit
-            rank_env=lambda rank: {"MASTER_ADDR": "no.such.host.invalid", "RANKLOAD_LIVENESS_SECONDS": "3"},
+            rank_env=lambda rank: {"MASTER_ADDR": nowhere, "RANKLOAD_LIVENESS_SECONDS": "3"},
         )
     )
     assert first.error == "CoordinationError" and "Set MASTER_ADDR" in first.text
     for outcome in others:
-        assert outcome.error == "CoordinationError" and "cannot resolve no.such.host.invalid" in outcome.text
+        assert outcome.error == "CoordinationError" and f"cannot resolve {nowhere}" in outcome.text
         assert outcome.ended_at - outcome.started_at < _CONNECT_SECONDS + 15
 
 

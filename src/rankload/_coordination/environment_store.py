@@ -71,14 +71,14 @@ def _await_listener(host: str, port: int, identity: Identity, settings: Settings
 
     A name that cannot be resolved is tried again for as long as a connection attempt may take.
     """
-    problem: OSError | None = None
+    problem: OSError | UnicodeError | None = None
     unresolved = SuspendAwareTimer(2 * _MAX_ROUND_SECONDS)
     try:
         for _ in until_rank_0_comes(identity, settings):
             try:
                 socket.create_connection((host, port), timeout=5).close()
                 return
-            except socket.gaierror as error:
+            except (socket.gaierror, UnicodeError) as error:  # UnicodeError: no name in DNS
                 unresolved.count()
                 if unresolved.seconds >= settings.connect_seconds:
                     raise CoordinationError(

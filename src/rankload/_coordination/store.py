@@ -254,7 +254,7 @@ def connect(
 
     try:
         store = calls.call(make_client or connect_as_usual, limit_seconds, look)
-    except (RuntimeError, OSError) as error:  # ConnectionError and TimeoutError are OSErrors
+    except (RuntimeError, OSError, UnicodeError) as error:  # ConnectionError and TimeoutError are OSErrors
         if not calls.ends_overdue_call(0):
             atexit.register(_sever, port, calls)
         whose = f"rank 0 on {host}" if dies_with_rank_0 else "the launcher"

@@ -64,7 +64,7 @@ def host_store(host: str, port: int, settings: Settings) -> RankStore:
 
     try:
         store = calls.call(make_store, settings.connect_seconds)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, UnicodeError) as error:  # UnicodeError: no name in DNS
         problem = f"the port is taken, probably by {_who_holds(port)}" if is_taken else str(error)
         raise CoordinationError(
             f"rank 0 cannot open a store at {host}:{port}: {problem}. Set MASTER_ADDR to rank 0's host and "

@@ -111,7 +111,7 @@ class _Wish:
 def _towards(host: str | None) -> Iterator[str]:
     if host is None:
         return
-    with suppress(OSError):
+    with suppress(OSError, UnicodeError):
         for family, kind, *_, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
             with suppress(OSError), socket.socket(family, kind) as probe:
                 probe.connect(address)  # connect() of a datagram socket sends nothing; it only looks up the route
@@ -119,7 +119,7 @@ def _towards(host: str | None) -> Iterator[str]:
 
 
 def _of_host_name() -> Iterator[str]:
-    with suppress(OSError):
+    with suppress(OSError, UnicodeError):  # such as a label of 64 characters, which no name in DNS has
         for *_, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
             yield str(address[0])
 

@@ -94,6 +94,21 @@ def test_addresses_of_real_interfaces(network: Namespace) -> None:
     assert own[:2] == ["10.1.0.5", "2001:db8:1::5"]
 
 
+NAMED_OTHERWISE = """
+import ctypes, socket, sys
+from rankload._relay.addresses import own_addresses
+assert ctypes.CDLL(None).unshare(0x4000000) == 0  # CLONE_NEWUTS: the name is this process's alone
+socket.sethostname(sys.argv[1])
+print(own_addresses(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("name", ["n" * 64, "node..3"])
+def test_host_name_that_is_no_name_in_dns(network: Namespace, name: str) -> None:
+    result = network.run_script(NAMED_OTHERWISE, name).check()
+    assert "10.1.0.5" in ast.literal_eval(result.stdout)
+
+
 BOTH_ENDS = """
 import sys, threading
 from rankload._relay.links import connect
