@@ -115,6 +115,16 @@ def test_nobody_can_resolve_the_address(
         assert outcome.ended_at - outcome.started_at < _CONNECT_SECONDS + 15
 
 
+@pytest.mark.fault(87)
+@pytest.mark.parametrize("port", ["0", "65536", "1" * 30])
+def test_port_that_is_none(origin: Origin, checkpoint: CheckpointFile, cache_dir: str, port: str) -> None:
+    url = origin.add(checkpoint.name, checkpoint.path)
+    results = run_ranks(try_to_load, 3, env="env", args=(url, cache_dir), rank_env=lambda rank: {"MASTER_PORT": port})
+    for outcome in outcomes(results):
+        assert outcome.error == "ArgumentError" and f"MASTER_PORT='{port}': expected a port" in outcome.text
+    assert origin.request_count() == 0
+
+
 def _fork_while_meeting(rank: int, url: str, model_dir: str) -> str:
     def fork() -> None:
         if os.fork() == 0:

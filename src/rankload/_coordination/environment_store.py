@@ -19,7 +19,7 @@ from rankload._coordination.store_host import host_store
 from rankload._platform.clock import SuspendAwareTimer
 from rankload._settings import Settings
 from rankload._types import Identity
-from rankload.errors import ArrivalTimeoutError, CoordinationError
+from rankload.errors import ArgumentError, ArrivalTimeoutError, CoordinationError
 
 _PROOF_KEY = "rankload/host"
 
@@ -34,6 +34,7 @@ def store_from_environment(identity: Identity, settings: Settings) -> RankStore 
         The store; None if the environment gives no address. Then only the lease prevents a second download.
 
     Raises:
+        ArgumentError: the environment's port is none.
         ArrivalTimeoutError: rank 0 did not open the store in time.
         CoordinationError: rank 0 cannot listen at the environment's address. On the other ranks: that address cannot be
             resolved, or something else listens there.
@@ -56,8 +57,19 @@ def store_from_environment(identity: Identity, settings: Settings) -> RankStore 
 
 
 def environment_endpoint(identity: Identity) -> tuple[str, int] | None:
-    """Return host and port of rank 0's store: MASTER_ADDR and MASTER_PORT, else derived from the SLURM step's id."""
+    """Return host and port of rank 0's store: MASTER_ADDR and MASTER_PORT, else derived from the SLURM step's id.
+
+    Raises:
+        ArgumentError: MASTER_PORT is too large, as one that is computed from a job's id may be, or 0.
+    """
     endpoint = endpoint_of(os.environ)
+    if endpoint is not None and not 0 < endpoint[1] < 1 << 16:
+        value = os.environ["MASTER_PORT"]
+        raise ArgumentError(
+            f"MASTER_PORT={value[:80]!r}: expected a port from 1 to 65535, the same on all ranks",
+            variable="MASTER_PORT",
+            value=value,
+        )
     return slurm_step_endpoint(os.environ) if endpoint is None and identity.launcher == "slurm" else endpoint
 
 

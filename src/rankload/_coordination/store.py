@@ -311,7 +311,7 @@ def is_agent_endpoint(host: str, port: int, environ: Mapping[str, str]) -> bool:
 def endpoint_of(environ: Mapping[str, str]) -> tuple[str, int] | None:
     """Return MASTER_ADDR and MASTER_PORT; None if they are not set."""
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT", "")
-    return (host, int(port)) if host and port.isdigit() else None
+    return (host, int(port)) if host and port.isdecimal() else None
 
 
 def uses_agent_store(environ: Mapping[str, str]) -> bool:
