@@ -451,3 +451,30 @@ def test_what_another_user_has_put_into_the_cache_holds_no_call(hub: Hub, place:
         assert result.value == "{}" and path.read_text() == hf.COMMIT
     else:
         assert result.value.startswith(f"CacheError: cannot read {path}: it is no regular file")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give links away")
+@pytest.mark.fault(28)
+@pytest.mark.parametrize("place", ["refs", "blobs", "snapshots", f"snapshots/{hf.COMMIT}", "weights", "."])
+def test_links_of_another_user_in_the_cache_are_refused(hub: Hub, tmp_path: Path, place: str) -> None:
+    """They could lead to a folder of this user's, who has a program called ``main`` there."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    contents = {"main": b"my program", "weights": NEWER}
+    for name, content in contents.items():
+        (mine / name).write_bytes(content)
+    link, target = hub.directory("one") / place, mine
+    if place == "weights":
+        link, target = hub.directory("one") / "snapshots" / hf.COMMIT / "model.safetensors", mine / "weights"
+    link.parent.mkdir(parents=True)
+    if place.startswith(("snapshots", "weights")):
+        (hub.directory("one") / "refs").mkdir()
+        (hub.directory("one") / "refs" / "main").write_text(hf.COMMIT)
+    link.symlink_to(target)
+    os.chown(link, 12345, -1, follow_symlinks=False)
+    text = hub.run(load, "hf://org/one/model.safetensors")[0].value
+    assert text.startswith(f"CacheError: {link} is a symbolic link that belongs to uid 12345: refused")
+    assert {path.name: path.read_bytes() for path in mine.iterdir()} == contents
+    if not place.startswith("snapshots"):  # links in it would lead nowhere
+        os.chown(link, os.geteuid(), -1, follow_symlinks=False)
+        assert hub.run(load, "hf://org/one/model.safetensors")[0].value == WEIGHT

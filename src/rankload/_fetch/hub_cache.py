@@ -21,6 +21,7 @@ from rankload._cache.files import wrap_read_errors, wrap_write_errors
 from rankload._fetch.bounded_read import read_bounded
 from rankload._fetch.digests import check_digest, claims_of
 from rankload._fetch.hub_layout import (
+    check_links,
     commit_of,
     directory_of,
     find_cached,
@@ -90,6 +91,8 @@ def fetch_into_hub_cache(
     """
     file = request.hub_file
     assert file is not None
+    for name in ("refs", "blobs", "snapshots"):
+        check_links(directory_of(file.repository) / name)
     if share is None:
         location = _locate(request, report, settings)
     else:
@@ -100,6 +103,7 @@ def fetch_into_hub_cache(
 
         location = _checked(_Location(**share.first_answer(locate)), request.url.display_name)
     path = snapshot_path_of(file, location.commit)
+    check_links(path.parent)
     if not path.is_file():
         at_commit = replace(request, hub_file=replace(file, revision=location.commit))
         if location.blob is None:  # another node has a file that it cannot share
@@ -182,6 +186,9 @@ def _cached(path: Path, request: FetchRequest, fetch_one: Callable[[FetchRequest
         found = fetch_one(replace(request, urls=(Url.parse(str(path)),), hub_file=None, is_index=False))
         return replace(found, source="cache")
     blob = Path(os.path.normpath(path.parent / path.readlink()))
+    assert request.hub_file is not None
+    if blob.parent != directory_of(request.hub_file.repository) / "blobs":
+        check_links(path)
     found = fetch_one(_request_for(blob, request))
     return _as_snapshot(found, path) if found.path == blob else found  # a damaged blob stays where it is
 

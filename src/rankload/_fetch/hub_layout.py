@@ -15,14 +15,16 @@ import secrets
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from stat import S_ISLNK
 
-from rankload._cache.files import wrap_write_errors
+from rankload._cache.access import is_trusted, name_of
+from rankload._cache.files import wrap_read_errors, wrap_write_errors
 from rankload._fetch.hub_listing import is_commit
 from rankload._fetch.hub_names import HubFile, HubRepository, check_endpoint
 from rankload._fetch.hub_weights import choose_weights
 from rankload._fetch.origins.filesystem import wrap_any_errors
 from rankload._formats.source import open_regular
-from rankload.errors import FetchError
+from rankload.errors import CacheError, FetchError
 
 #: A commit has 40 digits; what is longer is none.
 _MAX_COMMIT_BYTES = 64
@@ -90,6 +92,25 @@ class HubMemory:
             remember_commit(repository.name, repository.revision, file.revision)
 
 
+def check_links(path: Path) -> None:
+    """Check that no link of another user leads to a path in huggingface_hub's cache: it could lead into any directory.
+
+    This user's own links are followed: a repository may be on another disk.
+
+    Raises:
+        CacheError: there is such a link.
+    """
+    root = cache_directory()
+    for one in (path, *path.parents):
+        if one == root:
+            break
+        with suppress(FileNotFoundError), wrap_read_errors(one):
+            status = one.lstat()
+            if S_ISLNK(status.st_mode) and not is_trusted(status.st_uid):
+                text = f"{one} is a symbolic link that belongs to {name_of(status.st_uid)}: refused; remove it"
+                raise CacheError(text, path=str(one))
+
+
 def snapshot_path_of(file: HubFile, commit: str) -> Path:
     """Return the path of a file at a commit."""
     return directory_of(file.repository) / replace(file, revision=commit).snapshot_path
@@ -128,6 +149,7 @@ def remember_commit(repository: str, revision: str | None, commit: str) -> None:
     path = directory_of(repository) / "refs" / (revision or "main")
     temporary = path.with_name(f".{secrets.token_hex(8)}")
     with suppress(OSError):
+        check_links(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(commit, encoding="ascii")
         temporary.replace(path)
