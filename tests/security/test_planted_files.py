@@ -30,6 +30,7 @@ from harness.nodes import become_node
 from harness.origin import Origin, Reply
 from harness.ranks import run_ranks
 from harness.users import ALICE, BOB, GROUP, acting_as, public_directory
+from rankload._cache import access
 from rankload._cache.layout import Entry
 from rankload._fetch import download
 from rankload._fetch import lookup as cached
@@ -275,6 +276,29 @@ def test_symbolic_link_on_any_level(origin, cache, good_url, tmp_path, level, is
     assert elsewhere.exists() != is_dangling
     assert is_dangling or list(elsewhere.iterdir()) == []
     assert origin.request_count() == 0
+
+
+@pytest.mark.fault(28)
+def test_link_that_takes_the_place_of_rankloads_directory_as_a_record_is_written(
+    cache, good_url, tmp_path, monkeypatch
+):
+    """The directory's owner can do that, where everybody can write. A file of the user's has a record's name."""
+    mine = tmp_path / "mine" / "victim.pth.json"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+
+    def look_then_swap(directory: Path) -> None:
+        looked(directory)
+        directory.rename(cache / "before")
+        directory.symlink_to(mine.parent)
+
+    rankload.dist_fetch(good_url, tmp_path / "other")  # what is imported late has the function by its name
+    looked = access.make_own_directory
+    monkeypatch.setattr(access, "make_own_directory", look_then_swap)
+    with pytest.raises(rankload.CacheError, match="cannot write"):
+        rankload.dist_fetch(good_url, cache)
+    assert mine.read_bytes() == b"mine"
+    assert os.listdir(mine.parent) == [mine.name]
 
 
 @pytest.mark.fault(61)

@@ -109,14 +109,18 @@ def open_plain(path: Path) -> int:
     return descriptor
 
 
-def open_new(path: Path) -> TextIO:
+def open_new(path: str | Path, *, folder: int | None = None) -> TextIO:
     """Create a text file that no other user can write to, whatever the umask.
+
+    Args:
+        path: path of the file.
+        folder: descriptor of the directory that a relative path begins in; None for the working directory.
 
     Raises:
         OSError: the path exists already, or cannot be created.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.fdopen(os.open(path, flags, NEW_FILE_MODE), "w", encoding="utf-8")
+    return os.fdopen(os.open(path, flags, NEW_FILE_MODE, dir_fd=folder), "w", encoding="utf-8")
 
 
 def write_own_json(path: Path, content: Any) -> None:
@@ -126,16 +130,23 @@ def write_own_json(path: Path, content: Any) -> None:
         CacheError: the directory is no directory of rankload's (`check_own_directory`).
         OSError: the file cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = f"{path.name}.{secrets.token_hex(4)}.tmp"
+    make_own_directory(path.parent)
+    # by descriptor: the directory's owner could put a link to a directory of this user's in its place
+    folder = _open_directory(path.parent)
     try:
-        make_own_directory(path.parent)
-        with open_new(temporary) as file:
+        with open_new(temporary, folder=folder) as file:
             share_file(file.fileno(), path.parent)
             file.write(json.dumps(content, indent=1) + "\n")
-        temporary.replace(path)
+        os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
     finally:
         with suppress(OSError):
-            temporary.unlink()  # exists only after an error or a signal
+            os.unlink(temporary, dir_fd=folder)  # exists only after an error or a signal
+        os.close(folder)
+
+
+def _open_directory(directory: Path) -> int:
+    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def make_own_directory(directory: Path) -> None:
@@ -174,7 +185,7 @@ def _mode_of(directory: Path) -> int:
 def _share_directory(directory: Path) -> None:
     """Give a new directory the group and world access that its parent's mode asks for."""
     # by descriptor: a user who may rename in the parent could put a link to a private directory at this path
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = _open_directory(directory)
     try:
         parent, own = _mode_of(directory.parent), stat.S_IMODE(os.fstat(descriptor).st_mode)
         if is_group_shared(directory.parent):
