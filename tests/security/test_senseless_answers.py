@@ -37,11 +37,13 @@ ANSWERS = {
 }
 
 
-def answering(head):
+def answering(head, *, is_last=False):
     def reply(connection):
         while True:
             connection.read_request()
             connection.sendall(f"HTTP/1.1 {head}\r\n\r\n".encode() + b"0123456789")
+            if is_last:
+                return
 
     return reply
 
@@ -72,6 +74,31 @@ def test_senseless_answer_for_a_sidecar_is_the_same_error_on_all_ranks(cache, an
     with RawOrigin(answering(ANSWERS[answer])) as origin:
         url = origin.url("file.bin")
         expect(errors_of(fetch, url, cache, sidecar=True), rankload.FetchError, f"{url}.sha256", "[rank 0 on ")
+
+
+@pytest.mark.parametrize("length", ["100 ", "100\t", "100\r\nContent-Length: 100", "100, 100"])
+def test_length_counts_however_it_is_written(cache, length):
+    reply = answering(f"200 OK\r\nContent-Length: {length}\r\nConnection: close", is_last=True)
+    promised = "has 10 bytes, but 100 were promised"
+    with RawOrigin(reply) as origin, pytest.raises(rankload.errors.TruncatedError, match=promised):
+        rankload.dist_fetch(origin.url("file.bin"), cache, progress=False)
+    assert files_in(cache) == []
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *(f"Content-Length: {length}" for length in ("-10", "+10", "1_0", "9" * 19)),
+        *(f"Transfer-Encoding: {coding}" for coding in ("gzip", "gzip, chunked", "chunked, chunked", "chunked\t")),
+    ],
+)
+def test_body_is_not_read_in_another_way_than_the_origin_means(cache, header):
+    """Up to the end of the connection, for example: with the sizes of the chunks among the bytes."""
+    reply = answering(f"200 OK\r\n{header}\r\nConnection: close", is_last=True)
+    refused = r"the length that it gives is no number|which was not requested"
+    with RawOrigin(reply) as origin, pytest.raises(rankload.FetchError, match=refused):
+        rankload.dist_fetch(origin.url("file.bin"), cache, progress=False)
+    assert files_in(cache) == []
 
 
 @pytest.mark.parametrize("cookie", ["a{number}={long}", "a=b; Path=/x{number}{long}", "a=b; Path=/{number}; x={long}"])

@@ -14,6 +14,7 @@ from rankload._fetch.origins.http_headers import (
     content_length_of,
     content_range_of,
     retry_after_of,
+    transfer_coding_of,
     version_of,
 )
 from rankload._fetch.origins.origin import Claim, Version
@@ -47,12 +48,32 @@ def test_content_range(text, expected):
     assert content_range_of({} if text is None else {"Content-Range": text}) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("0", 0), ("123", 123), ("-1", None), ("1e3", None), ("12, 12", None), ("", None)]
-)
+@pytest.mark.parametrize(("text", "expected"), [("0", 0), ("123 ", 123), ("12, 12", 12), ("", None)])
 def test_content_length(text, expected):
     assert content_length_of({"Content-Length": text}) == expected
     assert content_length_of({}) is None
+
+
+@pytest.mark.parametrize("text", ["-1", "+1", "1_0", "1e3", "12, 13", "12,", "9" * 19])
+def test_content_length_that_is_no_number(text):
+    with pytest.raises(ValueError, match="no number"):
+        content_length_of({"Content-Length": text})
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([], None),
+        (["chunked"], None),
+        (["Chunked", "chunked"], None),
+        (["identity"], None),
+        (["chunked "], "chunked "),
+        (["chunked", "gzip"], "chunked, gzip"),
+        (["identity", "chunked"], "identity, chunked"),
+    ],
+)
+def test_transfer_coding(lines, expected):
+    assert transfer_coding_of(lines) == expected
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from rankload._fetch.origins.http_headers import (
     content_range_of,
     location_of,
     retry_after_of,
+    transfer_coding_of,
     version_of,
 )
 from rankload._fetch.origins.logs import without_queries
@@ -291,9 +292,13 @@ class HttpOrigin(Origin):
                 "are not the file's, so they cannot be verified",
                 url=self.display_name,
             )
+        if (coding := transfer_coding_of(response.raw.headers.getlist("Transfer-Encoding"))) is not None:
+            raise FetchError(
+                f"{self.display_name}: sent with Transfer-Encoding {coding[:80]!r}, which was not requested",
+                url=self.display_name,
+            )
         is_whole = response.status_code != 206
-        length = content_length_of(response.headers)
-        first, last, size_bytes = (0, length, length) if is_whole else self._checked_range(response, begin, end)
+        first, last, size_bytes = self._whole(response) if is_whole else self._checked_range(response, begin, end)
         found = version_of(response.headers, size_bytes, self._target.claim)
         if version is not None and (not version.is_same_as(found) or (is_whole and end is not None)):
             raise ContentChangedError(
@@ -309,6 +314,15 @@ class HttpOrigin(Origin):
             functools.partial(response.raw.read1, decode_content=False),
             response.raw.shutdown,
         )
+
+    def _whole(self, response: requests.Response) -> tuple[int, int | None, int | None]:
+        try:
+            length = content_length_of(response.headers)
+        except ValueError:
+            got = response.headers["Content-Length"][:80]
+            text = f"{self.display_name}: the length that it gives is no number of bytes: {got!r}"
+            raise FetchError(text, url=self.display_name) from None
+        return 0, length, length
 
     def _checked_range(self, response: requests.Response, begin: int, end: int | None) -> tuple[int, int, int | None]:
         found = content_range_of(response.headers)

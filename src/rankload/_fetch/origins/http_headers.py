@@ -7,7 +7,7 @@ import binascii
 import email.utils
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
 from rankload._fetch.origins.origin import Claim, Version
@@ -54,9 +54,17 @@ def content_range_of(headers: Mapping[str, str]) -> tuple[int, int, int | None] 
 
 
 def content_length_of(headers: Mapping[str, str]) -> int | None:
-    """Return Content-Length; None if the header is missing or not a number."""
-    text = headers.get("Content-Length", "")
-    return int(text) if _LENGTH.fullmatch(text) else None
+    """Return Content-Length; None if the header is missing or empty. Equal values count as one (RFC 9110, 8.6).
+
+    Raises:
+        ValueError: the header holds no number. Without it, nothing would show that a body was cut off.
+    """
+    texts = {text.strip() for text in headers.get("Content-Length", "").split(",")}
+    if texts == {""}:
+        return None
+    if len(texts) > 1 or not _LENGTH.fullmatch(text := texts.pop()):
+        raise ValueError("no number")
+    return int(text)
 
 
 def coding_of(headers: Mapping[str, str]) -> str | None:
@@ -66,6 +74,19 @@ def coding_of(headers: Mapping[str, str]) -> str | None:
     """
     words = (word.strip().lower() for word in headers.get("Content-Encoding", "").split(","))
     return next((word for word in words if word in _CODINGS), None)
+
+
+def transfer_coding_of(lines: Sequence[str]) -> str | None:
+    """Return the transfer coding that the HTTP library leaves on a body; None if it leaves none.
+
+    http.client decodes chunks only if the header is the bare word: ``gzip, chunked``, and even ``chunked`` with a blank
+    behind it, leave the sizes of the chunks among the bytes.
+
+    Args:
+        lines: values of the Transfer-Encoding headers.
+    """
+    words = {line.lower() for line in lines}
+    return None if words in (set(), {"chunked"}, {"identity"}) else ", ".join(lines)
 
 
 def location_of(headers: Mapping[str, str]) -> str | None:
