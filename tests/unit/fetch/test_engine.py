@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 from scripted import (
@@ -19,6 +21,7 @@ from scripted import (
     threads_named,
 )
 
+from rankload._fetch.partials.writer import PartialWriter
 from rankload._fetch.transfer.hasher import OrderedHasher
 from rankload.errors import FetchError
 
@@ -148,6 +151,49 @@ def test_threads_that_cannot_be_started_are_done_without(partial, hasher, monkey
     state = new_work(ScriptedOrigin(content), partial, hasher)
     run(state, streams=4)
     assert content_in(partial) == content
+
+
+def test_what_is_hashed_is_what_is_in_the_file(partial, hasher, monkeypatch):
+    """An origin that answers while a piece is being written sends other bytes for the second half of that piece."""
+    content, others = content_of(60_000), content_of(60_000, seed=1)
+    settings = replace(SETTINGS, chunk_bytes=4567)  # no multiple of a piece
+    asked, is_writing, is_shared, is_written = (threading.Event() for _ in range(4))
+    probes: list[int] = []
+
+    class Lying(ScriptedOrigin):
+        @contextmanager
+        def open(self, begin, end, version):
+            if begin and not probes:
+                probes.append(begin)
+                asked.set()
+                is_writing.wait(10)
+            with super().open(begin, end, version) as body:
+                body.content = others if begin else content
+                yield body
+
+    def before_read(offset):
+        if offset >= 2000:
+            asked.wait(10)
+        if offset in probes:
+            is_shared.set()
+            is_written.wait(10)
+
+    def write(writer, piece, offset):
+        if probes and offset < probes[0] < offset + len(piece):
+            is_writing.set()
+            is_shared.wait(1)
+            written(writer, piece, offset)
+            is_written.set()
+        else:
+            written(writer, piece, offset)
+
+    written = PartialWriter.write
+    monkeypatch.setattr(PartialWriter, "write", write)
+    origin = Lying(content, before_read=before_read)
+    run(new_work(origin, partial, hasher, settings), streams=2)
+    assert is_writing.is_set()
+    assert hasher.finish(lambda count: None, 10) == hashlib.sha256(content_in(partial)).hexdigest()
+    assert all(end is None or begin < end for begin, end in origin.requests)
 
 
 def test_a_small_file_waits_for_no_tick(partial, hasher):

@@ -226,6 +226,19 @@ class TransferState:
                 self._bound(span)
             return ByteRange(body.begin, body.end)
 
+    def claim(self, span: ByteRange, piece: bytes) -> tuple[int, bytes]:
+        """Advance a span by a piece of its body; return where to write, and as much of the piece as is the stream's.
+
+        The rest is another stream's meanwhile. No byte is written twice: what the other stream receives may differ, and
+        the hash could be of these bytes, and the file have those.
+        """
+        with self.changed:
+            begin = span.begin
+            if span.end is not None:
+                piece = piece[: span.end - begin]
+            span.begin += len(piece)
+            return begin, piece
+
     def accept(self, offset: int, piece: bytes | bytearray) -> None:
         """Record a piece that was written."""
         self._hasher.offer(offset, piece)

@@ -89,15 +89,16 @@ class Stream(threading.Thread):
 
     def _receive(self, body: Body, span: ByteRange, end: int | None, writer: Writer) -> None:
         state, display_name = self._state, self._state.origin.display_name
-        first = noted = span.begin
+        first = noted = written = span.begin
         noted_at = time.monotonic()
         too_slow = _TooSlow(state.settings.minimum_bytes_per_second, state.settings.stall_seconds, display_name)
         try:
             # after the last byte, one more read finds the end of the body and frees the connection for another request
             while not (state.is_stopped or _is_cut(span, end)) and (piece := self._read(body, span, end)):
-                writer.write(piece, span.begin)
-                state.accept(span.begin, piece)
-                span.begin += len(piece)
+                offset, piece = state.claim(span, piece)
+                writer.write(piece, offset)
+                state.accept(offset, piece)
+                written = span.begin
                 if (now := time.monotonic()) - noted_at >= _NOTE_SECONDS or (
                     span.begin - noted >= state.settings.chunk_bytes
                 ):
@@ -105,7 +106,7 @@ class Stream(threading.Thread):
                     noted, noted_at = span.begin, now
                 too_slow.check(span.begin - first)
         finally:
-            writer.finished(noted, span.begin)
+            writer.finished(noted, written)
         if end is not None and span.begin < end and not (state.is_stopped or _is_cut(span, end)):
             raise TruncatedError(
                 f"{display_name}: the body has {span.begin - body.begin} bytes, but {end - body.begin} were promised",
@@ -115,7 +116,7 @@ class Stream(threading.Thread):
             )
 
     def _read(self, body: Body, span: ByteRange, end: int | None) -> bytes:
-        """Return the next bytes of a range; an empty string at the end of the body.
+        """Return the next bytes of a body, perhaps beyond the span's end; an empty string at the end of the body.
 
         Args:
             body: body of the response.
@@ -132,7 +133,7 @@ class Stream(threading.Thread):
             return piece
         if span.begin + len(piece) > end:
             raise TruncatedError(f"{display_name}: more bytes came than were promised", url=display_name, expected=end)
-        return piece if span.end is None else piece[: span.end - span.begin]
+        return piece
 
     def _wait(self, seconds: float) -> None:
         if seconds > 0:
