@@ -161,6 +161,19 @@ def test_list_of_a_repository(reply, call, path, ranks, tmp_path):
             assert result.value.startswith("FetchTimeoutError: hf://org/tiny: "), result.describe()
 
 
+@pytest.mark.parametrize("is_told", [False, True])
+def test_repository_is_fetched_within_the_deadline_of_the_call(is_told, tmp_path, monkeypatch):
+    """Whoever is on the way to GitHub answers, but never to the end: a proxy here, so that nobody else is asked."""
+    monkeypatch.setenv("RANKLOAD_PROGRESS_SECONDS", "60" if is_told else "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with RawOrigin(endless_header) as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url(""))
+        began_at = time.monotonic()
+        with pytest.raises(rankload.errors.FetchTimeoutError, match="github"):
+            rankload.dist_hub_load("a/b", "model", trust_repo=True, timeout=1 if is_told else None)
+        assert time.monotonic() - began_at < IN_ALL_SECONDS
+
+
 def test_reader_of_a_sidecar_hears_of_other_ranks(cache, monkeypatch):
     """The deadline is far away: it is another rank's failure that ends the read."""
     monkeypatch.setenv("RANKLOAD_REPORT_SECONDS", "0.2")

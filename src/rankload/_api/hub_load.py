@@ -174,7 +174,7 @@ def dist_hub_load(
             name = f"repository/{domain.key}"
             if domain.is_leader:
                 call.report(Progress("running"))
-                directory = str(_used(request, trust_repo, verbose=verbose))
+                directory = str(_used(request, trust_repo, call.settings, verbose=verbose))
                 call.channel.post(name, {"directory": directory})
             else:
                 directory = call.channel.wait_for(name, from_rank=domain.leader)["directory"]
@@ -199,10 +199,10 @@ def _request(github: str, *, force_reload: bool, skip_validation: bool) -> Repos
 def _fetched(github: str, *, force_reload: bool, trust_repo: bool | str, verbose: bool, skip_validation: bool) -> Path:
     request = _request(github, force_reload=force_reload, skip_validation=skip_validation)
     make_directory(request.hub_dir)
-    return _used(request, trust_repo, verbose=verbose)
+    return _used(request, trust_repo, Settings.from_environment(), verbose=verbose)
 
 
-def _used(request: RepositoryRequest, trust_repo: bool | str, *, verbose: bool) -> Path:
+def _used(request: RepositoryRequest, trust_repo: bool | str, settings: Settings, *, verbose: bool) -> Path:
     """Return the repository's directory, cached or fetched."""
     from rankload._fetch.repository.fetch_repository import fetch_repository
 
@@ -214,7 +214,7 @@ def _used(request: RepositoryRequest, trust_repo: bool | str, *, verbose: bool) 
         return existing
 
     def fetch() -> str:
-        return str(fetch_repository(request, lambda progress: None, Settings.from_environment()))
+        return str(fetch_repository(request, lambda progress: None, settings))
 
     key = f"{'reload' if request.is_reloaded else 'fetch'} repository {request.name}"  # turns count calls of one kind
     return Path(once_per_job(fetch, key=key, directory=request.hub_dir, is_usable=os.path.exists))

@@ -28,10 +28,12 @@ from rankload.errors import CacheError, OfflineError
 _READ_BYTES = 1 << 20
 
 
-def download_to(url: UrlArgument, destination: Path, hash_prefix: str | None, *, progress: bool) -> None:
+def download_to(
+    url: UrlArgument, destination: Path, hash_prefix: str | None, *, progress: bool, settings: Settings | None = None
+) -> None:
     """Download a URL (or its mirrors), or copy a ``file://`` URL, to a path, verified and atomically.
 
-    After any error, a file that was at the path stays there.
+    After any error, a file that was at the path stays there. Without ``settings``, those of the environment count.
 
     Raises:
         FetchError: the URL did not serve the file.
@@ -48,7 +50,7 @@ def download_to(url: UrlArgument, destination: Path, hash_prefix: str | None, *,
         raise CacheError(
             f"cannot write {path}: this name is reserved for rankload's own files; choose another", path=str(path)
         )
-    settings = Settings.from_environment()
+    settings = settings or Settings.from_environment()
     request = FetchRequest(
         urls=checked_urls(url),
         directory=path.parent,

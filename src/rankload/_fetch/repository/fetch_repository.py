@@ -75,7 +75,7 @@ def fetch_repository(request: RepositoryRequest, report: Report, settings: Setti
     if request.is_validated:
         check_reference(name, ref, report, settings)
     with _work_directory(path) as work:
-        origin = _download(name, ref, work / "archive.zip")
+        origin = _download(name, ref, work / "archive.zip", settings)
         unpack_repository(work / "archive.zip", work / "tree", origin, mode_of_new_in(request.hub_dir))
         with wrap_write_errors(path):
             _replace(path, work / "tree", work / "replaced")
@@ -83,10 +83,10 @@ def fetch_repository(request: RepositoryRequest, report: Report, settings: Setti
     return path
 
 
-def _download(name: RepositoryName, ref: str, path: Path) -> str:
+def _download(name: RepositoryName, ref: str, path: Path, settings: Settings) -> str:
     try:
         urls = archive_urls(name, ref)
-        download_to(urls, path, None, progress=False)
+        download_to(urls, path, None, progress=False, settings=settings)
     except HTTPStatusError as error:
         if error.code != 300:
             raise
@@ -97,7 +97,7 @@ def _download(name: RepositoryName, ref: str, path: Path) -> str:
             stacklevel=2,
         )
         urls = archive_urls(name, f"refs/heads/{ref}")
-        download_to(urls, path, None, progress=False)
+        download_to(urls, path, None, progress=False, settings=settings)
     return urls[0]
 
 
