@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -78,3 +79,32 @@ def test_one_connection_at_a_time(server, cache, monkeypatch, caplog):
         assert rankload.dist_fetch(f"{url}/b.bin", cache).read_bytes() == _CONTENT
     assert failures <= 1 and caplog.text.count("retrying") == failures
     assert len({port for path, port in server.clients if path == "/b.bin"}) == 1  # remembered
+
+
+def test_further_connections_are_swallowed(cache, monkeypatch):
+    """As by a firewall. The file has come in full over the first one, whatever becomes of the attempts."""
+    monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(_CHUNK_BYTES))
+    monkeypatch.setenv("RANKLOAD_CONNECT_SECONDS", "20")
+
+    def serve() -> None:
+        client, _ = listening.accept()
+        for filling in waiting:  # from now on the queue is full
+            filling.setblocking(False)
+            filling.connect_ex(listening.getsockname())
+        with client:
+            client.recv(65536)
+            client.sendall(f'HTTP/1.1 200 OK\r\nETag: "1"\r\nContent-Length: {len(_CONTENT)}\r\n\r\n'.encode())
+            for at in range(0, len(_CONTENT), 16 << 10):
+                client.sendall(_CONTENT[at : at + (16 << 10)])
+                time.sleep(0.02)
+
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        waiting = [stack.enter_context(socket.socket()) for _ in range(4)]
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/a.bin"
+        began_at = time.monotonic()
+        assert rankload.dist_fetch(url, cache, timeout=5, progress=False).read_bytes() == _CONTENT
+        assert time.monotonic() - began_at < 5
+        thread.join(10)

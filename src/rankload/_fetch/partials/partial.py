@@ -134,11 +134,11 @@ class Partial:
         """Lend a descriptor to a thread that reads what others have written."""
         return self._file.lent()
 
-    def take_writers_back(self) -> None:
+    def take_writers_back(self, *, may_wait: bool = True) -> None:
         """Close all writers, so that threads that were left behind write no more. Waits for a running write."""
         for writer in self._writers:
             with suppress(CacheError):
-                writer.close()
+                writer.close(may_wait=may_wait)
 
     def _note(self, begin: int, end: int) -> None:
         with self._lock:
@@ -160,6 +160,7 @@ class Partial:
     def finish(self, size_bytes: int) -> os.stat_result:
         """Force the bytes to disk and close the file; return its status. NFS reports a full disk or quota only here."""
         self._end_journal()
+        self.take_writers_back(may_wait=False)  # a thread may be left behind in a connection attempt
         with self.wrap_write_errors():
             self._file.settle(self._settings.progress_seconds)  # a write's error says more than a wrong length
             found = os.fstat(self.descriptor).st_size

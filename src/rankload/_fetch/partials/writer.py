@@ -53,8 +53,13 @@ class PartialWriter:
                 self._note(begin, end)
                 start_writeback(self._descriptor, begin, end - begin)
 
-    def close(self) -> None:
-        """Give the descriptor back."""
-        with self._lock, self._wrap_write_errors():
-            self.is_closed = True
-            self._lent.close()
+    def close(self, *, may_wait: bool = True) -> None:
+        """Give the descriptor back. Do nothing while a write is running if this must not wait."""
+        if not self._lock.acquire(blocking=may_wait):
+            return
+        try:
+            with self._wrap_write_errors():
+                self.is_closed = True
+                self._lent.close()
+        finally:
+            self._lock.release()
