@@ -35,9 +35,9 @@ class DeadlineThread:
     def __init__(self, name: str = "rankload-store") -> None:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._overdue: Job | None = None
+        self._end = weakref.finalize(self, self._jobs.put, None)  # first: a signal handler may raise during the start
         # daemon: a call that never returns must not keep the process from exiting
         threading.Thread(target=_run, args=(self._jobs,), name=name, daemon=True).start()
-        self._end = weakref.finalize(self, self._jobs.put, None)
 
     def close(self) -> None:
         """End the thread after the last call has returned. The garbage collector does the same."""
