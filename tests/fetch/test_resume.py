@@ -282,6 +282,18 @@ def test_mirror_with_another_file_is_found_out(origin, cache, big_content, monke
     assert ranges_asked(origin, "file.bin")[-1] is None
 
 
+def test_first_mirror_that_breaks_off_another_file_does_not_spoil_the_next_ones(
+    origin, cache, big_content, monkeypatch, sha256
+):
+    """It fails when it is asked again, too: then the whole file of the next one counts."""
+    monkeypatch.setenv("RANKLOAD_STREAMS", "1")
+    first = origin.add("file.bin", big_content[::-1], Reply(), Reply(), Reply(status=404))
+    second = origin.add("mirror/file.bin", big_content)
+    path = rankload.dist_fetch([first, second], cache, sha256=sha256)
+    assert path.read_bytes() == big_content
+    assert ranges_asked(origin, "mirror/file.bin")[-1] is None
+
+
 @pytest.fixture
 def digest_header(sha256):
     return {"Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:"}

@@ -173,7 +173,8 @@ def _next_urls(
     may_be_an_accident = isinstance(error, DigestMismatchError) or received.version.size_bytes is None
     if others:
         _logger.warning("%s; trying the next mirror", error)
-        return others
+        # the wrong bytes of a mixed file may be another mirror's; the next time, nothing is mixed
+        return (*others, received.url) if received.is_mixed else others
     if failures[received.url] > 1 or not may_be_an_accident:
         raise error
     _logger.warning("%s; fetching it once more", error)

@@ -41,12 +41,14 @@ class Received:
         version: version that this URL's origin described.
         size_bytes: size of the file.
         sha256: SHA-256 of the file in hex digits.
+        is_mixed: whether bytes of another URL are in it.
     """
 
     url: Url
     version: Version
     size_bytes: int
     sha256: str
+    is_mixed: bool = False
 
 
 class Receiver:
@@ -71,6 +73,7 @@ class Receiver:
         content = partial.content
         #: URL key and version of the bytes that are written
         self._there = (content.url_key, content.version) if content else None
+        self._is_mixed = False
         self._others_error: Exception | None = None
         #: how often failed responses gave which length for a version
         self._lengths: dict[tuple[str | None, ...], Counter[int | None]] = defaultdict(Counter)
@@ -126,7 +129,7 @@ class Receiver:
                     raise (restart.error or AssertionError("endless restarts")) from None
                 _logger.info("%s: starting over: %s", origin.display_name, restart.error or "its ranges are unreliable")
                 is_whole = is_whole or restart.is_whole or restarts >= _MAX_RESTARTS // 2
-                known = self._there = None
+                known, self._there, self._is_mixed = None, None, False
                 if state.version is not None and state.version.size_bytes is not None:
                     self._lengths[_identity(key, state.version)][state.version.size_bytes] += 1
                 hasher.abort()
@@ -156,15 +159,18 @@ class Receiver:
 
     def _known_at(self, key: str) -> Version | None:
         """Return the version of the written bytes, as the next origin would describe it; None to start over."""
+        was_mixed, self._is_mixed = self._is_mixed, False
         if self._there is None:
             self._partial.clear()
             return None
         there, version = self._there
         if there == key:
+            self._is_mixed = was_mixed
             return version
         # Another origin has other validators for the same file. So a digest decides at the end: the caller's, or that
         # of the first origin, which all further bytes must match.
         if self._has_digest or version.claim:
+            self._is_mixed = True
             if not self._has_digest:
                 self._partial.mix()
             return Version(version.size_bytes, claim=version.claim)
@@ -186,7 +192,7 @@ class Receiver:
             self._checked_report(Progress("hashing", done_bytes, size_bytes, self._attempt))
 
         sha256 = hasher.finish(on_bytes, self._settings.progress_seconds)
-        return Received(origin.url, state.version, size_bytes, sha256)
+        return Received(origin.url, state.version, size_bytes, sha256, self._is_mixed)
 
     def _checked_report(self, progress: Progress) -> None:
         try:
