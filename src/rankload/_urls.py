@@ -175,9 +175,12 @@ def redact(url: str) -> str:
     everything up to the last ``@`` may be a password.
     """
     match, scheme = _SCHEME.match(url), scheme_of(url)
-    if match is None:  # a path
-        later = _LATER_URL.search(url)
-        return printable(url) if later is None else printable(url[: later.start()]) + redact(url[later.start() :])
+    if match is None:  # a path, or a mistyped URL
+        if later := _LATER_URL.search(url):
+            return printable(url[: later.start()]) + redact(url[later.start() :])
+        if _HOST_AND_FOLDER.match(url):
+            return redact(f"https://{url.lstrip('/')}").partition("://")[2]
+        return printable(url)
     if scheme not in WEB_SCHEMES and len(chain := _NEXT_OF_CHAIN.split(url)) > 1:
         return "::".join(map(redact, chain))
     rest = url[match.end() :]
@@ -256,17 +259,12 @@ def local_path_of(url: str) -> Path | None:
     return expanded(url).absolute() if scheme is None else None
 
 
-def mistyped_url(location: str) -> tuple[str, str] | None:
-    """Return what a path is called that is probably a mistyped URL, without secrets, and advice for a message.
-
-    None for a path that does not look like one.
-    """
+def hint_on_scheme(location: str) -> str:
+    """Return advice to append to a message on a missing file that looks like a mistyped URL; else an empty string."""
     if _LATER_URL.search(location):
-        return redact(location), "; if a URL is meant, remove what stands before it"
-    if found := _HOST_AND_FOLDER.match(location):
-        shown = redact(f"https://{location.lstrip('/')}").partition("://")[2]
-        return shown, f"; if a URL is meant, write https://{found['host']}…"
-    return None
+        return "; if a URL is meant, remove what stands before it"
+    found = _HOST_AND_FOLDER.match(location)
+    return f"; if a URL is meant, write https://{found['host']}…" if found else ""
 
 
 #: ``example.com/``, ``localhost:8000/`` or ``user:password@host/``, optionally with a user, and after two slashes.

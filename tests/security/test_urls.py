@@ -9,6 +9,9 @@ import pytest
 import rankload
 import rankload.hub
 from harness.fetch_calls import files_in
+from rankload._coordination.disagreement import describe_disagreement
+from rankload._fetch.request import agreed_arguments, make_request
+from rankload._settings import Settings
 from rankload._urls import redact, server_of, url_key, why_refused
 
 AMBIGUOUS = [
@@ -154,6 +157,9 @@ def test_signed_url_is_the_same_file_the_next_day(signed):
         "simplecache::s3://key:SEC/RET@bucket/m.pth",
         "http://host/m.pth\x1b[2J\n\u202e",
         " https://user:SECRET@host/m.pth?SECRET",
+        "host.example/m.pth?SECRET",
+        "user:SECRET@host/m.pth",
+        "//user:SECRET@host.example/m.pth",
     ],
 )
 def test_redacted_url_is_printable_and_has_no_secret(url):
@@ -201,6 +207,12 @@ def test_url_after_something_else_is_shown_without_its_secrets(before, call, tmp
     with pytest.raises(rankload.CacheError, match="if a URL is meant, remove what stands before it") as caught:
         call(f"{before}https://user:SECRET@host/m.pth?sig=SECRET/{'SECRET' * 100}")
     expect_no_secret(caught.value)
+
+
+def test_disagreement_of_ranks_shows_no_query_of_a_url_without_a_scheme(tmp_path):
+    requests = [make_request(f"host.example/m.pth?SECRET{rank}", tmp_path, Settings()) for rank in range(2)]
+    first, other = (agreed_arguments(request, "fetch") for request in requests)
+    assert "SECRET" not in describe_disagreement(first, 0, other, 1)
 
 
 def test_complaint_about_a_hash_prefix_shows_no_query(cache):

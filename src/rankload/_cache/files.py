@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rankload._cache.access import is_trusted, name_of
-from rankload._urls import mistyped_url
+from rankload._urls import hint_on_scheme, redact
 from rankload.errors import CacheError, MissingFileError, RankloadError
 
 T = TypeVar("T")
@@ -50,8 +50,8 @@ def check_has_scheme(location: str, path: Path) -> None:
 
     Such a URL may be signed: the message shows neither its query nor a user and password.
     """
-    if (found := mistyped_url(location)) and not os.path.exists(path.parent):  # noqa: PTH110 - may be too long for one
-        display_name, hint = found
+    if (hint := hint_on_scheme(location)) and not os.path.exists(path.parent):  # noqa: PTH110 - may be too long for one
+        display_name = redact(location)
         raise MissingFileError(
             f"cannot read {display_name}: No such file or directory{hint}", path=display_name, errno=errno.ENOENT
         )

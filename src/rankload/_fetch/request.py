@@ -144,12 +144,14 @@ def agreed_arguments(request: FetchRequest, call: str) -> dict[str, Any]:
         request: request of this rank.
         call: name of the public call.
     """
+    is_local = request.url.local_path is not None
     return {
         "call": call,
         "url": [url.display_name for url in request.urls],
         "origin": [url.key[:16] for url in request.urls],
         "query": [query_digests(url.raw) for url in request.urls],
-        "file_name": request.file_name,
+        # of a path the origin says the same; what follows the question mark may be the query of a mistyped URL
+        "file_name": request.file_name.partition("?")[0] if is_local else request.file_name,
         "sha256": request.sha256,
         "check_hash": request.weights.check_hash if request.weights else request.hash_prefix is not None,
         "scope": request.scope,
