@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rankload._text import printable
 from rankload._version import __version__
 
 app = typer.Typer(
@@ -67,8 +68,11 @@ def shown_size(size_bytes: int) -> str:
 
 
 def print_table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    """Print rows below one another, in columns as wide as their longest text."""
-    texts = [columns, *(tuple("-" if row[name] is None else str(row[name]) for name in columns) for row in rows)]
+    """Print rows below one another, in columns as wide as their longest text. The texts may be another user's."""
+    texts = [
+        columns,
+        *(tuple("-" if row[name] is None else printable(str(row[name])) for name in columns) for row in rows),
+    ]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     for row in texts:
         typer.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())

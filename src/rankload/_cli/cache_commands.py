@@ -18,6 +18,7 @@ from rankload._fetch.file_digest import sha256_of_file
 from rankload._fetch.partials.journal import partial_path_of
 from rankload._fetch.partials.owner import owner_of
 from rankload._settings import Settings
+from rankload._text import printable
 from rankload._urls import expanded
 
 ModelDir = Annotated[
@@ -85,7 +86,7 @@ def verify(
                 digest = sha256_of_file(entry.path, lambda _: None)
             outcome = "no digest on record" if expected is None else "ok" if digest == expected else "DAMAGED"
             has_failed |= outcome == "DAMAGED"
-            typer.echo(f"{outcome}: {entry.path}")
+            typer.echo(f"{outcome}: {_shown(entry.path)}")
     if has_failed:
         raise typer.Exit(1)
 
@@ -103,7 +104,7 @@ def rm(
     mapped, has_failed = mapped_files(), False
     for item in _named(_items(model_dir), names):
         if (why := _why_in_use(item, mapped)) and not force:
-            typer.echo(f"rankload: {item.path} is in use ({why}): it stays; --force removes it", err=True)
+            typer.echo(f"rankload: {_shown(item.path)} is in use ({why}): it stays; --force removes it", err=True)
             has_failed = True
             continue
         _remove(item)
@@ -147,9 +148,9 @@ def prune(
                 remove_file(path, directory)
     elif not as_json:
         for item in chosen:
-            typer.echo(f"would remove {item.path} ({shown_size(item.size_bytes)})")
+            typer.echo(f"would remove {_shown(item.path)} ({shown_size(item.size_bytes)})")
         for path in rests:
-            typer.echo(f"would remove {path} ({shown_size(_size_of([path]))})")
+            typer.echo(f"would remove {_shown(path)} ({shown_size(_size_of([path]))})")
     freed = sum(item.size_bytes for item in chosen) + rests_bytes
     if as_json:
         print_json(
@@ -252,7 +253,12 @@ def _remove(item: CachedItem, *, is_quiet: bool = False) -> None:
     with wrap_write_errors(item.path):
         size_bytes = remove_item(item)
     if not is_quiet:
-        typer.echo(f"removed {item.path} ({shown_size(size_bytes)})")
+        typer.echo(f"removed {_shown(item.path)} ({shown_size(size_bytes)})")
+
+
+def _shown(path: Path) -> str:
+    """Return a path for a terminal: a file in a shared directory may have any name."""
+    return printable(str(path))
 
 
 def _bytes_of(size: str) -> int:

@@ -128,6 +128,23 @@ def test_record_of_another_user_exposes_no_file(filled: Path) -> None:
     assert notes.exists()
 
 
+def test_text_of_another_users_record_is_escaped(filled: Path) -> None:
+    """Names, too: whoever may write to a shared directory publishes there."""
+    record = filled / ".rankload" / "old.bin.json"
+    name = "a\x1b[2J\nremoved all.pth"
+    (filled / name).write_bytes(b"")
+    status = (filled / name).stat()
+    facts = {"size_bytes": 0, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino, "birth_ns": None}
+    forged = {**json.loads(record.read_text()), **facts, "url": "http://h/\x1b[2J\nforged", "vouched_by": "\x9b"}
+    (filled / ".rankload" / f"{name}.json").write_text(json.dumps(forged))
+    shown = run("ls", "--model-dir", filled) + run("verify", "--model-dir", filled, exit_code=1)
+    shown += run("prune", "--keep-latest", 0, "--model-dir", filled)
+    shown += run("prune", "--keep-latest", 0, "--yes", "--model-dir", filled)
+    assert r"a\x1b[2J\nremoved all.pth" in shown and r"http://h/\x1b[2J\nforged" in shown
+    assert all(line.isprintable() for line in shown.split("\n"))
+    assert not [line for line in shown.splitlines() if line.startswith(("forged", "removed all"))]
+
+
 def test_rm_of_a_checkpoint_in_several_files(filled: Path) -> None:
     folder = next(name for name in names(filled) if name.startswith("model.safetensors-"))
     run("rm", folder, "--model-dir", filled)
