@@ -38,6 +38,33 @@ def elsewhere():
         yield server
 
 
+def redirect_from_start(location):
+    # not by add_header: nginx would send an empty Location before it, and together they are malformed
+    quoted = location.replace("\\", "\\\\")
+    return Behaviour(f'location = /start.bin {{ absolute_redirect off; return 302 "{quoted}"; }}')
+
+
+@pytest.mark.fault(63)
+@needs_root
+@pytest.mark.parametrize("location", ["https://{}/file.bin", "//{}/file.bin", "https://HUGGINGFACE.CO:443/file.bin"])
+def test_redirect_to_the_tokens_own_host_gets_it(tmp_path, cache, location):
+    """So that what follows shows something: it is the host that decides."""
+    authority, root, victim = Authority(tmp_path), tmp_path / "root", "huggingface.co"
+    root.mkdir()
+    (root / "file.bin").write_bytes(CONTENT)
+    with (
+        namespace({"start.example": "127.0.0.1", victim: "127.0.0.3"}) as network,
+        nginx(root, redirect_from_start(location.format(victim)), tls=authority.certificate("start.example"), port=443,
+              start=network.start_program) as start,
+        nginx(root, tls=authority.certificate(victim), address="127.0.0.3", port=443,
+              start=network.start_program) as own,
+    ):  # fmt: skip
+        environment = {**authority.environment, **SECRETS}
+        network.run_script(FETCH, "https://start.example/start.bin", cache, env=environment).check()
+        assert [access.authorization for access in own.accesses()] == ["Bearer SECRET-HF"]
+        assert not any(access.authorization for access in start.accesses())
+
+
 @pytest.mark.fault(63)
 @needs_root
 @pytest.mark.parametrize("victim", ["huggingface.co", "github.com"])
@@ -54,6 +81,7 @@ def elsewhere():
         "//{}@evil.example/file.bin",
         "https:\\\\evil.example\\@{}/file.bin",
         "https://evil.example/@{}/../file.bin",
+        "https://evil.example/file.bin",
     ],
 )
 def test_no_redirect_gets_a_token(tmp_path, cache, origin, victim, location):
@@ -61,11 +89,10 @@ def test_no_redirect_gets_a_token(tmp_path, cache, origin, victim, location):
     authority, root = Authority(tmp_path), tmp_path / "root"
     root.mkdir()
     (root / "file.bin").write_bytes(CONTENT)
-    line = f'add_header Location "{location.format(victim)}" always; return 302;'.replace("\\", "\\\\")
-    redirect = Behaviour(f"location = /start.bin {{ {line} }}")
     with (
         namespace({"start.example": "127.0.0.1", "evil.example": "127.0.0.2", victim: "127.0.0.3"}) as network,
-        nginx(root, redirect, tls=authority.certificate("start.example"), port=443, start=network.start_program),
+        nginx(root, redirect_from_start(location.format(victim)), tls=authority.certificate("start.example"), port=443,
+              start=network.start_program),
         nginx(root, tls=authority.certificate("evil.example"), address="127.0.0.2", port=443,
               start=network.start_program) as evil,
     ):  # fmt: skip
@@ -73,6 +100,7 @@ def test_no_redirect_gets_a_token(tmp_path, cache, origin, victim, location):
         result = network.run_script(FETCH, "https://start.example/start.bin", cache, env=environment).check()
         seen = [access.authorization for access in evil.accesses()]
     assert not any(seen), (seen, result.stdout)
+    assert seen or "refused: https://start.example/start.bin: it redirects to" in result.stdout
     assert "SECRET" not in result.stdout + result.stderr
 
 
