@@ -76,6 +76,14 @@ def test_netrc_is_used_without_one(origin, cache, monkeypatch, tmp_path):
     assert origin.requests()[0].headers["authorization"].startswith("Basic ")
 
 
+def test_netrc_in_another_encoding_is_passed_over(origin, cache, tmp_path, monkeypatch):
+    """As other malformed ones are: it may have nothing to do with the URL."""
+    (tmp_path / "netrc").write_bytes(b"# caf\xe9\nmachine other.example login somebody password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert rankload.dist_fetch(origin.add("file.bin", b"content"), cache).read_bytes() == b"content"
+    assert "authorization" not in origin.requests()[0].headers
+
+
 @pytest.mark.parametrize("value", [TOKEN + "\n", " " + TOKEN, TOKEN + "\N{SNOWMAN}", 42])
 def test_header_that_cannot_be_sent(origin, cache, value):
     """A token read from a file with its line break is the usual one; its value must not come out in the error."""

@@ -73,8 +73,7 @@ class Credentials:
             return (*sent, ("Authorization", basic_authorization(*self._user)))
         if token := _token_for(server, self._environ):
             return (*sent, ("Authorization", f"Bearer {token}"))
-        host = f"[{server.host}]" if ":" in server.host else server.host
-        if is_own and (login := get_netrc_auth(f"{server.scheme}://{host}")):
+        if is_own and (login := _netrc_login(server)):
             return (*sent, ("Authorization", basic_authorization(*login)))
         return sent
 
@@ -100,6 +99,14 @@ def basic_authorization(user: str, password: str) -> str:
 def _without_credentials(headers: Headers) -> Headers:
     """Return only the User-Agent, which any server may get: browsers and curl also keep it across redirects."""
     return tuple((name, value) for name, value in headers if name.lower() == "user-agent")
+
+
+def _netrc_login(server: Server) -> tuple[str, str] | None:
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    try:
+        return get_netrc_auth(f"{server.scheme}://{host}")
+    except UnicodeDecodeError:  # requests passes over other malformed files, but not over one in another encoding
+        return None
 
 
 def _token_for(server: Server, environ: Mapping[str, str]) -> str | None:
