@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rankload
+from rankload._cli.inspect_command import inspect
 
 
 class Module(nn.Module):
@@ -736,3 +737,23 @@ def test_a_tar_archive_on_which_tarfile_fails_is_an_error(tmp_path, content, loa
     with pytest.raises(rankload.RankloadError) as caught:
         load(tmp_path / "archive.tar")
     assert isinstance(caught.value, (rankload.LoadError, rankload.VerificationError))
+
+
+@pytest.mark.parametrize("dtype", ["F6_E2M3", "F3_OF_TOMORROW"])
+def test_a_dtype_that_nobody_knows_is_listed(tmp_path, dtype, capsys):
+    path = _safetensors(tmp_path / "new.safetensors", {"a": _tensor(0, 3, [4], dtype)}, bytes(3))
+    with rankload.open_checkpoint(path) as checkpoint:
+        assert (checkpoint.entries["a"].size_bytes, checkpoint.entries["a"].length) == (3, 3)
+        assert checkpoint.entries["a"].is_contiguous
+    inspect(str(path))
+    assert dtype in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no such dtype")
+def test_pairs_of_four_bits_are_not_converted(tmp_path):
+    """torch has no such copy, and says that it had."""
+    header = {"a": _tensor(0, 40, [80], "F4"), "secret": _tensor(40, 296, [64])}
+    path = _safetensors(tmp_path / "pairs.safetensors", header, bytes(296))
+    INDEXED["assigned"](path)
+    with pytest.raises(rankload.LoadError, match=r"float4_e2m1fn_x2 in the checkpoint cannot be converted"):
+        INDEXED["into a module"](path)

@@ -83,6 +83,8 @@ class TensorEntry:
     @property
     def size_bytes(self) -> int:
         """Bytes of all elements."""
+        if self.dtype not in ITEM_BYTES:  # see `length`
+            return self.storage.length
         return self.element_count * self.item_bytes
 
     @property

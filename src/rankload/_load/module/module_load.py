@@ -255,8 +255,14 @@ def _problem_of_classes(target: torch.Tensor, saved: LazyTensor) -> str:
     return ""
 
 
+#: The dtype of pairs of numbers of four bits; None if this torch has none.
+_PAIRS = getattr(torch, "float4_e2m1fn_x2", None)
+
+
 def _can_convert(saved: torch.dtype, own: torch.dtype) -> bool:
     """Return whether torch can cast between the dtypes. Masks may be integers: torch once saved them as bytes."""
+    if saved != own and _PAIRS in (saved, own):  # torch.can_cast says that torch could
+        return False
     is_mask = own == torch.bool and not (saved.is_floating_point or saved.is_complex)
     return is_mask or torch.can_cast(saved, own)
 
