@@ -103,14 +103,23 @@ def checked_file_name(name: str) -> str:
     """Return the caller's file name if it stays inside the directory.
 
     Raises:
-        ArgumentError: the name is empty or absolute, contains ``..``, or is one of rankload's own.
+        ArgumentError: the name is empty or absolute, contains ``..`` or what no path can have, or is one of rankload's
+            own.
     """
     path = PurePosixPath(name)
-    if not path.name or path.is_absolute() or ".." in path.parts or any(map(is_own_name, path.parts)):
+    is_beside = path.name and not path.is_absolute() and ".." not in path.parts
+    if not is_beside or not _is_possible(name) or any(map(is_own_name, path.parts)):
         raise ArgumentError(
             f"file_name={name!r}: expected a relative file name without '..' that is not one of rankload's own files"
         )
     return name
+
+
+def _is_possible(name: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def hash_prefix_of(file_name: str) -> str | None:

@@ -35,6 +35,7 @@ from rankload.errors import ArgumentError
 ENTRY_POINT_GROUP = "rankload.checkpoints"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_MAX_NAME_LENGTH = 255  # no file has a longer one (NAME_MAX, limits.h)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KEYS = ("url", "sha256", "size", "parts", "licence", "adapt")
 
@@ -72,7 +73,13 @@ class NamedCheckpoint:
         Raises:
             ArgumentError: one of them rejects its arguments.
         """
-        return [getattr(adapters_module, name)(*arguments) for name, arguments in self.adapt]
+        made = []
+        for name, arguments in self.adapt:
+            try:
+                made.append(getattr(adapters_module, name)(*arguments))
+            except TypeError as error:  # too few arguments, or too many
+                raise ArgumentError(f"{self.table}: [{self.name}]: adapt: {error}") from None
+        return made
 
 
 def adapter_for(named: NamedCheckpoint | None, given: Adapter | Sequence[Adapter] | None) -> Adapter:
@@ -94,7 +101,7 @@ def find_checkpoint(url: object) -> NamedCheckpoint | None:
     Raises:
         ArgumentError: a table is malformed, or several packages have different checkpoints of that name.
     """
-    if not isinstance(url, str) or not _NAME.fullmatch(url) or Path(url).is_file():
+    if not isinstance(url, str) or not _NAME.fullmatch(url) or len(url) > _MAX_NAME_LENGTH or Path(url).is_file():
         return None
     own = _own_table()
     if own is not None and (found := read_table(own).get(url)) is not None:
@@ -136,12 +143,13 @@ def read_table(path: Path) -> dict[str, NamedCheckpoint]:
         CacheError: it cannot be read.
     """
     import tomlkit  # slow to import
+    from tomlkit.exceptions import TOMLKitError
 
     with wrap_read_errors(path):
         text = path.read_bytes()
     try:
         content = tomlkit.parse(text).unwrap()
-    except (ValueError, UnicodeDecodeError) as error:  # tomlkit's errors are ValueErrors
+    except (ValueError, TOMLKitError) as error:  # most errors of tomlkit are both
         raise ArgumentError(f"{path}: not TOML: {error}") from None
     rows = {name: row for name, row in content.items() if isinstance(row, dict)}
     if stray := [name for name in content if name not in rows]:
@@ -169,6 +177,8 @@ def _row(name: str, row: Mapping[str, Any], table: Path) -> NamedCheckpoint:
             raise ArgumentError(f"{where}: {printable(key)}: expected 64 lower-case hex digits")
     if size is not None and (type(size) is not int or size < 0):
         raise ArgumentError(f"{where}: size: expected a number of bytes")
+    if not isinstance(adapt := row.get("adapt", []), list):
+        raise ArgumentError(f"{where}: adapt: expected a list")
     if not isinstance(licence := row.get("licence"), (str, type(None))):
         raise ArgumentError(f"{where}: licence: expected text")
     return NamedCheckpoint(
@@ -179,7 +189,7 @@ def _row(name: str, row: Mapping[str, Any], table: Path) -> NamedCheckpoint:
         size_bytes=size,
         part_digests=tuple(parts.items()),
         licence=licence,
-        adapt=tuple(_adapter(one, where) for one in row.get("adapt", [])),
+        adapt=tuple(_adapter(one, where) for one in adapt),
     )
 
 
@@ -215,7 +225,7 @@ def _registered_tables() -> Iterator[Path]:
 
 def _beside(table: Path, url: str) -> str:
     """Return a path relative to the table as an absolute one; a URL, and an absolute path, unchanged."""
-    return url if scheme_of(url) else str(table.parent / Path(url).expanduser())
+    return url if scheme_of(url) else str(table.parent / expanded(url))
 
 
 def _did_you_mean(name: str, known: Any) -> str:

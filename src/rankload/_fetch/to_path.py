@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from rankload._cache.files import check_has_scheme, wrap_read_errors
+from rankload._cache.files import check_has_scheme, wrap_read_errors, wrap_write_errors
 from rankload._cache.layout import Entry
 from rankload._coordination.signals import TerminationAsException
 from rankload._fetch.digests import check_digest, claims_of
@@ -42,9 +42,11 @@ def download_to(
         OfflineError: offline mode is on (RANKLOAD_OFFLINE), and the URL is not a ``file://`` URL.
     """
     path = expanded(destination).absolute()
-    if path.is_dir():
+    with wrap_write_errors(path):
+        is_directory, is_other = path.is_dir(), path.exists() and not path.is_file()
+    if is_directory:
         raise CacheError(f"cannot write {path}: Is a directory; name a file in it", path=str(path), errno=errno.EISDIR)
-    if path.exists() and not path.is_file():  # root could replace /dev/null by a file, for every process of the host
+    if is_other:  # root could replace /dev/null by a file, for every process of the host
         raise CacheError(f"cannot write {path}: it is no regular file; name another", path=str(path))
     if is_own_name(path.name):  # a download would take the file for a partial file
         raise CacheError(

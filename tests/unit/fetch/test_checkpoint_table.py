@@ -89,6 +89,9 @@ def test_dtype_that_torch_lacks(tmp_path: Path) -> None:
         ('[x]\nurl = "a"\nadapt = "unwrap"', "adapt: expected"),
         ('[x]\nurl = "a"\nadapt = [{ unwrap = 3 }]', "adapt: expected"),
         ('[x]\nurl = "a"\nadapt = ["__import__"]', "adapt: expected"),
+        ('[x]\nurl = "a"\nadapt = 5', "adapt: expected a list"),
+        ('[x]\nurl = "a"\nadapt = { unwrap = "a" }', "adapt: expected a list"),
+        ('[x]\nurl = "a"\nurl = "b"', "not TOML: .*url"),
         ('["a/b"]\nurl = "a"', r"\[a/b\]: expected a name"),
     ],
 )
@@ -155,3 +158,11 @@ def test_table_that_is_given(tmp_path: Path) -> None:
         named_in(path, "smal")
     with pytest.raises(MissingFileError):
         named_in(tmp_path / "nowhere.toml", "small")
+
+
+@pytest.mark.parametrize("arguments", ['"a"', '["a", "b", "c"]'])
+def test_adapters_with_too_few_or_too_many_arguments(tmp_path: Path, arguments: str) -> None:
+    path = tmp_path / "rankload.toml"
+    path.write_text(f'[x]\nurl = "a"\nadapt = [{{ rename = {arguments} }}]')
+    with pytest.raises(ArgumentError, match=r"rankload\.toml: \[x\]: adapt: rename"):
+        read_table(path)["x"].adapters()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import rankload
+import rankload.hub
 from rankload._fetch.request import default_directory, make_request
 from rankload._settings import Settings
 from rankload.errors import ArgumentError
@@ -91,3 +94,20 @@ def test_arguments_that_are_none(arguments: Any, text: str) -> None:
             settings=Settings(),
         )
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800", "../a", "/a", ".rankload"])
+def test_a_file_name_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(ArgumentError, match="expected a relative file name"):
+        make_request("https://host/x.pth", "cache", Settings(), file_name=name)
+
+
+def test_names_that_are_too_long_for_any_file(tmp_path: Path) -> None:
+    name = "x" * 300
+    for call in (rankload.open_checkpoint, rankload.dist_fetch, rankload.load):
+        with pytest.raises(rankload.RankloadError, match=f"{name}.*File name too long"):
+            call(name)
+    with pytest.raises(rankload.CacheError, match="File name too long"):
+        rankload.hub.download_url_to_file("http://127.0.0.1:9/x", str(tmp_path / name))
+    with pytest.raises(rankload.ArgumentError, match="expected owner/name"):
+        rankload.hub.load(f"owner/name:{name}", "model", trust_repo=True)

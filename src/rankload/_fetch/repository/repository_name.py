@@ -36,7 +36,7 @@ class RepositoryName:
         Raises:
             ArgumentError: the text is no such name.
         """
-        match = _NAME.fullmatch(text) if isinstance(text, str) else None
+        match = _NAME.fullmatch(text) if isinstance(text, str) and len(text.encode(errors="replace")) < 250 else None
         if match is None or match[2] in (".", "..") or (match[3] and _FORBIDDEN_IN_REF.search(match[3])):
             raise ArgumentError(
                 f"repository {printable(str(text))!r}: expected owner/name or owner/name:ref, such as "
