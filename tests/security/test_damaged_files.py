@@ -757,3 +757,24 @@ def test_pairs_of_four_bits_are_not_converted(tmp_path):
     INDEXED["assigned"](path)
     with pytest.raises(rankload.LoadError, match=r"float4_e2m1fn_x2 in the checkpoint cannot be converted"):
         INDEXED["into a module"](path)
+
+
+#: State dicts of Adam that no Adam has made.
+STATES = {
+    "number": 1,
+    "tensor": torch.zeros(1),
+    "no steps": {number: {"exp_avg": torch.zeros(1)} for number in (0, 1)},
+    "odd steps": {number: {"step": torch.float32, "exp_avg": 1, "exp_avg_sq": ()} for number in (0, 1)},
+    "lists": {0: [], 1: [torch.zeros(1)]},
+}
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_an_optimizer_state_of_another_kind_is_an_error(tmp_path, state):
+    module = nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(module.parameters())
+    saved = {"model": module.state_dict(), "optimizer": {**optimizer.state_dict(), "state": state}}
+    torch.save(saved, tmp_path / "training.pth")
+    with pytest.raises(rankload.LoadError, match=r"training\.pth"):
+        rankload.dist_load_into((module, optimizer), tmp_path / "training.pth", progress=False)

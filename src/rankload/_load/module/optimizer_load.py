@@ -17,7 +17,7 @@ from rankload._load.module.leaves import with_leaves
 from rankload._load.module.mismatch import describe_mismatch
 from rankload._load.module.remainder import OPTIMIZER_KEYS, optimizer_key
 from rankload._load.module.slots import bare, empty_copy, is_distributed, is_plain, own_part
-from rankload._text import shown_key
+from rankload._text import printable, shown_key
 from rankload.errors import LoadError
 
 #: Largest number of a parameter. Larger numbers could be crafted such that their hashes collide.
@@ -33,11 +33,13 @@ class OptimizerLoad:
         content: state dict for ``optimizer.load_state_dict``, with the optimizer's own parameter numbers, and lazy
             tensors in the place of tensors.
         parameters: parameters of the optimizer, by number.
+        display_name: name of the checkpoint, for messages.
     """
 
     optimizer: torch.optim.Optimizer
     content: Mapping[str, Any]
     parameters: Sequence[torch.Tensor]
+    display_name: str
 
     @property
     def wanted(self) -> list[tuple[LazyTensor, torch.Tensor | None]]:
@@ -90,7 +92,7 @@ def plan_optimizer_load(
     groups = [
         {**group, "params": [numbers[key] for key in keys]} for group, keys in zip(saved_groups, own, strict=True)
     ]
-    return OptimizerLoad(optimizer, {**saved, "state": state, "param_groups": groups}, parameters)
+    return OptimizerLoad(optimizer, {**saved, "state": state, "param_groups": groups}, parameters, display_name)
 
 
 def prepare_optimizer_load(load: OptimizerLoad) -> Prepared:
@@ -109,7 +111,15 @@ def prepare_optimizer_load(load: OptimizerLoad) -> Prepared:
         for key, values in load.content["state"].items()
     }
     content = {**_with_tensors({**load.content, "state": {}}, made), "state": state}
-    return Prepared(copies, 0, lambda: load.optimizer.load_state_dict(content))
+    return Prepared(copies, 0, lambda: _load(load, content))
+
+
+def _load(load: OptimizerLoad, content: dict[str, Any]) -> None:
+    try:
+        load.optimizer.load_state_dict(content)
+    except Exception as error:  # the optimizer's own code finds something else than it has saved
+        what = printable(f"{type(error).__name__}: {error}")
+        raise LoadError(f"{load.display_name} does not fit the {type(load.optimizer).__name__}: {what}") from error
 
 
 def _of_number(parameters: Sequence[torch.Tensor], key: Any) -> torch.Tensor | None:
@@ -124,7 +134,11 @@ def _with_tensors(content: Any, made: Callable[[LazyTensor], Any]) -> Any:
 def _state_dict_in(whole: Any, display_name: str) -> Mapping[str, Any]:
     if isinstance(whole, Mapping) and (key := optimizer_key(whole)) is not None:
         found: Any = whole[key]
-        return found if isinstance(found, Mapping) else found[0]
+        found = found if isinstance(found, Mapping) else found[0]
+        if isinstance(found["state"], Mapping):
+            return found  # type: ignore[no-any-return]
+        kind = type(found["state"]).__name__
+        raise LoadError(f"{display_name}: the state of its optimizer is of the type {kind}; expected a dict")
     keys = ", ".join(map(shown_key, islice(whole, 20))) if isinstance(whole, Mapping) else f"a {type(whole).__name__}"
     raise LoadError(
         f"{display_name}: no optimizer state dict under any of {', '.join(OPTIMIZER_KEYS)}; the checkpoint has {keys}"
