@@ -778,3 +778,23 @@ def test_an_optimizer_state_of_another_kind_is_an_error(tmp_path, state):
     torch.save(saved, tmp_path / "training.pth")
     with pytest.raises(rankload.LoadError, match=r"training\.pth"):
         rankload.dist_load_into((module, optimizer), tmp_path / "training.pth", progress=False)
+
+
+@pytest.mark.fault(65)
+def test_what_lies_between_two_records_is_no_weights_from_afar(tmp_path, origin):
+    """The place of a remote tensor is inferred from what is behind it."""
+    records = {**records_of(content(last=torch.zeros(4))), "version": b"3\n"}
+    gap = struct.pack("<f", 666.0) * 16
+    path = _zip(tmp_path / "gap.pth", {**records, "data/1": records["data/1"] + gap})
+    raw, size = bytearray(path.read_bytes()), len(records["data/1"])
+    listed, local = raw.rindex(b"archive/data/1") - 46, raw.index(b"archive/data/1") - 30
+    struct.pack_into("<2I", raw, listed + 20, size, size)
+    struct.pack_into("<2I", raw, local + 18, size, size)
+    path.write_bytes(raw)
+    for load in (torch.load, rankload.load, rankload.open_checkpoint):
+        assert load(path)["secret"].tolist() == [SECRET] * 64
+    with rankload.open_checkpoint(origin.add("gap.pth", path)) as checkpoint:
+        assert checkpoint["a"].tolist() == checkpoint["last"].tolist() == [0] * 4
+        for _ in range(2):
+            with pytest.raises(rankload.LoadError, match=r"gap\.pth: damaged zip archive \('archive/data/1'"):
+                print(checkpoint["secret"])

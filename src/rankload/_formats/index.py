@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -23,6 +23,10 @@ _CONTAINERS = (dict, OrderedDict, Counter, defaultdict, list, tuple)
 _TENSORS_AND_CONTAINERS = (TensorEntry, *_CONTAINERS)
 
 
+def _looked_up(storage: StorageEntry) -> None:
+    """Do nothing: the place of the storage is not inferred."""
+
+
 @dataclass(frozen=True)
 class FileIndex:
     """The index of one file, from its headers.
@@ -33,12 +37,14 @@ class FileIndex:
             we know.
         is_exact: whether the content is what torch.load would return, apart from tensors and `Unbuilt` objects.
         storages: all storages that the pickle mentions, in that order.
+        confirm: called before a storage is read; raises BrokenFileError if it is elsewhere than inferred.
     """
 
     content: Any
     byte_order: ByteOrder | None = None
     is_exact: bool = False
     storages: tuple[StorageEntry, ...] = ()
+    confirm: Callable[[StorageEntry], None] = _looked_up
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Index:
         metadata: free-form texts of safetensors files.
         content: saved content with its nesting, and entries in the place of tensors.
         storages: all storages, including those that no tensor uses.
-        is_exact: see `FileIndex`.
+        is_exact, confirm: see `FileIndex`.
     """
 
     tensors: Mapping[str, TensorEntry]
@@ -63,6 +69,7 @@ class Index:
     content: Any = None
     storages: tuple[StorageEntry, ...] = ()
     is_exact: bool = True
+    confirm: Callable[[StorageEntry], None] = _looked_up
 
 
 def flatten(index: FileIndex, file: str) -> Index:
@@ -94,6 +101,7 @@ def flatten(index: FileIndex, file: str) -> Index:
         content=index.content,
         storages=index.storages,
         is_exact=index.is_exact,
+        confirm=index.confirm,
     )
 
 

@@ -71,6 +71,7 @@ def _sharded(weight_map: dict[str, str], open_part: OpenPart, *, is_remote: bool
         metadata=_merged(part.metadata for part in parts.values()),
         storages=tuple(storage for part in parts.values() for storage in part.storages),
         is_exact=all(part.is_exact for part in parts.values()),
+        confirm=lambda storage: parts[storage.file].confirm(storage),
     )
 
 

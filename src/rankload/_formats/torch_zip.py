@@ -30,8 +30,8 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool 
     Args:
         source: the file.
         file: name of the file, for the entries.
-        is_remote: whether each read costs a round trip. If so, payload positions are inferred from the directory, and
-            only the first and the last are looked up.
+        is_remote: whether each read costs a round trip. If so, payload positions are inferred from the directory. Only
+            the first and the last are looked up at once, the others before they are read.
         exactly: build only tensors that equal torch.load's; all others stay `Unbuilt`.
 
     Raises:
@@ -50,7 +50,7 @@ def read_zip_index(source: Source, file: str, *, is_remote: bool, exactly: bool 
     member = members.get(directory.raw_root + b"/byteorder")  # since torch 2.1
     order = None if member is None else _byte_order(torch_zip.member_content(source, directory, member))
     is_exact = machine.is_exact and _has_known_version(source, directory, members)
-    return FileIndex(content, order, is_exact, tuple(records.storages.values()))
+    return FileIndex(content, order, is_exact, tuple(records.storages.values()), records.confirm)
 
 
 def check_script(source: Source) -> set[str]:
@@ -121,6 +121,7 @@ class _Records:
         self._ends = torch_zip.ends_of(directory)
         self.storages: dict[str, StorageEntry] = {}
         self._offsets = self._likely_offsets() if is_remote else torch_zip.payload_offsets(source, directory)
+        self._inferred = dict(self._offsets) if is_remote else {}
 
     def storage(self, persistent_id: Any) -> StorageEntry:
         """Return the storage for a persistent id of the pickle."""
@@ -148,6 +149,15 @@ class _Records:
             raise NotUnderstoodError("an archive with compressed tensors")
         entry = self.storages[key] = StorageEntry(key, self._file, self._offset(member), length, dtype, location)
         return entry
+
+    def confirm(self, storage: StorageEntry) -> None:
+        """Look up where a storage is, if that was inferred. See `FileIndex`."""
+        member = self._records[self._raw_folder + storage.key.encode("ascii")]
+        if (inferred := self._inferred.get(member.name)) is None:
+            return
+        if torch_zip.payload_offset(self._source, self._directory, member) != inferred:
+            raise BrokenFileError(f"damaged zip archive ({member.name!r} is not next to what is behind it)")
+        del self._inferred[member.name]
 
     def _offset(self, member: torch_zip.Member) -> int:
         offset = self._offsets.get(member.name)

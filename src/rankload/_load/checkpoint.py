@@ -7,10 +7,12 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rankload._formats.broken import BrokenFileError
 from rankload._formats.entry import TensorEntry
 from rankload._formats.index import Index
 from rankload._formats.source import Source
 from rankload._text import printable
+from rankload.errors import LoadError
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +43,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
         Raises:
             KeyError: no tensor has that name.
-            LoadError: this torch lacks the tensor's dtype, or the file ended early.
+            LoadError: this torch lacks the tensor's dtype, or the file is damaged or ended early.
             FetchError: the bytes could not be fetched from the origin.
             ValueError: the checkpoint is closed.
         """
@@ -50,6 +52,10 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         from rankload._load.values.tensors import read_tensor  # imports torch, which a listing does without
 
         entry = self.entries[name]
+        try:
+            self._index.confirm(entry.storage)
+        except BrokenFileError as error:
+            raise LoadError(f"{self.display_name}: {error}", path=self.display_name, tensor=name) from None
         return read_tensor(self._sources(entry.file), entry, self._index.byte_orders[entry.file], self.display_name)
 
     @property
