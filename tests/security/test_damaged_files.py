@@ -488,6 +488,7 @@ def _again(function: bytes, argument: bytes, count: int) -> bytes:
 _TEXT = b"X\x60\xea\x00\x00" + b"m" * 60_000
 _LONG_LIST = b"](" + b"K\x01" * 60_000 + b"e"
 _LONG_PAIRS = b"](K\x01K\x01\x86q\x03" + b"h\x03" * 20_000 + b"e"
+_LISTS = b"](" + b"](" + b"K\x01" * 100 + b"eq\x01" + b"h\x01" * 99 + b"e"
 _ATTRIBUTES = b"}q\x01(" + b"".join(b"X\x04\0\0\0%04dK\x01" % number for number in range(2000)) + b"u"
 
 #: torch would take hours to say no, or gigabytes, or give memory that was never written to.
@@ -512,6 +513,7 @@ ENDLESS = {
         _again(b"ctorch\nFloatTensor\n", _LONG_LIST + b"\x85", 100),
         "copies the same",
     ),
+    "tensor of one list many times": (b"ctorch\nFloatTensor\n" + _LISTS + b"\x85R", "holds more than numbers"),
     "attributes set again and again": (
         b"ccollections\nOrderedDict\n)R" + _ATTRIBUTES + b"b" + b"h\x01b" * 2000,
         "copies the same values",

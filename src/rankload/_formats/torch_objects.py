@@ -170,12 +170,15 @@ def _without_content(function: GlobalName) -> Builder:
     """Return a builder that refuses a tensor or storage if the pickle gives only a size, as numbers or as a tensor.
 
     torch writes no such calls, but weights_only allows them. The result would hold old contents of this process's
-    memory.
+    memory. Lists in a list are refused, too: a few kilobytes can hold one list a thousand times on every level.
     """
 
     def build(arguments: tuple[Any, ...]) -> Any:
         if any(isinstance(argument, (int, tuple, TensorEntry)) for argument in arguments[:1]):
             raise BrokenFileError(f"damaged checkpoint (a {function} with a size, but no content)")
+        numbers = arguments[0] if arguments and type(arguments[0]) is list else []
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise BrokenFileError(f"damaged checkpoint (a {function} of a list that holds more than numbers)")
         return Unbuilt(function, arguments)
 
     return build
