@@ -84,7 +84,7 @@ def test_one_connection_at_a_time(server, cache, monkeypatch, caplog):
 def test_further_connections_are_swallowed(cache, monkeypatch):
     """As by a firewall. The file has come in full over the first one, whatever becomes of the attempts."""
     monkeypatch.setenv("RANKLOAD_CHUNK_BYTES", str(_CHUNK_BYTES))
-    monkeypatch.setenv("RANKLOAD_CONNECT_SECONDS", "20")
+    monkeypatch.setenv("RANKLOAD_CONNECT_SECONDS", "60")
 
     def serve() -> None:
         client, _ = listening.accept()
@@ -106,5 +106,5 @@ def test_further_connections_are_swallowed(cache, monkeypatch):
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/a.bin"
         began_at = time.monotonic()
         assert rankload.dist_fetch(url, cache, timeout=5, progress=False).read_bytes() == _CONTENT
-        assert time.monotonic() - began_at < 5
+        assert time.monotonic() - began_at < 30
         thread.join(10)

@@ -124,5 +124,6 @@ def _may_be_changed(descriptor: int, *, is_verified: bool) -> bool:
     status = os.fstat(descriptor)
     if not is_trusted(status.st_uid) or status.st_mode & stat.S_IWOTH:
         return True
-    is_for_others = has_access_list(descriptor) or not is_private_group(status.st_gid)
-    return is_verified and bool(status.st_mode & stat.S_IWGRP) and is_for_others
+    if not is_verified or not status.st_mode & stat.S_IWGRP:
+        return False
+    return has_access_list(descriptor) or not is_private_group(status.st_gid)
