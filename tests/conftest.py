@@ -31,8 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
         if environments.is_stray(name):
             del os.environ[name]
     # torch looks a name up for each connection to a store, and the C library asks a name service for ::ffff:127.0.0.1.
-    # An answer that gets lost costs a second with this, and not five (resolv.conf(5)).
-    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
+    # An answer that gets lost costs a second with this, and not five (resolv.conf(5)); and no warning of torch's.
+    os.environ.update(RES_OPTIONS="timeout:1 attempts:1", TORCH_CPP_LOG_LEVEL="ERROR")
     mounts.isolate()  # before the first process starts, all of which are to see what a test mounts
 
 
