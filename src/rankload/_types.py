@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,13 @@ Phase = Literal[
 ]
 #: Phases in which a rank may be alive and move no bytes: no other rank reports it as stuck.
 DECLARED_WAITS: frozenset[Phase] = frozenset({"waiting", "backoff", "running", "done"})
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def is_sha256(text: str) -> bool:
+    """Return whether a text is a whole SHA-256 digest: 64 hex digits in lower case."""
+    return _SHA256.fullmatch(text) is not None
 
 
 #: Network filesystems may round a file's modification time, or update it later than the file's bytes.

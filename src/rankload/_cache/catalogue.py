@@ -105,9 +105,9 @@ def remove_item(item: CachedItem) -> int:
 
 
 def remove_file(path: Path, root: Path) -> None:
-    """Remove a file of a cache directory, if it is there.
+    """Remove a file of a cache directory, if it is there. No link below the directory is followed.
 
-    Another user may have put a link in the place of a folder since the directory was listed. It is not followed.
+    Another user may have replaced a folder by a link since the directory was listed.
 
     Raises:
         OSError: the file cannot be removed, or there is a link in its path.

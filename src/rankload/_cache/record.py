@@ -6,14 +6,13 @@ import errno
 import json
 import logging
 import os
-import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rankload._cache.access import open_plain, write_own_json
 from rankload._cache.files import retry_if_stale
-from rankload._types import Provenance
+from rankload._types import Provenance, is_sha256
 
 _logger = logging.getLogger("rankload")
 
@@ -27,8 +26,6 @@ _OPTIONAL_NUMBERS = ("birth_ns", "replaces_inode", "replaces_birth_ns")
 _NO_RECORDS = frozenset(
     {errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EACCES, errno.EPERM, errno.EFBIG}
 )
-
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 #: Fields that older records lack.
 _LATER_FIELDS = (*_OPTIONAL_NUMBERS, "last_modified")
@@ -170,6 +167,6 @@ def _checked(record: Record) -> Record:
         is_optional = name in ("etag", "last_modified", "sha256", "vouched_by")
         if not isinstance(value := getattr(record, name), str) and not (is_optional and value is None):
             raise TypeError(f"{name} is not a string")
-    if record.sha256 is not None and not _SHA256.fullmatch(record.sha256):
+    if record.sha256 is not None and not is_sha256(record.sha256):
         raise ValueError("sha256 is no digest")
     return record

@@ -30,7 +30,7 @@ def backoff(world_size: int, sleep: Callable[[float], object] = time.sleep) -> I
     The sleep grows from 1 ms by a third each round, so that the time lost stays below a third of the time waited. It
     grows to 10 ms in the first second, since most waits between ranks are over by then, and to 100 ms afterwards. In
     large jobs it grows further, until all ranks together make 4000 rounds per second: a few percent of what a TCPStore
-    can serve. There it also starts longer, up to 10 ms, so that the first rounds of all ranks are not a burst.
+    can serve. Their first sleep is longer, too, up to 10 ms, so that the first rounds of all ranks are not a burst.
 
     Args:
         world_size: number of ranks that poll the same store.

@@ -27,6 +27,7 @@ from rankload import adapt as adapters_module
 from rankload._cache.files import wrap_read_errors
 from rankload._settings import TABLE_NAME, TABLE_VARIABLE
 from rankload._text import printable
+from rankload._types import is_sha256
 from rankload._urls import expanded, scheme_of
 from rankload.adapt import Adapter, as_adapter, compose
 from rankload.errors import ArgumentError
@@ -36,7 +37,6 @@ ENTRY_POINT_GROUP = "rankload.checkpoints"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _MAX_NAME_LENGTH = 255  # no file has a longer one (NAME_MAX, limits.h)
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _KEYS = ("url", "sha256", "size", "parts", "licence", "adapt")
 
 #: Adapters that a table can name: those that need nothing but text.
@@ -173,7 +173,7 @@ def _row(name: str, row: Mapping[str, Any], table: Path) -> NamedCheckpoint:
     if not isinstance(parts, dict):
         raise ArgumentError(f"{where}: parts: expected a table of names and digests")
     for key, digest in [("sha256", row.get("sha256")), *((f"parts.{part}", parts[part]) for part in parts)]:
-        if digest is not None and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
+        if digest is not None and not (isinstance(digest, str) and is_sha256(digest)):
             raise ArgumentError(f"{where}: {printable(key)}: expected 64 lower-case hex digits")
     if size is not None and (type(size) is not int or size < 0):
         raise ArgumentError(f"{where}: size: expected a number of bytes")

@@ -18,7 +18,7 @@ from rankload._fetch.index_files import is_index_name, name_in_own_folder
 from rankload._fetch.models import FetchRequest
 from rankload._fetch.offline import is_switched_off
 from rankload._settings import MODEL_DIR_VARIABLE, Settings
-from rankload._types import Scope, Verify
+from rankload._types import Scope, Verify, is_sha256
 from rankload._urls import Url, expanded, file_name_of, query_digests, redact
 from rankload.errors import ArgumentError
 
@@ -247,7 +247,7 @@ def _checked_sha256(sha256: str | None) -> str | None:
     if sha256 is None:
         return None
     digest = sha256.lower().removeprefix("sha256:") if isinstance(sha256, str) else ""
-    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+    if not is_sha256(digest):
         raise ArgumentError(
             f"sha256={sha256!r}: expected 64 hex digits; for a prefix in the file name pass check_hash=True"
         )

@@ -156,7 +156,7 @@ class _Records:
         if (inferred := self._inferred.get(member.name)) is None:
             return
         if torch_zip.payload_offset(self._source, self._directory, member) != inferred:
-            raise BrokenFileError(f"damaged zip archive ({member.name!r} is not next to what is behind it)")
+            raise BrokenFileError(f"damaged zip archive ({member.name!r} is not where its directory implies)")
         del self._inferred[member.name]
 
     def _offset(self, member: torch_zip.Member) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
 from rankload._fetch.origins.origin import Claim, Version
+from rankload._types import is_sha256
 
 #: 18 digits suffice for an exabyte. Python refuses to parse numbers of thousands of digits.
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE | re.ASCII)
@@ -20,8 +21,6 @@ _LENGTH = re.compile(r"\d{1,18}", re.ASCII)
 _CODINGS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd", "dcb", "dcz"})
 
 _ASCII = "".join(map(chr, range(128)))
-
-_HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 #: Members of a Repr-Digest (RFC 9530: ``sha-256=:<base64>:``) or Digest (RFC 3230: ``SHA-256=<base64>``) header.
 _DIGEST_MEMBER = re.compile(r"(?:^|,)\s*sha-256=:?([A-Za-z0-9+/]{43}=):?", re.IGNORECASE)
@@ -79,8 +78,8 @@ def coding_of(headers: Mapping[str, str]) -> str | None:
 def transfer_coding_of(lines: Sequence[str]) -> str | None:
     """Return the transfer coding that the HTTP library leaves on a body; None if it leaves none.
 
-    http.client decodes chunks only if the header is the bare word: ``gzip, chunked``, and even ``chunked`` with a blank
-    behind it, leave the sizes of the chunks among the bytes.
+    http.client decodes chunks only if the header is the bare word ``chunked``. With ``gzip, chunked``, or a trailing
+    blank, the body keeps the sizes of its chunks.
 
     Args:
         lines: values of the Transfer-Encoding headers.
@@ -130,7 +129,7 @@ def claim_of(headers: Mapping[str, str]) -> Claim | None:
     ):
         return Claim(digest, name)
     linked = headers.get("X-Linked-ETag", "").removeprefix("W/").strip('"').lower()
-    return Claim(linked, "x-linked-etag") if _HEX_DIGEST.fullmatch(linked) else None
+    return Claim(linked, "x-linked-etag") if is_sha256(linked) else None
 
 
 def _hex(text: str) -> str | None:

@@ -160,7 +160,7 @@ class Partial:
     def finish(self, size_bytes: int) -> os.stat_result:
         """Force the bytes to disk and close the file; return its status. NFS reports a full disk or quota only here."""
         self._end_journal()
-        self.take_writers_back(may_wait=False)  # a thread may be left behind in a connection attempt
+        self.take_writers_back(may_wait=False)  # one may be that of a stream that still tries to connect
         with self.wrap_write_errors():
             self._file.settle(self._settings.progress_seconds)  # a write's error says more than a wrong length
             found = os.fstat(self.descriptor).st_size
